@@ -1,0 +1,119 @@
+#include "dataplane/decoder.h"
+
+namespace engram {
+
+namespace {
+
+constexpr std::string_view kDefaultSpace = "default";
+
+bool IsVectorDtype(VectorDtype dtype) { return ElementBytes(dtype) != 0; }
+
+// What is wrong with the record's numbers. The order is that of FORMAT.md's fields, so that a client
+// is told of the first one.
+RefusalReason FaultOf(const RecordHeader& record) {
+  const bool has_vector = record.op == ObservationOp::kUpsert;
+  if (!has_vector && record.op != ObservationOp::kDelete) return RefusalReason::kBadOperation;
+  if (has_vector) {
+    if (!IsVectorDtype(record.dtype)) return RefusalReason::kBadDtype;
+    if (record.dimension == 0 || record.dimension > kMaxDimension) {
+      return RefusalReason::kWrongDimension;
+    }
+  } else {
+    if (record.dtype != VectorDtype::kNone) return RefusalReason::kBadDtype;
+    if (record.dimension != 0) return RefusalReason::kWrongDimension;
+  }
+  if (record.id_bytes == 0 || record.id_bytes > kMaxIdBytes) return RefusalReason::kBadId;
+  if (record.payload_bytes > (has_vector ? kMaxPayloadBytes : 0)) {
+    return RefusalReason::kPayloadTooLarge;
+  }
+  return RefusalReason::kNone;
+}
+
+}  // namespace
+
+RefusalReason ObserveReader::Open(std::span<const std::byte> body, ObserveReader* reader) {
+  if (body.size() < sizeof(ObserveBody)) return RefusalReason::kBadFrame;
+  const auto count = LoadAs<ObserveBody>(body.data()).count;
+  std::span<const std::byte> rest = body.subspan(sizeof(ObserveBody));
+  reader->next_ = rest.data();
+  reader->remaining_ = count;
+  if (count == 0) return RefusalReason::kBadFrame;
+  for (uint16_t i = 0; i < count; ++i) {
+    if (rest.size() < sizeof(RecordHeader)) return RefusalReason::kBadFrame;
+    const auto record = LoadAs<RecordHeader>(rest.data());
+    if (record.record_bytes < sizeof(RecordHeader) || record.record_bytes > rest.size()) {
+      return RefusalReason::kBadFrame;
+    }
+    // With sound numbers the record's length follows from them. With others it is only skipped.
+    if (FaultOf(record) == RefusalReason::kNone &&
+        record.record_bytes != RecordBytes(VectorBytes(record.dtype, record.dimension),
+                                           record.id_bytes, record.payload_bytes)) {
+      return RefusalReason::kBadFrame;
+    }
+    rest = rest.subspan(record.record_bytes);
+  }
+  return rest.empty() ? RefusalReason::kNone : RefusalReason::kBadFrame;
+}
+
+ObservationView ObserveReader::Next() {
+  const auto record = LoadAs<RecordHeader>(next_);
+  ObservationView view;
+  view.op = record.op;
+  view.dtype = record.dtype;
+  view.dimension = record.dimension;
+  view.scale = record.scale;
+  view.confidence = record.confidence;
+  view.when_ns = record.when_ns;
+  view.fault = FaultOf(record);
+  if (view.fault == RefusalReason::kNone) {
+    view.vector = next_ + sizeof(RecordHeader);
+    const std::byte* id = view.vector + VectorBytes(record.dtype, record.dimension);
+    view.id = {reinterpret_cast<const char*>(id), record.id_bytes};
+    view.payload = {id + record.id_bytes, record.payload_bytes};
+  }
+  next_ += record.record_bytes;
+  --remaining_;
+  return view;
+}
+
+RefusalReason DecodeHello(std::span<const std::byte> body, HelloView* hello) {
+  if (body.size() < sizeof(HelloBody)) return RefusalReason::kBadFrame;
+  hello->body = LoadAs<HelloBody>(body.data());
+  const std::span<const std::byte> name = body.subspan(sizeof(HelloBody));
+  if (name.size() != hello->body.space_bytes) return RefusalReason::kBadFrame;
+  if (hello->body.metric > Metric::kL2 || hello->body.priority > Priority::kHigh) {
+    return RefusalReason::kBadFrame;
+  }
+  if (hello->body.dimension > kMaxDimension) return RefusalReason::kDimensionMismatch;
+  hello->space = name.empty() ? kDefaultSpace
+                              : std::string_view(reinterpret_cast<const char*>(name.data()),
+                                                 name.size());
+  return IsValidSpaceName(hello->space) ? RefusalReason::kNone : RefusalReason::kBadSpaceId;
+}
+
+RefusalReason DecodeRecall(std::span<const std::byte> body, RecallView* recall) {
+  if (body.size() < sizeof(RecallBody)) return RefusalReason::kBadFrame;
+  recall->body = LoadAs<RecallBody>(body.data());
+  const RecallBody& numbers = recall->body;
+  if (!IsVectorDtype(numbers.dtype)) return RefusalReason::kBadDtype;
+  if (numbers.dimension == 0 || numbers.dimension > kMaxDimension) {
+    return RefusalReason::kWrongDimension;
+  }
+  if (body.size() != sizeof(RecallBody) + VectorBytes(numbers.dtype, numbers.dimension)) {
+    return RefusalReason::kBadFrame;
+  }
+  if (numbers.k == 0 || numbers.k > kMaxRecallResults || numbers.ef > kMaxEf) {
+    return RefusalReason::kBadRecall;
+  }
+  recall->vector = body.data() + sizeof(RecallBody);
+  return RefusalReason::kNone;
+}
+
+RefusalReason DecodeIntrospect(std::span<const std::byte> body, IntrospectWhat* what) {
+  if (body.size() != sizeof(IntrospectBody)) return RefusalReason::kBadFrame;
+  *what = LoadAs<IntrospectBody>(body.data()).what;
+  const bool known = *what == IntrospectWhat::kSpaces || *what == IntrospectWhat::kStatus;
+  return known ? RefusalReason::kNone : RefusalReason::kBadFrame;
+}
+
+}  // namespace engram

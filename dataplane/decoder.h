@@ -1,0 +1,60 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "dataplane/frame_format.h"
+
+// Bodies of frames to views into them, in the receive buffer. Every length is checked against the
+// body before it is used; what the numbers mean is the admission gate's business.
+
+namespace engram {
+
+// One observation of an observe frame. Points into the frame.
+struct ObservationView {
+  ObservationOp op = ObservationOp::kUpsert;
+  VectorDtype dtype = VectorDtype::kNone;
+  uint16_t dimension = 0;
+  float scale = 1;
+  float confidence = 1;
+  int64_t when_ns = 0;
+  const std::byte* vector = nullptr;  // VectorBytes(dtype, dimension) bytes, when those are valid
+  std::string_view id;
+  std::span<const std::byte> payload;
+  // What is wrong with the record's numbers, if anything; the views above are empty then.
+  RefusalReason fault = RefusalReason::kNone;
+};
+
+// Reads the records of an observe body in order.
+class ObserveReader {
+ public:
+  // kBadFrame when any record does not fit the body; nothing of the frame is taken then.
+  static RefusalReason Open(std::span<const std::byte> body, ObserveReader* reader);
+
+  uint16_t remaining() const { return remaining_; }
+  // Only while remaining() > 0.
+  ObservationView Next();
+
+ private:
+  const std::byte* next_ = nullptr;
+  uint16_t remaining_ = 0;
+};
+
+struct HelloView {
+  HelloBody body;
+  std::string_view space;  // never empty: `default` when the client gave none
+};
+RefusalReason DecodeHello(std::span<const std::byte> body, HelloView* hello);
+
+struct RecallView {
+  RecallBody body;
+  const std::byte* vector = nullptr;
+};
+// kBadFrame for a wrong length; kBadDtype, kWrongDimension or kBadRecall for wrong numbers.
+RefusalReason DecodeRecall(std::span<const std::byte> body, RecallView* recall);
+
+RefusalReason DecodeIntrospect(std::span<const std::byte> body, IntrospectWhat* what);
+
+}  // namespace engram

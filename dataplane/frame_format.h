@@ -1,0 +1,178 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <string_view>
+
+#include "src/core/observation.h"
+#include "src/core/refusal_reason.h"
+
+// The grammar of FORMAT.md as code: layouts, their constants, sealing and checking of frames. Shared
+// by the daemon and its clients.
+
+namespace engram {
+
+inline constexpr uint32_t kFrameMagic = 0x31474E45;  // "ENG1"
+inline constexpr uint8_t kFrameVersion = 1;
+inline constexpr uint32_t kMaxFrameBodyBytes = 1u << 20;
+
+enum class FrameType : uint8_t {
+  kHello = 1,
+  kHelloAck = 2,
+  kObserve = 3,
+  kAck = 4,
+  kNak = 5,
+  kRecall = 7,
+  kResult = 8,
+  kPing = 9,
+  kClose = 10,
+  kIntrospect = 11,
+  kIntrospection = 12,
+};
+
+struct FrameHeader {
+  uint32_t magic = kFrameMagic;
+  uint8_t version = kFrameVersion;
+  FrameType type = FrameType::kPing;
+  uint16_t flags = 0;
+  uint32_t length = 0;
+  uint32_t crc = 0;
+  uint64_t session = 0;
+  uint64_t sequence = 0;
+};
+static_assert(sizeof(FrameHeader) == 32);
+inline constexpr size_t kFrameHeaderBytes = sizeof(FrameHeader);
+
+inline constexpr uint16_t kFrameFlagMore = 1;           // result, introspection
+inline constexpr uint16_t kFrameFlagPingAnswer = 1;     // ping
+inline constexpr uint16_t kFrameFlagWithPayload = 1;    // recall
+inline constexpr uint32_t kFeatureNoSession = 1;        // hello
+inline constexpr uint8_t kNakFlagConsumed = 1;
+inline constexpr uint8_t kNakFlagClosing = 2;
+
+struct HelloBody {
+  uint32_t features = 0;
+  uint16_t dimension = 0;
+  Metric metric = Metric::kUnspecified;
+  Priority priority = Priority::kNormal;
+  uint8_t space_bytes = 0;
+  uint8_t zero[3] = {};
+};
+static_assert(sizeof(HelloBody) == 12);
+
+struct HelloAckBody {
+  uint32_t features = 0;
+  uint16_t dimension = 0;
+  Metric metric = Metric::kUnspecified;
+  Priority priority = Priority::kNormal;
+  uint64_t credit = 0;
+  uint32_t max_frame_bytes = kMaxFrameBodyBytes;
+  uint32_t max_recalls = 0;
+};
+static_assert(sizeof(HelloAckBody) == 24);
+
+struct ObserveBody {
+  uint16_t count = 0;
+  uint16_t zero = 0;
+};
+static_assert(sizeof(ObserveBody) == 4);
+
+struct RecordHeader {
+  uint32_t record_bytes = 0;
+  ObservationOp op = ObservationOp::kUpsert;
+  VectorDtype dtype = VectorDtype::kNone;
+  uint16_t dimension = 0;
+  uint16_t id_bytes = 0;
+  uint16_t zero = 0;
+  uint32_t payload_bytes = 0;
+  float scale = 1;
+  float confidence = 1;
+  int64_t when_ns = 0;
+};
+static_assert(sizeof(RecordHeader) == 32);
+
+struct AckBody {
+  uint64_t credit = 0;
+};
+
+struct NakBody {
+  RefusalReason reason = RefusalReason::kNone;
+  FrameType refused_type = FrameType::kObserve;
+  uint8_t flags = 0;
+  uint32_t retry_after_ms = 0;
+  uint64_t expected = 0;
+  uint16_t text_bytes = 0;
+  uint16_t zero[3] = {};
+};
+static_assert(sizeof(NakBody) == 24);
+
+struct RecallBody {
+  uint32_t k = 0;
+  uint32_t ef = 0;
+  uint16_t dimension = 0;
+  VectorDtype dtype = VectorDtype::kNone;
+  uint8_t zero = 0;
+  float scale = 1;
+};
+static_assert(sizeof(RecallBody) == 16);
+
+struct ResultBody {
+  uint16_t count = 0;
+  Metric metric = Metric::kUnspecified;
+  uint8_t zero = 0;
+  uint32_t zero2 = 0;
+};
+static_assert(sizeof(ResultBody) == 8);
+
+enum class IntrospectWhat : uint8_t { kSpaces = 1, kStatus = 2 };
+
+struct IntrospectBody {
+  IntrospectWhat what = IntrospectWhat::kSpaces;
+};
+
+struct IntrospectionBody {
+  uint16_t count = 0;
+  IntrospectWhat what = IntrospectWhat::kSpaces;
+  uint8_t zero = 0;
+  uint32_t zero2 = 0;
+};
+static_assert(sizeof(IntrospectionBody) == 8);
+
+// Copies a struct of the grammar out of unaligned bytes. The caller has checked the length.
+template <typename T>
+T LoadAs(const std::byte* bytes) {
+  T value;
+  std::memcpy(&value, bytes, sizeof(T));
+  return value;
+}
+
+template <typename T>
+std::span<const std::byte> BytesOf(const T& value) {
+  return std::as_bytes(std::span<const T, 1>(&value, 1));
+}
+inline std::span<const std::byte> BytesOf(std::string_view text) {
+  return std::as_bytes(std::span<const char>(text.data(), text.size()));
+}
+
+// The checksum of a frame: `header.crc` itself does not count. The body is the concatenation of
+// `parts`.
+uint32_t FrameCrc(const FrameHeader& header, std::span<const std::span<const std::byte>> parts);
+
+// Sets length and crc of `header` for the body that `parts` make together.
+void SealFrame(FrameHeader* header, std::span<const std::span<const std::byte>> parts);
+
+// Size of an observation record with these parts, padding included.
+constexpr size_t RecordBytes(size_t vector_bytes, size_t id_bytes, size_t payload_bytes) {
+  return PadTo8(sizeof(RecordHeader) + vector_bytes + id_bytes + payload_bytes);
+}
+
+// Looks at the fixed header at the start of a stream's next frame. kNone when it may be followed;
+// else the reason to close. `bytes` holds at least kFrameHeaderBytes.
+RefusalReason CheckFrameHeader(const std::byte* bytes, FrameHeader* header);
+
+// Compares the checksum. `frame` is the whole frame, header first.
+RefusalReason CheckFrameCrc(const FrameHeader& header, std::span<const std::byte> frame);
+
+}  // namespace engram

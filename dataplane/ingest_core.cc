@@ -1,0 +1,792 @@
+#include "dataplane/ingest_core.h"
+
+#include <algorithm>
+#include <new>
+#include <utility>
+
+#include "src/core/check.h"
+
+namespace engram {
+
+namespace {
+
+constexpr size_t kCompletionBatch = 256;
+constexpr int64_t kSweepIntervalNs = kNanosPerMilli;
+constexpr int64_t kRateWindowNs = 20 * kNanosPerMilli;
+// Share of each slot size that is kept for those who go first.
+constexpr uint32_t kNormalKeepFreePercent = 20;  // for high priority and recalls
+constexpr uint32_t kHighKeepFreePercent = 10;    // for recalls
+
+Lane LaneOfPriority(Priority priority) {
+  return priority == Priority::kHigh ? Lane::kHigh : Lane::kNormal;
+}
+
+bool IsEffect(RefusalReason reason, RefusalEffect effect) {
+  return DescribeRefusal(reason).effect == effect;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<IngestCore>> IngestCore::Create(const IngestOptions& options, Clock* clock,
+                                                       Network* network, ProducerPort port,
+                                                       const CounterCatalogue* catalogue) {
+  auto pool = PartialBlockPool::Create(
+      options.partial_frame_bytes / PartialBlockPool::kBlockBytes, options.huge_pages);
+  if (!pool) return std::unexpected(pool.error());
+  return std::unique_ptr<IngestCore>(
+      new IngestCore(options, clock, network, std::move(port), catalogue, *std::move(pool)));
+}
+
+IngestCore::IngestCore(const IngestOptions& options, Clock* clock, Network* network,
+                       ProducerPort port, const CounterCatalogue* catalogue,
+                       PartialBlockPool partial_pool)
+    : options_(options),
+      clock_(clock),
+      network_(network),
+      catalogue_(catalogue),
+      router_(static_cast<uint16_t>(port.shards.size())),
+      port_(std::move(port)),
+      partial_pool_(std::move(partial_pool)),
+      scratch_(kFrameHeaderBytes + kMaxFrameBodyBytes),
+      connections_(options.max_connections),
+      completions_(kCompletionBatch) {
+  dirty_.reserve(options.max_connections);
+  paused_.reserve(options.max_connections);
+}
+
+int IngestCore::Poll() {
+  now_ns_ = clock_->MonotonicNs();
+  int work = TakeCompletions();
+  FlushAcks();
+  work += network_->Poll(*this, options_.events_per_poll);
+  FlushAcks();
+  ReviewPaused();
+  SweepTimeouts();
+  MeasureDrainRate();
+  return work;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Receiving
+
+void IngestCore::OnAccept(ConnectionId id) {
+  CHECK(id.index < connections_.size(), "the network has as many places as the ingress core");
+  Connection& connection = connections_[id.index];
+  CHECK(connection.state == State::kFree, "a place is used by one connection at a time");
+  connection = Connection();
+  connection.id = id;
+  connection.state = State::kAwaitHello;
+  connection.opened_ns = now_ns_;
+  connection.last_received_ns = now_ns_;
+  connections_used_ = std::max(connections_used_, id.index + 1);
+  ++open_connections_;
+  counters_[IngestCounter::kConnectionsOpened].Add(1);
+  if (draining_) RefuseAndClose(connection, RefusalReason::kShuttingDown, FrameType::kHello, 0);
+}
+
+void IngestCore::OnReceive(ConnectionId id, std::span<const std::byte> bytes) {
+  Connection* connection = Find(id);
+  if (connection == nullptr || connection->state >= State::kSettling) return;
+  counters_[IngestCounter::kBytesReceived].Add(bytes.size());
+  now_ns_ = clock_->MonotonicNs();
+  connection->last_received_ns = now_ns_;
+  const auto on_frame = [&](const FrameHeader& header, std::span<const std::byte> frame) {
+    if (frame.data() == scratch_.data()) counters_[IngestCounter::kFramesGathered].Add(1);
+    connection->partial_since_ns = 0;
+    return TakeFrame(*connection, header, frame);
+  };
+  FrameAssembler::Outcome outcome =
+      connection->assembler.Feed(bytes, &partial_pool_, scratch_, on_frame);
+  while (outcome.reason == RefusalReason::kPartialFrameLimit) {
+    const size_t free_before = partial_pool_.free_blocks();
+    EvictOldestPartial(*connection);
+    if (partial_pool_.free_blocks() == free_before) break;
+    outcome = connection->assembler.Feed(outcome.rest, &partial_pool_, scratch_, on_frame);
+  }
+  if (connection->state >= State::kSettling) return;
+  if (outcome.reason != RefusalReason::kNone) {
+    RefuseAndClose(*connection, outcome.reason, FrameType::kObserve, 0);
+    return;
+  }
+  if (connection->assembler.pending_bytes() > 0 && connection->partial_since_ns == 0) {
+    connection->partial_since_ns = now_ns_;
+  }
+}
+
+void IngestCore::OnClosed(ConnectionId id, CloseCause cause) {
+  Connection* connection = Find(id);
+  if (connection == nullptr) return;
+  if (cause == CloseCause::kSendBacklog) CountNak(RefusalReason::kSlowReader);
+  connection->assembler.Clear(&partial_pool_);
+  if (connection->has_session) {
+    --open_sessions_;
+    DetachRequest detach;
+    detach.session_slot = connection->session_slot;
+    detach.session = connection->session;
+    detach.origin = OriginOf(*connection);
+    PushDetach(connection->home, detach);
+  }
+  if (connection->paused) std::erase(paused_, connection->id.index);
+  if (connection->ack_dirty) std::erase(dirty_, connection->id.index);
+  connection->state = State::kFree;
+  --open_connections_;
+  counters_[IngestCounter::kConnectionsClosed].Add(1);
+}
+
+// False when the connection takes no more frames.
+bool IngestCore::TakeFrame(Connection& connection, const FrameHeader& header,
+                           std::span<const std::byte> frame) {
+  counters_[IngestCounter::kFramesReceived].Add(1);
+  const RefusalReason reason = CheckFrameCrc(header, frame);
+  if (reason != RefusalReason::kNone) {
+    return RefuseAndClose(connection, reason, header.type, header.sequence);
+  }
+  const std::span<const std::byte> body = frame.subspan(kFrameHeaderBytes);
+  if (header.type == FrameType::kPing) {
+    if ((header.flags & kFrameFlagPingAnswer) == 0) {
+      SendPingAnswer(network_, connection.id, connection.session.value(), header.sequence);
+    }
+    return true;
+  }
+  if (header.type == FrameType::kHello) return TakeHello(connection, header, body);
+  if (connection.state == State::kAwaitHello && header.type != FrameType::kClose) {
+    return RefuseAndClose(connection, RefusalReason::kHelloRequired, header.type,
+                          header.sequence);
+  }
+  switch (header.type) {
+    case FrameType::kObserve:
+      return TakeObserve(connection, header, body);
+    case FrameType::kRecall:
+      return TakeRecall(connection, header, body);
+    case FrameType::kIntrospect:
+      return TakeIntrospect(connection, header, body);
+    case FrameType::kClose:
+      connection.state = State::kSettling;
+      connection.opened_ns = now_ns_;
+      FinishSettling(connection);
+      return false;
+    default:
+      return RefuseAndClose(connection, RefusalReason::kBadType, header.type, header.sequence);
+  }
+}
+
+bool IngestCore::TakeHello(Connection& connection, const FrameHeader& header,
+                           std::span<const std::byte> body) {
+  if (connection.state != State::kAwaitHello || connection.hello_pending) {
+    return RefuseAndClose(connection, RefusalReason::kHelloRepeated, header.type, 0);
+  }
+  HelloView hello;
+  RefusalReason reason = DecodeHello(body, &hello);
+  if (reason != RefusalReason::kNone) {
+    return RefuseAndClose(connection, reason, header.type, 0);
+  }
+  connection.home = router_.HomeOf(hello.space);
+  connection.priority = hello.body.priority;
+  connection.space_bytes = static_cast<uint8_t>(hello.space.size());
+  std::ranges::copy(hello.space, connection.space.begin());
+
+  const SlotId slot = port_.slab->Acquire(kRequestBodyOffset);
+  if (slot == kNoSlot) {
+    return RefuseAndClose(connection, RefusalReason::kSlotsExhausted, header.type, 0);
+  }
+  auto* request = new (port_.slab->At(slot)) HelloRequest;
+  request->wants_session = (hello.body.features & kFeatureNoSession) == 0;
+  request->metric = hello.body.metric;
+  request->dimension = hello.body.dimension;
+  request->origin = OriginOf(connection);
+  request->session = SessionId(header.session);
+  request->space_bytes = connection.space_bytes;
+  request->space = connection.space;
+  if (!LaneOf(connection.home, Lane::kRecall).TryPush(slot)) {
+    port_.slab->Release(slot);
+    return RefuseAndClose(connection, RefusalReason::kQueueFull, header.type, 0);
+  }
+  connection.hello_pending = true;
+  return true;
+}
+
+bool IngestCore::TakeObserve(Connection& connection, const FrameHeader& header,
+                             std::span<const std::byte> body) {
+  if (!connection.has_session) {
+    RefuseRequest(connection, RefusalReason::kNoSession, header.type, header.sequence);
+    return true;
+  }
+  ObserveReader reader;
+  const RefusalReason reason = ObserveReader::Open(body, &reader);
+  if (reason != RefusalReason::kNone || header.sequence == 0 ||
+      header.session != connection.session.value()) {
+    return RefuseAndClose(connection, RefusalReason::kBadFrame, header.type, header.sequence);
+  }
+  counters_[IngestCounter::kObservationsReceived].Add(reader.remaining());
+  if (header.sequence > connection.next_sequence) {
+    if (!connection.refused_ahead) {
+      connection.refused_ahead = true;
+      CountNak(RefusalReason::kSequenceGap);
+      SendNak(network_, connection.id, RefusalReason::kSequenceGap,
+              {.session = header.session,
+               .sequence = header.sequence,
+               .expected = connection.next_sequence,
+               .has_numbers = true,
+               .got = header.sequence,
+               .wanted = connection.next_sequence});
+    }
+    return true;
+  }
+  uint64_t pushed = 0;
+  for (Sequence sequence = header.sequence; reader.remaining() > 0; ++sequence) {
+    const ObservationView view = reader.Next();
+    if (sequence < connection.next_sequence) {
+      counters_[IngestCounter::kObservationsRepeated].Add(1);
+      MarkAckDirty(connection);
+      continue;
+    }
+    const RefusalReason refused = PushObservation(connection, view, sequence);
+    if (refused != RefusalReason::kNone) {
+      connection.refused_ahead = true;
+      CountNak(refused);
+      SendNak(network_, connection.id, refused,
+              {.session = header.session,
+               .sequence = sequence,
+               .retry_after_ms = RetryAfterMs(connection),
+               .expected = sequence});
+      break;
+    }
+    connection.next_sequence = sequence + 1;
+    connection.refused_ahead = false;
+    ++pushed;
+  }
+  if (pushed > 0) {
+    const int64_t took_ns = clock_->MonotonicNs() - now_ns_;
+    for (uint64_t i = 0; i < pushed; ++i) receive_to_ring_.Record(took_ns);
+  }
+  return true;
+}
+
+// Validate, copy once, route. An observation that may not enter goes as a skip, so that its number
+// is settled in order. Returns kNone or why there is no room.
+RefusalReason IngestCore::PushObservation(Connection& connection, const ObservationView& view,
+                                          Sequence sequence) {
+  const Lane lane = LaneOfPriority(connection.priority);
+  auto& ring = LaneOf(connection.home, lane);
+  if (ring.Full()) return RefusalReason::kQueueFull;
+  const SlotId slot =
+      port_.slab->Acquire(SlotBytesFor(view), lane == Lane::kHigh ? kHighKeepFreePercent
+                                                                  : kNormalKeepFreePercent);
+  if (slot == kNoSlot) return RefusalReason::kSlotsExhausted;
+  std::byte* bytes = port_.slab->At(slot);
+  // A refusal is in the slot now; the shard settles it.
+  (void)AdmitObservation(view, connection.rules, bytes);
+  auto* request = reinterpret_cast<ObserveRequest*>(bytes);
+  request->session_slot = connection.session_slot;
+  request->session = connection.session;
+  request->sequence = sequence;
+  request->origin = OriginOf(connection);
+  request->received_ns = now_ns_;
+  const bool pushed = ring.TryPush(slot);
+  CHECK(pushed, "the ring had room");
+  ++connection.observations_in_flight;
+  return RefusalReason::kNone;
+}
+
+bool IngestCore::TakeRecall(Connection& connection, const FrameHeader& header,
+                            std::span<const std::byte> body) {
+  RecallView view;
+  RefusalReason reason = DecodeRecall(body, &view);
+  if (reason == RefusalReason::kBadFrame) {
+    return RefuseAndClose(connection, reason, header.type, header.sequence);
+  }
+  counters_[IngestCounter::kRecallsReceived].Add(1);
+  if (reason == RefusalReason::kNone) reason = PushRecall(connection, view, header);
+  if (reason == RefusalReason::kWrongDimension) {
+    CountNak(reason);
+    SendNak(network_, connection.id, reason,
+            {.refused_type = header.type,
+             .sequence = header.sequence,
+             .has_numbers = connection.rules.dimension != 0,
+             .got = view.body.dimension,
+             .wanted = connection.rules.dimension});
+  } else if (reason != RefusalReason::kNone) {
+    RefuseRequest(connection, reason, header.type, header.sequence);
+  }
+  if (connection.recalls_in_flight >= options_.max_recalls) PauseReceiving(connection);
+  return true;
+}
+
+RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& view,
+                                     const FrameHeader& header) {
+  const SlotId slot = port_.slab->Acquire(SlotBytesFor(view.body));
+  if (slot == kNoSlot) return RefusalReason::kSlotsExhausted;
+  std::byte* bytes = port_.slab->At(slot);
+  const RefusalReason reason = AdmitRecall(view, connection.rules, bytes);
+  if (reason != RefusalReason::kNone) {
+    port_.slab->Release(slot);
+    return reason;
+  }
+  auto* request = reinterpret_cast<RecallRequest*>(bytes);
+  request->with_payload = (header.flags & kFrameFlagWithPayload) != 0;
+  request->space_bytes = connection.space_bytes;
+  request->space = connection.space;
+  request->origin = OriginOf(connection);
+  request->request_id = header.sequence;
+  request->received_ns = now_ns_;
+  if (!LaneOf(connection.home, Lane::kRecall).TryPush(slot)) {
+    port_.slab->Release(slot);
+    return RefusalReason::kQueueFull;
+  }
+  ++connection.recalls_in_flight;
+  return RefusalReason::kNone;
+}
+
+bool IngestCore::TakeIntrospect(Connection& connection, const FrameHeader& header,
+                                std::span<const std::byte> body) {
+  IntrospectWhat what{};
+  RefusalReason reason = DecodeIntrospect(body, &what);
+  if (reason != RefusalReason::kNone) {
+    return RefuseAndClose(connection, reason, header.type, header.sequence);
+  }
+  if (what == IntrospectWhat::kStatus) {
+    SendStatus(connection, header.sequence);
+    return true;
+  }
+  reason = PushIntrospect(connection, header.sequence);
+  if (reason != RefusalReason::kNone) {
+    RefuseRequest(connection, reason, header.type, header.sequence);
+  }
+  return true;
+}
+
+// Asks every shard, or none.
+RefusalReason IngestCore::PushIntrospect(Connection& connection, uint64_t request_id) {
+  if (connection.introspections_in_flight > 0) return RefusalReason::kBusy;
+  const uint16_t shards = router_.shards();
+  for (uint16_t s = 0; s < shards; ++s) {
+    if (LaneOf(ShardId(s), Lane::kRecall).Full()) return RefusalReason::kQueueFull;
+  }
+  for (uint16_t s = 0; s < shards; ++s) {
+    const SlotId slot = port_.slab->Acquire(kRequestBodyOffset);
+    if (slot == kNoSlot) {
+      // Only the first can fail for want of slots of the smallest size.
+      if (s == 0) return RefusalReason::kSlotsExhausted;
+      break;
+    }
+    auto* request = new (port_.slab->At(slot)) IntrospectRequest;
+    request->origin = OriginOf(connection);
+    request->request_id = request_id;
+    const bool pushed = LaneOf(ShardId(s), Lane::kRecall).TryPush(slot);
+    CHECK(pushed, "the ring had room");
+    ++connection.introspections_in_flight;
+  }
+  connection.introspect_id = request_id;
+  return RefusalReason::kNone;
+}
+
+// The oldest unfinished frame gives way: a client that dribbles harms itself.
+void IngestCore::EvictOldestPartial(const Connection& keep) {
+  Connection* oldest = nullptr;
+  for (uint32_t i = 0; i < connections_used_; ++i) {
+    Connection& candidate = connections_[i];
+    if (candidate.state == State::kFree || &candidate == &keep) continue;
+    if (candidate.assembler.pending_bytes() == 0) continue;
+    if (oldest == nullptr || candidate.partial_since_ns < oldest->partial_since_ns) {
+      oldest = &candidate;
+    }
+  }
+  if (oldest == nullptr) return;
+  counters_[IngestCounter::kEvictedPartialFrames].Add(1);
+  RefuseAndClose(*oldest, RefusalReason::kPartialFrameLimit, FrameType::kObserve, 0);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Answers of the shards
+
+int IngestCore::TakeCompletions() {
+  int work = 0;
+  for (uint16_t s = 0; s < router_.shards(); ++s) {
+    const size_t count = port_.shards[s].completions.PopBatch(completions_);
+    for (size_t i = 0; i < count; ++i) TakeCompletion(ShardId(s), completions_[i]);
+    work += static_cast<int>(count);
+  }
+  return work;
+}
+
+// Hands the completion to its connection if that is still there, and every slot back in any case.
+void IngestCore::TakeCompletion(ShardId shard, const Completion& completion) {
+  Connection* connection = FindOrigin(completion.origin);
+  if (connection != nullptr) {
+    Deliver(*connection, shard, completion);
+    if (connection->state == State::kSettling) FinishSettling(*connection);
+  } else if (completion.kind == CompletionKind::kHello) {
+    DetachOrphan(shard, completion);
+  }
+  if (completion.slot != kNoSlot) port_.slab->Release(completion.slot);
+  if (completion.result_slot != kNoSlot) {
+    const bool returned =
+        port_.shards[shard.value()].result_returns.TryPush(completion.result_slot);
+    CHECK(returned, "the return ring holds every result slot");
+  }
+}
+
+void IngestCore::Deliver(Connection& connection, ShardId shard, const Completion& completion) {
+  switch (completion.kind) {
+    case CompletionKind::kHello:
+      FinishHello(connection, completion);
+      break;
+    case CompletionKind::kObserve:
+      SettleObservation(connection, completion);
+      break;
+    case CompletionKind::kRecallDone:
+      FinishRecall(connection, completion);
+      break;
+    case CompletionKind::kResults:
+      ForwardHits(connection, shard, completion);
+      break;
+    case CompletionKind::kRecords:
+      ForwardRecords(connection, shard, completion);
+      break;
+    case CompletionKind::kFenced:
+      if (connection.state == State::kClosing) break;
+      RefuseAndClose(connection, RefusalReason::kFenced, FrameType::kObserve,
+                     connection.next_sequence);
+      break;
+    case CompletionKind::kCredit:
+      GrantCredit(connection, completion.credit_sequence);
+      MarkAckDirty(connection);
+      break;
+    case CompletionKind::kDetach:
+    case CompletionKind::kIntrospectDone:
+      break;
+  }
+}
+
+// The connection went away before its hello was answered: the session that was made has nobody.
+void IngestCore::DetachOrphan(ShardId shard, const Completion& completion) {
+  const auto* answer = reinterpret_cast<const HelloRequest*>(port_.slab->At(completion.slot));
+  if (completion.reason != RefusalReason::kNone || !answer->wants_session) return;
+  DetachRequest detach;
+  detach.session_slot = answer->session_slot;
+  detach.session = answer->session;
+  detach.origin = completion.origin;
+  PushDetach(shard, detach);
+}
+
+void IngestCore::FinishHello(Connection& connection, const Completion& completion) {
+  connection.hello_pending = false;
+  if (completion.reason != RefusalReason::kNone) {
+    if (connection.state != State::kClosing) {
+      RefuseAndClose(connection, completion.reason, FrameType::kHello, 0);
+    }
+    return;
+  }
+  const auto* answer = reinterpret_cast<const HelloRequest*>(port_.slab->At(completion.slot));
+  connection.rules = {.metric = answer->metric, .dimension = answer->dimension};
+  HelloAckBody body;
+  body.dimension = answer->dimension;
+  body.metric = answer->metric;
+  body.priority = connection.priority;
+  body.max_recalls = options_.max_recalls;
+  if (answer->wants_session) {
+    connection.has_session = true;
+    ++open_sessions_;
+    connection.session = answer->session;
+    connection.session_slot = answer->session_slot;
+    connection.settled_sequence = answer->last_sequence;
+    connection.next_sequence = answer->last_sequence + 1;
+    connection.credit_sequence = answer->last_sequence;
+    GrantCredit(connection, answer->last_sequence + answer->credit);
+    body.credit = connection.credit_sequence;
+  } else {
+    body.features = kFeatureNoSession;
+  }
+  if (connection.state == State::kClosing) return;
+  SendHelloAck(network_, connection.id, connection.session.value(), connection.settled_sequence,
+               body);
+  if (connection.state == State::kAwaitHello) connection.state = State::kOpen;
+}
+
+void IngestCore::SettleObservation(Connection& connection, const Completion& completion) {
+  --connection.observations_in_flight;
+  GrantCredit(connection, completion.credit_sequence);
+  if (completion.reason == RefusalReason::kNone) {
+    connection.settled_sequence = std::max(connection.settled_sequence, completion.sequence);
+    counters_[IngestCounter::kObservationsAccepted].Add(1);
+    const auto* request =
+        reinterpret_cast<const ObserveRequest*>(port_.slab->At(completion.slot));
+    if (connection.rules.dimension == 0) connection.rules.dimension = request->dimension;
+    MarkAckDirty(connection);
+    return;
+  }
+  if (connection.state == State::kClosing) return;
+  if (IsEffect(completion.reason, RefusalEffect::kCloses)) {
+    RefuseAndClose(connection, completion.reason, FrameType::kObserve, completion.sequence);
+  } else if (IsEffect(completion.reason, RefusalEffect::kConsumes)) {
+    const auto* request =
+        reinterpret_cast<const ObserveRequest*>(port_.slab->At(completion.slot));
+    const uint16_t wanted = request->space_dimension != 0 ? request->space_dimension
+                                                          : connection.rules.dimension;
+    connection.settled_sequence = std::max(connection.settled_sequence, completion.sequence);
+    CountNak(completion.reason);
+    SendNak(network_, connection.id, completion.reason,
+            {.session = connection.session.value(),
+             .sequence = completion.sequence,
+             .flags = kNakFlagConsumed,
+             .expected = completion.sequence + 1,
+             .has_numbers = completion.reason == RefusalReason::kWrongDimension && wanted != 0,
+             .got = request->dimension,
+             .wanted = wanted});
+    MarkAckDirty(connection);
+  } else if (IsEffect(completion.reason, RefusalEffect::kWaits) &&
+             completion.sequence < connection.next_sequence) {
+    // What was pushed behind it comes back as gaps, which stay silent.
+    connection.next_sequence = completion.sequence;
+    connection.refused_ahead = true;
+    CountNak(completion.reason);
+    SendNak(network_, connection.id, completion.reason,
+            {.session = connection.session.value(),
+             .sequence = completion.sequence,
+             .retry_after_ms = std::max(completion.retry_after_ms, uint32_t{1}),
+             .expected = completion.sequence});
+  }
+}
+
+void IngestCore::FinishRecall(Connection& connection, const Completion& completion) {
+  --connection.recalls_in_flight;
+  counters_[IngestCounter::kRecallsAnswered].Add(1);
+  if (completion.reason != RefusalReason::kNone) {
+    RefuseRequest(connection, completion.reason, FrameType::kRecall, completion.sequence);
+  }
+}
+
+void IngestCore::ForwardHits(Connection& connection, ShardId shard,
+                             const Completion& completion) {
+  const std::byte* slot =
+      port_.shards[shard.value()].result_slab->At(completion.result_slot);
+  const auto batch = LoadAs<ResultBatch>(slot);
+  SendResult(network_, connection.id, completion.sequence,
+             {.count = batch.count, .metric = batch.metric}, !batch.last,
+             {slot + sizeof(ResultBatch), batch.body_bytes});
+  if (network_->SendBacklog(connection.id) > options_.send_pause_bytes) {
+    PauseReceiving(connection);
+  }
+}
+
+// The last record of the last shard ends the answer.
+void IngestCore::ForwardRecords(Connection& connection, ShardId shard,
+                                const Completion& completion) {
+  const std::byte* slot =
+      port_.shards[shard.value()].result_slab->At(completion.result_slot);
+  const auto batch = LoadAs<ResultBatch>(slot);
+  if (batch.last) --connection.introspections_in_flight;
+  SendIntrospection(network_, connection.id, completion.sequence, {.count = batch.count},
+                    connection.introspections_in_flight > 0,
+                    {slot + sizeof(ResultBatch), batch.body_bytes});
+}
+
+// What the shard grants, but no more than the connection's share of this core's slots.
+void IngestCore::GrantCredit(Connection& connection, uint64_t credit_sequence) {
+  const uint64_t room = port_.slab->total_slots() / 8;
+  const uint64_t share = std::max<uint64_t>(16, room / std::max(open_sessions_, 1u));
+  connection.credit_sequence =
+      std::max(connection.credit_sequence,
+               std::min(credit_sequence, connection.settled_sequence + share));
+}
+
+void IngestCore::MarkAckDirty(Connection& connection) {
+  if (connection.ack_dirty) return;
+  connection.ack_dirty = true;
+  dirty_.push_back(connection.id.index);
+}
+
+// One cumulative ack for all that was settled since the last one.
+void IngestCore::FlushAcks() {
+  for (const uint32_t index : dirty_) {
+    Connection& connection = connections_[index];
+    connection.ack_dirty = false;
+    if (connection.state == State::kFree || connection.state == State::kClosing) continue;
+    SendAck(network_, connection.id, connection.session.value(), connection.settled_sequence,
+            connection.credit_sequence);
+    counters_[IngestCounter::kAcksSent].Add(1);
+  }
+  dirty_.clear();
+}
+
+// ---------------------------------------------------------------------------------------------
+// Refusals and endings
+
+void IngestCore::CountNak(RefusalReason reason) {
+  counters_[IngestCounter::kNaksSent].Add(1);
+  refusals_[static_cast<size_t>(reason)].Add(1);
+}
+
+void IngestCore::RefuseRequest(Connection& connection, RefusalReason reason, FrameType type,
+                               uint64_t request_id) {
+  CountNak(reason);
+  const bool waits = IsEffect(reason, RefusalEffect::kWaits);
+  SendNak(network_, connection.id, reason,
+          {.refused_type = type,
+           .session = connection.session.value(),
+           .sequence = request_id,
+           .retry_after_ms = waits ? RetryAfterMs(connection) : 0});
+}
+
+// Always false, for callers that say so upwards.
+bool IngestCore::RefuseAndClose(Connection& connection, RefusalReason reason, FrameType type,
+                                uint64_t sequence) {
+  CountNak(reason);
+  SendNak(network_, connection.id, reason,
+          {.refused_type = type,
+           .session = connection.session.value(),
+           .sequence = sequence,
+           .flags = kNakFlagClosing,
+           .retry_after_ms =
+               IsEffect(reason, RefusalEffect::kWaits) ? RetryAfterMs(connection) : 0,
+           .expected = connection.next_sequence});
+  BeginClose(connection, Network::CloseMode::kAfterSending);
+  return false;
+}
+
+void IngestCore::BeginClose(Connection& connection, Network::CloseMode mode) {
+  connection.state = State::kClosing;
+  connection.opened_ns = now_ns_;
+  connection.assembler.Clear(&partial_pool_);
+  network_->Close(connection.id, mode);
+}
+
+// Says close once everything that was taken is answered.
+void IngestCore::FinishSettling(Connection& connection) {
+  if (connection.hello_pending || connection.observations_in_flight > 0 ||
+      connection.recalls_in_flight > 0 || connection.introspections_in_flight > 0) {
+    return;
+  }
+  if (connection.has_session) {
+    SendAck(network_, connection.id, connection.session.value(), connection.settled_sequence,
+            connection.credit_sequence);
+  }
+  SendClose(network_, connection.id, connection.session.value(), connection.settled_sequence);
+  BeginClose(connection, Network::CloseMode::kAfterSending);
+}
+
+// Tells the shard that a session has no connection now. Where there is no room for it the session
+// merely looks attached until someone resumes it or its place is needed.
+void IngestCore::PushDetach(ShardId shard, const DetachRequest& detach) {
+  const SlotId slot = port_.slab->Acquire(kRequestBodyOffset);
+  if (slot != kNoSlot) {
+    new (port_.slab->At(slot)) DetachRequest(detach);
+    if (LaneOf(shard, Lane::kRecall).TryPush(slot)) return;
+    port_.slab->Release(slot);
+  }
+  counters_[IngestCounter::kDetachesLost].Add(1);
+}
+
+void IngestCore::BeginDrain() {
+  if (draining_) return;
+  draining_ = true;
+  now_ns_ = clock_->MonotonicNs();
+  drain_began_ns_ = now_ns_;
+  network_->StopAccepting();
+  for (uint32_t i = 0; i < connections_used_; ++i) {
+    Connection& connection = connections_[i];
+    if (connection.state != State::kAwaitHello && connection.state != State::kOpen) continue;
+    connection.state = State::kSettling;
+    connection.opened_ns = now_ns_;
+    connection.assembler.Clear(&partial_pool_);
+    FinishSettling(connection);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Upkeep
+
+// Looks at some connections each millisecond, at all of them within a second.
+void IngestCore::SweepTimeouts() {
+  if (now_ns_ < next_sweep_ns_ || connections_used_ == 0) return;
+  next_sweep_ns_ = now_ns_ + kSweepIntervalNs;
+  const uint32_t step = connections_used_ / 1000 + 16;
+  for (uint32_t i = 0; i < std::min(step, connections_used_); ++i) {
+    sweep_cursor_ = (sweep_cursor_ + 1) % connections_used_;
+    SweepConnection(connections_[sweep_cursor_]);
+  }
+}
+
+void IngestCore::SweepConnection(Connection& connection) {
+  switch (connection.state) {
+    case State::kFree:
+      return;
+    case State::kSettling:
+    case State::kClosing:
+      if (now_ns_ - connection.opened_ns > options_.drain_timeout_ns) {
+        BeginClose(connection, Network::CloseMode::kNow);
+      }
+      return;
+    case State::kAwaitHello:
+      if (!connection.hello_pending &&
+          now_ns_ - connection.opened_ns > options_.handshake_timeout_ns) {
+        RefuseAndClose(connection, RefusalReason::kHandshakeTimeout, FrameType::kHello, 0);
+      }
+      return;
+    case State::kOpen:
+      break;
+  }
+  if (connection.partial_since_ns != 0 && !connection.paused &&
+      now_ns_ - connection.partial_since_ns > options_.frame_timeout_ns) {
+    RefuseAndClose(connection, RefusalReason::kFrameTimeout, FrameType::kObserve, 0);
+  } else if (connection.paused &&
+             now_ns_ - connection.paused_since_ns > options_.slow_reader_timeout_ns &&
+             network_->SendBacklog(connection.id) > options_.send_pause_bytes) {
+    RefuseAndClose(connection, RefusalReason::kSlowReader, FrameType::kObserve, 0);
+  } else if (!connection.paused &&
+             now_ns_ - connection.last_received_ns > options_.idle_timeout_ns) {
+    RefuseAndClose(connection, RefusalReason::kIdleTimeout, FrameType::kPing, 0);
+  }
+}
+
+void IngestCore::PauseReceiving(Connection& connection) {
+  if (connection.paused || connection.state != State::kOpen) return;
+  connection.paused = true;
+  connection.paused_since_ns = now_ns_;
+  paused_.push_back(connection.id.index);
+  network_->SetReceivePaused(connection.id, true);
+}
+
+// Reads on where the answers were taken.
+void IngestCore::ReviewPaused() {
+  std::erase_if(paused_, [this](uint32_t index) {
+    Connection& connection = connections_[index];
+    if (connection.recalls_in_flight >= options_.max_recalls ||
+        network_->SendBacklog(connection.id) > options_.send_pause_bytes / 2) {
+      return false;
+    }
+    connection.paused = false;
+    connection.last_received_ns = now_ns_;
+    if (connection.partial_since_ns != 0) connection.partial_since_ns = now_ns_;
+    network_->SetReceivePaused(connection.id, false);
+    return true;
+  });
+}
+
+void IngestCore::MeasureDrainRate() {
+  if (now_ns_ - rate_since_ns_ < kRateWindowNs) return;
+  const uint64_t settled = counters_[IngestCounter::kObservationsAccepted].Read();
+  const double seconds = static_cast<double>(now_ns_ - rate_since_ns_) / kNanosPerSecond;
+  const double rate = static_cast<double>(settled - rate_settled_) / seconds;
+  settled_per_second_ = 0.8 * settled_per_second_ + 0.2 * rate;
+  rate_since_ns_ = now_ns_;
+  rate_settled_ = settled;
+}
+
+// When half of what waits in the connection's lane is gone, at the rate of the last moments.
+uint32_t IngestCore::RetryAfterMs(const Connection& connection) const {
+  const auto& lanes = port_.shards[connection.home.value()].lanes;
+  const size_t lane = static_cast<size_t>(LaneOfPriority(connection.priority));
+  const double waiting = static_cast<double>(lanes[lane].Depth());
+  const double ms = 500 * waiting / std::max(settled_per_second_, 1.0);
+  return static_cast<uint32_t>(std::clamp(ms, 1.0, 1000.0));
+}
+
+IngestCore::Connection* IngestCore::Find(ConnectionId id) {
+  if (id.index >= connections_.size()) return nullptr;
+  Connection& connection = connections_[id.index];
+  if (connection.state == State::kFree || !(connection.id == id)) return nullptr;
+  return &connection;
+}
+
+}  // namespace engram

@@ -1,0 +1,237 @@
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "dataplane/admission_gate.h"
+#include "dataplane/decoder.h"
+#include "dataplane/frame_assembler.h"
+#include "dataplane/frame_format.h"
+#include "dataplane/frame_writer.h"
+#include "dataplane/ring_mesh.h"
+#include "dataplane/shard_router.h"
+#include "src/core/clock.h"
+#include "src/core/counters.h"
+#include "src/core/latency_histogram.h"
+#include "src/core/network.h"
+#include "src/core/result.h"
+
+namespace engram {
+
+struct IngestOptions {
+  uint32_t max_connections = 10'000;
+  int64_t handshake_timeout_ns = 10 * kNanosPerSecond;   // from accept to hello
+  int64_t frame_timeout_ns = 30 * kNanosPerSecond;       // from a frame's first byte to its last
+  int64_t idle_timeout_ns = 300 * kNanosPerSecond;       // nothing received
+  int64_t slow_reader_timeout_ns = 30 * kNanosPerSecond; // answers stay unread
+  int64_t drain_timeout_ns = 5 * kNanosPerSecond;        // to settle and say close
+  uint32_t max_recalls = 16;                             // of a connection, under way
+  size_t partial_frame_bytes = size_t{32} << 20;         // of all unfinished frames
+  size_t send_pause_bytes = size_t{1} << 20;  // unread answers at which reading pauses
+  int events_per_poll = 64;
+  HugePagePolicy huge_pages = HugePagePolicy::kAuto;
+};
+
+enum class IngestCounter : uint8_t {
+  kConnectionsOpened,
+  kConnectionsClosed,
+  kBytesReceived,
+  kFramesReceived,
+  kFramesGathered,  // cut between two reads, so copied once more
+  kObservationsReceived,
+  kObservationsAccepted,
+  kObservationsRepeated,
+  kRecallsReceived,
+  kRecallsAnswered,
+  kAcksSent,
+  kNaksSent,
+  kEvictedPartialFrames,
+  kDetachesLost,
+  kCount,
+};
+std::string_view IngestCounterName(IngestCounter counter);
+
+// One ingress core: bytes of connections to slots in the shards' rings, and the shards' answers back
+// to bytes.
+//
+// The way of an observation through this file: OnReceive (receiver) -> TakeFrame (decoder) ->
+// TakeObserve -> PushObservation (admission gate, shard router, ring mesh); back: TakeCompletions ->
+// SettleObservation -> FlushAcks.
+//
+// Thread safety: one core's alone; counters and histograms may be read by others.
+// Invariants: a connection's observations are pushed in the order of their sequence numbers, on one
+// lane to one shard; settled_sequence <= next_sequence - 1; every slot is free, in a ring, or with a
+// shard.
+class IngestCore final : public NetworkHandler {
+ public:
+  // `clock`, `network` and `catalogue` (counters for `status`; may be filled later) outlive the
+  // core. Errors: kResourceExhausted.
+  static Result<std::unique_ptr<IngestCore>> Create(const IngestOptions& options, Clock* clock,
+                                                    Network* network, ProducerPort port,
+                                                    const CounterCatalogue* catalogue);
+
+  // One bounded round; returns how much was done. Never blocks.
+  int Poll();
+
+  // Begins to end every connection: what was taken is settled, acked, and said good-bye to.
+  void BeginDrain();
+  // Every connection is gone.
+  bool drained() const { return draining_ && open_connections_ == 0; }
+
+  uint32_t open_connections() const { return open_connections_; }
+  void AddCounters(std::string_view core, CounterCatalogue* catalogue) const;
+  const LatencyHistogram& receive_to_ring() const { return receive_to_ring_; }
+  const Counter& counter(IngestCounter which) const { return counters_[which]; }
+  const Counter& refusals(RefusalReason reason) const {
+    return refusals_[static_cast<size_t>(reason)];
+  }
+
+  // NetworkHandler.
+  void OnAccept(ConnectionId id) override;
+  void OnReceive(ConnectionId id, std::span<const std::byte> bytes) override;
+  void OnClosed(ConnectionId id, CloseCause cause) override;
+
+ private:
+  enum class State : uint8_t {
+    kFree,
+    kAwaitHello,
+    kOpen,      // hello done
+    kSettling,  // takes nothing more; says close once everything taken is answered
+    kClosing,   // the network was told to close
+  };
+
+  struct Connection {
+    ConnectionId id;
+    State state = State::kFree;
+    bool hello_pending = false;
+    bool has_session = false;
+    bool ack_dirty = false;     // in dirty_
+    bool refused_ahead = false; // a gap or a lack of room was named; silent until next_sequence
+    bool paused = false;        // in paused_
+    Priority priority = Priority::kNormal;
+    ShardId home;
+    SpaceRules rules;
+    uint8_t space_bytes = 0;
+    std::array<char, kMaxSpaceNameBytes> space{};
+    SessionId session;
+    uint32_t session_slot = 0;
+    Sequence next_sequence = 1;
+    Sequence settled_sequence = 0;
+    uint64_t credit_sequence = 0;
+    uint32_t observations_in_flight = 0;
+    uint32_t recalls_in_flight = 0;
+    uint16_t introspections_in_flight = 0;  // shards that have not answered yet
+    uint64_t introspect_id = 0;
+    int64_t opened_ns = 0;  // of the close, once closing
+    int64_t last_received_ns = 0;
+    int64_t partial_since_ns = 0;  // of the unfinished frame, 0: none
+    int64_t paused_since_ns = 0;
+    FrameAssembler assembler;
+  };
+
+  IngestCore(const IngestOptions& options, Clock* clock, Network* network, ProducerPort port,
+             const CounterCatalogue* catalogue, PartialBlockPool partial_pool);
+
+  // Receiving.
+  bool TakeFrame(Connection& connection, const FrameHeader& header,
+                 std::span<const std::byte> frame);
+  bool TakeHello(Connection& connection, const FrameHeader& header,
+                 std::span<const std::byte> body);
+  bool TakeObserve(Connection& connection, const FrameHeader& header,
+                   std::span<const std::byte> body);
+  RefusalReason PushObservation(Connection& connection, const ObservationView& view,
+                                Sequence sequence);
+  bool TakeRecall(Connection& connection, const FrameHeader& header,
+                  std::span<const std::byte> body);
+  RefusalReason PushRecall(Connection& connection, const RecallView& view,
+                           const FrameHeader& header);
+  bool TakeIntrospect(Connection& connection, const FrameHeader& header,
+                      std::span<const std::byte> body);
+  RefusalReason PushIntrospect(Connection& connection, uint64_t request_id);
+  void SendStatus(Connection& connection, uint64_t request_id);
+  void EvictOldestPartial(const Connection& keep);
+
+  // Answers of the shards.
+  int TakeCompletions();
+  void TakeCompletion(ShardId shard, const Completion& completion);
+  void Deliver(Connection& connection, ShardId shard, const Completion& completion);
+  void DetachOrphan(ShardId shard, const Completion& completion);
+  void FinishHello(Connection& connection, const Completion& completion);
+  void SettleObservation(Connection& connection, const Completion& completion);
+  void FinishRecall(Connection& connection, const Completion& completion);
+  void ForwardHits(Connection& connection, ShardId shard, const Completion& completion);
+  void ForwardRecords(Connection& connection, ShardId shard, const Completion& completion);
+  void FlushAcks();
+  void MarkAckDirty(Connection& connection);
+  void GrantCredit(Connection& connection, uint64_t credit_sequence);
+
+  // Refusals and endings.
+  void RefuseRequest(Connection& connection, RefusalReason reason, FrameType type,
+                     uint64_t request_id);
+  bool RefuseAndClose(Connection& connection, RefusalReason reason, FrameType type,
+                      uint64_t sequence);
+  void BeginClose(Connection& connection, Network::CloseMode mode);
+  void FinishSettling(Connection& connection);
+  void PushDetach(ShardId shard, const DetachRequest& detach);
+  void CountNak(RefusalReason reason);
+
+  // Upkeep.
+  void SweepTimeouts();
+  void SweepConnection(Connection& connection);
+  void PauseReceiving(Connection& connection);
+  void ReviewPaused();
+  void MeasureDrainRate();
+  uint32_t RetryAfterMs(const Connection& connection) const;
+
+  Connection* Find(ConnectionId id);
+  Connection* FindOrigin(Origin origin) {
+    return Find({.index = static_cast<uint32_t>(origin >> 32),
+                 .generation = static_cast<uint32_t>(origin)});
+  }
+  static Origin OriginOf(const Connection& connection) {
+    return (uint64_t{connection.id.index} << 32) | connection.id.generation;
+  }
+  SpscRing<SlotId>::Producer& LaneOf(ShardId shard, Lane lane) {
+    return port_.shards[shard.value()].lanes[static_cast<size_t>(lane)];
+  }
+
+  // Constant after construction.
+  const IngestOptions options_;
+  Clock* const clock_;
+  Network* const network_;
+  const CounterCatalogue* const catalogue_;
+  const ShardRouter router_;
+
+  // Owner core only.
+  ProducerPort port_;
+  PartialBlockPool partial_pool_;
+  std::vector<std::byte> scratch_;        // one frame of the greatest size
+  std::vector<Connection> connections_;   // by ConnectionId::index
+  std::vector<uint32_t> dirty_;           // connections whose ack is due
+  std::vector<uint32_t> paused_;          // connections that are not read from
+  std::vector<Completion> completions_;   // of one batch
+  uint32_t connections_used_ = 0;         // highest index ever + 1
+  uint32_t open_connections_ = 0;
+  uint32_t open_sessions_ = 0;
+  uint32_t sweep_cursor_ = 0;
+  int64_t now_ns_ = 0;
+  int64_t next_sweep_ns_ = 0;
+  int64_t drain_began_ns_ = 0;
+  bool draining_ = false;
+  // Observations settled a second, for retry_after.
+  int64_t rate_since_ns_ = 0;
+  uint64_t rate_settled_ = 0;
+  double settled_per_second_ = 0;
+
+  // Written by the owner, read by others.
+  CounterSet<IngestCounter, static_cast<size_t>(IngestCounter::kCount)> counters_;
+  std::array<Counter, kRefusalCodes> refusals_;
+  LatencyHistogram receive_to_ring_;
+};
+
+}  // namespace engram

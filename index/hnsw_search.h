@@ -1,0 +1,380 @@
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "index/distance.h"
+#include "index/hnsw_graph.h"
+#include "index/vector_store.h"
+#include "src/core/arena_heap.h"
+#include "src/core/check.h"
+#include "src/core/ids.h"
+#include "src/core/observation.h"
+
+namespace engram {
+
+// Recall from an HNSW graph.
+// 1. Greedy descent: from the entry point, on each level above 0, go to the nearest linked node
+//    until none is nearer than where we are.
+// 2. Beam search on level 0 (Malkov & Yashunin 2018, Algorithm 2): expand the nearest candidate that
+//    has not been expanded; keep the ef nearest live nodes seen; stop when the nearest candidate is
+//    farther than all of them.
+// 3. The k nearest of these are the answer.
+// Retired nodes are walked through like any other, and never part of the answer.
+
+struct Neighbour {
+  float distance;
+  NodeId node;
+};
+
+// A distance and a node in one number, ordered by distance and then by node.
+using NeighbourKey = uint64_t;
+inline NeighbourKey KeyOf(float distance, NodeId node) {
+  const auto bits = std::bit_cast<uint32_t>(distance);
+  const uint32_t ordered = bits ^ ((bits >> 31) != 0 ? 0xFFFFFFFF : 0x80000000);
+  return uint64_t{ordered} << 32 | node;
+}
+inline NodeId NodeOf(NeighbourKey key) { return static_cast<NodeId>(key); }
+inline float DistanceOf(NeighbourKey key) {
+  const auto ordered = static_cast<uint32_t>(key >> 32);
+  return std::bit_cast<float>(ordered ^ ((ordered >> 31) != 0 ? 0x80000000 : 0xFFFFFFFF));
+}
+
+// A binary heap of keys in memory that someone else owns. `Before(a, b)`: a is nearer to the top.
+template <typename Before>
+class KeyHeap {
+ public:
+  void Attach(NeighbourKey* keys) { keys_ = keys; }
+  void Clear() { size_ = 0; }
+  size_t size() const { return size_; }
+  bool empty() const { return size_ == 0; }
+  NeighbourKey top() const { return keys_[0]; }
+  std::span<NeighbourKey> keys() { return {keys_, size_}; }
+
+  void Push(NeighbourKey key) {
+    size_t place = size_++;
+    while (place != 0) {
+      const size_t above = (place - 1) / 2;
+      if (!Before()(key, keys_[above])) break;
+      keys_[place] = keys_[above];
+      place = above;
+    }
+    keys_[place] = key;
+  }
+  void ReplaceTop(NeighbourKey key) {
+    size_t place = 0;
+    for (;;) {
+      size_t below = 2 * place + 1;
+      if (below >= size_) break;
+      // Written so that it compiles to a conditional move: the outcome cannot be predicted.
+      below += static_cast<size_t>(below + 1 < size_ && Before()(keys_[below + 1], keys_[below]));
+      if (!Before()(keys_[below], key)) break;
+      keys_[place] = keys_[below];
+      place = below;
+    }
+    keys_[place] = key;
+  }
+  void Pop() {
+    const NeighbourKey last = keys_[--size_];
+    if (size_ != 0) ReplaceTop(last);
+  }
+  // Makes a heap of the first `size` keys in memory, in whatever order they are.
+  void Rebuild(size_t size) {
+    size_ = size;
+    std::make_heap(keys_, keys_ + size,
+                   [](NeighbourKey a, NeighbourKey b) { return Before()(b, a); });
+  }
+
+ private:
+  NeighbourKey* keys_ = nullptr;
+  size_t size_ = 0;
+};
+struct NearestFirst {
+  bool operator()(NeighbourKey a, NeighbourKey b) const { return a < b; }
+};
+struct FarthestFirst {
+  bool operator()(NeighbourKey a, NeighbourKey b) const { return a > b; }
+};
+
+// What a search needs besides the graph: the marks of visited nodes, the candidates, the results.
+// One search at a time; any number of graphs, one after the other.
+//
+// Thread safety: one core's alone.
+class SearchScratch {
+ public:
+  // For searches with ef up to `max_ef`. `heap` must outlive the scratch. Takes memory at the first
+  // Reserve only.
+  explicit SearchScratch(ArenaHeap* heap, uint32_t max_ef = kMaxEf);
+  SearchScratch(const SearchScratch&) = delete;
+  SearchScratch& operator=(const SearchScratch&) = delete;
+  ~SearchScratch() { Release(); }
+
+  // Makes room for searches in graphs of nodes 0 to `nodes` - 1. Call it where a graph grows. False
+  // when the heap is spent; the room is what it was then.
+  bool Reserve(size_t nodes);
+  void Release();
+
+  uint32_t max_ef() const { return max_ef_; }
+  size_t capacity() const { return visited_capacity_; }
+
+  // Distances evaluated by all searches with this scratch so far.
+  uint64_t distances = 0;
+
+ private:
+  template <typename IsLive>
+  friend class BeamSearch;
+
+  using Epoch = uint16_t;
+
+  void ForgetVisited();
+  // True the first time in a search. Nodes beyond the room were added after the search began: they
+  // count as visited.
+  bool Visit(NodeId node) {
+    if (node >= visited_capacity_ || visited_[node] == epoch_) return false;
+    visited_[node] = epoch_;
+    return true;
+  }
+  // Makes room among the candidates: drops those beyond the results' bound, else the farther half.
+  void TrimCandidates(bool bounded);
+
+  // Constant after construction.
+  ArenaHeap* heap_;
+  uint32_t max_ef_;
+  size_t candidates_capacity_;
+  // Taken from the heap.
+  NeighbourKey* candidate_keys_ = nullptr;
+  NeighbourKey* result_keys_ = nullptr;
+  Epoch* visited_ = nullptr;
+  size_t visited_capacity_ = 0;
+  // The search under way. A node is visited when its mark is epoch_.
+  Epoch epoch_ = 0;
+  KeyHeap<NearestFirst> candidates_;
+  KeyHeap<FarthestFirst> results_;
+};
+
+// What is searched, with what, and for what. `query`: padded and aligned as a row of `vectors`.
+struct SearchTarget {
+  const HnswGraph* graph;
+  const VectorStore* vectors;
+  DistanceFn distance;
+  const float* query;
+};
+
+// Step 1, one hop: evaluates the links of *nearest on `level` and moves there if one is nearer.
+// True if it moved. Adds the distances it evaluated to *distances.
+bool GreedyHop(const SearchTarget& target, uint32_t level, NeighbourKey* nearest,
+               uint64_t* distances);
+
+// Asks for the cache lines of a row that a distance will read soon. The rest follows by the
+// processor's own prefetcher once the distance runs.
+inline void PrefetchRow(const float* row, size_t padded_dimension) {
+  constexpr size_t kLinesAhead = 8;
+  const size_t lines = std::min(padded_dimension / kRowFloats, kLinesAhead);
+  for (size_t line = 0; line < lines; ++line) __builtin_prefetch(row + line * kRowFloats);
+}
+
+// Step 2, one expansion at a time.
+template <typename IsLive>
+class BeamSearch {
+ public:
+  explicit BeamSearch(IsLive is_live = IsLive()) : is_live_(is_live) {}
+
+  // `scratch` belongs to this search until its results have been read. 1 <= ef <= max_ef.
+  void Begin(const SearchTarget& target, uint32_t level, uint32_t ef, SearchScratch* scratch) {
+    CHECK(ef >= 1 && ef <= scratch->max_ef(), "ef is beyond the scratch");
+    target_ = target;
+    level_ = level;
+    ef_ = ef;
+    scratch_ = scratch;
+    scratch_->ForgetVisited();
+    scratch_->candidates_.Clear();
+    scratch_->results_.Clear();
+  }
+  // The same on the next level, from the nodes that were found on this one.
+  void BeginFromResults(uint32_t level) {
+    level_ = level;
+    scratch_->ForgetVisited();
+    const std::span<NeighbourKey> found = scratch_->results_.keys();
+    std::copy(found.begin(), found.end(), scratch_->candidate_keys_);
+    scratch_->candidates_.Rebuild(found.size());
+    scratch_->results_.Rebuild(found.size());
+    for (const NeighbourKey key : found) scratch_->Visit(NodeOf(key));
+  }
+  void AddSeed(NeighbourKey seed) {
+    if (scratch_->Visit(NodeOf(seed))) Offer(seed);
+  }
+
+  // For walks of the caller's own once the search is complete.
+  void ForgetVisited() { scratch_->ForgetVisited(); }
+  bool Visit(NodeId node) { return scratch_->Visit(node); }
+
+  // Expands the nearest candidate. False when the search is complete.
+  bool Step() {
+    SearchScratch& s = *scratch_;
+    if (s.candidates_.empty()) return false;
+    const NeighbourKey candidate = s.candidates_.top();
+    if (s.results_.size() == ef_ && candidate > s.results_.top()) return false;
+    s.candidates_.Pop();
+    if (!s.candidates_.empty()) PrefetchLinks(NodeOf(s.candidates_.top()));
+    const size_t count = GatherUnvisited(NodeOf(candidate));
+    const size_t padded = target_.vectors->padded_dimension();
+    for (size_t i = 0; i < count; ++i) {
+      if (i + kRowsAhead < count) {
+        PrefetchRow(target_.vectors->Row(fresh_[i + kRowsAhead]), padded);
+      }
+      const float distance =
+          target_.distance(target_.query, target_.vectors->Row(fresh_[i]), padded);
+      Offer(KeyOf(distance, fresh_[i]));
+    }
+    s.distances += count;
+    return true;
+  }
+
+  // Once Step said false: up to ef live nodes, nearest first. Valid until the next Begin.
+  std::span<const NeighbourKey> SortedResults() {
+    const std::span<NeighbourKey> keys = scratch_->results_.keys();
+    std::sort(keys.begin(), keys.end());
+    return keys;
+  }
+
+ private:
+  // Rows asked for before the one that is compared: enough to cover memory's latency.
+  static constexpr size_t kRowsAhead = 4;
+
+  void PrefetchLinks(NodeId node) {
+    const NodeId* links = target_.graph->Links(node, level_);
+    const uint32_t places = target_.graph->MaxDegree(level_);
+    for (uint32_t place = 0; place < places; place += 16) __builtin_prefetch(links + place);
+  }
+
+  size_t GatherUnvisited(NodeId node) {
+    const NodeId* links = target_.graph->Links(node, level_);
+    const uint32_t places = target_.graph->MaxDegree(level_);
+    size_t count = 0;
+    for (uint32_t place = 0; place < places; ++place) {
+      const NodeId linked = HnswGraph::LoadLink(links + place);
+      if (linked == kNoNode) break;
+      if (!scratch_->Visit(linked)) continue;
+      if (count < kRowsAhead) {
+        PrefetchRow(target_.vectors->Row(linked), target_.vectors->padded_dimension());
+      }
+      fresh_[count++] = linked;
+    }
+    return count;
+  }
+
+  void Offer(NeighbourKey key) {
+    SearchScratch& s = *scratch_;
+    const bool full = s.results_.size() == ef_;
+    if (full && key > s.results_.top()) return;
+    if (s.candidates_.size() == s.candidates_capacity_) s.TrimCandidates(full);
+    s.candidates_.Push(key);
+    if (!is_live_(NodeOf(key))) return;
+    if (full) {
+      s.results_.ReplaceTop(key);
+    } else {
+      s.results_.Push(key);
+    }
+  }
+
+  IsLive is_live_;
+  SearchTarget target_{};
+  uint32_t level_ = 0;
+  uint32_t ef_ = 0;
+  SearchScratch* scratch_ = nullptr;
+  std::array<NodeId, HnswGraph::kMaxM0> fresh_;
+};
+
+// Steps 1 to 3 in slices, so that a long recall need not hold up a core. Between two slices the
+// graph may be changed; the query, the graph and the scratch must stay.
+template <typename IsLive>
+class GraphSearch {
+ public:
+  explicit GraphSearch(IsLive is_live = IsLive()) : beam_(is_live) {}
+
+  // `ef` is raised to `k`; both are at most scratch->max_ef(). Nodes beyond the scratch's room
+  // (SearchScratch::Reserve) are not found.
+  void Begin(const SearchTarget& target, uint32_t k, uint32_t ef, SearchScratch* scratch) {
+    target_ = target;
+    k_ = k;
+    ef_ = std::max({ef, k, 1U});
+    scratch_ = scratch;
+    beam_.Begin(target, 0, ef_, scratch);
+    const NodeId entry = target.graph->entry_point();
+    state_ = State::kComplete;
+    if (entry == kNoNode) return;
+    level_ = target.graph->Level(entry);
+    nearest_ = KeyOf(target.distance(target.query, target.vectors->Row(entry),
+                                     target.vectors->padded_dimension()),
+                     entry);
+    ++scratch->distances;
+    state_ = State::kDescent;
+  }
+
+  // Searches on until about `max_distances` distances have been evaluated (one expansion more at
+  // most). True when the search is complete.
+  bool Step(uint64_t max_distances) {
+    const uint64_t limit = scratch_->distances + max_distances;
+    while (state_ == State::kDescent) {
+      if (level_ == 0) {
+        beam_.AddSeed(nearest_);
+        state_ = State::kBeam;
+      } else if (!GreedyHop(target_, level_, &nearest_, &scratch_->distances)) {
+        --level_;
+      }
+      if (scratch_->distances >= limit) return false;
+    }
+    while (state_ == State::kBeam) {
+      if (!beam_.Step()) {
+        state_ = State::kComplete;
+      } else if (scratch_->distances >= limit) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  // Writes the nearest min(k, out.size()) live nodes that were found, nearest first, equal distances
+  // by lower node; returns how many. Once, after Step said true.
+  size_t TakeResults(std::span<Neighbour> out) {
+    const std::span<const NeighbourKey> keys = beam_.SortedResults();
+    const size_t count = std::min({keys.size(), out.size(), size_t{k_}});
+    for (size_t i = 0; i < count; ++i) out[i] = {DistanceOf(keys[i]), NodeOf(keys[i])};
+    return count;
+  }
+
+ private:
+  enum class State : uint8_t { kDescent, kBeam, kComplete };
+
+  BeamSearch<IsLive> beam_;
+  SearchTarget target_{};
+  uint32_t k_ = 0;
+  uint32_t ef_ = 0;
+  SearchScratch* scratch_ = nullptr;
+  State state_ = State::kComplete;
+  uint32_t level_ = 0;
+  NeighbourKey nearest_ = 0;
+};
+
+// The whole recall at once: the nearest min(k, out.size()) nodes for which `is_live(node)` is true,
+// nearest first, equal distances by lower node. Returns how many. `query`: padded and aligned as a
+// row. A node that is being linked may be among them. `ef` is raised to `k`; both are at most
+// scratch->max_ef(). The scratch has room for every node of the graph. Owner core only; other cores
+// use GraphSearch.
+template <typename IsLive>
+size_t SearchGraph(const HnswGraph& graph, const VectorStore& vectors, DistanceFn distance,
+                   const float* query, uint32_t k, uint32_t ef, IsLive is_live,
+                   SearchScratch* scratch, std::span<Neighbour> out) {
+  CHECK(scratch->capacity() >= graph.known_nodes(),
+        "SearchScratch::Reserve is called where a graph grows");
+  GraphSearch<IsLive> search(is_live);
+  search.Begin({&graph, &vectors, distance, query}, k, ef, scratch);
+  search.Step(UINT64_MAX / 2);
+  return search.TakeResults(out);
+}
+
+}  // namespace engram

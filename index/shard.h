@@ -1,0 +1,171 @@
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#include "index/hnsw_linker.h"
+#include "index/hnsw_params.h"
+#include "index/id_map.h"
+#include "index/recall_job.h"
+#include "index/shard_sessions.h"
+#include "index/space.h"
+#include "src/core/arena_heap.h"
+#include "src/core/clock.h"
+#include "src/core/counters.h"
+#include "src/core/huge_page_arena.h"
+#include "src/core/latency_histogram.h"
+#include "src/core/result.h"
+#include "src/core/shard_port.h"
+
+namespace engram {
+
+struct ShardOptions {
+  // Memory that the shard's spaces may take, in bytes. Address space at first; used as it fills.
+  size_t memory_limit_bytes = size_t{4} << 30;
+  HugePagePolicy huge_pages = HugePagePolicy::kAuto;
+  int numa_node = -1;
+  uint32_t max_spaces = 10'000;
+  uint32_t max_sessions = 10'000;
+  int64_t session_idle_timeout_ns = 300 * kNanosPerSecond;
+  // Most sequences that a session may have under way beyond the last settled one.
+  uint32_t max_credit = 4'096;
+  // Vectors of a space that may wait for the graph, as what a recall must scan beside it. Credit
+  // ends at this; twice as much is refused.
+  size_t unlinked_limit_bytes = size_t{64} << 20;
+  uint32_t default_ef = 128;
+  HnswBuildParams build;
+  // Secret; draws session ids and hash seeds. The same seed gives the same run.
+  uint64_t seed = 0;
+};
+
+enum class ShardCounter : uint8_t {
+  kObservationsStored,
+  kObservationsDeleted,
+  kObservationsSkipped,  // refused as invalid, their sequence settled
+  kObservationsRefused,  // for lack of room, or by a rule of sessions
+  kObservationsLinked,
+  kRecalls,
+  kRecallDistances,
+  kLinkDistances,
+  kSpaces,
+  kSessions,
+  kMemoryUsedBytes,
+  kMemoryLimitBytes,
+  kCount,
+};
+std::string_view ShardCounterName(ShardCounter counter);
+
+// One shard core: the spaces that live here, their sessions, and every recall of them.
+//
+// A Poll serves, in this order: what is left of a recall; the recall lanes of all producers; high
+// and normal observations, a batch each; a slice of linking.
+//
+// Thread safety: the shard core's alone; counters and histograms may be read by others, and
+// PrefaultAhead is the control plane's.
+// Invariants: an observation is completed once, after it is visible; while a recall is under way no
+// space changes.
+class Shard {
+ public:
+  // `clock` outlives the shard. Errors: kResourceExhausted.
+  static Result<std::unique_ptr<Shard>> Create(const ShardOptions& options, Clock* clock,
+                                               ShardPort port);
+
+  // One bounded round; returns how much was done. Never blocks.
+  int Poll();
+
+  // Nothing waits to be served (linking apart).
+  bool Idle() const;
+
+  // Makes memory present ahead of use (see HugePageArena).
+  size_t PrefaultAhead(size_t ahead_bytes, size_t step_bytes) {
+    return arena_->PrefaultAhead(ahead_bytes, step_bytes);
+  }
+  PageKind page_kind() const { return arena_->page_kind(); }
+  void AddCounters(std::string_view core, CounterCatalogue* catalogue) const;
+  const Counter& counter(ShardCounter which) const { return counters_[which]; }
+  const LatencyHistogram& receive_to_visible() const { return receive_to_visible_; }
+
+  // For tests and for a look after a fault; nullptr when there is no such space.
+  const Space* FindSpace(std::string_view name) const;
+  Result<void> CheckInvariants() const;
+
+ private:
+  // A request that answers in batches and is under way.
+  enum class Answering : uint8_t { kNothing, kSearching, kEmitting, kIntrospecting };
+
+  Shard(const ShardOptions& options, Clock* clock, ShardPort port, HugePageArena arena);
+
+  int TakeResultReturns();
+  int ServeRequests();
+  int ContinueAnswer();
+  bool TakeNextRequest();
+  void TakeRequest(size_t producer, SlotId slot);
+  void OpenSession(size_t producer, SlotId slot);
+  RefusalReason AnswerHello(size_t producer, HelloRequest* hello);
+  RefusalReason AttachSession(size_t producer, uint32_t space, HelloRequest* hello);
+  RefusalReason FindOrMakeSpace(const HelloRequest& hello, uint32_t* space);
+  void DetachSession(size_t producer, SlotId slot);
+  void BeginRecall(size_t producer, SlotId slot);
+  void BeginIntrospection(size_t producer, SlotId slot);
+  int EmitHits();
+  int EmitSpaceRecords();
+  size_t WriteSpaceRecord(const Space& space, std::byte* to) const;
+  void FinishAnswer(CompletionKind kind, RefusalReason reason);
+
+  int TakeObservations(Lane lane);
+  Completion TakeObservation(size_t producer, SlotId slot);
+  RefusalReason Store(Space* space, const ObserveRequest& request, const std::byte* body);
+  int LinkSlice(bool busy);
+  void FinishLink();
+  void QueueForLinking(uint32_t space);
+
+  uint64_t CreditOf(Session* session);
+  uint32_t RetryAfterMs(const Space& space) const;
+  void AnnounceCredit(uint32_t space);
+  void Complete(size_t producer, const Completion& completion);
+  void Notify(ProducerId producer, const Completion& completion);
+  uint32_t FindSpaceIndex(std::string_view name) const;
+
+  // Constant after construction.
+  const ShardOptions options_;
+  Clock* const clock_;
+
+  // Owner core only.
+  ShardPort port_;
+  std::unique_ptr<HugePageArena> arena_;
+  ArenaHeap heap_;
+  uint64_t name_seed_;
+  IdMap space_names_;
+  std::vector<std::unique_ptr<Space>> spaces_;
+  std::vector<uint32_t> attached_;         // by space: sessions with a connection
+  std::vector<uint64_t> announced_links_;  // by space: links made since credit was announced
+  std::vector<bool> link_queued_;          // by space
+  std::vector<uint32_t> link_queue_;       // spaces with something to link, served in turn
+  size_t link_turn_ = 0;
+  ShardSessions sessions_;
+  HnswLinker linker_;
+  uint32_t linking_space_ = 0;
+  RecallJob recall_;
+  Answering answering_ = Answering::kNothing;
+  size_t answer_producer_ = 0;
+  SlotId answer_slot_ = kNoSlot;
+  Origin answer_origin_ = 0;
+  uint64_t answer_id_ = 0;
+  uint32_t introspected_ = 0;  // spaces whose records were written
+  std::vector<SlotId> batch_;
+  size_t first_producer_ = 0;  // served first in this round
+  int64_t now_ns_ = 0;
+  int64_t link_retry_ns_ = 0;       // memory was short; try again then
+  int64_t link_began_ns_ = 0;       // of the node under way
+  double link_ns_ = kNanosPerMilli; // a node takes, on average of the last ones
+
+  // Written by the owner, read by others.
+  CounterSet<ShardCounter, static_cast<size_t>(ShardCounter::kCount)> counters_;
+  LatencyHistogram receive_to_visible_;
+};
+
+}  // namespace engram

@@ -1,0 +1,46 @@
+#pragma once
+
+#include <cstdint>
+
+#include "src/core/check.h"
+
+namespace engram {
+
+inline constexpr int64_t kNanosPerMicro = 1'000;
+inline constexpr int64_t kNanosPerMilli = 1'000'000;
+inline constexpr int64_t kNanosPerSecond = 1'000'000'000;
+
+// Where a core gets the time from. One call costs some 25 ns with the system's clock, so a Poll
+// reads it once and passes it on.
+class Clock {
+ public:
+  virtual ~Clock() = default;
+  // Nanoseconds since an arbitrary point; never goes back.
+  virtual int64_t MonotonicNs() = 0;
+  // Nanoseconds since 1970-01-01T00:00:00Z; may be set back by the operator.
+  virtual int64_t WallNs() = 0;
+};
+
+class SystemClock final : public Clock {
+ public:
+  int64_t MonotonicNs() override;
+  int64_t WallNs() override;
+};
+
+// A clock that a test steps.
+class SimulatedClock final : public Clock {
+ public:
+  explicit SimulatedClock(int64_t start_ns = kNanosPerSecond) : now_ns_(start_ns) {}
+  int64_t MonotonicNs() override { return now_ns_; }
+  int64_t WallNs() override { return kWallOffsetNs + now_ns_; }
+  void AdvanceNs(int64_t step_ns) {
+    CHECK(step_ns >= 0, "time does not go back");
+    now_ns_ += step_ns;
+  }
+
+ private:
+  static constexpr int64_t kWallOffsetNs = 1'700'000'000 * kNanosPerSecond;
+  int64_t now_ns_;
+};
+
+}  // namespace engram

@@ -1,0 +1,48 @@
+#include "src/core/doorbell.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <ctime>
+#include <utility>
+
+#include "src/core/clock.h"
+
+namespace engram {
+
+Result<Doorbell> Doorbell::Create() {
+  const int fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+  if (fd < 0) return FailErrno("eventfd: raise the limit of open files (ulimit -n)", errno);
+  return Doorbell(fd);
+}
+
+Doorbell::Doorbell(Doorbell&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+
+Doorbell& Doorbell::operator=(Doorbell&& other) noexcept {
+  std::swap(fd_, other.fd_);
+  return *this;
+}
+
+Doorbell::~Doorbell() {
+  if (fd_ >= 0) close(fd_);
+}
+
+void Doorbell::Wait(int64_t timeout_ns) {
+  pollfd entry{.fd = fd_, .events = POLLIN, .revents = 0};
+  const timespec timeout{.tv_sec = timeout_ns / kNanosPerSecond,
+                         .tv_nsec = timeout_ns % kNanosPerSecond};
+  if (ppoll(&entry, 1, &timeout, nullptr) <= 0) return;
+  uint64_t rings = 0;
+  // Nonblocking; whatever it says, the bell is silent now.
+  (void)!read(fd_, &rings, sizeof(rings));
+}
+
+void Doorbell::Wake() {
+  const uint64_t ring = 1;
+  // Fails only when the bell rings already.
+  (void)!write(fd_, &ring, sizeof(ring));
+}
+
+}  // namespace engram

@@ -1,0 +1,227 @@
+#include "src/daemon.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "src/core/check.h"
+
+namespace engram {
+
+namespace {
+
+constexpr int64_t kDrainDeadlineNs = 10 * kNanosPerSecond;
+constexpr int64_t kControlPeriodNs = 10 * kNanosPerMilli;
+// Memory made present ahead of a shard's use, and how much of it in one step.
+constexpr size_t kPrefaultAheadBytes = size_t{64} << 20;
+constexpr size_t kPrefaultStepBytes = size_t{16} << 20;
+
+size_t MachineMemoryBytes() {
+  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) *
+         static_cast<size_t>(sysconf(_SC_PAGESIZE));
+}
+
+uint64_t SecretSeed() {
+  uint64_t seed = 0;
+  CHECK(getentropy(&seed, sizeof(seed)) == 0, "the kernel gives random numbers");
+  return seed;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Daemon>> Daemon::Start(const Config& config, const Topology& topology,
+                                              Clock* clock, std::vector<std::string>* notes) {
+  std::unique_ptr<Daemon> daemon(new Daemon(clock));
+  if (auto made = daemon->MakeNetworks(config, notes); !made) {
+    return std::unexpected(made.error());
+  }
+  if (auto made = daemon->MakeAppliance(config, topology); !made) {
+    return std::unexpected(made.error());
+  }
+  if (auto made = daemon->MakeCores(config); !made) return std::unexpected(made.error());
+  notes->push_back(std::string("memory: observations in ") +
+                   std::string(PageKindName(daemon->appliance_->shard(0).page_kind())) +
+                   " pages, slots in " +
+                   std::string(PageKindName(daemon->appliance_->slot_page_kind())) + " pages");
+  if (auto started = daemon->StartThreads(); !started) {
+    daemon->Join();
+    return std::unexpected(started.error());
+  }
+  return daemon;
+}
+
+Daemon::~Daemon() { Join(); }
+
+Result<void> Daemon::MakeNetworks(const Config& config, std::vector<std::string>* notes) {
+  NetworkOptions options;
+  options.max_connections = config.max_connections;
+  options.share_port = config.ingress_cpus.size() > 1;
+  std::vector<Endpoint> wanted = config.listen;
+  for (size_t i = 0; i < config.ingress_cpus.size(); ++i) {
+    std::string note;
+    auto network = CreateNetwork(config.network_backend, options, &note);
+    if (!network) return std::unexpected(network.error());
+    if (!note.empty() && i == 0) notes->push_back("network: " + note);
+    for (Endpoint& endpoint : wanted) {
+      auto bound = (*network)->Listen(endpoint);
+      if (!bound) return std::unexpected(bound.error());
+      endpoint = *std::move(bound);  // The next ingress core shares the port that was given.
+    }
+    networks_.push_back(*std::move(network));
+  }
+  endpoints_ = wanted;
+  return {};
+}
+
+Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topology) {
+  ApplianceOptions options;
+  options.shards = static_cast<uint16_t>(config.shard_cpus.size());
+  options.ingest.max_connections = config.max_connections;
+  options.ingest.huge_pages = config.huge_pages;
+  const size_t limit = config.memory_limit_mib > 0 ? config.memory_limit_mib << 20
+                                                   : MachineMemoryBytes() / 4 * 3;
+  options.shard.memory_limit_bytes = limit / options.shards;
+  options.shard.huge_pages = config.huge_pages;
+  options.shard.default_ef = config.default_ef;
+  options.shard.build.M = config.hnsw_m;
+  options.shard.build.M0 = 2 * config.hnsw_m;
+  options.shard.build.ef_construction = config.hnsw_ef_construction;
+  options.shard.seed = SecretSeed();
+  options.mesh.huge_pages = config.huge_pages;
+  for (const int cpu : config.ingress_cpus) {
+    options.mesh.producer_numa_node.push_back(topology.NodeOf(cpu));
+  }
+  for (const int cpu : config.shard_cpus) {
+    options.mesh.shard_numa_node.push_back(topology.NodeOf(cpu));
+  }
+  std::vector<Network*> networks;
+  for (const auto& network : networks_) networks.push_back(network.get());
+  auto appliance = Appliance::Create(options, clock_, networks);
+  if (!appliance) return std::unexpected(appliance.error());
+  appliance_ = *std::move(appliance);
+  return {};
+}
+
+Result<Daemon::Core*> Daemon::CoreOn(int cpu, const Config& config) {
+  for (const auto& core : cores_) {
+    if (core->cpu == cpu) return core.get();
+  }
+  auto core = std::make_unique<Core>();
+  core->cpu = cpu;
+  const auto ingress = std::ranges::find(config.ingress_cpus, cpu);
+  CoreRunner::Sleeper sleeper;
+  if (ingress != config.ingress_cpus.end()) {
+    Network* network = networks_[static_cast<size_t>(ingress - config.ingress_cpus.begin())].get();
+    core->network = network;
+    sleeper = {.wait = [network](int64_t timeout_ns) { network->Wait(timeout_ns); },
+               .wake = [network] { network->Wake(); }};
+  } else {
+    auto doorbell = Doorbell::Create();
+    if (!doorbell) return std::unexpected(doorbell.error());
+    core->doorbell = std::make_unique<Doorbell>(*std::move(doorbell));
+    Doorbell* bell = core->doorbell.get();
+    sleeper = {.wait = [bell](int64_t timeout_ns) { bell->Wait(timeout_ns); },
+               .wake = [bell] { bell->Wake(); }};
+  }
+  core->runner = std::make_unique<CoreRunner>("cpu" + std::to_string(cpu), config.idle, clock_,
+                                              std::move(sleeper));
+  cores_.push_back(std::move(core));
+  return cores_.back().get();
+}
+
+Result<void> Daemon::MakeCores(const Config& config) {
+  for (size_t i = 0; i < config.ingress_cpus.size(); ++i) {
+    auto core = CoreOn(config.ingress_cpus[i], config);
+    if (!core) return std::unexpected(core.error());
+    drained_.push_back(std::make_unique<std::atomic<bool>>(false));
+    IngestCore* ingest = &appliance_->ingest(i);
+    std::atomic<bool>* drained = drained_.back().get();
+    (*core)->runner->AddPoll([this, ingest, drained] {
+      if (drain_.load(std::memory_order_relaxed)) {
+        ingest->BeginDrain();
+        if (ingest->drained()) drained->store(true, std::memory_order_release);
+      }
+      return ingest->Poll();
+    });
+  }
+  for (size_t i = 0; i < config.shard_cpus.size(); ++i) {
+    auto core = CoreOn(config.shard_cpus[i], config);
+    if (!core) return std::unexpected(core.error());
+    Shard* shard = &appliance_->shard(i);
+    (*core)->runner->AddPoll([shard] { return shard->Poll(); });
+  }
+  for (const auto& core : cores_) {
+    for (const auto& peer : cores_) {
+      if (peer != core) core->runner->AddPeer(peer->runner.get());
+    }
+    core->runner->AddCounters(&appliance_->counters());
+  }
+  return {};
+}
+
+Result<void> Daemon::StartThreads() {
+  std::atomic<int> started{0};
+  std::atomic<bool> failed{false};
+  while (Prefault()) {
+  }
+  for (const auto& core : cores_) {
+    threads_.emplace_back([this, &core, &started, &failed] { RunCore(*core, &started, &failed); });
+  }
+  for (int seen = started.load(); seen < static_cast<int>(cores_.size()); seen = started.load()) {
+    started.wait(seen);
+  }
+  if (failed.load()) {
+    return Fail(ErrorCode::kInternal,
+                "a core could not be pinned or its network not be started: check cores.* and "
+                "listen.backend, or set listen.backend = \"posix\"");
+  }
+  return {};
+}
+
+void Daemon::RunCore(const Core& core, std::atomic<int>* started, std::atomic<bool>* failed) {
+  pthread_setname_np(pthread_self(), core.runner->name().c_str());
+  bool sound = PinThisThread(core.cpu).has_value();
+  if (sound && core.network != nullptr) sound = core.network->Start().has_value();
+  if (!sound) failed->store(true);
+  started->fetch_add(1);
+  started->notify_all();
+  if (sound) core.runner->Run();
+}
+
+bool Daemon::Prefault() {
+  size_t made = 0;
+  for (size_t s = 0; s < appliance_->shards(); ++s) {
+    made += appliance_->shard(s).PrefaultAhead(kPrefaultAheadBytes, kPrefaultStepBytes);
+  }
+  return made > 0;
+}
+
+bool Daemon::ServeUntil(const std::atomic<bool>& stop) {
+  auto bell = Doorbell::Create();
+  CHECK(bell.has_value(), "a descriptor is left for the control plane");
+  while (!stop.load()) {
+    if (!Prefault()) bell->Wait(kControlPeriodNs);
+  }
+  const int64_t deadline_ns = clock_->MonotonicNs() + kDrainDeadlineNs;
+  drain_.store(true);
+  const auto all_drained = [&] {
+    return std::ranges::all_of(drained_, [](const auto& flag) { return flag->load(); });
+  };
+  while (!all_drained() && clock_->MonotonicNs() < deadline_ns) {
+    for (const auto& core : cores_) core->runner->WakeIfSleeping();
+    bell->Wait(kNanosPerMilli);
+  }
+  const bool drained = all_drained();
+  Join();
+  return drained;
+}
+
+void Daemon::Join() {
+  for (const auto& core : cores_) core->runner->Stop();
+  for (std::thread& thread : threads_) thread.join();
+  threads_.clear();
+}
+
+}  // namespace engram

@@ -1,0 +1,68 @@
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "src/appliance.h"
+#include "src/control/config.h"
+#include "src/core/doorbell.h"
+#include "src/core/result.h"
+#include "src/core/topology.h"
+#include "src/core_runner.h"
+
+namespace engram {
+
+// The appliance on real threads: networks that listen, one pinned thread a processor of the core
+// map, and the control plane's chores. The only place where threads are made.
+//
+// Lifecycle: Start, ServeUntil (which drains and joins), destructor.
+class Daemon {
+ public:
+  // Errors name the field of the configuration, its value and the remedy. `notes` receives lines for
+  // the start-up log.
+  static Result<std::unique_ptr<Daemon>> Start(const Config& config, const Topology& topology,
+                                               Clock* clock, std::vector<std::string>* notes);
+  ~Daemon();
+  Daemon(const Daemon&) = delete;
+  Daemon& operator=(const Daemon&) = delete;
+
+  // Does the control plane's chores on the calling thread until `stop` is true; then stops
+  // accepting, settles what was taken, says close to every client and joins the threads. True when
+  // all connections ended in time.
+  bool ServeUntil(const std::atomic<bool>& stop);
+
+  const std::vector<Endpoint>& endpoints() const { return endpoints_; }
+
+ private:
+  // What runs on one processor.
+  struct Core {
+    int cpu = -1;
+    Network* network = nullptr;
+    std::unique_ptr<Doorbell> doorbell;  // of a core without a network
+    std::unique_ptr<CoreRunner> runner;
+  };
+
+  explicit Daemon(Clock* clock) : clock_(clock) {}
+  Result<void> MakeNetworks(const Config& config, std::vector<std::string>* notes);
+  Result<void> MakeAppliance(const Config& config, const Topology& topology);
+  Result<void> MakeCores(const Config& config);
+  Result<Core*> CoreOn(int cpu, const Config& config);
+  Result<void> StartThreads();
+  void RunCore(const Core& core, std::atomic<int>* started, std::atomic<bool>* failed);
+  bool Prefault();
+  void Join();
+
+  Clock* const clock_;
+  std::vector<std::unique_ptr<Network>> networks_;
+  std::vector<Endpoint> endpoints_;
+  std::unique_ptr<Appliance> appliance_;
+  std::vector<std::unique_ptr<Core>> cores_;
+  std::vector<std::thread> threads_;
+  std::atomic<bool> drain_{false};
+  std::vector<std::unique_ptr<std::atomic<bool>>> drained_;  // by ingress core
+};
+
+}  // namespace engram

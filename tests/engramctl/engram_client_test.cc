@@ -1,0 +1,418 @@
+#include "tools/clients/cpp/engram_client.h"
+
+#include <arpa/inet.h>
+#include <gtest/gtest.h>
+#include <netinet/in.h>
+
+#include <array>
+
+#include "src/core/clock.h"
+#include "tests/engramctl/scripted_peer.h"
+
+namespace engram {
+namespace {
+
+// The answers are in the socket before they are awaited, so no test waits this long.
+constexpr int64_t kTimeoutNs = 10 * kNanosPerSecond;
+
+struct TestHit {
+  std::string id;
+  float score = 0;
+  std::string payload = {};
+  uint16_t flags = 0;
+};
+
+Bytes ResultOf(const std::vector<TestHit>& hits) {
+  ResultBody body;
+  body.count = static_cast<uint16_t>(hits.size());
+  body.metric = Metric::kCosine;
+  Bytes bytes = ScriptedPeer::ToBytes(BytesOf(body));
+  for (const TestHit& hit : hits) {
+    HitHeader header = {};
+    header.hit_bytes =
+        static_cast<uint32_t>(PadTo8(sizeof(HitHeader) + hit.id.size() + hit.payload.size()));
+    header.score = hit.score;
+    header.payload_bytes = static_cast<uint32_t>(hit.payload.size());
+    header.id_bytes = static_cast<uint16_t>(hit.id.size());
+    header.flags = hit.flags;
+    const size_t start = bytes.size();
+    AppendBytes(bytes, BytesOf(header));
+    AppendBytes(bytes, BytesOf(std::string_view(hit.id)));
+    AppendBytes(bytes, BytesOf(std::string_view(hit.payload)));
+    bytes.resize(start + header.hit_bytes);
+  }
+  return bytes;
+}
+
+class EngramClientTest : public testing::Test {
+ protected:
+  // A connection for recalls, past its handshake.
+  void Greet() {
+    peer_.SendHelloAck(0, 0);
+    ASSERT_TRUE(connection_.Hello({.no_session = true}, kTimeoutNs).has_value());
+    ASSERT_TRUE(peer_.NextFrame().has_value());
+  }
+  std::string MessageOf(const auto& result) {
+    return result ? std::string("no error") : result.error().message;
+  }
+
+  ScriptedPeer peer_;
+  Connection connection_ = peer_.Client();
+  const std::array<float, 2> vector_ = {1, 0};
+};
+
+TEST(ParseAddressTest, TakesHostsAndBracketedAddresses) {
+  EXPECT_EQ(ParseAddress("127.0.0.1:7654")->host, "127.0.0.1");
+  EXPECT_EQ(ParseAddress("[::1]:80")->host, "::1");
+  EXPECT_EQ(ParseAddress("[::1]:80")->ToString(), "[::1]:80");
+  EXPECT_EQ(ParseAddress("db.example:1")->port, "1");
+  for (const char* bad : {"", ":", "host", "host:", ":7654", "host:0", "host:65536", "host:12x",
+                          "::1:7654", "host:-1"}) {
+    EXPECT_FALSE(ParseAddress(bad).has_value()) << bad;
+  }
+}
+
+TEST(PrintableTest, TakesAwayWhatATerminalActsOn) {
+  EXPECT_EQ(Printable("a\x1b[31mb\n\x7f"), "a?[31mb??");
+  EXPECT_EQ(Printable("\xc2\x9b"
+                      "31m"),
+            "??31m");
+  EXPECT_EQ(Printable("caf\xc3\xa9 \xc2\xb5s"), "caf\xc3\xa9 \xc2\xb5s");
+}
+
+TEST(ConnectTest, SaysWhatToLookAtWhenNobodyListens) {
+  // A socket that is bound and does not listen keeps its port from everybody else.
+  const UniqueFd socket_fd(socket(AF_INET, SOCK_STREAM, 0));
+  sockaddr_in name = {};
+  name.sin_family = AF_INET;
+  name.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof(name);
+  ASSERT_EQ(bind(socket_fd.get(), reinterpret_cast<sockaddr*>(&name), size), 0);
+  ASSERT_EQ(getsockname(socket_fd.get(), reinterpret_cast<sockaddr*>(&name), &size), 0);
+  const Address address{"127.0.0.1", std::to_string(ntohs(name.sin_port))};
+  const auto connection = Connection::Connect(address, kTimeoutNs);
+  ASSERT_FALSE(connection.has_value());
+  EXPECT_EQ(connection.error().message, "cannot connect to " + address.ToString() +
+                                            ": Connection refused; is engramd running?");
+}
+
+TEST_F(EngramClientTest, HelloSaysWhatIsAskedAndKeepsTheAnswer) {
+  peer_.SendHelloAck(41, 100, 5'000, 8);
+  const HelloOptions options = {.space = "notes",
+                                .dimension = 2,
+                                .metric = Metric::kL2,
+                                .priority = Priority::kHigh,
+                                .session = 9,
+                                .no_session = false};
+  ASSERT_TRUE(connection_.Hello(options, kTimeoutNs).has_value());
+  EXPECT_EQ(connection_.hello().session, ScriptedPeer::kSession);
+  EXPECT_EQ(connection_.hello().last_sequence, 41u);
+  EXPECT_EQ(connection_.hello().credit, 100u);
+  EXPECT_EQ(connection_.hello().max_frame_bytes, 5'000u);
+  EXPECT_EQ(connection_.hello().max_recalls, 8u);
+
+  const auto frame = peer_.NextFrame();
+  ASSERT_TRUE(frame.has_value());
+  EXPECT_EQ(frame->header.type, FrameType::kHello);
+  EXPECT_EQ(frame->header.session, 9u);
+  const auto body = LoadAs<HelloBody>(frame->body.data());
+  EXPECT_EQ(body.features, 0u);
+  EXPECT_EQ(body.dimension, 2);
+  EXPECT_EQ(body.metric, Metric::kL2);
+  EXPECT_EQ(body.priority, Priority::kHigh);
+  ASSERT_EQ(frame->body.size(), sizeof(HelloBody) + 5);
+  EXPECT_EQ(std::memcmp(frame->body.data() + sizeof(HelloBody), "notes", 5), 0);
+}
+
+TEST_F(EngramClientTest, ARefusedHelloShowsNameTextAndTheServersWords) {
+  peer_.SendNak({.reason = RefusalReason::kMetricMismatch,
+                 .refused_type = FrameType::kHello,
+                 .flags = kNakFlagClosing},
+                0, "space notes has l2\x1b[2J");
+  peer_.Close();
+  const auto greeted = connection_.Hello({}, kTimeoutNs);
+  EXPECT_EQ(MessageOf(greeted),
+            "the server ended the connection: metric_mismatch: the space has another metric "
+            "(space notes has l2?[2J)");
+}
+
+TEST_F(EngramClientTest, AHelloAckThatIsTooShortIsNoAnswer) {
+  peer_.Send(FrameType::kHelloAck, 0, 0, Bytes(sizeof(HelloAckBody) - 1));
+  EXPECT_EQ(connection_.Hello({}, kTimeoutNs).error().code, ErrorCode::kCorrupt);
+}
+
+TEST_F(EngramClientTest, ANakWhoseTextLiesAboutItsLengthIsCaught) {
+  NakBody nak{.reason = RefusalReason::kBadFrame, .flags = kNakFlagClosing};
+  nak.text_bytes = 1;  // and no text follows
+  peer_.Send(FrameType::kNak, 0, 0, ScriptedPeer::ToBytes(BytesOf(nak)));
+  EXPECT_EQ(connection_.Hello({}, kTimeoutNs).error().code, ErrorCode::kCorrupt);
+  peer_.Send(FrameType::kNak, 0, 0, Bytes(3));
+  EXPECT_EQ(connection_.Hello({}, kTimeoutNs).error().code, ErrorCode::kCorrupt);
+}
+
+TEST_F(EngramClientTest, AnotherProtocolOnThePortIsNamed) {
+  peer_.SendRaw(BytesOf(std::string_view("HTTP/1.1 400 Bad Request\r\nConnection: close\r\n")));
+  const auto greeted = connection_.Hello({}, kTimeoutNs);
+  EXPECT_NE(MessageOf(greeted).find("does not begin with the bytes ENG1"), std::string::npos)
+      << MessageOf(greeted);
+}
+
+TEST_F(EngramClientTest, AFrameLengthOverTheBoundIsNotAwaited) {
+  FrameHeader header;
+  header.type = FrameType::kHelloAck;
+  header.length = 0xFFFFFFFF;
+  peer_.SendRaw(BytesOf(header));
+  EXPECT_EQ(connection_.Hello({}, kTimeoutNs).error().code, ErrorCode::kCorrupt);
+}
+
+TEST_F(EngramClientTest, AFlippedBitIsCaught) {
+  Bytes frame = ScriptedPeer::Framed(FrameType::kHelloAck, 0, 0, Bytes(sizeof(HelloAckBody)));
+  frame.back() ^= std::byte{1};
+  peer_.SendRaw(frame);
+  const auto greeted = connection_.Hello({}, kTimeoutNs);
+  EXPECT_NE(MessageOf(greeted).find("CRC32C"), std::string::npos) << MessageOf(greeted);
+}
+
+TEST_F(EngramClientTest, AnEndInMidFrameIsToldFromAnEndBetweenFrames) {
+  const Bytes frame = ScriptedPeer::Framed(FrameType::kHelloAck, 0, 0, Bytes(24));
+  peer_.SendRaw(std::span<const std::byte>(frame).first(40));
+  peer_.Close();
+  EXPECT_EQ(MessageOf(connection_.Hello({}, kTimeoutNs)),
+            "the server closed the connection in mid-frame");
+}
+
+TEST_F(EngramClientTest, AnEndBetweenFrames) {
+  peer_.Close();
+  EXPECT_EQ(MessageOf(connection_.Hello({}, kTimeoutNs)), "the server closed the connection");
+}
+
+TEST_F(EngramClientTest, FramesMayArriveByteByByte) {
+  const Bytes frame = ScriptedPeer::Framed(FrameType::kPing, kFrameFlagPingAnswer, 5, {});
+  for (size_t i = 0; i < frame.size(); ++i) {
+    const auto early = connection_.NextFrame();
+    ASSERT_TRUE(early.has_value());
+    ASSERT_FALSE(early->has_value()) << i;
+    peer_.SendRaw({&frame[i], 1});
+    ASSERT_TRUE(connection_.Receive().has_value());
+  }
+  const auto whole = connection_.NextFrame();
+  ASSERT_TRUE(whole.has_value() && whole->has_value());
+  EXPECT_EQ((*whole)->header.sequence, 5u);
+}
+
+TEST_F(EngramClientTest, AnswersTheServersPingsAndTimesItsOwn) {
+  peer_.Send(FrameType::kPing, 0, 123, {});
+  peer_.Send(FrameType::kPing, kFrameFlagPingAnswer, 1, {});
+  EXPECT_GE(connection_.Ping(kTimeoutNs).value(), 0);
+  const auto own = peer_.NextFrame();
+  ASSERT_TRUE(own.has_value());
+  EXPECT_EQ(own->header.flags, 0);
+  EXPECT_EQ(own->header.sequence, 1u);
+  // The answer to the server's ping is in the buffer and goes out with the next flush.
+  ASSERT_TRUE(connection_.Flush().has_value());
+  const auto answer = peer_.NextFrame();
+  ASSERT_TRUE(answer.has_value());
+  EXPECT_EQ(answer->header.flags, kFrameFlagPingAnswer);
+  EXPECT_EQ(answer->header.sequence, 123u);
+}
+
+TEST_F(EngramClientTest, ASilentConnectionIsKeptAliveOnceAMinute) {
+  Greet();
+  connection_.KeepAlive(kNanosPerSecond);
+  connection_.KeepAlive(60 * kNanosPerSecond);
+  EXPECT_EQ(connection_.PendingBytes(), 0u);
+  connection_.KeepAlive(61 * kNanosPerSecond);
+  EXPECT_EQ(connection_.PendingBytes(), kFrameHeaderBytes);
+}
+
+TEST_F(EngramClientTest, RecallCarriesItsFields) {
+  Greet();
+  RecallStream stream(&connection_);
+  const uint64_t request = stream.Send({.vector = vector_, .k = 3, .ef = 70, .with_payload = true});
+  ASSERT_TRUE(connection_.Flush().has_value());
+  const auto frame = peer_.NextFrame();
+  ASSERT_TRUE(frame.has_value());
+  EXPECT_EQ(frame->header.type, FrameType::kRecall);
+  EXPECT_EQ(frame->header.sequence, request);
+  EXPECT_EQ(frame->header.flags, kFrameFlagWithPayload);
+  const auto body = LoadAs<RecallBody>(frame->body.data());
+  EXPECT_EQ(body.k, 3u);
+  EXPECT_EQ(body.ef, 70u);
+  EXPECT_EQ(body.dimension, 2);
+  EXPECT_EQ(body.dtype, VectorDtype::kF32);
+  EXPECT_EQ(frame->body.size(), sizeof(RecallBody) + 8);
+}
+
+TEST_F(EngramClientTest, AnswersInPiecesAndOutOfOrderAreJoined) {
+  Greet();
+  RecallStream stream(&connection_);
+  const uint64_t first = stream.Send({.vector = vector_, .k = 3});
+  const uint64_t second = stream.Send({.vector = vector_, .k = 3});
+  EXPECT_EQ(stream.InFlight(), 2u);
+  peer_.Send(FrameType::kResult, kFrameFlagMore, first, ResultOf({{"a", 0.9f, "text a"}}));
+  peer_.Send(FrameType::kResult, 0, second, ResultOf({{"x", 0.5f}}));
+  peer_.Send(FrameType::kResult, kFrameFlagMore, first, ResultOf({}));
+  peer_.Send(FrameType::kResult, 0, first,
+             ResultOf({{"bb", 0.8f, "", kHitPayloadOmitted}, {"ccc", 0.7f}}));
+
+  const auto answer = stream.AwaitAnswer(kTimeoutNs);
+  ASSERT_TRUE(answer.has_value()) << MessageOf(answer);
+  EXPECT_EQ(answer->request, second);
+  ASSERT_EQ(answer->hits.size(), 1u);
+
+  const auto joined = stream.AwaitAnswer(kTimeoutNs);
+  ASSERT_TRUE(joined.has_value()) << MessageOf(joined);
+  EXPECT_EQ(joined->request, first);
+  EXPECT_EQ(joined->metric, Metric::kCosine);
+  ASSERT_EQ(joined->hits.size(), 3u);
+  EXPECT_EQ(joined->hits[0].id, "a");
+  EXPECT_EQ(joined->hits[0].payload, "text a");
+  EXPECT_FALSE(joined->hits[0].payload_omitted);
+  EXPECT_EQ(joined->hits[1].id, "bb");
+  EXPECT_TRUE(joined->hits[1].payload_omitted);
+  EXPECT_EQ(joined->hits[2].id, "ccc");
+  EXPECT_FLOAT_EQ(joined->hits[2].score, 0.7f);
+  EXPECT_EQ(stream.InFlight(), 0u);
+}
+
+TEST_F(EngramClientTest, NoMoreRecallsThanTheServerTakes) {
+  Greet();
+  RecallStream stream(&connection_);
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_TRUE(stream.HasRoom());
+    stream.Send({.vector = vector_});
+  }
+  EXPECT_FALSE(stream.HasRoom());
+  peer_.Send(FrameType::kResult, 0, 2, ResultOf({}));
+  ASSERT_TRUE(stream.AwaitAnswer(kTimeoutNs).has_value());
+  EXPECT_TRUE(stream.HasRoom());
+}
+
+TEST_F(EngramClientTest, ARefusedRecallIsAnAnswerAndTheOthersGoOn) {
+  Greet();
+  RecallStream stream(&connection_);
+  const uint64_t refused = stream.Send({.vector = vector_});
+  const uint64_t served = stream.Send({.vector = vector_});
+  peer_.SendNak({.reason = RefusalReason::kUnknownSpace, .refused_type = FrameType::kRecall},
+                refused);
+  peer_.Send(FrameType::kResult, 0, served, ResultOf({{"a", 1}}));
+  const auto first = stream.AwaitAnswer(kTimeoutNs);
+  ASSERT_TRUE(first.has_value() && first->refusal.has_value());
+  EXPECT_EQ(first->refusal->Describe(), "unknown_space: the space holds nothing yet");
+  const auto second = stream.AwaitAnswer(kTimeoutNs);
+  ASSERT_TRUE(second.has_value());
+  EXPECT_EQ(second->hits.size(), 1u);
+}
+
+TEST_F(EngramClientTest, HostileResultsAreCaught) {
+  const auto error_of = [&](const Bytes& body, uint64_t request) {
+    ScriptedPeer peer;
+    Connection connection = peer.Client();
+    peer.SendHelloAck(0, 0);
+    EXPECT_TRUE(connection.Hello({}, kTimeoutNs).has_value());
+    RecallStream stream(&connection);
+    stream.Send({.vector = vector_, .k = 2});
+    peer.Send(FrameType::kResult, 0, request, body);
+    const auto answer = stream.AwaitAnswer(kTimeoutNs);
+    return answer ? std::string("no error") : answer.error().message;
+  };
+  const Bytes good = ResultOf({{"a", 1}});
+  EXPECT_EQ(error_of(good, 1), "no error");
+  EXPECT_NE(error_of(good, 2).find("answers no recall"), std::string::npos);
+  EXPECT_NE(error_of(Bytes(7), 1).find("too short"), std::string::npos);
+  EXPECT_NE(error_of(ResultOf({{"a", 1}, {"b", 1}, {"c", 1}}), 1).find("more hits"),
+            std::string::npos);
+  EXPECT_NE(error_of(Bytes(good.begin(), good.begin() + 20), 1).find("within a hit"),
+            std::string::npos);
+
+  // Lengths inside the hit that its bytes do not hold.
+  const auto with_header = [&](auto change) {
+    HitHeader header = {};
+    header.hit_bytes = 40;
+    header.id_bytes = 1;
+    change(header);
+    Bytes body(good.begin(), good.begin() + sizeof(ResultBody));
+    AppendBytes(body, BytesOf(header));
+    AppendBytes(body, Bytes(8));
+    return body;
+  };
+  EXPECT_EQ(error_of(with_header([](HitHeader&) {}), 1), "no error");
+  for (const Bytes& body : {with_header([](HitHeader& hit) { hit.hit_bytes = 0; }),
+                            with_header([](HitHeader& hit) { hit.hit_bytes = 1'000; }),
+                            with_header([](HitHeader& hit) { hit.id_bytes = 500; }),
+                            with_header([](HitHeader& hit) { hit.payload_bytes = UINT32_MAX; })}) {
+    EXPECT_NE(error_of(body, 1).find("hit's length"), std::string::npos);
+  }
+}
+
+Bytes SpaceRecordOf(std::string_view name, uint64_t observations) {
+  SpaceRecord record = {};
+  record.record_bytes = static_cast<uint32_t>(PadTo8(sizeof(SpaceRecord) + name.size()));
+  record.dimension = 8;
+  record.metric = Metric::kL2;
+  record.name_bytes = static_cast<uint8_t>(name.size());
+  record.observations = observations;
+  Bytes bytes = ScriptedPeer::ToBytes(BytesOf(record));
+  AppendBytes(bytes, BytesOf(name));
+  bytes.resize(record.record_bytes);
+  return bytes;
+}
+
+Bytes IntrospectionOf(IntrospectWhat what, uint16_t count, const std::vector<Bytes>& parts) {
+  Bytes bytes = ScriptedPeer::ToBytes(BytesOf(IntrospectionBody{.count = count, .what = what}));
+  for (const Bytes& part : parts) AppendBytes(bytes, part);
+  return bytes;
+}
+
+TEST_F(EngramClientTest, SpacesComeOverSeveralFrames) {
+  Greet();
+  peer_.Send(FrameType::kIntrospection, kFrameFlagMore, 1,
+             IntrospectionOf(IntrospectWhat::kSpaces, 2,
+                             {SpaceRecordOf("a", 1), SpaceRecordOf("longer-name", 2)}));
+  peer_.Send(FrameType::kIntrospection, 0, 1,
+             IntrospectionOf(IntrospectWhat::kSpaces, 1, {SpaceRecordOf("c", 3)}));
+  const auto spaces = IntrospectSpaces(connection_, kTimeoutNs);
+  ASSERT_TRUE(spaces.has_value()) << MessageOf(spaces);
+  ASSERT_EQ(spaces->size(), 3u);
+  EXPECT_EQ((*spaces)[1].name, "longer-name");
+  EXPECT_EQ((*spaces)[2].record.observations, 3u);
+  const auto frame = peer_.NextFrame();
+  ASSERT_TRUE(frame.has_value());
+  EXPECT_EQ(frame->header.type, FrameType::kIntrospect);
+  ASSERT_EQ(frame->body.size(), 1u);
+  EXPECT_EQ(frame->body[0], std::byte{1});
+}
+
+TEST_F(EngramClientTest, HostileSpaceRecordsAreCaught) {
+  Greet();
+  Bytes lying = SpaceRecordOf("abc", 1);
+  SpaceRecord record = LoadAs<SpaceRecord>(lying.data());
+  record.name_bytes = 255;
+  std::memcpy(lying.data(), &record, sizeof(record));
+  for (const Bytes& part : {lying, Bytes(sizeof(SpaceRecord)), Bytes(10)}) {
+    peer_.Send(FrameType::kIntrospection, 0, 1,
+               IntrospectionOf(IntrospectWhat::kSpaces, 1, {part}));
+    EXPECT_EQ(IntrospectSpaces(connection_, kTimeoutNs).error().code, ErrorCode::kCorrupt);
+  }
+}
+
+TEST_F(EngramClientTest, StatusLinesMayBeCutBetweenFrames) {
+  Greet();
+  const auto text = [](std::string_view part) { return ScriptedPeer::ToBytes(BytesOf(part)); };
+  peer_.Send(FrameType::kIntrospection, kFrameFlagMore, 1,
+             IntrospectionOf(IntrospectWhat::kStatus, 0, {text("ingress0 obser")}));
+  peer_.Send(FrameType::kIntrospection, 0, 1,
+             IntrospectionOf(IntrospectWhat::kStatus, 0, {text("vations 5\n")}));
+  EXPECT_EQ(IntrospectStatus(connection_, kTimeoutNs).value(), "ingress0 observations 5\n");
+}
+
+TEST_F(EngramClientTest, CloseWaitsForTheServersClose) {
+  Greet();
+  peer_.SendAck(3, 3);
+  peer_.Send(FrameType::kClose, 0, 3, {});
+  EXPECT_TRUE(connection_.Close(kTimeoutNs).has_value());
+  EXPECT_EQ(peer_.NextFrame()->header.type, FrameType::kClose);
+}
+
+}  // namespace
+}  // namespace engram

@@ -1,0 +1,115 @@
+#include "tests/index/graph_fixture.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "src/core/check.h"
+
+namespace engram {
+namespace {
+
+HugePageArena MakeArena(size_t bytes) {
+  Result<HugePageArena> arena = HugePageArena::Create({.reserve_bytes = bytes});
+  CHECK(arena.has_value(), "the test's arena");
+  return std::move(*arena);
+}
+
+}  // namespace
+
+TestVectors GaussianVectors(size_t count, uint32_t dimension, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  TestVectors vectors{dimension, std::vector<float>(count * dimension)};
+  for (float& value : vectors.values) value = normal(random);
+  return vectors;
+}
+
+TestVectors ClusteredVectors(size_t count, uint32_t dimension, size_t clusters, uint32_t seed) {
+  const TestVectors centres = GaussianVectors(clusters, dimension, seed);
+  TestVectors vectors = GaussianVectors(count, dimension, seed + 1);
+  for (size_t i = 0; i < count; ++i) {
+    const std::span<const float> centre = centres[i % clusters];
+    for (uint32_t d = 0; d < dimension; ++d) {
+      float& value = vectors.values[i * dimension + d];
+      value = 10 * centre[d] + 0.1F * value;
+    }
+  }
+  return vectors;
+}
+
+GraphFixture::GraphFixture(Metric metric, uint32_t dimension, const HnswBuildParams& params,
+                           size_t arena_bytes)
+    : arena(MakeArena(arena_bytes)),
+      heap(&arena),
+      vectors(&heap, dimension),
+      graph(&heap, params),
+      linker(&heap, params),
+      scratch(&heap),
+      distance(DistanceFunction(metric)),
+      metric_(metric),
+      query_(&heap, dimension) {
+  CHECK(query_.Reserve(1), "room for the query");
+}
+
+NodeId GraphFixture::Store(std::span<const float> vector) {
+  const NodeId node = stored++;
+  CHECK(vectors.Reserve(stored) && scratch.Reserve(stored), "room for a node");
+  std::copy(vector.begin(), vector.end(), vectors.Row(node));
+  if (metric_ == Metric::kCosine) NormaliseInPlace(vectors.Row(node), vectors.dimension());
+  return node;
+}
+
+void GraphFixture::Link(NodeId node, uint32_t budget) {
+  CHECK(linker.Begin(&graph, &vectors, distance, node), "room for links");
+  while (!linker.Step(budget)) {
+  }
+}
+
+void GraphFixture::Build(const TestVectors& data, uint32_t budget) {
+  for (size_t i = 0; i < data.size(); ++i) Link(Store(data[i]), budget);
+}
+
+const float* GraphFixture::Prepare(std::span<const float> query) {
+  std::copy(query.begin(), query.end(), query_.Row(0));
+  if (metric_ == Metric::kCosine) NormaliseInPlace(query_.Row(0), query_.dimension());
+  return query_.Row(0);
+}
+
+std::vector<Neighbour> GraphFixture::Search(std::span<const float> query, uint32_t k, uint32_t ef) {
+  return Search(query, k, ef, [](NodeId) { return true; });
+}
+
+std::vector<Neighbour> GraphFixture::Search(std::span<const float> query, uint32_t k, uint32_t ef,
+                                            const std::function<bool(NodeId)>& is_live) {
+  std::vector<Neighbour> out(k);
+  out.resize(SearchGraph(graph, vectors, distance, Prepare(query), k, ef, is_live, &scratch, out));
+  return out;
+}
+
+std::vector<Neighbour> GraphFixture::ExactSearch(std::span<const float> query, uint32_t k) {
+  const float* prepared = Prepare(query);
+  std::vector<Neighbour> all;
+  for (NodeId node = 0; node < stored; ++node) {
+    all.push_back({distance(prepared, vectors.Row(node), vectors.padded_dimension()), node});
+  }
+  std::sort(all.begin(), all.end(), [](const Neighbour& a, const Neighbour& b) {
+    return std::pair(a.distance, a.node) < std::pair(b.distance, b.node);
+  });
+  all.resize(std::min<size_t>(k, all.size()));
+  return all;
+}
+
+double GraphFixture::RecallAt(uint32_t k, uint32_t ef, const TestVectors& queries) {
+  size_t hits = 0;
+  for (size_t i = 0; i < queries.size(); ++i) {
+    const float bound = ExactSearch(queries[i], k).back().distance;
+    for (const Neighbour& found : Search(queries[i], k, ef)) {
+      hits += static_cast<size_t>(found.distance <= bound);
+    }
+  }
+  return static_cast<double>(hits) / static_cast<double>(k * queries.size());
+}
+
+}  // namespace engram

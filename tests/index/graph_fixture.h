@@ -1,0 +1,74 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <random>
+#include <span>
+#include <vector>
+
+#include "index/distance.h"
+#include "index/hnsw_graph.h"
+#include "index/hnsw_linker.h"
+#include "index/hnsw_params.h"
+#include "index/hnsw_search.h"
+#include "index/vector_store.h"
+#include "src/core/arena_heap.h"
+#include "src/core/huge_page_arena.h"
+#include "src/core/observation.h"
+
+namespace engram {
+
+// Vectors side by side, `dimension` floats each.
+struct TestVectors {
+  uint32_t dimension = 0;
+  std::vector<float> values;
+  size_t size() const { return values.size() / dimension; }
+  std::span<const float> operator[](size_t i) const {
+    return std::span(values).subspan(i * dimension, dimension);
+  }
+};
+
+// Independent normal values.
+TestVectors GaussianVectors(size_t count, uint32_t dimension, uint32_t seed);
+// `clusters` far centres with narrow clouds around them.
+TestVectors ClusteredVectors(size_t count, uint32_t dimension, size_t clusters, uint32_t seed);
+
+// Arena, heap, vectors, graph, linker and scratch of one space; vectors are normalised under
+// cosine.
+class GraphFixture {
+ public:
+  GraphFixture(Metric metric, uint32_t dimension, const HnswBuildParams& params,
+               size_t arena_bytes = size_t{256} << 20);
+
+  // Writes the vector as the next node and makes room for it.
+  NodeId Store(std::span<const float> vector);
+  // Links `node` in slices of `budget` distances.
+  void Link(NodeId node, uint32_t budget = UINT32_MAX);
+  // Stores and links all.
+  void Build(const TestVectors& vectors, uint32_t budget = UINT32_MAX);
+
+  std::vector<Neighbour> Search(std::span<const float> query, uint32_t k, uint32_t ef);
+  std::vector<Neighbour> Search(std::span<const float> query, uint32_t k, uint32_t ef,
+                                const std::function<bool(NodeId)>& is_live);
+  // The true answer, over all stored vectors by the same kernel.
+  std::vector<Neighbour> ExactSearch(std::span<const float> query, uint32_t k);
+  // Mean recall@k over the queries; a result as near as the kth true one is a hit.
+  double RecallAt(uint32_t k, uint32_t ef, const TestVectors& queries);
+
+  HugePageArena arena;
+  ArenaHeap heap;
+  VectorStore vectors;
+  HnswGraph graph;
+  HnswLinker linker;
+  SearchScratch scratch;
+  DistanceFn distance;
+  NodeId stored = 0;
+
+ private:
+  const float* Prepare(std::span<const float> query);
+
+  Metric metric_;
+  VectorStore query_;
+};
+
+}  // namespace engram

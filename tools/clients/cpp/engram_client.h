@@ -1,0 +1,239 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "dataplane/frame_format.h"
+#include "src/core/observation.h"
+#include "src/core/refusal_reason.h"
+#include "src/core/result.h"
+
+// The C++ client of the native frames (dataplane/FORMAT.md): a connection, and on it recalls and
+// introspection. Observations are streamed by Feed (tools/clients/cpp/feed.h).
+
+namespace engram {
+
+inline constexpr std::string_view kDefaultAddress = "127.0.0.1:7654";
+
+struct Address {
+  std::string host;
+  std::string port;
+  std::string ToString() const;
+};
+
+// "HOST:PORT", where an IPv6 host stands in brackets. Errors: kInvalidArgument.
+Result<Address> ParseAddress(std::string_view text);
+
+// A file descriptor with one owner.
+class UniqueFd {
+ public:
+  UniqueFd() = default;
+  explicit UniqueFd(int fd) : fd_(fd) {}
+  UniqueFd(UniqueFd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  UniqueFd& operator=(UniqueFd&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+  }
+  ~UniqueFd();
+  int get() const { return fd_; }
+
+ private:
+  int fd_ = -1;
+};
+
+struct HelloOptions {
+  std::string space = {};  // empty: default
+  uint32_t dimension = 0;
+  Metric metric = Metric::kUnspecified;
+  Priority priority = Priority::kNormal;
+  uint64_t session = 0;     // 0: a new one
+  bool no_session = false;  // the connection only recalls and introspects
+};
+
+// What hello_ack said.
+struct HelloAnswer {
+  uint64_t session = 0;
+  uint64_t last_sequence = 0;  // the session's last accepted sequence
+  uint32_t dimension = 0;      // 0: the space has none yet
+  Metric metric = Metric::kUnspecified;
+  uint64_t credit = 0;
+  uint32_t max_frame_bytes = kMaxFrameBodyBytes;
+  uint32_t max_recalls = 1;
+};
+
+// A checked frame. `body` stays valid until the connection's next Receive.
+struct Frame {
+  FrameHeader header;
+  std::span<const std::byte> body;
+};
+
+// A refusal in the server's own words, safe to print.
+struct Refusal {
+  RefusalReason reason = RefusalReason::kNone;
+  FrameType refused_type = FrameType::kObserve;
+  uint8_t flags = 0;
+  uint32_t retry_after_ms = 0;
+  uint64_t sequence = 0;  // of the refused observation, or the id of the refused request
+  uint64_t expected = 0;
+  std::string text;
+
+  bool consumed() const { return (flags & kNakFlagConsumed) != 0; }
+  bool closing() const { return (flags & kNakFlagClosing) != 0; }
+  // "name: what it means and what to do (the server's own text)".
+  std::string Describe() const;
+};
+
+// Errors: kCorrupt where the body is not a nak.
+Result<Refusal> ParseNak(const Frame& frame);
+
+// Copy of `text` in which bytes that a terminal would act on are replaced by '?'.
+std::string Printable(std::string_view text);
+
+// One stream of frames. Nothing but Await..., Hello and Close blocks, and those take a timeout.
+//
+// How to drive one without blocking: Append frames, Flush, wait with poll(2) for fd() to be
+// readable, or writable while PendingBytes() > 0, then Receive and NextFrame until that gives
+// nothing.
+//
+// Thread safety: none; one thread owns it.
+class Connection {
+ public:
+  // Resolves and connects. Errors: kUnavailable; the message says what to look at.
+  static Result<Connection> Connect(const Address& address, int64_t timeout_ns);
+  // Takes over a connected stream socket and makes it nonblocking.
+  static Connection Adopt(UniqueFd fd);
+
+  // Says hello and awaits the answer. Errors: kUnavailable (no answer in time, closed), kCorrupt
+  // (not frames), kInvalidArgument (refused; the message has the reason's name and text).
+  Result<void> Hello(const HelloOptions& options, int64_t timeout_ns);
+  const HelloAnswer& hello() const { return hello_; }
+
+  // A frame is written where it is sent from: BeginFrame, Append what belongs to its body,
+  // EndFrame.
+  void BeginFrame(FrameType type, uint16_t flags, uint64_t sequence);
+  void Append(std::span<const std::byte> bytes);
+  void AppendZeros(size_t count);
+  // Overwrites body bytes that were appended before.
+  void Patch(size_t body_offset, std::span<const std::byte> bytes);
+  size_t BodyBytes() const;
+  void EndFrame();
+  void SendFrame(FrameType type, uint16_t flags, uint64_t sequence,
+                 std::span<const std::byte> body);
+
+  // Gives the kernel what it takes. A peer that went away is not reported here but by NextFrame, so
+  // that the nak that it sent before is read first.
+  Result<void> Flush();
+  // Reads what has arrived, a bounded amount. Frames given out before are invalid afterwards.
+  Result<void> Receive();
+  // The next whole frame, or nothing. Answers the server's pings itself. Errors: kCorrupt (the
+  // bytes break the grammar), kUnavailable (the server closed the connection).
+  Result<std::optional<Frame>> NextFrame();
+
+  // Flush, Receive and wait until a frame is there. Errors: as NextFrame; kUnavailable (timeout).
+  Result<Frame> AwaitFrame(int64_t deadline_ns);
+  // Round trip of a ping in nanoseconds.
+  Result<int64_t> Ping(int64_t timeout_ns);
+  // Says close and awaits the server's, passing over what else arrives.
+  Result<void> Close(int64_t timeout_ns);
+  // Sends a ping when nothing was sent for long enough that the server might end the connection.
+  void KeepAlive(int64_t now_ns);
+
+  int fd() const { return fd_.get(); }
+  size_t PendingBytes() const { return out_.size() - out_head_; }
+  uint64_t bytes_sent() const { return bytes_sent_; }
+
+ private:
+  explicit Connection(UniqueFd fd) : fd_(std::move(fd)) {}
+
+  UniqueFd fd_;
+  HelloAnswer hello_;
+
+  std::vector<std::byte> out_;  // from out_head_ on: not sent yet
+  size_t out_head_ = 0;
+  size_t frame_start_ = 0;  // of the frame being built, in out_
+  FrameHeader building_;
+  bool write_ended_ = false;  // the peer reads no more
+  uint64_t bytes_sent_ = 0;
+  uint64_t keep_alive_bytes_ = 0;  // bytes_sent_ when KeepAlive last saw it change
+  int64_t keep_alive_ns_ = 0;      // and when that was
+
+  std::vector<std::byte> in_;  // [in_head_, in_tail_) was received and not given out
+  size_t in_head_ = 0;
+  size_t in_tail_ = 0;
+  bool read_ended_ = false;
+  uint64_t next_ping_ = 1;
+};
+
+// What Feed and RecallStream answer to a frame that is theirs neither: an Error that says why the
+// stream ended (nak, close), or nothing where the frame can be passed over (ping, unknown types).
+Result<void> CheckUnrelatedFrame(const Frame& frame);
+
+struct RecallQuery {
+  std::span<const float> vector;
+  uint32_t k = 10;
+  uint32_t ef = 0;  // 0: the server's default
+  bool with_payload = false;
+};
+
+struct RecallHit {
+  std::string id;
+  float score = 0;
+  float confidence = 0;
+  int64_t when_ns = 0;
+  std::string payload;
+  bool payload_omitted = false;  // it was asked for and did not fit in the answer
+};
+
+struct RecallAnswer {
+  uint64_t request = 0;
+  Metric metric = Metric::kUnspecified;
+  std::vector<RecallHit> hits;     // nearest first
+  std::optional<Refusal> refusal;  // then there are no hits
+};
+
+// Recalls on a connection, several under way at once. Answers may come in any order and in pieces.
+class RecallStream {
+ public:
+  // `connection` has said hello and outlives this.
+  explicit RecallStream(Connection* connection) : connection_(connection) {}
+
+  size_t InFlight() const { return pending_.size(); }
+  bool HasRoom() const { return pending_.size() < connection_->hello().max_recalls; }
+  // Writes a recall into the connection's output and returns its request id. Asks HasRoom().
+  uint64_t Send(const RecallQuery& query);
+  // An answer that is complete in what was received, or nothing. Errors: as Connection::NextFrame;
+  // kCorrupt for an answer that breaks the grammar or that nobody asked for.
+  Result<std::optional<RecallAnswer>> NextAnswer();
+  // Flush, Receive and wait until an answer is there.
+  Result<RecallAnswer> AwaitAnswer(int64_t timeout_ns);
+
+ private:
+  struct Pending {
+    uint32_t k = 0;
+    RecallAnswer answer;
+  };
+
+  Connection* const connection_;
+  std::map<uint64_t, Pending> pending_;  // by request id
+  uint64_t next_request_ = 1;
+};
+
+// One space as one shard sees it.
+struct SpaceInfo {
+  SpaceRecord record;
+  std::string name;
+};
+
+// Errors: as Connection::NextFrame; kInvalidArgument (refused); kCorrupt (grammar, or no end).
+Result<std::vector<SpaceInfo>> IntrospectSpaces(Connection& connection, int64_t timeout_ns);
+// Lines of "core counter value".
+Result<std::string> IntrospectStatus(Connection& connection, int64_t timeout_ns);
+
+}  // namespace engram

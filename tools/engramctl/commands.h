@@ -1,0 +1,106 @@
+#pragma once
+
+#include <cstdint>
+#include <expected>
+#include <string>
+#include <vector>
+
+#include "src/core/observation.h"
+#include "src/core/result.h"
+#include "src/core/vector_dtype.h"
+#include "tools/clients/cpp/engram_client.h"
+
+// The commands of engramctl. Each prints its answer to standard output and what went wrong to
+// standard error, and returns the exit code of the process.
+
+namespace engram {
+
+inline constexpr int kExitOk = 0;
+inline constexpr int kExitFailed = 1;  // the operation failed, or something was refused for good
+inline constexpr int kExitUsage = 2;
+inline constexpr int kExitCannotConnect = 3;
+
+struct ServerOptions {
+  std::string address{kDefaultAddress};
+  bool json = false;
+};
+
+struct LoadOptions {
+  std::string data;   // path of the vectors
+  std::string space;  // empty: default
+  Metric metric = Metric::kUnspecified;
+  Priority priority = Priority::kNormal;
+  VectorDtype dtype = VectorDtype::kNone;  // kNone: as the file has them
+  uint64_t rate = 0;                       // observations/s over all connections; 0: closed loop
+  uint32_t batch = 16;                     // observations in a frame
+  uint64_t count = UINT64_MAX;             // of the file's rows
+  uint32_t connections = 1;
+  std::string texts;  // path of the payloads, one a row; empty: none
+  std::string id_prefix;
+  bool wait_linked = false;
+};
+int RunLoad(const ServerOptions& server, const LoadOptions& options);
+
+struct RecallOptions {
+  // Either queries and ground truth,
+  std::string queries;
+  std::string groundtruth;
+  std::string data;  // base vectors for exact ties; empty: ties by returned scores
+  std::string id_prefix;
+  uint64_t count = UINT64_MAX;
+  uint32_t concurrency = 1;
+  uint64_t warmup = 0;
+  // or a phrase and the model that encodes it.
+  std::string text;
+  std::string encoder;
+
+  std::string space;
+  uint32_t k = 10;
+  uint32_t ef = 0;  // 0: the server's default
+};
+int RunRecallQuality(const ServerOptions& server, const RecallOptions& options);
+int RunRecallText(const ServerOptions& server, const RecallOptions& options);
+
+struct EncodeOptions {
+  std::string encoder;
+  std::string texts;  // "-": lines of standard input
+  std::string out;
+};
+int RunEncode(const EncodeOptions& options);
+
+struct PutOptions {
+  std::string space;
+  std::string id;
+  std::string text;
+  std::string encoder;
+};
+int RunPut(const ServerOptions& server, const PutOptions& options);
+
+struct DeleteOptions {
+  std::string space;
+  std::vector<std::string> ids;
+};
+int RunDelete(const ServerOptions& server, const DeleteOptions& options);
+
+int RunStatus(const ServerOptions& server);
+int RunSpaces(const ServerOptions& server);
+int RunPing(const ServerOptions& server);
+
+// For the commands ------------------------------------------------------------------------------
+
+inline constexpr int64_t kAnswerTimeoutNs = 30'000'000'000;
+
+// Prints "engramctl: message" to standard error and returns kExitFailed.
+int ReportError(const Error& error);
+
+// Connects and says hello; on failure says why and returns the exit code.
+std::expected<Connection, int> OpenConnection(const ServerOptions& server,
+                                              const HelloOptions& hello);
+
+// The same for a connection that only recalls and introspects.
+std::expected<Connection, int> OpenReader(const ServerOptions& server, const std::string& space);
+
+// For JSON: `value` with `places` decimals, and 0 for what is no number.
+double Rounded(double value, int places);
+
+}  // namespace engram

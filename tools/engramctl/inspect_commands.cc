@@ -1,0 +1,163 @@
+#include <charconv>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "src/core/clock.h"
+#include "tools/engramctl/commands.h"
+#include "tools/engramctl/space_listing.h"
+#include "tools/engramctl/table.h"
+
+namespace engram {
+
+namespace {
+
+// A line "core counter value" of the daemon's status; the value may be text.
+struct StatusLine {
+  std::string core;
+  std::string name;
+  std::string value;
+};
+
+std::vector<StatusLine> ParseStatus(std::string_view text) {
+  std::vector<StatusLine> lines;
+  while (!text.empty()) {
+    const size_t end = text.find('\n');
+    std::string_view line = text.substr(0, end);
+    text.remove_prefix(end == std::string_view::npos ? text.size() : end + 1);
+    StatusLine parsed;
+    for (std::string* word : {&parsed.core, &parsed.name}) {
+      const size_t space = line.find(' ');
+      *word = Printable(line.substr(0, space));
+      line.remove_prefix(space == std::string_view::npos ? line.size() : space + 1);
+    }
+    parsed.value = Printable(line);
+    if (!parsed.name.empty()) lines.push_back(std::move(parsed));
+  }
+  return lines;
+}
+
+bool ParseNumber(const std::string& text, uint64_t& number) {
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  return error == std::errc() && end == text.data() + text.size();
+}
+
+void PrintStatusTable(const std::vector<StatusLine>& lines) {
+  Table table({{"core", Table::Align::kLeft},
+               {"counter", Table::Align::kLeft},
+               {"value", Table::Align::kRight}});
+  size_t zeros = 0;
+  std::string last_core;
+  for (const StatusLine& line : lines) {
+    uint64_t number = 0;
+    const bool is_number = ParseNumber(line.value, number);
+    if (is_number && number == 0) {
+      ++zeros;
+      continue;
+    }
+    table.AddRow({line.core == last_core ? "" : line.core, line.name,
+                  is_number ? WithThousands(number) : line.value});
+    last_core = line.core;
+  }
+  table.Print();
+  if (zeros > 0) std::printf("%zu counters at 0 are left out; --json has all\n", zeros);
+}
+
+}  // namespace
+
+int RunStatus(const ServerOptions& server) {
+  auto connection = OpenReader(server, "");
+  if (!connection) return connection.error();
+  const Result<std::string> text = IntrospectStatus(*connection, kAnswerTimeoutNs);
+  if (!text) return ReportError(text.error());
+  const Result<std::vector<SpaceInfo>> records = IntrospectSpaces(*connection, kAnswerTimeoutNs);
+  if (!records) return ReportError(records.error());
+  const std::vector<StatusLine> lines = ParseStatus(*text);
+  const size_t spaces = MergeSpaces(*records).size();
+  if (!server.json) {
+    std::printf("engramd at %s, %zu spaces\n", server.address.c_str(), spaces);
+    PrintStatusTable(lines);
+    return kExitOk;
+  }
+  nlohmann::json report = {
+      {"address", server.address}, {"spaces", spaces}, {"cores", nlohmann::json::object()}};
+  for (const StatusLine& line : lines) {
+    nlohmann::json& value = report["cores"][line.core][line.name];
+    uint64_t number = 0;
+    if (ParseNumber(line.value, number)) {
+      value = number;
+    } else {
+      value = line.value;
+    }
+  }
+  std::printf("%s\n",
+              report.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
+  return kExitOk;
+}
+
+int RunSpaces(const ServerOptions& server) {
+  auto connection = OpenReader(server, "");
+  if (!connection) return connection.error();
+  const Result<std::vector<SpaceInfo>> records = IntrospectSpaces(*connection, kAnswerTimeoutNs);
+  if (!records) return ReportError(records.error());
+  const std::vector<SpaceSummary> spaces = MergeSpaces(*records);
+  if (server.json) {
+    nlohmann::json list = nlohmann::json::array();
+    for (const SpaceSummary& space : spaces) {
+      list.push_back({{"name", space.name},
+                      {"observations", space.observations},
+                      {"dimension", space.dimension},
+                      {"metric", MetricName(space.metric)},
+                      {"linked", space.linked},
+                      {"unlinked", space.unlinked},
+                      {"retired", space.retired},
+                      {"resident_bytes", space.resident_bytes},
+                      {"shards", space.shards}});
+    }
+    const nlohmann::json report = {{"spaces", list}};
+    std::printf("%s\n",
+                report.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
+    return kExitOk;
+  }
+  if (spaces.empty()) {
+    std::printf("no spaces yet\n");
+    return kExitOk;
+  }
+  Table table({{"space", Table::Align::kLeft},
+               {"observations", Table::Align::kRight},
+               {"dimension", Table::Align::kRight},
+               {"metric", Table::Align::kLeft},
+               {"linked", Table::Align::kRight},
+               {"unlinked", Table::Align::kRight},
+               {"retired", Table::Align::kRight},
+               {"resident bytes", Table::Align::kRight},
+               {"shards", Table::Align::kRight}});
+  for (const SpaceSummary& space : spaces) {
+    table.AddRow({Printable(space.name), WithThousands(space.observations),
+                  std::to_string(space.dimension), std::string(MetricName(space.metric)),
+                  WithThousands(space.linked), WithThousands(space.unlinked),
+                  WithThousands(space.retired), WithThousands(space.resident_bytes),
+                  std::to_string(space.shards)});
+  }
+  table.Print();
+  return kExitOk;
+}
+
+int RunPing(const ServerOptions& server) {
+  auto connection = OpenReader(server, "");
+  if (!connection) return connection.error();
+  const Result<int64_t> round_trip_ns = connection->Ping(kAnswerTimeoutNs);
+  if (!round_trip_ns) return ReportError(round_trip_ns.error());
+  const double micros = Rounded(static_cast<double>(*round_trip_ns) / kNanosPerMicro, 1);
+  if (server.json) {
+    std::printf("%s\n", nlohmann::json({{"round_trip_us", micros}}).dump().c_str());
+  } else {
+    std::printf("%s answers in %.1f us\n", server.address.c_str(), micros);
+  }
+  return kExitOk;
+}
+
+}  // namespace engram

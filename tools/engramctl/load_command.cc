@@ -1,0 +1,348 @@
+#include <sys/prctl.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "src/core/clock.h"
+#include "src/core/latency_histogram.h"
+#include "tools/clients/cpp/feed.h"
+#include "tools/clients/cpp/vector_encoding.h"
+#include "tools/engramctl/commands.h"
+#include "tools/engramctl/feed_loop.h"
+#include "tools/engramctl/progress_bar.h"
+#include "tools/engramctl/row_dealing.h"
+#include "tools/engramctl/space_listing.h"
+#include "tools/engramctl/table.h"
+#include "tools/engramctl/text_file.h"
+#include "tools/engramctl/vector_file.h"
+
+namespace engram {
+
+namespace {
+
+constexpr int64_t kLinkedPollNs = 20 * kNanosPerMilli;
+constexpr int64_t kLinkedStallNs = 60 * kNanosPerSecond;
+constexpr int64_t kProgressNs = 100 * kNanosPerMilli;
+constexpr int64_t kCloseTimeoutNs = 2 * kNanosPerSecond;
+// An open loop has to wake on time; the kernel's default slack is 50 µs.
+constexpr unsigned long kTimerSlackNs = 1'000;
+
+// What a file's numbers travel as when nothing else is asked for.
+VectorDtype DtypeOf(ElementType type) {
+  switch (type) {
+    case ElementType::kF16:
+      return VectorDtype::kF16;
+    case ElementType::kI8:
+      return VectorDtype::kInt8;
+    case ElementType::kF32:
+    case ElementType::kU8:
+    case ElementType::kI32:
+      break;
+  }
+  return VectorDtype::kF32;
+}
+
+// Shows the rows of a file as observations. Rows that travel as they lie in the file are not
+// copied.
+class RowSource {
+ public:
+  RowSource(const VectorFile& file, VectorDtype dtype, const std::vector<TextRow>& texts,
+            std::string id_prefix)
+      : file_(file),
+        dtype_(dtype),
+        as_in_file_(file.type() != ElementType::kU8 && DtypeOf(file.type()) == dtype),
+        texts_(texts),
+        id_prefix_(std::move(id_prefix)),
+        numbers_(file.dimension()) {}
+
+  void Show(uint64_t row, Observation* observation) {
+    id_ = id_prefix_ + std::to_string(row);
+    observation->id = id_;
+    observation->dtype = dtype_;
+    observation->dimension = file_.dimension();
+    observation->when_ns = clock_.WallNs();
+    if (!texts_.empty()) observation->payload = texts_[row].text;
+    if (as_in_file_) {
+      observation->vector = file_.RowBytes(row);
+      return;
+    }
+    file_.ReadRow(row, numbers_);
+    if (dtype_ == VectorDtype::kF32) {
+      observation->vector = std::as_bytes(std::span<const float>(numbers_));
+      return;
+    }
+    observation->scale = EncodeVector(dtype_, numbers_, encoded_);
+    observation->vector = encoded_;
+  }
+
+ private:
+  const VectorFile& file_;
+  const VectorDtype dtype_;
+  const bool as_in_file_;
+  const std::vector<TextRow>& texts_;  // empty, or one a row
+  const std::string id_prefix_;
+  SystemClock clock_;
+  std::string id_;
+  std::vector<float> numbers_;
+  std::vector<std::byte> encoded_;
+};
+
+// What all connections did together.
+struct LoadTotals {
+  FeedCounts counts;
+  LatencyHistogram ack_latency;
+  uint64_t bytes = 0;
+
+  uint64_t Refused() const {
+    uint64_t total = 0;
+    for (const auto& [reason, count] : counts.refused) total += count;
+    return total;
+  }
+};
+
+void AddTotals(const Feed& feed, LoadTotals& totals) {
+  const FeedCounts& counts = feed.counts();
+  totals.counts.sent += counts.sent;
+  totals.counts.settled += counts.settled;
+  totals.counts.acked += counts.acked;
+  totals.counts.retried += counts.retried;
+  for (const auto& [reason, count] : counts.refused) totals.counts.refused[reason] += count;
+  for (const auto& [reason, count] : counts.waited_for) totals.counts.waited_for[reason] += count;
+  totals.ack_latency.Merge(feed.ack_latency());
+  totals.bytes += feed.observe_bytes_sent();
+}
+
+// Offers batches by the clock, at equal distances that do not depend on how the server keeps up.
+class Pacer {
+ public:
+  Pacer(const RowDealing& dealing, uint64_t rate) : dealing_(dealing), rate_(rate) {}
+
+  // Offers what is due, and returns when the next batch is.
+  int64_t OfferDue(std::span<const std::unique_ptr<Feed>> feeds, int64_t start_ns, int64_t now_ns) {
+    for (; next_batch_ < dealing_.Batches(); ++next_batch_) {
+      const int64_t due_ns = start_ns + OffsetNs(next_batch_);
+      if (due_ns > now_ns) return due_ns;
+      feeds[next_batch_ % feeds.size()]->Offer(dealing_.RowsOfBatch(next_batch_), due_ns);
+    }
+    return kNothingMore;
+  }
+
+ private:
+  // Computed anew for each batch, so that no rounding adds up.
+  int64_t OffsetNs(uint64_t batch) const {
+    const double seconds = static_cast<double>(batch) * dealing_.batch / static_cast<double>(rate_);
+    return static_cast<int64_t>(seconds * static_cast<double>(kNanosPerSecond));
+  }
+
+  const RowDealing dealing_;
+  const uint64_t rate_;
+  uint64_t next_batch_ = 0;
+};
+
+// Sends all rows and waits until they are settled.
+Result<void> StreamRows(const LoadOptions& options, const RowDealing& dealing,
+                        std::span<const std::unique_ptr<Feed>> feeds, int64_t start_ns) {
+  ProgressBar bar("load", dealing.rows);
+  Pacer pacer(dealing, options.rate);
+  if (options.rate == 0) {
+    for (uint32_t i = 0; i < feeds.size(); ++i) feeds[i]->Offer(dealing.RowsOf(i));
+  } else {
+    prctl(PR_SET_TIMERSLACK, kTimerSlackNs);
+  }
+  int64_t next_draw_ns = start_ns;
+  return DriveFeeds(feeds, [&](int64_t now_ns) {
+    if (now_ns >= next_draw_ns) {
+      next_draw_ns = now_ns + kProgressNs;
+      uint64_t settled = 0;
+      uint64_t acked = 0;
+      for (const auto& feed : feeds) {
+        settled += feed->counts().settled;
+        acked += feed->counts().acked;
+      }
+      bar.Update(settled, settled - acked, now_ns);
+    }
+    return options.rate == 0 ? kNothingMore : pacer.OfferDue(feeds, start_ns, now_ns);
+  });
+}
+
+// Waits until the background work of linking has nothing left to do in the space.
+Result<void> AwaitLinked(Connection& reader, const std::string& space) {
+  SystemClock clock;
+  uint64_t last_unlinked = UINT64_MAX;
+  int64_t progress_ns = clock.MonotonicNs();
+  for (;;) {
+    const Result<std::vector<SpaceInfo>> records = IntrospectSpaces(reader, kAnswerTimeoutNs);
+    if (!records) return std::unexpected(records.error());
+    const std::vector<SpaceSummary> spaces = MergeSpaces(*records);
+    const auto found = std::ranges::find(spaces, space, &SpaceSummary::name);
+    if (found == spaces.end() || found->LinkingDone()) return {};
+    const int64_t now_ns = clock.MonotonicNs();
+    if (found->unlinked < last_unlinked) {
+      last_unlinked = found->unlinked;
+      progress_ns = now_ns;
+    } else if (now_ns - progress_ns > kLinkedStallNs) {
+      return Fail(ErrorCode::kUnavailable, "space " + space + ": " +
+                                               std::to_string(found->unlinked) +
+                                               " observations stay unlinked; see engramctl status");
+    }
+    SleepUntil(now_ns + kLinkedPollNs);
+  }
+}
+
+double Micros(int64_t duration_ns) {
+  return Rounded(static_cast<double>(duration_ns) / kNanosPerMicro, 1);
+}
+
+nlohmann::json ReportOf(const LoadOptions& options, const LoadTotals& totals, double seconds,
+                        std::optional<double> linked_s) {
+  const FeedCounts& counts = totals.counts;
+  const auto per_second = [&](uint64_t amount) {
+    return Rounded(static_cast<double>(amount) / seconds, 1);
+  };
+  nlohmann::json report = {
+      {"observations_sent", counts.sent},
+      {"observations_acked", counts.acked},
+      {"refused", nlohmann::json::object()},
+      {"retried", counts.retried},
+      {"waited_for", nlohmann::json::object()},
+      {"observations_per_s", per_second(counts.acked)},
+      {"seconds", Rounded(seconds, 3)},
+      {"ack_p50_us", Micros(totals.ack_latency.QuantileNs(0.5))},
+      {"ack_p99_us", Micros(totals.ack_latency.QuantileNs(0.99))},
+      {"ack_p999_us", Micros(totals.ack_latency.QuantileNs(0.999))},
+      {"bytes_per_s", per_second(totals.bytes)},
+      {"connections", options.connections},
+      {"batch", options.batch},
+  };
+  for (const auto& [reason, count] : counts.refused) report["refused"][reason] = count;
+  for (const auto& [reason, count] : counts.waited_for) report["waited_for"][reason] = count;
+  if (options.rate > 0) report["rate"] = options.rate;
+  if (linked_s) report["linked_s"] = Rounded(*linked_s, 3);
+  return report;
+}
+
+void PrintForPeople(const LoadTotals& totals, double seconds, std::optional<double> linked_s) {
+  const FeedCounts& counts = totals.counts;
+  std::printf(
+      "%s of %s observations acked in %.2f s: %s/s, %.1f MB/s\n",
+      WithThousands(counts.acked).c_str(), WithThousands(counts.sent).c_str(), seconds,
+      WithThousands(static_cast<uint64_t>(static_cast<double>(counts.acked) / seconds)).c_str(),
+      static_cast<double>(totals.bytes) / seconds / 1e6);
+  std::printf("ack latency  P50 %.0f us  P99 %.0f us  P99.9 %.0f us\n",
+              Micros(totals.ack_latency.QuantileNs(0.5)),
+              Micros(totals.ack_latency.QuantileNs(0.99)),
+              Micros(totals.ack_latency.QuantileNs(0.999)));
+  for (const auto& [reason, count] : counts.refused) {
+    std::printf("refused      %s  %s\n", WithThousands(count).c_str(), reason.c_str());
+  }
+  if (counts.retried > 0) {
+    std::printf("sent again   %s, after refusals that asked to wait:",
+                WithThousands(counts.retried).c_str());
+    for (const auto& [reason, count] : counts.waited_for) {
+      std::printf(" %s %s times", reason.c_str(), WithThousands(count).c_str());
+    }
+    std::printf("\n");
+  }
+  if (linked_s) std::printf("linked       %.2f s after the first was sent\n", *linked_s);
+}
+
+// The rows, their texts and how they travel.
+struct LoadInput {
+  VectorFile file;
+  std::vector<TextRow> texts;
+  VectorDtype dtype;
+};
+
+Result<LoadInput> OpenInput(const LoadOptions& options) {
+  Result<VectorFile> file = VectorFile::Open(options.data, options.count);
+  if (!file) return std::unexpected(file.error());
+  if (file->type() == ElementType::kI32 || file->dimension() > kMaxDimension) {
+    return Fail(ErrorCode::kInvalidArgument,
+                options.data + ": is no file of vectors of at most 4096 float or byte numbers");
+  }
+  if (options.id_prefix.size() + 20 > kMaxIdBytes) {
+    return Fail(ErrorCode::kInvalidArgument,
+                "--id-prefix leaves no room for a number in an id of "
+                "256 bytes");
+  }
+  std::vector<TextRow> texts;
+  if (!options.texts.empty()) {
+    Result<std::vector<TextRow>> read = ReadTexts(options.texts);
+    if (!read) return std::unexpected(read.error());
+    texts = *std::move(read);
+    if (texts.size() < file->rows()) {
+      return Fail(ErrorCode::kInvalidArgument,
+                  options.texts + ": has " + std::to_string(texts.size()) + " texts for " +
+                      std::to_string(file->rows()) + " vectors; give one a row, or --count");
+    }
+  }
+  const VectorDtype dtype =
+      options.dtype == VectorDtype::kNone ? DtypeOf(file->type()) : options.dtype;
+  return LoadInput{*std::move(file), std::move(texts), dtype};
+}
+
+}  // namespace
+
+int RunLoad(const ServerOptions& server, const LoadOptions& options) {
+  const Result<LoadInput> input = OpenInput(options);
+  if (!input) return ReportError(input.error());
+  RowSource source(input->file, input->dtype, input->texts, options.id_prefix);
+  RowDealing dealing = {.rows = input->file.rows(), .batch = options.batch, .connections = 1};
+  dealing.connections =
+      static_cast<uint32_t>(std::min<uint64_t>(options.connections, dealing.Batches()));
+
+  HelloOptions hello;
+  hello.space = options.space;
+  hello.dimension = input->file.dimension();
+  hello.metric = options.metric;
+  hello.priority = options.priority;
+  std::vector<std::unique_ptr<Feed>> feeds;
+  for (uint32_t i = 0; i < dealing.connections; ++i) {
+    auto connection = OpenConnection(server, hello);
+    if (!connection) return connection.error();
+    feeds.push_back(std::make_unique<Feed>(
+        *std::move(connection),
+        [&source, dealing, i](uint64_t index, Observation* observation) {
+          source.Show(dealing.RowAt(i, index), observation);
+        },
+        FeedOptions{.batch = options.batch}));
+  }
+
+  SystemClock clock;
+  const auto seconds_since = [&](int64_t start_ns) {
+    const int64_t passed_ns = std::max<int64_t>(1, clock.MonotonicNs() - start_ns);
+    return static_cast<double>(passed_ns) / static_cast<double>(kNanosPerSecond);
+  };
+  const int64_t start_ns = clock.MonotonicNs();
+  Result<void> done = StreamRows(options, dealing, feeds, start_ns);
+  const double seconds = seconds_since(start_ns);
+  LoadTotals totals;
+  for (const auto& feed : feeds) AddTotals(*feed, totals);
+
+  std::optional<double> linked_s;
+  if (done && options.wait_linked) {
+    auto reader = OpenReader(server, options.space);
+    if (!reader) return reader.error();
+    done = AwaitLinked(*reader, options.space.empty() ? "default" : options.space);
+    if (done) linked_s = seconds_since(start_ns);
+  }
+  // All is settled: what the server still says at the end changes nothing.
+  if (done) {
+    for (const auto& feed : feeds) (void)feed->connection().Close(kCloseTimeoutNs);
+  }
+
+  if (server.json) {
+    std::printf("%s\n", ReportOf(options, totals, seconds, linked_s).dump().c_str());
+  } else {
+    PrintForPeople(totals, seconds, linked_s);
+  }
+  if (!done) return ReportError(done.error());
+  return totals.Refused() > 0 ? kExitFailed : kExitOk;
+}
+
+}  // namespace engram

@@ -1,0 +1,188 @@
+// engramctl, the operator's tool: parses the command line and calls the command.
+
+#include <CLI/CLI.hpp>
+#include <string>
+#include <string_view>
+
+#include "tools/engramctl/commands.h"
+
+namespace engram {
+
+namespace {
+
+constexpr uint32_t kConnectionsMax = 1'000;
+constexpr uint32_t kConcurrencyMax = 10'000;
+constexpr uint64_t kRateMax = 1'000'000'000;
+
+const char* const kFooter =
+    "Exit codes: 0 done, 1 failed or something was refused for good, 2 wrong usage, 3 cannot "
+    "connect.";
+
+// One of the names that --dtype takes.
+VectorDtype DtypeOfName(std::string_view name) {
+  for (const VectorDtype dtype : {VectorDtype::kF32, VectorDtype::kF16, VectorDtype::kBf16}) {
+    if (DtypeName(dtype) == name) return dtype;
+  }
+  return VectorDtype::kInt8;
+}
+
+void AddServerOptions(CLI::App* command, ServerOptions& server) {
+  command->add_option("--address", server.address, "HOST:PORT of engramd's feed listener")
+      ->envname("ENGRAM_ADDRESS")
+      ->capture_default_str();
+  command->add_flag("--json", server.json, "Print one line of JSON for programs");
+}
+
+void AddSpaceOption(CLI::App* command, std::string& space) {
+  command
+      ->add_option("--space", space, "Name of the space, 1 to 64 of [a-z0-9_-]; default: default")
+      ->check(CLI::Validator(
+          [](std::string& name) {
+            return IsValidSpaceName(name) ? std::string()
+                                          : "a space's name is 1 to 64 of [a-z0-9_-]";
+          },
+          "NAME"));
+}
+
+CLI::App* AddLoad(CLI::App& app, ServerOptions& server, LoadOptions& options) {
+  CLI::App* load = app.add_subcommand("load", "Stream a file of vectors into a space");
+  AddServerOptions(load, server);
+  AddSpaceOption(load, options.space);
+  load->add_option("--data", options.data, ".fvecs, .bvecs or .npy; ids are the row numbers")
+      ->required();
+  load->add_option_function<std::string>(
+          "--metric", [&options](const std::string& name) { options.metric = MetricOfName(name); },
+          "Of a new space; default: what the space has, else cosine")
+      ->check(CLI::IsMember({"cosine", "ip", "l2"}));
+  load->add_option(
+          "--rate", options.rate,
+          "Observations/s, sent by the clock whatever the server does; latency then counts "
+          "from the intended time. Default: as fast as the server gives credit")
+      ->check(CLI::Range(uint64_t{1}, kRateMax));
+  load->add_option("--batch", options.batch, "Observations in a frame")
+      ->check(CLI::Range(1u, 65'535u))
+      ->capture_default_str();
+  load->add_option("--count", options.count, "Only the first rows of the file")
+      ->check(CLI::PositiveNumber);
+  load->add_option("--connections", options.connections, "Sessions to deal the rows to")
+      ->check(CLI::Range(1u, kConnectionsMax))
+      ->capture_default_str();
+  load->add_option_function<std::string>(
+          "--dtype", [&options](const std::string& name) { options.dtype = DtypeOfName(name); },
+          "How vectors travel; default: as in the file, unsigned bytes as f32")
+      ->check(CLI::IsMember({"f32", "f16", "bf16", "int8"}));
+  load->add_option("--texts", options.texts, ".tsv or .tsv.gz (or lines): payload of each row");
+  load->add_option("--id-prefix", options.id_prefix, "Goes before the row number in ids");
+  load->add_option_function<std::string>(
+          "--priority",
+          [&options](const std::string& name) {
+            options.priority = name == "high" ? Priority::kHigh : Priority::kNormal;
+          },
+          "Of the sessions; default: normal")
+      ->check(CLI::IsMember({"normal", "high"}));
+  load->add_flag(
+      "--wait-linked", options.wait_linked,
+      "Then wait until the graph holds all, and report linked_s, counted from the start");
+  return load;
+}
+
+CLI::App* AddRecall(CLI::App& app, ServerOptions& server, RecallOptions& options) {
+  CLI::App* recall = app.add_subcommand(
+      "recall", "Measure recall@k and speed of queries, or find the neighbours of a phrase");
+  AddServerOptions(recall, server);
+  AddSpaceOption(recall, options.space);
+  CLI::Option* queries = recall->add_option("--queries", options.queries, ".fvecs, .bvecs or .npy");
+  CLI::Option* truth = recall->add_option("--groundtruth", options.groundtruth,
+                                          ".ivecs with the true neighbours, nearest first");
+  CLI::Option* text = recall->add_option("--text", options.text, "A phrase instead of queries");
+  CLI::Option* encoder =
+      recall->add_option("--encoder", options.encoder, "Directory of the model that encodes it");
+  queries->needs(truth)->excludes(text);
+  truth->needs(queries);
+  text->needs(encoder);
+  encoder->needs(text);
+  recall->add_option("-k,--k", options.k, "Neighbours asked for")
+      ->check(CLI::Range(1u, kMaxRecallResults))
+      ->capture_default_str();
+  recall->add_option("--ef", options.ef, "Candidates kept while searching; default: the server's")
+      ->check(CLI::Range(1u, kMaxEf));
+  recall
+      ->add_option("--data", options.data,
+                   "Base vectors: ties with the k-th true neighbour are then found by exact scores")
+      ->needs(queries);
+  recall->add_option("--id-prefix", options.id_prefix, "As given to load")->needs(queries);
+  recall->add_option("--count", options.count, "Only the first queries")
+      ->check(CLI::PositiveNumber);
+  recall->add_option("--concurrency", options.concurrency, "Recalls under way at once")
+      ->check(CLI::Range(1u, kConcurrencyMax))
+      ->capture_default_str();
+  recall->add_option("--warmup", options.warmup, "Queries sent before the clock starts")
+      ->check(CLI::Range(uint64_t{0}, kRateMax));
+  return recall;
+}
+
+int Run(int argc, char** argv) {
+  CLI::App app("engramctl: the operator's tool of engramd", "engramctl");
+  app.require_subcommand(1);
+  app.footer(kFooter);
+  ServerOptions server;
+
+  LoadOptions load_options;
+  const CLI::App* load = AddLoad(app, server, load_options);
+  RecallOptions recall_options;
+  const CLI::App* recall = AddRecall(app, server, recall_options);
+
+  CLI::App* status = app.add_subcommand("status", "Counters of every core");
+  AddServerOptions(status, server);
+  CLI::App* spaces = app.add_subcommand("spaces", "What each space holds");
+  AddServerOptions(spaces, server);
+  CLI::App* ping = app.add_subcommand("ping", "Time of a round trip");
+  AddServerOptions(ping, server);
+
+  EncodeOptions encode_options;
+  CLI::App* encode = app.add_subcommand("encode", "Turn texts into an .fvecs file");
+  encode->add_option("--encoder", encode_options.encoder, "Directory of the model")->required();
+  encode->add_option("--texts", encode_options.texts, ".tsv, .tsv.gz, or - for lines")->required();
+  encode->add_option("--out", encode_options.out, "The .fvecs file to write")->required();
+
+  PutOptions put_options;
+  CLI::App* put = app.add_subcommand("put", "Store one phrase");
+  AddServerOptions(put, server);
+  AddSpaceOption(put, put_options.space);
+  put->add_option("--id", put_options.id, "Its id, 1 to 256 bytes")->required();
+  put->add_option("--text", put_options.text, "The phrase, which becomes its payload")->required();
+  put->add_option("--encoder", put_options.encoder, "Directory of the model")->required();
+
+  DeleteOptions delete_options;
+  CLI::App* remove = app.add_subcommand("delete", "Remove observations by id");
+  AddServerOptions(remove, server);
+  AddSpaceOption(remove, delete_options.space);
+  remove->add_option("ids", delete_options.ids, "Ids")->required();
+
+  try {
+    app.parse(argc, argv);
+    if (recall->parsed() && recall_options.queries.empty() && recall_options.text.empty()) {
+      throw CLI::RequiredError("recall: --queries with --groundtruth, or --text with --encoder,");
+    }
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? kExitOk : kExitUsage;
+  }
+
+  if (load->parsed()) return RunLoad(server, load_options);
+  if (recall->parsed()) {
+    return recall_options.queries.empty() ? RunRecallText(server, recall_options)
+                                          : RunRecallQuality(server, recall_options);
+  }
+  if (status->parsed()) return RunStatus(server);
+  if (spaces->parsed()) return RunSpaces(server);
+  if (ping->parsed()) return RunPing(server);
+  if (encode->parsed()) return RunEncode(encode_options);
+  if (put->parsed()) return RunPut(server, put_options);
+  return RunDelete(server, delete_options);
+}
+
+}  // namespace
+
+}  // namespace engram
+
+int main(int argc, char** argv) { return engram::Run(argc, argv); }
