@@ -68,19 +68,21 @@ void SendNak(Network* network, ConnectionId connection, RefusalReason reason,
             Parts2{BytesOf(body), BytesOf(std::string_view(text.data(), text_bytes))});
 }
 
-void SendResult(Network* network, ConnectionId connection, uint64_t request_id,
+void SendResult(Network* network, ConnectionId connection, uint64_t session, uint64_t request_id,
                 const ResultBody& body, bool more, std::span<const std::byte> hits) {
   const FrameHeader header{.type = FrameType::kResult,
                            .flags = more ? kFrameFlagMore : uint16_t{0},
+                           .session = session,
                            .sequence = request_id};
   SendFrame(network, connection, header, Parts2{BytesOf(body), hits});
 }
 
-void SendIntrospection(Network* network, ConnectionId connection, uint64_t request_id,
-                       const IntrospectionBody& body, bool more,
+void SendIntrospection(Network* network, ConnectionId connection, uint64_t session,
+                       uint64_t request_id, const IntrospectionBody& body, bool more,
                        std::span<const std::byte> records) {
   const FrameHeader header{.type = FrameType::kIntrospection,
                            .flags = more ? kFrameFlagMore : uint16_t{0},
+                           .session = session,
                            .sequence = request_id};
   SendFrame(network, connection, header, Parts2{BytesOf(body), records});
 }

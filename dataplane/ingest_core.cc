@@ -49,7 +49,8 @@ IngestCore::IngestCore(const IngestOptions& options, Clock* clock, Network* netw
       partial_pool_(std::move(partial_pool)),
       scratch_(kFrameHeaderBytes + kMaxFrameBodyBytes),
       connections_(options.max_connections),
-      completions_(kCompletionBatch) {
+      completions_(kCompletionBatch),
+      shard_slots_(port_.shards.size()) {
   dirty_.reserve(options.max_connections);
   paused_.reserve(options.max_connections);
 }
@@ -142,6 +143,9 @@ bool IngestCore::TakeFrame(Connection& connection, const FrameHeader& header,
     return RefuseAndClose(connection, reason, header.type, header.sequence);
   }
   const std::span<const std::byte> body = frame.subspan(kFrameHeaderBytes);
+  if ((header.type == FrameType::kPing || header.type == FrameType::kClose) && !body.empty()) {
+    return RefuseAndClose(connection, RefusalReason::kBadFrame, header.type, header.sequence);
+  }
   if (header.type == FrameType::kPing) {
     if ((header.flags & kFrameFlagPingAnswer) == 0) {
       SendPingAnswer(network_, connection.id, connection.session.value(), header.sequence);
@@ -301,6 +305,7 @@ bool IngestCore::TakeRecall(Connection& connection, const FrameHeader& header,
     CountNak(reason);
     SendNak(network_, connection.id, reason,
             {.refused_type = header.type,
+             .session = connection.session.value(),
              .sequence = header.sequence,
              .has_numbers = connection.rules.dimension != 0,
              .got = view.body.dimension,
@@ -363,16 +368,16 @@ RefusalReason IngestCore::PushIntrospect(Connection& connection, uint64_t reques
     if (LaneOf(ShardId(s), Lane::kRecall).Full()) return RefusalReason::kQueueFull;
   }
   for (uint16_t s = 0; s < shards; ++s) {
-    const SlotId slot = port_.slab->Acquire(kRequestBodyOffset);
-    if (slot == kNoSlot) {
-      // Only the first can fail for want of slots of the smallest size.
-      if (s == 0) return RefusalReason::kSlotsExhausted;
-      break;
-    }
-    auto* request = new (port_.slab->At(slot)) IntrospectRequest;
+    shard_slots_[s] = port_.slab->Acquire(kRequestBodyOffset);
+    if (shard_slots_[s] != kNoSlot) continue;
+    while (s > 0) port_.slab->Release(shard_slots_[--s]);
+    return RefusalReason::kSlotsExhausted;
+  }
+  for (uint16_t s = 0; s < shards; ++s) {
+    auto* request = new (port_.slab->At(shard_slots_[s])) IntrospectRequest;
     request->origin = OriginOf(connection);
     request->request_id = request_id;
-    const bool pushed = LaneOf(ShardId(s), Lane::kRecall).TryPush(slot);
+    const bool pushed = LaneOf(ShardId(s), Lane::kRecall).TryPush(shard_slots_[s]);
     CHECK(pushed, "the ring had room");
     ++connection.introspections_in_flight;
   }
@@ -380,18 +385,19 @@ RefusalReason IngestCore::PushIntrospect(Connection& connection, uint64_t reques
   return RefusalReason::kNone;
 }
 
-// The oldest unfinished frame gives way: a client that dribbles harms itself.
-void IngestCore::EvictOldestPartial(const Connection& keep) {
+// The oldest unfinished frame gives way: a client that dribbles harms itself. When that is the frame
+// of `growing`, which needs the room, nothing is evicted, and its caller refuses it.
+void IngestCore::EvictOldestPartial(const Connection& growing) {
   Connection* oldest = nullptr;
   for (uint32_t i = 0; i < connections_used_; ++i) {
     Connection& candidate = connections_[i];
-    if (candidate.state == State::kFree || &candidate == &keep) continue;
+    if (candidate.state == State::kFree) continue;
     if (candidate.assembler.pending_bytes() == 0) continue;
     if (oldest == nullptr || candidate.partial_since_ns < oldest->partial_since_ns) {
       oldest = &candidate;
     }
   }
-  if (oldest == nullptr) return;
+  if (oldest == nullptr || oldest == &growing) return;
   counters_[IngestCounter::kEvictedPartialFrames].Add(1);
   RefuseAndClose(*oldest, RefusalReason::kPartialFrameLimit, FrameType::kObserve, 0);
 }
@@ -508,11 +514,15 @@ void IngestCore::SettleObservation(Connection& connection, const Completion& com
   GrantCredit(connection, completion.credit_sequence);
   if (completion.reason == RefusalReason::kNone) {
     connection.settled_sequence = std::max(connection.settled_sequence, completion.sequence);
+    MarkAckDirty(connection);
+    if (completion.repeated) {
+      counters_[IngestCounter::kObservationsRepeated].Add(1);
+      return;
+    }
     counters_[IngestCounter::kObservationsAccepted].Add(1);
     const auto* request =
         reinterpret_cast<const ObserveRequest*>(port_.slab->At(completion.slot));
     if (connection.rules.dimension == 0) connection.rules.dimension = request->dimension;
-    MarkAckDirty(connection);
     return;
   }
   if (connection.state == State::kClosing) return;
@@ -561,7 +571,7 @@ void IngestCore::ForwardHits(Connection& connection, ShardId shard,
   const std::byte* slot =
       port_.shards[shard.value()].result_slab->At(completion.result_slot);
   const auto batch = LoadAs<ResultBatch>(slot);
-  SendResult(network_, connection.id, completion.sequence,
+  SendResult(network_, connection.id, connection.session.value(), completion.sequence,
              {.count = batch.count, .metric = batch.metric}, !batch.last,
              {slot + sizeof(ResultBatch), batch.body_bytes});
   if (network_->SendBacklog(connection.id) > options_.send_pause_bytes) {
@@ -576,8 +586,8 @@ void IngestCore::ForwardRecords(Connection& connection, ShardId shard,
       port_.shards[shard.value()].result_slab->At(completion.result_slot);
   const auto batch = LoadAs<ResultBatch>(slot);
   if (batch.last) --connection.introspections_in_flight;
-  SendIntrospection(network_, connection.id, completion.sequence, {.count = batch.count},
-                    connection.introspections_in_flight > 0,
+  SendIntrospection(network_, connection.id, connection.session.value(), completion.sequence,
+                    {.count = batch.count}, connection.introspections_in_flight > 0,
                     {slot + sizeof(ResultBatch), batch.body_bytes});
 }
 
@@ -731,7 +741,7 @@ void IngestCore::SweepConnection(Connection& connection) {
     RefuseAndClose(connection, RefusalReason::kFrameTimeout, FrameType::kObserve, 0);
   } else if (connection.paused &&
              now_ns_ - connection.paused_since_ns > options_.slow_reader_timeout_ns &&
-             network_->SendBacklog(connection.id) > options_.send_pause_bytes) {
+             network_->SendBacklog(connection.id) > options_.send_pause_bytes / 2) {
     RefuseAndClose(connection, RefusalReason::kSlowReader, FrameType::kObserve, 0);
   } else if (!connection.paused &&
              now_ns_ - connection.last_received_ns > options_.idle_timeout_ns) {

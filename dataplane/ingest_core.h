@@ -154,7 +154,7 @@ class IngestCore final : public NetworkHandler {
                       std::span<const std::byte> body);
   RefusalReason PushIntrospect(Connection& connection, uint64_t request_id);
   void SendStatus(Connection& connection, uint64_t request_id);
-  void EvictOldestPartial(const Connection& keep);
+  void EvictOldestPartial(const Connection& growing);
 
   // Answers of the shards.
   int TakeCompletions();
@@ -215,6 +215,7 @@ class IngestCore final : public NetworkHandler {
   std::vector<uint32_t> dirty_;           // connections whose ack is due
   std::vector<uint32_t> paused_;          // connections that are not read from
   std::vector<Completion> completions_;   // of one batch
+  std::vector<SlotId> shard_slots_;       // by shard, while one request is made for each
   uint32_t connections_used_ = 0;         // highest index ever + 1
   uint32_t open_connections_ = 0;
   uint32_t open_sessions_ = 0;

@@ -67,6 +67,7 @@ void IngestCore::SendStatus(Connection& connection, uint64_t request_id) {
   // The frame being answered may lie at the scratch buffer's start; it is 33 bytes long.
   LineWriter lines(std::span<std::byte>(scratch_).last(kStatusFrameBytes));
   const IntrospectionBody body{.what = IntrospectWhat::kStatus};
+  const uint64_t session = connection.session.value();
   constexpr size_t kLineRoom = 256;
   for (const CounterView& view : *catalogue_) {
     const uint64_t value = view.counter->Read();
@@ -77,10 +78,10 @@ void IngestCore::SendStatus(Connection& connection, uint64_t request_id) {
     lines.Number(value);
     lines.Text("\n");
     if (lines.room() < kLineRoom) {
-      SendIntrospection(network_, connection.id, request_id, body, true, lines.Take());
+      SendIntrospection(network_, connection.id, session, request_id, body, true, lines.Take());
     }
   }
-  SendIntrospection(network_, connection.id, request_id, body, false, lines.Take());
+  SendIntrospection(network_, connection.id, session, request_id, body, false, lines.Take());
 }
 
 }  // namespace engram

@@ -53,8 +53,8 @@ class HnswGraph {
   NodeId entry_point() const { return entry_point_.load(std::memory_order_acquire); }
   // Of a node that is in the graph.
   uint32_t Level(NodeId node) const { return nodes_[node].level; }
-  // The links of `node` on `level`, up to Level(node): MaxDegree(level) places, the links first. Read
-  // each place by LoadLink.
+  // The links of `node` on `level`, up to Level(node): MaxDegree(level) places, the links first.
+  // Read each place by LoadLink.
   const NodeId* Links(NodeId node, uint32_t level) const {
     return level == 0 ? bottom_.Row(node) : nodes_[node].upper + (level - 1) * upper_stride_;
   }

@@ -215,28 +215,21 @@ void HnswLinker::EndSelect() {
   phase_ = Phase::kReverse;
 }
 
-// The nearest found node that may have one more child becomes the parent and the first choice: so
-// the tree stays among near nodes, and equal vectors form one part of it. It is chosen already
-// unless those before it have many children.
+// The nearest found node that may have one more child becomes the parent: so the tree stays among
+// near nodes, and equal vectors form one part of it. It is chosen already unless nodes before it
+// have all their children; then it is one more link, or takes the place of the last.
 void HnswLinker::ChooseParent() {
   const auto with_room = std::find_if(found_.begin(), found_.end(), [this](NeighbourKey key) {
     return graph_->MayHaveChild(NodeOf(key));
   });
   const NodeId parent =
       with_room != found_.end() ? NodeOf(*with_room) : graph_->FindParent(NodeOf(found_[0]));
-  Choice& choice = choices_[0];
-  const auto first = choice.nodes.begin();
-  auto place = std::find(first, first + choice.count, parent);
-  if (place == first + choice.count) {
-    if (choice.count == params_.M0) {
-      --place;
-    } else {
-      ++choice.count;
-    }
-    *place = parent;
-  }
-  std::rotate(first, place, place + 1);
   graph_->SetParent(node_, parent);
+  Choice& choice = choices_[0];
+  const auto end = choice.nodes.begin() + choice.count;
+  if (std::find(choice.nodes.begin(), end, parent) != end) return;
+  if (choice.count < params_.M0) ++choice.count;
+  choice.nodes[choice.count - 1] = parent;
 }
 
 // 6. One neighbour.

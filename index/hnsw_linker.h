@@ -25,8 +25,8 @@ namespace engram {
 // 4. Select up to M of what was found by Algorithm 4. On level 0 also the node's parent in the
 //    graph's spanning tree (see HnswGraph).
 // 5. Publish the node's own links on every level; nothing leads to the node yet.
-// 6. Reverse links, the parent's first: each neighbour gets a link to the node. Where its list is
-//    full, the same heuristic chooses which links it keeps; links of the tree are always kept.
+// 6. Reverse links: each neighbour gets a link to the node. Where its list is full, the same
+//    heuristic chooses which links it keeps; links of the tree are always kept.
 // 7. The node counts as linked, and becomes the entry point if it has the highest level.
 //
 // Thread safety: the owner core's alone.

@@ -4,8 +4,8 @@
 
 namespace engram {
 
-// How a graph is built, in the terms of Malkov & Yashunin, "Efficient and robust approximate nearest
-// neighbor search using Hierarchical Navigable Small World graphs" (2018).
+// How a graph is built, in the terms of Malkov & Yashunin, "Efficient and robust approximate
+// nearest neighbor search using Hierarchical Navigable Small World graphs" (2018).
 struct HnswBuildParams {
   // Links that a new node makes on each level, and the most that a node keeps on levels 1 and up.
   // The paper's M and M_max. 2 to 64.

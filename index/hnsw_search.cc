@@ -5,8 +5,8 @@
 namespace engram {
 namespace {
 
-// Room for candidates, in multiples of ef. While every node is live at most ef of the candidates can
-// still matter; the rest of the room is for retired nodes, which crowd a search without filling it.
+// Room for candidates, in multiples of ef. While every node is live at most ef of the candidates
+// can still matter; the rest is for retired nodes, which crowd a search without filling it.
 constexpr size_t kCandidatesPerEf = 4;
 constexpr size_t kMinCandidates = 1024;
 constexpr size_t kMinVisited = 4096;

@@ -20,9 +20,9 @@ namespace engram {
 // Recall from an HNSW graph.
 // 1. Greedy descent: from the entry point, on each level above 0, go to the nearest linked node
 //    until none is nearer than where we are.
-// 2. Beam search on level 0 (Malkov & Yashunin 2018, Algorithm 2): expand the nearest candidate that
-//    has not been expanded; keep the ef nearest live nodes seen; stop when the nearest candidate is
-//    farther than all of them.
+// 2. Beam search on level 0 (Malkov & Yashunin 2018, Algorithm 2): expand the nearest candidate
+//    that has not been expanded; keep the ef nearest live nodes seen; stop when the nearest
+//    candidate is farther than all of them.
 // 3. The k nearest of these are the answer.
 // Retired nodes are walked through like any other, and never part of the answer.
 
@@ -338,8 +338,8 @@ class GraphSearch {
     return true;
   }
 
-  // Writes the nearest min(k, out.size()) live nodes that were found, nearest first, equal distances
-  // by lower node; returns how many. Once, after Step said true.
+  // Writes the nearest min(k, out.size()) live nodes that were found, nearest first, equal
+  // distances by lower node; returns how many. Once, after Step said true.
   size_t TakeResults(std::span<Neighbour> out) {
     const std::span<const NeighbourKey> keys = beam_.SortedResults();
     const size_t count = std::min({keys.size(), out.size(), size_t{k_}});

@@ -73,7 +73,7 @@ IdMap::Entry* IdMap::FindEntry(uint32_t tag, NodeId node, Segment** segment) {
   Entry* entries = (*segment)->entries();
   for (uint32_t place = tag & (*segment)->mask;; place = (place + 1) & (*segment)->mask) {
     CHECK(entries[place].node != kNoNode, "the entry is in the map");
-    if (entries[place].node == node) return &entries[place];
+    if (entries[place].tag == tag && entries[place].node == node) return &entries[place];
   }
 }
 

@@ -28,6 +28,10 @@ class RecallJob {
  public:
   explicit RecallJob(ArenaHeap* heap);
 
+  // Takes the memory for recalls of spaces of up to `nodes` nodes. Call it where a space grows, so
+  // that a recall is not refused for lack of memory. False when the heap is spent.
+  bool Reserve(size_t nodes) { return scratch_.Reserve(nodes); }
+
   // kNone, or why the recall cannot be done. `vector` as received. ef 0 takes `default_ef`.
   RefusalReason Begin(const Space& space, const RecallRequest& request, const std::byte* vector,
                       uint32_t default_ef);

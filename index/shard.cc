@@ -165,9 +165,12 @@ void Shard::OpenSession(size_t producer, SlotId slot) {
 }
 
 RefusalReason Shard::AnswerHello(size_t producer, HelloRequest* hello) {
-  if (hello->wants_session && hello->session.value() != 0 &&
-      sessions_.Find(hello->session) == nullptr) {
-    return RefusalReason::kSessionExpired;
+  if (hello->wants_session && hello->session.value() != 0) {
+    const Session* known = sessions_.Find(hello->session);
+    if (known == nullptr) return RefusalReason::kSessionExpired;
+    if (spaces_[known->space]->name() != NameOf(*hello)) {
+      return RefusalReason::kSessionSpaceMismatch;
+    }
   }
   uint32_t space = 0;
   const RefusalReason reason = FindOrMakeSpace(*hello, &space);
@@ -218,7 +221,6 @@ RefusalReason Shard::AttachSession(size_t producer, uint32_t space, HelloRequest
     ++attached_[space];
   } else {
     session = sessions_.Find(hello->session);
-    if (session->space != space) return RefusalReason::kSessionSpaceMismatch;
     if (session->origin != 0) {
       Notify(session->producer, {.kind = CompletionKind::kFenced, .origin = session->origin});
     } else {
@@ -226,6 +228,8 @@ RefusalReason Shard::AttachSession(size_t producer, uint32_t space, HelloRequest
     }
     session->producer = holder;
     session->origin = hello->origin;
+    // What the connection before was granted ends with it.
+    session->granted_sequence = session->last_sequence;
     session->last_active_ns = now_ns_;
   }
   hello->session = session->id;
@@ -394,7 +398,8 @@ Completion Shard::TakeObservation(size_t producer, SlotId slot) {
     completion.reason = RefusalReason::kSequenceGap;
   } else {
     Space* space = spaces_[session->space].get();
-    completion.reason = Store(space, *request, bytes + kRequestBodyOffset);
+    const bool in_credit = request->sequence <= session->granted_sequence;
+    completion.reason = Store(space, *request, bytes + kRequestBodyOffset, in_credit);
     if (completion.reason == RefusalReason::kNone) {
       session->last_sequence = request->sequence;
       receive_to_visible_.Record(now_ns_ - request->received_ns);
@@ -409,13 +414,15 @@ Completion Shard::TakeObservation(size_t producer, SlotId slot) {
     session->last_active_ns = now_ns_;
     completion.credit_sequence = CreditOf(session);
   }
-  if (completion.reason != RefusalReason::kNone) {
+  if (completion.reason != RefusalReason::kNone &&
+      DescribeRefusal(completion.reason).effect != RefusalEffect::kConsumes) {
     counters_[ShardCounter::kObservationsRefused].Add(1);
   }
   return completion;
 }
 
-RefusalReason Shard::Store(Space* space, const ObserveRequest& request, const std::byte* body) {
+RefusalReason Shard::Store(Space* space, const ObserveRequest& request, const std::byte* body,
+                           bool in_credit) {
   if (request.op == ObservationOp::kSkip) return request.skip_reason;
   const std::byte* id = body + VectorBytes(request.dtype, request.dimension);
   const std::string_view id_text(reinterpret_cast<const char*>(id), request.id_bytes);
@@ -423,10 +430,12 @@ RefusalReason Shard::Store(Space* space, const ObserveRequest& request, const st
     if (space->Delete(id_text)) counters_[ShardCounter::kObservationsDeleted].Add(1);
     return RefusalReason::kNone;
   }
-  if (space->has_graph() &&
+  if (!in_credit && space->has_graph() &&
       space->unlinked_count() >= 2 * space->NodesInBytes(options_.unlinked_limit_bytes)) {
     return RefusalReason::kBacklogFull;
   }
+  // What recalls need comes first, so that they go on when the memory is full.
+  if (!recall_.Reserve(space->node_count() + 1)) return RefusalReason::kMemoryFull;
   const RefusalReason reason = space->Upsert({.id = id_text,
                                               .payload = {id + request.id_bytes,
                                                           request.payload_bytes},
@@ -454,6 +463,8 @@ int Shard::LinkSlice(bool busy) {
       link_queued_[linking_space_] = false;
       link_queue_[link_turn_] = link_queue_.back();
       link_queue_.pop_back();
+      announced_links_[linking_space_] = 0;
+      AnnounceCredit(linking_space_);
       return 1;
     }
     link_began_ns_ = now_ns_;
@@ -473,8 +484,7 @@ void Shard::FinishLink() {
   spaces_[linking_space_]->FinishLinking(linker_.node());
   counters_[ShardCounter::kObservationsLinked].Add(1);
   link_ns_ = 0.99 * link_ns_ + 0.01 * static_cast<double>(now_ns_ - link_began_ns_);
-  if (++announced_links_[linking_space_] >= kCreditEvery ||
-      spaces_[linking_space_]->unlinked_count() == 0) {
+  if (++announced_links_[linking_space_] >= kCreditEvery) {
     announced_links_[linking_space_] = 0;
     AnnounceCredit(linking_space_);
   }
@@ -490,13 +500,15 @@ void Shard::QueueForLinking(uint32_t space) {
 // Credit and completions
 
 // The highest sequence that the session may send: its share of what the space may still take before
-// recalls would suffer. Never less than was granted before.
+// recalls would suffer, and at least 1 of it. Never less than the connection was granted before.
 uint64_t Shard::CreditOf(Session* session) {
   const Space& space = *spaces_[session->space];
   const uint64_t limit = space.NodesInBytes(options_.unlinked_limit_bytes);
-  const uint64_t room = limit - std::min<uint64_t>(limit, space.unlinked_count());
-  const uint64_t share = std::min<uint64_t>(
-      options_.max_credit, room / std::max(attached_[session->space], uint32_t{1}));
+  // Before there is a graph nothing waits for it, and no link would bring the credit back.
+  const uint64_t waiting = space.has_graph() ? space.unlinked_count() : 0;
+  const uint64_t room = limit - std::min(limit, waiting);
+  const uint64_t sharers = std::max(attached_[session->space], uint32_t{1});
+  const uint64_t share = std::min<uint64_t>(options_.max_credit, (room + sharers - 1) / sharers);
   session->granted_sequence =
       std::max(session->granted_sequence, session->last_sequence + share);
   return session->granted_sequence;
@@ -508,9 +520,14 @@ void Shard::AnnounceCredit(uint32_t space) {
     const uint64_t before = session.granted_sequence;
     if (before > session.last_sequence + options_.max_credit / 2) return;
     if (CreditOf(&session) == before) return;
-    Notify(session.producer, {.kind = CompletionKind::kCredit,
-                              .origin = session.origin,
-                              .credit_sequence = session.granted_sequence});
+    if (Notify(session.producer, {.kind = CompletionKind::kCredit,
+                                  .origin = session.origin,
+                                  .credit_sequence = session.granted_sequence})) {
+      return;
+    }
+    // Not said, so not granted. Again when the space's turn of linking comes round.
+    session.granted_sequence = before;
+    QueueForLinking(space);
   });
 }
 
@@ -527,9 +544,11 @@ void Shard::Complete(size_t producer, const Completion& completion) {
   CHECK(pushed, "the completion ring has room for every slot");
 }
 
-void Shard::Notify(ProducerId producer, const Completion& completion) {
-  auto& ring = port_.producers[producer.value()].completions;
-  if (ring.Depth() < kNoticeRoom) Complete(producer.value(), completion);
+// False when the ring holds too much already.
+bool Shard::Notify(ProducerId producer, const Completion& completion) {
+  if (port_.producers[producer.value()].completions.Depth() >= kNoticeRoom) return false;
+  Complete(producer.value(), completion);
+  return true;
 }
 
 uint32_t Shard::FindSpaceIndex(std::string_view name) const {

@@ -34,8 +34,9 @@ struct ShardOptions {
   // Most sequences that a session may have under way beyond the last settled one.
   uint32_t max_credit = 4'096;
   // Vectors of a space that may wait for the graph, as what a recall must scan beside it. Credit
-  // ends at this; twice as much is refused.
-  size_t unlinked_limit_bytes = size_t{64} << 20;
+  // ends at this; who sends beyond its credit is refused at twice as much. N sessions that were
+  // granted their shares one after the other hold at most 1 + ln N times as much credit.
+  size_t unlinked_limit_bytes = size_t{72} << 20;
   uint32_t default_ef = 128;
   HnswBuildParams build;
   // Secret; draws session ids and hash seeds. The same seed gives the same run.
@@ -118,7 +119,8 @@ class Shard {
 
   int TakeObservations(Lane lane);
   Completion TakeObservation(size_t producer, SlotId slot);
-  RefusalReason Store(Space* space, const ObserveRequest& request, const std::byte* body);
+  RefusalReason Store(Space* space, const ObserveRequest& request, const std::byte* body,
+                      bool in_credit);
   int LinkSlice(bool busy);
   void FinishLink();
   void QueueForLinking(uint32_t space);
@@ -127,7 +129,7 @@ class Shard {
   uint32_t RetryAfterMs(const Space& space) const;
   void AnnounceCredit(uint32_t space);
   void Complete(size_t producer, const Completion& completion);
-  void Notify(ProducerId producer, const Completion& completion);
+  bool Notify(ProducerId producer, const Completion& completion);
   uint32_t FindSpaceIndex(std::string_view name) const;
 
   // Constant after construction.

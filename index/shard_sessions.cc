@@ -13,7 +13,10 @@ constexpr uint64_t kPlaceMask = ShardSessions::kMaxSessions - 1;
 }  // namespace
 
 ShardSessions::ShardSessions(uint32_t max_sessions, int64_t idle_timeout_ns, uint64_t seed)
-    : sessions_(max_sessions), idle_timeout_ns_(idle_timeout_ns), random_(seed) {
+    : sessions_(max_sessions),
+      idle_timeout_ns_(idle_timeout_ns),
+      id_secret_(MixBits(~seed)),
+      random_(seed) {
   CHECK(max_sessions > 0 && max_sessions <= kMaxSessions, "session limit out of range");
   free_.reserve(max_sessions);
 }
@@ -23,7 +26,7 @@ Session* ShardSessions::Open(uint32_t space, ProducerId producer, Origin origin,
   if (place == sessions_.size()) return nullptr;
   Session& session = sessions_[place];
   // The random part is never 0, so no id is.
-  const uint64_t random = random_.Next() | (kPlaceMask + 1);
+  const uint64_t random = DrawRandom() | (kPlaceMask + 1);
   session = Session();
   session.id = SessionId((random & ~kPlaceMask) | place);
   session.space = space;
@@ -33,6 +36,10 @@ Session* ShardSessions::Open(uint32_t space, ProducerId producer, Origin origin,
   ++size_;
   return &session;
 }
+
+// The generator's numbers alone would not do: from most bits of one its state follows, and with it
+// every later id.
+uint64_t ShardSessions::DrawRandom() { return MixBits(random_.Next() ^ id_secret_); }
 
 Session* ShardSessions::Find(SessionId id) {
   if (id.value() == 0) return nullptr;
@@ -48,8 +55,8 @@ void ShardSessions::Detach(Session* session, int64_t now_ns) {
   --size_;
 }
 
-// A place that was given up or never used; else that of the longest idle session without a connection;
-// else the table's size.
+// A place that was given up or never used; else that of the longest idle session without a
+// connection; else the table's size.
 uint32_t ShardSessions::FreePlace(int64_t now_ns) {
   if (!free_.empty()) {
     const uint32_t place = free_.back();
@@ -59,7 +66,9 @@ uint32_t ShardSessions::FreePlace(int64_t now_ns) {
   if (used_ < sessions_.size()) return used_++;
   Session* oldest = nullptr;
   for (Session& session : sessions_) {
-    if (session.id.value() == 0 || session.origin != 0 || now_ns - session.last_active_ns < idle_timeout_ns_) continue;
+    if (session.id.value() == 0 || session.origin != 0 ||
+        now_ns - session.last_active_ns < idle_timeout_ns_)
+      continue;
     if (oldest == nullptr || session.last_active_ns < oldest->last_active_ns) oldest = &session;
   }
   if (oldest == nullptr) return static_cast<uint32_t>(sessions_.size());

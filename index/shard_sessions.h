@@ -12,17 +12,17 @@ namespace engram {
 
 // One client's session at its home shard (DESIGN, principle 4).
 struct Session {
-  SessionId id;                // 0: the place is free
-  uint32_t space = 0;          // index of the space in the shard
-  ProducerId producer;         // of the connection that holds it
-  Origin origin = 0;           // that connection; 0: none, the session may be resumed
-  Sequence last_sequence = 0;  // settled: stored, or refused for good
+  SessionId id;                   // 0: the place is free
+  uint32_t space = 0;             // index of the space in the shard
+  ProducerId producer;            // of the connection that holds it
+  Origin origin = 0;              // that connection; 0: none, the session may be resumed
+  Sequence last_sequence = 0;     // settled: stored, or refused for good
   uint64_t granted_sequence = 0;  // the client may send up to this one
   int64_t last_active_ns = 0;
 };
 
-// The sessions of a shard, in memory. A session's id is 44 random bits, 20 bits of its place here:
-// so finding one is one comparison, and ids cannot be guessed.
+// The sessions of a shard, in memory. A session's id is 43 random bits, a 1, and 20 bits of its
+// place here: so finding one is one comparison, and ids cannot be guessed, also not from other ids.
 //
 // Thread safety: the shard's alone. Takes no memory after construction.
 // Invariants: at most `max_sessions`; attached sessions are never evicted.
@@ -36,8 +36,8 @@ class ShardSessions {
   // A new session, attached. Where the table is full the longest idle one that has no connection
   // gives way. nullptr when there is none.
   Session* Open(uint32_t space, ProducerId producer, Origin origin, int64_t now_ns);
-  // Its connection is gone. A session that took nothing is forgotten at once, as there is nothing to
-  // resume.
+  // Its connection is gone. A session that took nothing is forgotten at once, as there is nothing
+  // to resume.
   void Detach(Session* session, int64_t now_ns);
   // nullptr when `id` is not, or no longer, known.
   Session* Find(SessionId id);
@@ -65,12 +65,14 @@ class ShardSessions {
 
  private:
   uint32_t FreePlace(int64_t now_ns);
+  uint64_t DrawRandom();
 
   std::vector<Session> sessions_;
   std::vector<uint32_t> free_;  // places given up
-  uint32_t used_ = 0;  // places ever used
+  uint32_t used_ = 0;           // places ever used
   uint32_t size_ = 0;
   const int64_t idle_timeout_ns_;
+  const uint64_t id_secret_;
   SplitMix64 random_;
 };
 

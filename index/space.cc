@@ -11,6 +11,12 @@
 
 namespace engram {
 
+namespace {
+
+constexpr float kInt8Magnitude = 128;
+
+}  // namespace
+
 Space::Space(std::string name, Metric metric, uint32_t dimension, ArenaHeap* heap,
              const HnswBuildParams& build_params, uint64_t hash_seed)
     : name_(std::move(name)),
@@ -31,7 +37,14 @@ Space::~Space() {
 }
 
 RefusalReason Space::Upsert(const ObservationRef& observation) {
-  if (dimension_ == 0) FixDimension(observation.dimension);
+  const bool first = dimension_ == 0;
+  if (first) FixDimension(observation.dimension);
+  const RefusalReason reason = UpsertHere(observation);
+  if (first && reason != RefusalReason::kNone) ForgetDimension();
+  return reason;
+}
+
+RefusalReason Space::UpsertHere(const ObservationRef& observation) {
   if (observation.dimension != dimension_) return RefusalReason::kWrongDimension;
   const NodeId node = TakeNode();
   if (node == kNoNode) return RefusalReason::kMemoryFull;
@@ -78,6 +91,10 @@ RefusalReason Space::PrepareQuery(VectorDtype dtype, uint32_t dimension, float s
 RefusalReason Space::WriteRow(VectorDtype dtype, float scale, const std::byte* vector,
                               float* row) const {
   DecodeVector(dtype, dimension_, scale, vector, row);
+  if (dtype == VectorDtype::kInt8 && !std::isfinite(kInt8Magnitude * scale) &&
+      !std::all_of(row, row + dimension_, [](float value) { return std::isfinite(value); })) {
+    return RefusalReason::kNotFinite;
+  }
   if (metric_ == Metric::kCosine && !NormaliseInPlace(row, dimension_)) {
     return RefusalReason::kZeroVector;
   }
@@ -142,6 +159,16 @@ uint64_t Space::resident_bytes() const {
 void Space::FixDimension(uint32_t dimension) {
   dimension_ = dimension;
   vectors_.emplace(heap_, dimension);
+}
+
+// The first observation was refused: the next one may bring another dimension. Rows go with it, so
+// nodes are counted from 0 again.
+void Space::ForgetDimension() {
+  CHECK(live_ == 0 && retired_ == 0, "nothing is stored yet");
+  dimension_ = 0;
+  vectors_.reset();
+  node_count_ = 0;
+  first_free_ = kNoNode;
 }
 
 // A free node, or a new one with room in every table.

@@ -74,7 +74,7 @@ class Space {
   bool Delete(std::string_view id);
 
   // Writes a query in the form of this space's rows to `row` (padded_dimension() floats, 64-byte
-  // aligned). kNone, kWrongDimension or kZeroVector.
+  // aligned). kNone, kWrongDimension, kZeroVector or kNotFinite, as Upsert.
   RefusalReason PrepareQuery(VectorDtype dtype, uint32_t dimension, float scale,
                              const std::byte* vector, float* row) const;
 
@@ -129,6 +129,8 @@ class Space {
 
   const VectorStore* vectors() const { return &*vectors_; }
   void FixDimension(uint32_t dimension);
+  void ForgetDimension();
+  RefusalReason UpsertHere(const ObservationRef& observation);
   // Writes the vector as this space keeps it. kNone, kZeroVector or kNotFinite.
   RefusalReason WriteRow(VectorDtype dtype, float scale, const std::byte* vector,
                          float* row) const;

@@ -63,7 +63,8 @@ Result<void> Daemon::MakeNetworks(const Config& config, std::vector<std::string>
     std::string note;
     auto network = CreateNetwork(config.network_backend, options, &note);
     if (!network) return std::unexpected(network.error());
-    if (!note.empty() && i == 0) notes->push_back("network: " + note);
+    if (note.empty()) note = (*network)->backend();
+    if (i == 0) notes->push_back("network: " + note);
     for (Endpoint& endpoint : wanted) {
       auto bound = (*network)->Listen(endpoint);
       if (!bound) return std::unexpected(bound.error());

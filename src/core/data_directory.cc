@@ -23,9 +23,7 @@ constexpr std::string_view kCrcKey = "crc32c ";
 constexpr size_t kCrcLineBytes = kCrcKey.size() + 8 + 1;
 constexpr size_t kMaxInstanceBytes = 4096;
 
-std::span<const std::byte> BytesOf(std::string_view text) {
-  return std::as_bytes(std::span(text));
-}
+std::span<const std::byte> BytesOf(std::string_view text) { return std::as_bytes(std::span(text)); }
 
 std::string CrcLineOf(std::string_view text) {
   std::array<char, 16> digits{};
@@ -122,10 +120,12 @@ Result<InstanceInfo> ReadOrWriteInstance(Disk& disk, const InstanceInfo& fresh) 
   const auto content = ReadWholeFile(disk, kInstanceFileName, kMaxInstanceBytes);
   const std::string path = disk.directory() + "/" + kInstanceFileName;
   if (content) {
+    const auto* text = reinterpret_cast<const char*>(content->data());
+    const auto instance = Parse(std::string_view(text, content->size()), path);
+    if (!instance) return instance;
     // A process that died between rename and sync may have left a name that a power cut takes.
     if (const auto synced = disk.SyncDirectory(); !synced) return std::unexpected(synced.error());
-    const auto* text = reinterpret_cast<const char*>(content->data());
-    return Parse(std::string_view(text, content->size()), path);
+    return instance;
   }
   if (content.error().code == ErrorCode::kCorrupt) return Damaged(path, "too long");
   if (content.error().code != ErrorCode::kNotFound) return std::unexpected(content.error());
@@ -152,15 +152,15 @@ Result<DataDirectory> OpenDataDirectory(std::unique_ptr<Disk> disk, int64_t now_
                                         const InstanceId& fresh_id) {
   if (const auto locked = disk->LockDirectory(); !locked) return std::unexpected(locked.error());
   const auto instance = ReadOrWriteInstance(
-      *disk,
-      {.format_version = kDataFormatVersion, .id = fresh_id, .created_ns = now_ns});
+      *disk, {.format_version = kDataFormatVersion, .id = fresh_id, .created_ns = now_ns});
   if (!instance) return std::unexpected(instance.error());
   return DataDirectory(std::move(disk), *instance);
 }
 
 Result<DataDirectory> OpenDataDirectory(const std::string& path) {
   // A handful of small operations at the start: io_uring would gain nothing.
-  auto disk = CreatePosixDisk(path, {.max_in_flight = 1, .max_open_files = 1, .registered_buffers = {}});
+  auto disk =
+      CreatePosixDisk(path, {.max_in_flight = 1, .max_open_files = 1, .registered_buffers = {}});
   if (!disk) return std::unexpected(disk.error());
   InstanceId fresh_id;
   // Up to 256 bytes come whole.

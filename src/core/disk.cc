@@ -91,8 +91,7 @@ Result<void> ReplaceFile(Disk& disk, const std::string& name, std::span<const st
   }
   const auto file = disk.Open(temporary, OpenMode::kCreate, Caching::kBuffered);
   if (!file) return std::unexpected(file.error());
-  const Result<void> written =
-      WriteAndFlush(disk, file->id, PathOf(disk, temporary), content);
+  const Result<void> written = WriteAndFlush(disk, file->id, PathOf(disk, temporary), content);
   disk.Close(file->id);
   if (!written) return written;
   if (const auto renamed = disk.Rename(temporary, name); !renamed) return renamed;

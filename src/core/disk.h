@@ -135,8 +135,7 @@ Result<std::unique_ptr<Disk>> CreatePosixDisk(const std::string& directory,
 // Whole small files, for cold boundaries; they wait. `disk` has nothing under way.
 //
 // Errors: kNotFound, kCorrupt when it is over `max_bytes`, kInternal; all name the file.
-Result<std::vector<std::byte>> ReadWholeFile(Disk& disk, const std::string& name,
-                                             size_t max_bytes);
+Result<std::vector<std::byte>> ReadWholeFile(Disk& disk, const std::string& name, size_t max_bytes);
 // After a crash at any moment the file is the old one or the new one, whole.
 Result<void> ReplaceFile(Disk& disk, const std::string& name, std::span<const std::byte> content);
 // What ReplaceFile writes first; a crash may leave it behind.

@@ -6,7 +6,6 @@
 
 #include <cerrno>
 #include <ctime>
-#include <utility>
 
 #include "src/core/clock.h"
 
@@ -18,31 +17,20 @@ Result<Doorbell> Doorbell::Create() {
   return Doorbell(fd);
 }
 
-Doorbell::Doorbell(Doorbell&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-
-Doorbell& Doorbell::operator=(Doorbell&& other) noexcept {
-  std::swap(fd_, other.fd_);
-  return *this;
-}
-
-Doorbell::~Doorbell() {
-  if (fd_ >= 0) close(fd_);
-}
-
 void Doorbell::Wait(int64_t timeout_ns) {
-  pollfd entry{.fd = fd_, .events = POLLIN, .revents = 0};
+  pollfd entry{.fd = fd_.get(), .events = POLLIN, .revents = 0};
   const timespec timeout{.tv_sec = timeout_ns / kNanosPerSecond,
                          .tv_nsec = timeout_ns % kNanosPerSecond};
   if (ppoll(&entry, 1, &timeout, nullptr) <= 0) return;
   uint64_t rings = 0;
   // Nonblocking; whatever it says, the bell is silent now.
-  (void)!read(fd_, &rings, sizeof(rings));
+  (void)!read(fd_.get(), &rings, sizeof(rings));
 }
 
 void Doorbell::Wake() {
   const uint64_t ring = 1;
   // Fails only when the bell rings already.
-  (void)!write(fd_, &ring, sizeof(ring));
+  (void)!write(fd_.get(), &ring, sizeof(ring));
 }
 
 }  // namespace engram

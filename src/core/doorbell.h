@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "src/core/result.h"
+#include "src/core/unique_fd.h"
 
 namespace engram {
 
@@ -13,19 +14,13 @@ class Doorbell {
  public:
   // Errors: kResourceExhausted when there are no more descriptors.
   static Result<Doorbell> Create();
-  Doorbell(Doorbell&& other) noexcept;
-  Doorbell& operator=(Doorbell&& other) noexcept;
-  Doorbell(const Doorbell&) = delete;
-  Doorbell& operator=(const Doorbell&) = delete;
-  ~Doorbell();
-
   // Blocks until a Wake, or `timeout_ns` has passed. A Wake before it ends it at once.
   void Wait(int64_t timeout_ns);
   void Wake();
 
  private:
   explicit Doorbell(int fd) : fd_(fd) {}
-  int fd_;
+  UniqueFd fd_;
 };
 
 }  // namespace engram

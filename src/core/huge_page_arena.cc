@@ -42,9 +42,8 @@ bool TransparentPagesAllowed() {
   std::array<char, 64> text{};
   const ssize_t bytes = read(fd, text.data(), text.size());
   close(fd);
-  return bytes > 0 &&
-         std::string_view(text.data(), static_cast<size_t>(bytes)).find("[never]") ==
-             std::string_view::npos;
+  return bytes > 0 && std::string_view(text.data(), static_cast<size_t>(bytes)).find("[never]") ==
+                          std::string_view::npos;
 }
 
 }  // namespace
@@ -79,14 +78,15 @@ Result<HugePageArena> HugePageArena::Create(const ArenaOptions& options) {
                          " MiB: set a smaller memory limit, or raise vm.max_map_count or ulimit -v",
                      errno);
   }
-  const size_t skip = (kHugePageBytes - std::bit_cast<uintptr_t>(raw) % kHugePageBytes) %
-                      kHugePageBytes;
+  const size_t skip =
+      (kHugePageBytes - std::bit_cast<uintptr_t>(raw) % kHugePageBytes) % kHugePageBytes;
   if (skip > 0) munmap(raw, skip);
   std::byte* base = raw + skip;
   if (kHugePageBytes - skip > 0) munmap(base + bytes, kHugePageBytes - skip);
   PageKind kind = PageKind::kPlain;
   if (options.huge_pages == HugePagePolicy::kOff) {
-    // The kernel's default may be "always". Where it has no such pages at all this fails, as it may.
+    // The kernel's default may be "always". Where it has no such pages at all this fails, as it
+    // may.
     (void)madvise(base, bytes, MADV_NOHUGEPAGE);
   } else if (madvise(base, bytes, MADV_HUGEPAGE) == 0 && TransparentPagesAllowed()) {
     kind = PageKind::kTransparent;
@@ -136,8 +136,7 @@ size_t HugePageArena::PrefaultAhead(size_t ahead_bytes, size_t step_bytes) {
   const size_t ahead = std::min(ahead_bytes, reserve_bytes_ - used);
   const size_t target = RoundUp(used + ahead, kHugePageBytes);  // The reserve is whole huge pages.
   if (prefaulted_ >= target) return 0;
-  const size_t step =
-      RoundUp(std::min(target - prefaulted_, step_bytes), kHugePageBytes);
+  const size_t step = RoundUp(std::min(target - prefaulted_, step_bytes), kHugePageBytes);
   if (madvise(base_ + prefaulted_, step, MADV_POPULATE_WRITE) != 0) {
     // EINVAL: an older kernel. ENOMEM: memory is short; the owner's own fault will say so.
     can_prefault_ = errno != EINVAL;

@@ -53,8 +53,9 @@ class HugePageArena {
   // reserve is spent.
   std::byte* Allocate(size_t bytes, size_t alignment);
 
-  // Makes the pages present up to `ahead_bytes` above what is used, at most `step_bytes` (rounded up
-  // to 2 MiB) in this call. Returns the bytes made present. Does nothing where the kernel cannot (before Linux 5.14).
+  // Makes the pages present up to `ahead_bytes` above what is used, at most `step_bytes` (rounded
+  // up to 2 MiB) in this call. Returns the bytes made present. Does nothing where the kernel cannot
+  // (before Linux 5.14).
   size_t PrefaultAhead(size_t ahead_bytes, size_t step_bytes);
 
   size_t used_bytes() const { return used_.load(std::memory_order_relaxed); }

@@ -67,7 +67,7 @@ std::optional<int64_t> ReadPid(int fd) {
 
 uint32_t DirectAlignment(int fd) {
   // The C library's struct statx is older than the field.
-  struct statx info {};
+  struct statx info{};
   if (syscall(SYS_statx, fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &info) == 0 &&
       (info.stx_mask & STATX_DIOALIGN) != 0) {
     return std::max(info.stx_dio_mem_align, info.stx_dio_offset_align);  // 0: no direct I/O
@@ -92,10 +92,6 @@ int OpenFlags(OpenMode mode) {
 }
 
 }  // namespace
-
-UniqueFd::~UniqueFd() {
-  if (fd_ >= 0) close(fd_);
-}
 
 Result<void> CheckFileName(const std::string& name) {
   if (name.empty() || name == "." || name == ".." ||
@@ -160,7 +156,7 @@ Result<std::vector<DirectoryEntry>> PosixDirectory::List() const {
     }
     const std::string_view name = entry->d_name;
     if (name == "." || name == "..") continue;
-    struct stat status {};
+    struct stat status{};
     if (fstatat(fd_.get(), entry->d_name, &status, AT_SYMLINK_NOFOLLOW) != 0) {
       if (errno == ENOENT) continue;  // Removed meanwhile.
       return FailErrno("look at " + PathOf(entry->d_name), errno);
@@ -191,7 +187,7 @@ Result<PosixFile> PosixDirectory::OpenFile(const std::string& name, OpenMode mod
     file.fd = UniqueFd(openat(fd_.get(), name.c_str(), flags, 0600));
     if (!file.fd) return FailErrno("open " + PathOf(name), errno);
   }
-  struct stat status {};
+  struct stat status{};
   if (fstat(file.fd.get(), &status) != 0) return FailErrno("look at " + PathOf(name), errno);
   if (!S_ISREG(status.st_mode)) {
     return Fail(ErrorCode::kInvalidArgument, PathOf(name) + " is not a regular file");

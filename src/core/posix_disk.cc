@@ -52,8 +52,7 @@ class PosixDisk final : public Disk {
   bool Read(FileId file, uint64_t offset, std::span<std::byte> to, uint64_t tag) override {
     return Enqueue({Kind::kRead, file, offset, to.data(), to.size(), tag});
   }
-  bool Write(FileId file, uint64_t offset, std::span<const std::byte> from,
-             uint64_t tag) override {
+  bool Write(FileId file, uint64_t offset, std::span<const std::byte> from, uint64_t tag) override {
     // Kept as mutable for reads' sake; a write only reads it.
     auto* memory = const_cast<std::byte*>(from.data());
     return Enqueue({Kind::kWrite, file, offset, memory, from.size(), tag});

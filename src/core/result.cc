@@ -38,8 +38,7 @@ ErrorCode CodeOfErrno(int errno_value) {
 }  // namespace
 
 std::unexpected<Error> FailErrno(const std::string& what, int errno_value) {
-  return Fail(CodeOfErrno(errno_value),
-              what + ": " + std::generic_category().message(errno_value));
+  return Fail(CodeOfErrno(errno_value), what + ": " + std::generic_category().message(errno_value));
 }
 
 }  // namespace engram

@@ -152,7 +152,9 @@ static_assert(sizeof(ResultBatch) == 8);
 inline constexpr size_t kResultSlotBytes = size_t{66} * 1024;
 
 // The producer's end of the rings to and from one shard.
-struct ProducerLink {
+// alignas: the handles inside are written with every operation and must not share a line with those
+// of another core.
+struct alignas(kFalseSharingBytes) ProducerLink {
   std::array<SpscRing<SlotId>::Producer, kLanes> lanes;
   SpscRing<Completion>::Consumer completions;
   SpscRing<SlotId>::Producer result_returns;
@@ -160,7 +162,8 @@ struct ProducerLink {
 };
 
 // The shard's end of the rings to and from one producer.
-struct ShardLink {
+// alignas: as above.
+struct alignas(kFalseSharingBytes) ShardLink {
   std::array<SpscRing<SlotId>::Consumer, kLanes> lanes;
   SpscRing<Completion>::Producer completions;
   SpscRing<SlotId>::Consumer result_returns;

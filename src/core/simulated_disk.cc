@@ -44,8 +44,7 @@ class SimulatedDiskHandle final : public Disk {
   bool Read(FileId file, uint64_t offset, std::span<std::byte> to, uint64_t tag) override {
     return Begin({.kind = Kind::kRead, .file = file, .offset = offset, .tag = tag, .to = to});
   }
-  bool Write(FileId file, uint64_t offset, std::span<const std::byte> from,
-             uint64_t tag) override {
+  bool Write(FileId file, uint64_t offset, std::span<const std::byte> from, uint64_t tag) override {
     return Begin({.kind = Kind::kWrite, .file = file, .offset = offset, .tag = tag, .from = from});
   }
   bool Flush(FileId file, uint64_t tag) override {
@@ -227,10 +226,10 @@ DiskCompletion SimulatedDiskHandle::EndWrite(const Operation& operation,
   if (end.error != 0) {
     end.bytes = 0;
     // A part may be there all the same, where it takes no new room.
-    const uint64_t room = operation.offset < file.content.size()
-                              ? std::min<uint64_t>(operation.from.size(),
-                                                   file.content.size() - operation.offset)
-                              : 0;
+    const uint64_t room =
+        operation.offset < file.content.size()
+            ? std::min<uint64_t>(operation.from.size(), file.content.size() - operation.offset)
+            : 0;
     const uint64_t part = medium_->random_.Below(room + 1);
     if (part > 0) medium_->Write(file, operation.offset, operation.from.first(part));
     return end;
@@ -391,7 +390,8 @@ void SimulatedDisk::Crash() {
   for (SimulatedDiskHandle* handle : handles_) {
     for (const auto& operation : handle->under_way_) {
       if (operation.kind != SimulatedDiskHandle::Kind::kWrite) continue;
-      loose.push_back({handle->files_.Get(operation.file).file, operation.offset,
+      loose.push_back({handle->files_.Get(operation.file).file,
+                       operation.offset,
                        {operation.from.begin(), operation.from.end()}});
     }
     handle->dead_ = true;

@@ -81,11 +81,9 @@ class UringDisk final : public Disk {
   bool Read(FileId file, uint64_t offset, std::span<std::byte> to, uint64_t tag) override {
     return Begin(Kind::kRead, file, offset, to.data(), to.size(), tag);
   }
-  bool Write(FileId file, uint64_t offset, std::span<const std::byte> from,
-             uint64_t tag) override {
+  bool Write(FileId file, uint64_t offset, std::span<const std::byte> from, uint64_t tag) override {
     // Kept as mutable for reads' sake; a write only reads it.
-    return Begin(Kind::kWrite, file, offset, const_cast<std::byte*>(from.data()), from.size(),
-                 tag);
+    return Begin(Kind::kWrite, file, offset, const_cast<std::byte*>(from.data()), from.size(), tag);
   }
   bool Flush(FileId file, uint64_t tag) override {
     return Begin(Kind::kFlush, file, 0, nullptr, 0, tag);
@@ -140,8 +138,8 @@ UringDisk::~UringDisk() {
 
 Result<void> UringDisk::SetUp(const DiskOptions& options, std::string* note) {
   // Disabled at first: the thread that enables the ring becomes its one submitter.
-  int result = io_uring_queue_init(options.max_in_flight, &ring_,
-                                   kSetupFlags | IORING_SETUP_R_DISABLED);
+  int result =
+      io_uring_queue_init(options.max_in_flight, &ring_, kSetupFlags | IORING_SETUP_R_DISABLED);
   if (result == -EINVAL) {  // A kernel before 6.1.
     result = io_uring_queue_init(options.max_in_flight, &ring_, IORING_SETUP_R_DISABLED);
   }
@@ -157,14 +155,14 @@ Result<void> UringDisk::SetUp(const DiskOptions& options, std::string* note) {
   for (const std::span<std::byte> region : options.registered_buffers) {
     regions.push_back({region.data(), region.size()});
   }
-  result = io_uring_register_buffers(&ring_, regions.data(),
-                                     static_cast<unsigned>(regions.size()));
+  result = io_uring_register_buffers(&ring_, regions.data(), static_cast<unsigned>(regions.size()));
   if (result == 0) {
     registered_buffers_ = options.registered_buffers;
   } else if (note != nullptr) {
-    *note = FailErrno("io_uring: disk buffers are not registered, which costs some speed; raise "
-                      "ulimit -l (LimitMEMLOCK)",
-                      -result)
+    *note = FailErrno(
+                "io_uring: disk buffers are not registered, which costs some speed; raise "
+                "ulimit -l (LimitMEMLOCK)",
+                -result)
                 .error()
                 .message;
   }
@@ -252,8 +250,9 @@ void UringDisk::Enqueue(uint32_t index) {
 void UringDisk::EnableOnce() {
   if (enabled_) return;
   // liburing 2.3 declares io_uring_enable_rings but its library lacks it.
-  CHECK(syscall(SYS_io_uring_register, ring_.ring_fd, IORING_REGISTER_ENABLE_RINGS, nullptr, 0) == 0,
-        "a ring that was made can be enabled");
+  CHECK(
+      syscall(SYS_io_uring_register, ring_.ring_fd, IORING_REGISTER_ENABLE_RINGS, nullptr, 0) == 0,
+      "a ring that was made can be enabled");
   enabled_ = true;
 }
 
@@ -261,9 +260,9 @@ void UringDisk::Submit() {
   if (io_uring_sq_ready(&ring_) == 0) return;
   const int result = io_uring_submit(&ring_);
   // What was not taken stays in the ring for the next Poll.
-  CHECK(result >= 0 || result == -EINTR || result == -EAGAIN || result == -EBUSY ||
-            result == -ENOMEM,
-        "a disk is used by one thread only");
+  CHECK(
+      result >= 0 || result == -EINTR || result == -EAGAIN || result == -EBUSY || result == -ENOMEM,
+      "a disk is used by one thread only");
 }
 
 bool UringDisk::Advance(uint32_t index, int result, DiskCompletion* end) {
@@ -329,9 +328,9 @@ Result<std::unique_ptr<Disk>> CreateUringDisk(const std::string& directory,
   CHECK(options.max_in_flight > 0 && options.max_open_files > 0, "a disk needs room to work");
   if (note != nullptr) note->clear();
   if (options.max_in_flight > kMaxInFlight) {
-    return Fail(ErrorCode::kInvalidArgument,
-                "max_in_flight is " + std::to_string(options.max_in_flight) + ": at most " +
-                    std::to_string(kMaxInFlight));
+    return Fail(ErrorCode::kInvalidArgument, "max_in_flight is " +
+                                                 std::to_string(options.max_in_flight) +
+                                                 ": at most " + std::to_string(kMaxInFlight));
   }
   Result<PosixDirectory> opened = PosixDirectory::Open(directory);
   if (!opened) return std::unexpected(opened.error());

@@ -44,8 +44,8 @@ enum class VectorFinding : uint8_t { kOrdinary, kZero, kNotFinite };
 VectorFinding CopyVector(VectorDtype dtype, uint32_t dimension, const std::byte* from,
                          std::byte* to);
 
-// Writes `dimension` float32 numbers to `to` (int8: times `scale`). The numbers are finite: not every
-// instruction set's conversion from f16 keeps infinities. No alignment needed.
+// Writes `dimension` float32 numbers to `to` (int8: times `scale`). The numbers are finite: not
+// every instruction set's conversion from f16 keeps infinities. No alignment needed.
 void DecodeVector(VectorDtype dtype, uint32_t dimension, float scale, const std::byte* from,
                   float* to);
 

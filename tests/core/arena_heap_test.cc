@@ -67,9 +67,9 @@ TEST(ArenaHeapTest, BehavesLikeAModel) {
     size_t live_bytes = 0;
     const auto free_one = [&](auto at) {
       const auto& [block, what] = *at;
-      ASSERT_TRUE(std::all_of(block, block + what.bytes, [fill = what.fill](std::byte b) {
-        return b == std::byte{fill};
-      })) << "seed " << seed;
+      ASSERT_TRUE(std::all_of(block, block + what.bytes,
+                              [fill = what.fill](std::byte b) { return b == std::byte{fill}; }))
+          << "seed " << seed;
       heap.Free(block, what.bytes);
       live_bytes -= ArenaHeap::BlockBytes(what.bytes);
       model.erase(at);
@@ -95,7 +95,8 @@ TEST(ArenaHeapTest, BehavesLikeAModel) {
         live_bytes += ArenaHeap::BlockBytes(bytes);
       } else {
         auto at = model.begin();
-        std::advance(at, static_cast<std::ptrdiff_t>(random() % std::min<size_t>(64, model.size())));
+        std::advance(at,
+                     static_cast<std::ptrdiff_t>(random() % std::min<size_t>(64, model.size())));
         free_one(at);
       }
       ASSERT_EQ(heap.live_bytes(), live_bytes);

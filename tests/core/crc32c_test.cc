@@ -26,9 +26,8 @@ TEST(Crc32cTest, Rfc3720Vectors) {
   EXPECT_EQ(Crc32c(Bytes(32, [](size_t i) { return i; })), 0x46DD794Eu);
   EXPECT_EQ(Crc32c(Bytes(32, [](size_t i) { return 31 - i; })), 0x113FDB5Cu);
   constexpr unsigned char kScsiRead[48] = {
-      0x01, 0xC0, 0, 0, 0,    0,    0, 0, 0, 0, 0, 0, 0,    0,    0, 0,
-      0x14, 0,    0, 0, 0,    0,    4, 0, 0, 0, 0, 0x14, 0, 0,    0, 0x18,
-      0x28, 0,    0, 0, 0,    0,    0, 0, 2, 0, 0, 0, 0,    0,    0, 0};
+      0x01, 0xC0, 0, 0,    0, 0, 0, 0,    0,    0, 0, 0, 0, 0, 0, 0, 0x14, 0, 0, 0, 0, 0, 4, 0,
+      0,    0,    0, 0x14, 0, 0, 0, 0x18, 0x28, 0, 0, 0, 0, 0, 0, 0, 2,    0, 0, 0, 0, 0, 0, 0};
   EXPECT_EQ(Crc32c(std::as_bytes(std::span(kScsiRead))), 0xD9963A56u);
   constexpr std::string_view kDigits = "123456789";
   EXPECT_EQ(Crc32c(std::as_bytes(std::span(kDigits))), 0xE3069283u);
@@ -77,7 +76,8 @@ TEST(Crc32cTest, ChainsAtEverySplit) {
 TEST(Crc32cTest, MoreThanTwoGigabytes) {
   constexpr size_t kBytes = (size_t{1} << 31) + 5'000;
   // Read-only anonymous memory: the kernel's one page of zeros, so this takes no memory.
-  void* zeros = mmap(nullptr, kBytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* zeros =
+      mmap(nullptr, kBytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (zeros == MAP_FAILED) GTEST_SKIP() << "needs 2 GiB of address space";
   const std::span<const std::byte> all(static_cast<const std::byte*>(zeros), kBytes);
   uint32_t in_parts = 0;

@@ -60,7 +60,7 @@ TEST_F(DataDirectoryTest, MakesADirectoryOfItsOwn) {
   EXPECT_EQ(data->instance().format_version, kDataFormatVersion);
   EXPECT_NE(data->instance().id, InstanceId{});
   EXPECT_GT(data->instance().created_ns, 1'700'000'000 * kNanosPerSecond);
-  struct stat status {};
+  struct stat status{};
   ASSERT_EQ(stat(path_.c_str(), &status), 0);
   EXPECT_EQ(status.st_mode & 0777, 0700u);
   EXPECT_TRUE(ReadInstance().starts_with("engram data directory\nformat_version 1\ninstance_id " +
@@ -132,11 +132,8 @@ TEST_F(DataDirectoryTest, AnyDamageIsNamedWithItsRemedy) {
     EXPECT_NE(data.error().message.find("restore it from a backup"), std::string::npos);
     EXPECT_EQ(ReadInstance(), text) << "it is not overwritten";
   };
-  for (size_t length = 0; length < good.size(); ++length) expect_refused(good.substr(0, length));
-  for (size_t bit = 0; bit < 8 * good.size(); ++bit) {
-    std::string flipped = good;
-    flipped[bit / 8] = static_cast<char>(flipped[bit / 8] ^ (1 << (bit % 8)));
-    expect_refused(flipped);
+  for (size_t length = 0; length < good.size(); length += 7) {
+    expect_refused(good.substr(0, length));
   }
   expect_refused(good + "\n");
   expect_refused(std::string(5'000, 'x'));
@@ -145,8 +142,9 @@ TEST_F(DataDirectoryTest, AnyDamageIsNamedWithItsRemedy) {
   expect_refused(Sealed("engram data directory\nversion 1\n"));
   expect_refused(Sealed("engram data directory\nformat_version one\n"));
   expect_refused(Sealed("engram data directory\nformat_version 1\ninstance_id 12\n"));
-  expect_refused(Sealed("engram data directory\nformat_version 1\ninstance_id "
-                        "00112233445566778899aabbccddeeff\ncreated_ns\n"));
+  expect_refused(
+      Sealed("engram data directory\nformat_version 1\ninstance_id "
+             "00112233445566778899aabbccddeeff\ncreated_ns\n"));
   WriteInstance(good);
   EXPECT_TRUE(OpenDataDirectory(path_).has_value());
 }
@@ -158,8 +156,9 @@ TEST_F(DataDirectoryTest, RefusesANewerFormat) {
   ASSERT_FALSE(data.has_value());
   EXPECT_EQ(data.error().code, ErrorCode::kUnavailable);
   EXPECT_EQ(data.error().message,
-            path_ + "/INSTANCE has format version 2, this program knows versions up to 1: start "
-                    "the newer program that wrote it, or choose another directory");
+            path_ +
+                "/INSTANCE has format version 2, this program knows versions up to 1: start "
+                "the newer program that wrote it, or choose another directory");
 }
 
 TEST_F(DataDirectoryTest, TakesNoDirectoryOfSomebodyElse) {
@@ -179,6 +178,44 @@ TEST_F(DataDirectoryTest, PathsThatCannotBeAreNamed) {
     const auto data = OpenDataDirectory(path);
     ASSERT_FALSE(data.has_value()) << path;
     EXPECT_NE(data.error().message.find(path), std::string::npos) << data.error().message;
+  }
+}
+
+TEST(DataDirectoryCrashTest, NoFlippedBitGoesUnseen) {
+  SimulatedClock clock;
+  SimulatedDisk medium(&clock, 1);
+  const auto open = [&] { return OpenDataDirectory(medium.Open("data"), 5, InstanceId{7}); };
+  ASSERT_TRUE(open().has_value());
+  const size_t bits = 8 * medium.ContentOf("data", kInstanceFileName)->size();
+  for (size_t bit = 0; bit < bits; ++bit) {
+    medium.FlipBit("data", kInstanceFileName, bit);
+    const auto data = open();
+    ASSERT_FALSE(data.has_value()) << bit;
+    ASSERT_EQ(data.error().code, ErrorCode::kCorrupt) << data.error().message;
+    medium.FlipBit("data", kInstanceFileName, bit);
+  }
+  EXPECT_TRUE(open().has_value());
+}
+
+// A process that dies right after the rename, seen by the next one, and then a power cut.
+TEST(DataDirectoryCrashTest, AnIdentityThatWasReadStays) {
+  for (uint64_t seed = 0; seed < 50; ++seed) {
+    SimulatedClock clock;
+    SimulatedDisk medium(&clock, seed);
+    {
+      const auto donor = medium.Open("donor");
+      ASSERT_TRUE(OpenDataDirectory(medium.Open("donor"), 5, InstanceId{7}).has_value());
+      const auto disk = medium.Open("data");
+      const auto content = *medium.ContentOf("donor", kInstanceFileName);
+      ASSERT_TRUE(ReplaceFile(*disk, "INSTANCE.new", content).has_value());
+      ASSERT_TRUE(disk->Rename("INSTANCE.new", kInstanceFileName).has_value());
+    }
+    ASSERT_EQ(OpenDataDirectory(medium.Open("data"), 6, InstanceId{8})->instance().id,
+              InstanceId{7});
+    medium.Crash();
+    ASSERT_EQ(OpenDataDirectory(medium.Open("data"), 7, InstanceId{9})->instance().id,
+              InstanceId{7})
+        << "seed " << seed;
   }
 }
 

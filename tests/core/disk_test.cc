@@ -43,7 +43,9 @@ std::atomic<uint64_t> g_allocations{0};
   std::abort();
 }
 [[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, size_t /*bytes*/) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, size_t /*bytes*/) noexcept {
+  std::free(memory);
+}
 
 namespace engram {
 namespace {
@@ -253,7 +255,8 @@ TEST_P(DiskTest, BehavesLikeMemory) {
     const auto disk = MakeDisk({.max_in_flight = 16,
                                 .max_open_files = 4,
                                 .registered_buffers = {arena.span().first(kBlocks * kBlock)}});
-    const auto file = disk->Open(caching == Caching::kDirect ? "d" : "b", OpenMode::kCreate, caching);
+    const auto file =
+        disk->Open(caching == Caching::kDirect ? "d" : "b", OpenMode::kCreate, caching);
     std::vector<std::byte> model(kBlocks * kBlock);
     ASSERT_TRUE(disk->Write(file->id, 0, arena.span().first(model.size()), 0));
     ASSERT_EQ(One(*disk).error, 0);
@@ -341,9 +344,9 @@ TEST_P(DiskTest, MissingFilesAreNotFound) {
 // Names come from lists and manifests: none may lead out of the directory.
 TEST_P(DiskTest, NamesStayInTheDirectory) {
   const auto disk = MakeDisk();
-  for (const std::string& name : {std::string(), std::string("."), std::string(".."),
-                                  std::string("../x"), std::string("a/b"), std::string("/etc"),
-                                  std::string("a\0b", 3)}) {
+  for (const std::string& name :
+       {std::string(), std::string("."), std::string(".."), std::string("../x"), std::string("a/b"),
+        std::string("/etc"), std::string("a\0b", 3)}) {
     const auto file = disk->Open(name, OpenMode::kCreate, Caching::kBuffered);
     ASSERT_FALSE(file.has_value()) << name;
     EXPECT_EQ(file.error().code, ErrorCode::kInvalidArgument);
@@ -506,7 +509,7 @@ TEST(CreateDiskTest, MakesTheDirectoryForItsOwnerOnly) {
   const ScratchDirectory scratch;
   const std::string path = scratch.path() + "/data";
   ASSERT_TRUE(CreateDisk(DiskBackend::kPosix, path, {}, nullptr).has_value());
-  struct stat status {};
+  struct stat status{};
   ASSERT_EQ(stat(path.c_str(), &status), 0);
   EXPECT_EQ(status.st_mode & 0777, 0700u);
   EXPECT_TRUE(CreateDisk(DiskBackend::kPosix, path + "/", {}, nullptr).has_value()) << "again";

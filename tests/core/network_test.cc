@@ -396,6 +396,49 @@ TEST_P(NetworkTest, ReportsAResetWhileSending) {
   EXPECT_EQ(network_->SendBacklog(id), 0u);
 }
 
+TEST_P(NetworkTest, TheFirstCauseStays) {
+  Begin();
+  std::vector<Peer> peers;
+  const ConnectionId id = Accept(peers, 0, 4096);
+  ASSERT_TRUE(network_->Send(id, RandomBytes(1, size_t{8} << 20)));
+  peers[0].ShutdownWrite();
+  ASSERT_TRUE(Until([&] { return !network_->Send(id, RandomBytes(1, 1)); })) << "the end is seen";
+  peers[0].Reset();
+  ASSERT_TRUE(Until([&] { return handler_.IsClosed(id); }));
+  EXPECT_EQ(handler_.CauseOf(id), CloseCause::kPeerClosed);
+}
+
+// A send that the kernel has begun reads its blocks until it ends, so a connection that closes
+// meanwhile must not let go of them.
+TEST_P(NetworkTest, AClosedConnectionNeverSeesAnothersBytes) {
+  NetworkOptions options = SmallOptions();
+  options.send_pool_bytes = size_t{1} << 20;
+  Begin(options);
+  for (int round = 0; round < 10; ++round) {
+    std::vector<Peer> peers;
+    const ConnectionId stuck = Accept(peers);
+    const ConnectionId other = Accept(peers, 0, 4096);
+    const Bytes own(50'000, std::byte{'a'});
+    for (int i = 0; i < 1000 && network_->SendBacklog(stuck) < 300'000; ++i) {
+      ASSERT_TRUE(network_->Send(stuck, own));
+      Spin(1);
+    }
+    network_->Close(stuck, Network::CloseMode::kNow);
+    // Takes the blocks that came free.
+    const Bytes foreign(600'000, std::byte{'b'});
+    ASSERT_TRUE(network_->Send(other, foreign));
+    // Now that the peer reads, the send that is under way can go on.
+    for (int i = 0; i < 50; ++i) {
+      peers[0].Read();
+      Spin(1);
+    }
+    ASSERT_TRUE(handler_.IsClosed(stuck));
+    EXPECT_EQ(std::ranges::count(peers[0].received, std::byte{'b'}), 0);
+    network_->Close(other, Network::CloseMode::kNow);
+    ASSERT_TRUE(Until([&] { return handler_.IsClosed(other); }));
+  }
+}
+
 TEST_P(NetworkTest, CloseAfterSendingDeliversEverything) {
   Begin();
   std::vector<Peer> peers;
@@ -631,8 +674,9 @@ TEST_P(NetworkTest, SpentPoolClosesTheLargestBacklog) {
   Begin(options);
   std::vector<Peer> peers;
   const ConnectionId reader = Accept(peers);
-  const ConnectionId small = Accept(peers, 0, 4096);
+  // The largest is neither the first nor the last in the table.
   const ConnectionId large = Accept(peers, 0, 4096);
+  const ConnectionId small = Accept(peers, 0, 4096);
   const Bytes chunk = RandomBytes(41, 40'000);
   // Fills the kernel's buffers of both who do not read, then leaves one a little and the other
   // much.
@@ -797,6 +841,36 @@ TEST_P(NetworkTest, FastPeersDoNotStarveAQuietOne) {
     ++polls;
   }
   EXPECT_LT(polls, 200) << "its turn comes when the others have had theirs";
+}
+
+// With io_uring: more completions than the ring holds, so that multishot operations end early.
+TEST_P(NetworkTest, ASlowOwnerLosesNothing) {
+  NetworkOptions options = SmallOptions();
+  options.receive_buffer_bytes = 64;
+  options.receive_buffers = 16'384;
+  Begin(options);
+  EchoAll();
+  std::vector<Peer> peers;
+  std::vector<Bytes> sent;
+  for (size_t i = 0; i < 60; ++i) Accept(peers);
+  for (size_t i = 0; i < peers.size(); ++i) {
+    sent.push_back(RandomBytes(i, 60'000));
+    ASSERT_EQ(peers[i].Write(sent[i]), sent[i].size());
+  }
+  for (int i = 0; i < 500; ++i) network_->Poll(handler_, 2);
+  ASSERT_TRUE(Until(
+      [&] {
+        for (size_t i = 0; i < peers.size(); ++i) {
+          if (peers[i].received.size() < sent[i].size()) return false;
+        }
+        return true;
+      },
+      [&] {
+        bool progress = false;
+        for (Peer& peer : peers) progress = peer.Read() || progress;
+        return progress;
+      }));
+  for (size_t i = 0; i < peers.size(); ++i) EXPECT_TRUE(peers[i].received == sent[i]) << i;
 }
 
 TEST_P(NetworkTest, KeepsToItsBudget) {

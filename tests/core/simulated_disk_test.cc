@@ -98,9 +98,10 @@ TEST(SimulatedDiskTest, UnflushedWritesAreLostKeptOrTorn) {
     size_t of_new = 0;
     for (size_t sector = 0; sector < 8; ++sector) {
       const auto first = (*content)[sector * kSector];
-      ASSERT_TRUE(std::all_of(content->begin() + static_cast<std::ptrdiff_t>(sector * kSector),
-                              content->begin() + static_cast<std::ptrdiff_t>((sector + 1) * kSector),
-                              [&](std::byte b) { return b == first; }))
+      ASSERT_TRUE(
+          std::all_of(content->begin() + static_cast<std::ptrdiff_t>(sector * kSector),
+                      content->begin() + static_cast<std::ptrdiff_t>((sector + 1) * kSector),
+                      [&](std::byte b) { return b == first; }))
           << "a sector is never torn";
       of_new += first == std::byte{2};
     }
@@ -177,10 +178,10 @@ TEST(SimulatedDiskTest, ACrashLeavesEachSectorAtAPossibleVersion) {
       uint8_t version;
     };
     using Versions = std::vector<std::vector<uint8_t>>;  // by sector, in order
-    std::map<uint64_t, Write> writes;      // under way
-    std::map<uint64_t, Versions> flushes;  // what each covers
-    Versions ended(kSectors);              // without error, since the start
-    std::set<uint8_t> doubtful;            // a flush that should have covered them failed
+    std::map<uint64_t, Write> writes;                    // under way
+    std::map<uint64_t, Versions> flushes;                // what each covers
+    Versions ended(kSectors);                            // without error, since the start
+    std::set<uint8_t> doubtful;  // a flush that should have covered them failed
     auto disk = medium.Open(kDirectory);
     const auto file = disk->Open("f", OpenMode::kCreate, Caching::kDirect);
     ASSERT_TRUE(disk->SyncDirectory().has_value());
@@ -239,9 +240,8 @@ TEST(SimulatedDiskTest, ACrashLeavesEachSectorAtAPossibleVersion) {
     medium.Crash();
     const auto content = *medium.ContentOf(kDirectory, "f");
     for (size_t s = 0; s < kSectors; ++s) {
-      const uint8_t found = s * kSector < content.size()
-                                ? static_cast<uint8_t>(content[s * kSector])
-                                : uint8_t{0};
+      const uint8_t found =
+          s * kSector < content.size() ? static_cast<uint8_t>(content[s * kSector]) : uint8_t{0};
       ASSERT_TRUE(possible[s].contains(found))
           << "seed " << seed << " sector " << s << " version " << int{found};
     }
@@ -314,8 +314,7 @@ class CrashingDisk final : public Disk {
     Count();
     return crashed_ ? (failed_ = tag, pending_ = true) : disk_->Read(file, offset, to, tag);
   }
-  bool Write(FileId file, uint64_t offset, std::span<const std::byte> from,
-             uint64_t tag) override {
+  bool Write(FileId file, uint64_t offset, std::span<const std::byte> from, uint64_t tag) override {
     Count();
     return crashed_ ? (failed_ = tag, pending_ = true) : disk_->Write(file, offset, from, tag);
   }
@@ -379,6 +378,24 @@ TEST(SimulatedDiskTest, ReplaceFileIsAtomicInACrash) {
     }
   }
   EXPECT_EQ(outcomes, (std::set<std::string>{"done new", "not done new", "not done old"}));
+}
+
+TEST(SimulatedDiskTest, ReplaceFileKeepsTheOldOneWhenTheDiskFails) {
+  for (const bool write_fails : {true, false}) {
+    SimulatedClock clock;
+    SimulatedDisk medium(&clock, 1);
+    const auto disk = medium.Open(kDirectory);
+    ASSERT_TRUE(ReplaceFile(*disk, "f", Filled(100, 1)).has_value());
+    medium.SetFaults({.write_error_probability = write_fails ? 1.0 : 0.0,
+                      .flush_error_probability = write_fails ? 0.0 : 1.0});
+    const auto replaced = ReplaceFile(*disk, "f", Filled(100, 2));
+    ASSERT_FALSE(replaced.has_value());
+    EXPECT_NE(replaced.error().message.find("data/f.new"), std::string::npos)
+        << replaced.error().message;
+    EXPECT_EQ(*medium.ContentOf(kDirectory, "f"), Filled(100, 1));
+    medium.SetFaults({});
+    EXPECT_TRUE(ReplaceFile(*disk, "f", Filled(100, 3)).has_value()) << "and can be tried again";
+  }
 }
 
 TEST(SimulatedDiskTest, FillsAndRecovers) {

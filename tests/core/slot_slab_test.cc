@@ -79,7 +79,8 @@ TEST(SlotSlabTest, BehavesLikeAModel) {
       std::advance(at, static_cast<std::ptrdiff_t>(random() % held.size()));
       const auto [slot, fill] = *at;
       const std::byte* bytes = slab.At(slot);
-      for (size_t i = 0; i < slab.SlotBytes(slot); ++i) ASSERT_EQ(bytes[i], std::byte{fill});
+      ASSERT_EQ(bytes[0], std::byte{fill});  // And each byte is like the one before it.
+      ASSERT_EQ(std::memcmp(bytes, bytes + 1, slab.SlotBytes(slot) - 1), 0);
       slab.Release(slot);
       held.erase(at);
     }

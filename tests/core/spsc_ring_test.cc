@@ -178,8 +178,8 @@ void StreamBetweenThreads(size_t capacity, uint64_t entries) {
   uint64_t wrong = 0;
   const auto check = [&](const Entry& entry) {
     const Entry want = MakeEntry(expected++);
-    wrong += entry.number != want.number || entry.inverse != want.inverse ||
-             entry.square != want.square;
+    wrong +=
+        entry.number != want.number || entry.inverse != want.inverse || entry.square != want.square;
   };
   while (expected < entries) {
     size_t popped = 0;

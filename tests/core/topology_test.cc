@@ -51,22 +51,28 @@ TEST(TopologyTest, LeavesOutWhatTheProcessMayNotUse) {
   }).join();
 }
 
-// hwloc lists hyperthreads side by side, which on most servers are numbered far apart.
+// hwloc lists hyperthreads side by side, which on most servers are numbered far apart: with N
+// processors, core 0 has 0 and N / 2.
 TEST(TopologyTest, SortsProcessorsThatHwlocListsOtherwise) {
   const cpu_set_t allowed = AllowedNow();
-  if (CPU_COUNT(&allowed) < 2) GTEST_SKIP() << "needs 2 processors";
-  int last = 0;
-  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) last = CPU_ISSET(cpu, &allowed) ? cpu : last;
+  int count = 0;
+  while (CPU_ISSET(count, &allowed)) ++count;
+  if (count < 4) GTEST_SKIP() << "needs processors 0 to 3";
+  const int cores = count / 2;
   std::string indexes;
-  for (int cpu = last; cpu >= 0; --cpu) indexes += (cpu == last ? "" : ",") + std::to_string(cpu);
+  for (int core = 0; core < cores; ++core) {
+    indexes += (core == 0 ? "" : ",") + std::to_string(core) + "," + std::to_string(core + cores);
+  }
   const std::string synthetic =
-      "pack:1 core:1 pu:" + std::to_string(last + 1) + "(indexes=" + indexes + ")";
+      "pack:1 core:" + std::to_string(cores) + " pu:2(indexes=" + indexes + ")";
   ASSERT_EQ(setenv("HWLOC_SYNTHETIC", synthetic.c_str(), 1), 0);
   const Result<Topology> topology = DiscoverTopology();
   unsetenv("HWLOC_SYNTHETIC");
   ASSERT_TRUE(topology.has_value()) << topology.error().message;
-  EXPECT_EQ(static_cast<int>(topology->cpus.size()), CPU_COUNT(&allowed));
+  ASSERT_EQ(static_cast<int>(topology->cpus.size()), 2 * cores);
   EXPECT_TRUE(std::ranges::is_sorted(topology->cpus, {}, &Cpu::os_index));
+  EXPECT_EQ(topology->cpus[0].core_index, topology->cpus[static_cast<size_t>(cores)].core_index);
+  EXPECT_NE(topology->cpus[0].core_index, topology->cpus[1].core_index);
 }
 
 TEST(TopologyTest, PinsToEachProcessor) {

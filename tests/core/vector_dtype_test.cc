@@ -22,10 +22,14 @@ constexpr VectorDtype kDtypes[] = {VectorDtype::kF32, VectorDtype::kF16, VectorD
                                    VectorDtype::kInt8};
 
 std::vector<uint32_t> Dimensions() {
-  std::vector<uint32_t> dimensions;
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+  // Past two whole vectors of the widest instruction set; the rest says nothing new about bounds.
+  std::vector<uint32_t> dimensions{100, 127, 129};
+  for (uint32_t dimension = 1; dimension <= 70; ++dimension) dimensions.push_back(dimension);
+#else
+  std::vector<uint32_t> dimensions{768, kMaxDimension};
   for (uint32_t dimension = 1; dimension <= 200; ++dimension) dimensions.push_back(dimension);
-  dimensions.push_back(768);
-  dimensions.push_back(4'096);
+#endif
   return dimensions;
 }
 
@@ -133,24 +137,27 @@ TEST_P(VectorDtypeTest, CopiesAndDecodesAtEveryDimensionAndMisalignment) {
   for (const VectorDtype dtype : kDtypes) {
     for (const uint32_t dimension : Dimensions()) {
       const size_t bytes = VectorBytes(dtype, dimension);
+      std::vector<std::byte> vector(bytes);
+      FillRandomly(random, dtype, dimension, vector.data());
+      std::vector<float> want(dimension);
+      for (uint32_t i = 0; i < dimension; ++i) {
+        want[i] = ValueOf(dtype, vector.data() + i * ElementBytes(dtype), 0.125f);
+      }
+      const VectorFinding finding = FindingOf(dtype, dimension, vector.data());
       for (size_t misalignment = 0; misalignment < 64; ++misalignment) {
         Buffer from(bytes, misalignment);
         Buffer copy(bytes, (misalignment * 7 + dimension) % 64);
         Buffer decoded(dimension * sizeof(float), misalignment / 4 * 4);
-        FillRandomly(random, dtype, dimension, from.data());
-        ASSERT_EQ(CopyVector(dtype, dimension, from.data(), copy.data()),
-                  FindingOf(dtype, dimension, from.data()));
-        ASSERT_EQ(std::memcmp(from.data(), copy.data(), bytes), 0);
+        std::memcpy(from.data(), vector.data(), bytes);
+        ASSERT_EQ(CopyVector(dtype, dimension, from.data(), copy.data()), finding);
+        ASSERT_EQ(std::memcmp(vector.data(), copy.data(), bytes), 0);
         ASSERT_TRUE(copy.FrontIntact());
-        auto* numbers = reinterpret_cast<float*>(decoded.data());
-        DecodeVector(dtype, dimension, 0.125f, copy.data(), numbers);
+        DecodeVector(dtype, dimension, 0.125f, copy.data(),
+                     reinterpret_cast<float*>(decoded.data()));
         ASSERT_TRUE(decoded.FrontIntact());
-        for (uint32_t i = 0; i < dimension; ++i) {
-          const float want = ValueOf(dtype, from.data() + i * ElementBytes(dtype), 0.125f);
-          // Bits, so that -0.0 stays -0.0 and denormals stay.
-          ASSERT_EQ(std::bit_cast<uint32_t>(numbers[i]), std::bit_cast<uint32_t>(want))
-              << DtypeName(dtype) << " dimension " << dimension << " number " << i;
-        }
+        // Bytes, so that -0.0 stays -0.0 and denormals stay.
+        ASSERT_EQ(std::memcmp(decoded.data(), want.data(), dimension * sizeof(float)), 0)
+            << DtypeName(dtype) << " dimension " << dimension;
       }
     }
   }
@@ -197,7 +204,7 @@ TEST_P(VectorDtypeTest, FindsEachSpecialAtEachPosition) {
       std::vector<uint32_t> positions;
       for (uint32_t i = 0; i < dimension; ++i) {
         // All of a short vector; of a long one both ends and some between.
-        if (dimension <= 200 || i < 70 || i + 70 >= dimension || random() % 64 == 0) {
+        if (dimension <= 200 || i < 66 || i + 66 >= dimension || random() % 64 == 0) {
           positions.push_back(i);
         }
       }
@@ -207,7 +214,7 @@ TEST_P(VectorDtypeTest, FindsEachSpecialAtEachPosition) {
           ASSERT_EQ(CopyVector(dtype, dimension, from.data(), copy.data()), special.finding)
               << DtypeName(dtype) << " dimension " << dimension << " position " << position
               << " bits " << std::hex << special.bits;
-          ASSERT_EQ(copy, from);
+          ASSERT_EQ(std::memcmp(copy.data(), from.data(), from.size()), 0);
         }
         std::memset(from.data() + position * element, 0, element);
       }
@@ -235,8 +242,7 @@ TEST_P(VectorDtypeTest, ASpecialIsNotHiddenByItsNeighbours) {
         }
         ASSERT_EQ(CopyVector(dtype, dimension, from.data(), copy.data()), VectorFinding::kZero);
         std::memcpy(from.data() + position * element, &specials[7].bits, element);
-        ASSERT_EQ(CopyVector(dtype, dimension, from.data(), copy.data()),
-                  VectorFinding::kOrdinary);
+        ASSERT_EQ(CopyVector(dtype, dimension, from.data(), copy.data()), VectorFinding::kOrdinary);
       }
     }
   }

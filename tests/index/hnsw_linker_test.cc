@@ -141,6 +141,16 @@ TEST(HnswLinkerTest, EqualVectorsDoNotBreakReachability) {
     }
     fixture.Build(data);
     ASSERT_EQ(Violation(fixture.graph), "") << MetricName(metric);
+    // One copy must not keep the others out of a list. (Beyond ef_construction copies, the search
+    // for neighbours finds nothing but copies.)
+    uint32_t leading_out = 0;
+    for (NodeId copy = 0; copy < 1'500; copy += 5) {
+      const NodeId* links = fixture.graph.Links(copy, 0);
+      leading_out +=
+          static_cast<uint32_t>(std::any_of(links, links + fixture.graph.Degree(copy, 0),
+                                            [](NodeId linked) { return linked % 5 != 0; }));
+    }
+    EXPECT_GE(leading_out, 95u) << MetricName(metric);
     if (metric == Metric::kInnerProduct) continue;  // there the nearest is not the equal one
     const std::vector<Neighbour> found = fixture.Search(data[0], 300, 400);
     ASSERT_EQ(found.size(), 300u);

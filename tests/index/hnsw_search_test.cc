@@ -265,6 +265,29 @@ TEST(HnswSearchTest, ACrowdOfRetiredNodesDoesNotOverrunTheCandidates) {
   for (size_t i = 0; i < found; ++i) EXPECT_EQ(out[i].node % 500, 7u);
 }
 
+// The graph grows between two slices of a search: no node is found twice.
+TEST(HnswSearchTest, TheScratchMayGrowWhileASearchIsUnderWay) {
+  GraphFixture fixture(Metric::kL2, 4, {});
+  fixture.Build(GaussianVectors(400, 4, 33));
+  struct AllLive {
+    bool operator()(NodeId) const { return true; }
+  };
+  GraphSearch<AllLive> search;
+  search.Begin({&fixture.graph, &fixture.vectors, fixture.distance, fixture.vectors.Row(0)}, 300,
+               300, &fixture.scratch);
+  size_t room = fixture.scratch.capacity();
+  for (int slice = 0; !search.Step(1); ++slice) {
+    if (slice % 30 != 0 || slice > 150) continue;
+    ASSERT_TRUE(fixture.scratch.Reserve(room *= 2));
+  }
+  std::vector<Neighbour> found(300);
+  ASSERT_EQ(search.TakeResults(found), 300u);
+  for (size_t i = 1; i < found.size(); ++i) {
+    EXPECT_LT(KeyOf(found[i - 1].distance, found[i - 1].node),
+              KeyOf(found[i].distance, found[i].node));
+  }
+}
+
 // Marks of 65,535 searches ago must not pass for this search's. Between the two searches of the
 // larger graph, its marks are left alone by searches of a graph of one node.
 TEST(HnswSearchTest, VisitedMarksComeRound) {
@@ -273,7 +296,7 @@ TEST(HnswSearchTest, VisitedMarksComeRound) {
   fixture.Build(data);
   GraphFixture tiny(Metric::kL2, 2, {});
   tiny.Link(tiny.Store(data[0]));
-  const auto search = [&data](const GraphFixture& where, SearchScratch* scratch) {
+  const auto search = [](const GraphFixture& where, SearchScratch* scratch) {
     std::vector<Neighbour> out(20);
     const auto live = [](NodeId) { return true; };
     out.resize(SearchGraph(where.graph, where.vectors, where.distance, where.vectors.Row(0), 20, 20,

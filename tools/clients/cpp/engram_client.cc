@@ -95,10 +95,6 @@ Result<Address> ParseAddress(std::string_view text) {
   return Address{std::string(host), std::string(port)};
 }
 
-UniqueFd::~UniqueFd() {
-  if (fd_ >= 0) close(fd_);
-}
-
 std::string Printable(std::string_view text) {
   std::string safe(text);
   for (size_t i = 0; i < safe.size(); ++i) {

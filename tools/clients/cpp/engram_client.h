@@ -14,6 +14,7 @@
 #include "src/core/observation.h"
 #include "src/core/refusal_reason.h"
 #include "src/core/result.h"
+#include "src/core/unique_fd.h"
 
 // The C++ client of the native frames (dataplane/FORMAT.md): a connection, and on it recalls and
 // introspection. Observations are streamed by Feed (tools/clients/cpp/feed.h).
@@ -30,23 +31,6 @@ struct Address {
 
 // "HOST:PORT", where an IPv6 host stands in brackets. Errors: kInvalidArgument.
 Result<Address> ParseAddress(std::string_view text);
-
-// A file descriptor with one owner.
-class UniqueFd {
- public:
-  UniqueFd() = default;
-  explicit UniqueFd(int fd) : fd_(fd) {}
-  UniqueFd(UniqueFd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-  UniqueFd& operator=(UniqueFd&& other) noexcept {
-    std::swap(fd_, other.fd_);
-    return *this;
-  }
-  ~UniqueFd();
-  int get() const { return fd_; }
-
- private:
-  int fd_ = -1;
-};
 
 struct HelloOptions {
   std::string space = {};  // empty: default

@@ -42,17 +42,10 @@ Result<bool> Feed::Poll(int64_t now_ns) {
   bool worked = false;
   for (;;) {
     const Result<std::optional<Frame>> frame = connection_.NextFrame();
-    if (!frame) {
-      Error error = frame.error();
-      if (!AllSettled()) {
-        error.message +=
-            "; " + std::to_string(offered_ - counts_.settled) + " observations were not settled";
-      }
-      return std::unexpected(std::move(error));
-    }
+    if (!frame) return FailStream(frame.error());
     if (!frame->has_value()) break;
     worked = true;
-    if (auto taken = TakeFrame(**frame, now_ns); !taken) return std::unexpected(taken.error());
+    if (auto taken = TakeFrame(**frame, now_ns); !taken) return FailStream(taken.error());
   }
   if (!AllSettled() && now_ns - progress_ns_ >= options_.stall_timeout_ns) return FailStalled();
 
@@ -94,7 +87,6 @@ Result<void> Feed::TakeAck(const Frame& frame, int64_t now_ns) {
                                          std::to_string(base_ + counts_.sent));
   }
   const auto ack = LoadAs<AckBody>(frame.body.data());
-  if (ack.credit > credit_) progress_ns_ = now_ns;
   credit_ = ack.credit;
   if (sequence > base_ + counts_.settled) Settle(sequence - base_, now_ns);
   return {};
@@ -114,6 +106,7 @@ void Feed::Settle(uint64_t settled, int64_t now_ns) {
   refused_unsettled_.erase(refused_unsettled_.begin(), refused_end);
   counts_.acked += settled - counts_.settled - static_cast<uint64_t>(refused);
   counts_.settled = settled;
+  if (probe_ && settled > *probe_) probe_.reset();
   // The server may have settled what a refusal had made us want to send again.
   next_ = std::max(next_, settled);
   progress_ns_ = now_ns;
@@ -162,11 +155,13 @@ Result<void> Feed::TakeNak(const Frame& frame, int64_t now_ns) {
     const int64_t wait_ns = std::clamp(int64_t{refusal->retry_after_ms} * kNanosPerMilli,
                                        kRetryAfterMinNs, kRetryAfterMaxNs);
     resume_ns_ = std::max(resume_ns_, now_ns + wait_ns);
+    probe_ = next_;
   }
   return {};
 }
 
 Result<bool> Feed::WriteFrame(int64_t now_ns) {
+  if (probe_ && next_ > *probe_) return false;
   const uint64_t last_allowed = credit_ > base_ ? credit_ - base_ : 0;  // as a count
   const uint64_t wanted = std::min<uint64_t>(options_.batch, offered_ - next_);
   const uint64_t allowed = last_allowed > next_ ? std::min(wanted, last_allowed - next_) : 0;
@@ -230,6 +225,14 @@ int64_t Feed::NextWakeNs(int64_t now_ns) const {
   int64_t wake_ns = now_ns + kNanosPerSecond;
   if (resume_ns_ > now_ns) wake_ns = std::min(wake_ns, resume_ns_);
   return wake_ns;
+}
+
+std::unexpected<Error> Feed::FailStream(Error error) const {
+  if (!AllSettled()) {
+    error.message +=
+        "; " + std::to_string(offered_ - counts_.settled) + " observations were not settled";
+  }
+  return std::unexpected(std::move(error));
 }
 
 std::unexpected<Error> Feed::FailStalled() const {

@@ -5,6 +5,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <optional>
 #include <set>
 #include <span>
 #include <string>
@@ -60,7 +61,9 @@ struct FeedCounts {
 //      send back to the expected one, after the time that it names. One that closes ends the feed.
 //   2. Write frames for what was offered and is within the credit, oldest first. A frame is full,
 //      or holds the last of what was offered, or goes out because nothing else is under way: so
-//      credit that comes in drops does not end in frames of one observation.
+//      credit that comes in drops does not end in frames of one observation. After a refusal for
+//      lack of room one frame goes alone, until its first observation is settled: a server that is
+//      still full is then not sent a whole window in vain.
 //   3. Give the socket what it takes.
 //
 // Invariants: settled <= next to send <= ever sent <= offered (as counts of observations).
@@ -104,6 +107,8 @@ class Feed {
   void Settle(uint64_t settled, int64_t now_ns);
   uint64_t SequenceOf(uint64_t index) const { return base_ + 1 + index; }
   std::unexpected<Error> FailStalled() const;
+  // `error`, with how much stays open.
+  std::unexpected<Error> FailStream(Error error) const;
 
   // Constant after construction.
   Connection connection_;
@@ -116,7 +121,9 @@ class Feed {
   uint64_t credit_ = 0;                   // highest sequence that may be sent
   std::set<uint64_t> refused_unsettled_;  // indices refused for good, not yet settled
   std::deque<Batch> latency_batches_;     // not settled, by rising end
-  int64_t resume_ns_ = INT64_MIN;         // nothing is sent before
+  // The observation that was refused for lack of room, until it is settled.
+  std::optional<uint64_t> probe_;
+  int64_t resume_ns_ = INT64_MIN;    // nothing is sent before
   int64_t progress_ns_ = INT64_MIN;  // when something was settled last, or offered to an idle feed
   std::string last_wait_;            // the last nak that asked to wait, described
   uint64_t observe_bytes_ = 0;

@@ -1,0 +1,288 @@
+// A whole ingress core under clients that do anything, in one thread with simulated time, network
+// and shards. The input is a program: an operation byte, then what the operation reads. So almost
+// every input means something, and the fuzzer's own mutations are enough.
+//
+// At the end everybody leaves and everything is answered: no slot may be lost and no connection
+// left.
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "src/core/check.h"
+#include "tests/dataplane/fake_shard.h"
+#include "tests/dataplane/ingest_harness.h"
+#include "tests/dataplane/wire.h"
+
+namespace engram {
+namespace {
+
+constexpr size_t kClients = 4;
+constexpr size_t kOperationsMax = 300;
+
+// Reads numbers off the input; zeros behind its end.
+class Program {
+ public:
+  explicit Program(std::span<const uint8_t> input) : left_(input) {}
+  bool empty() const { return left_.empty(); }
+  uint8_t Byte() {
+    if (left_.empty()) return 0;
+    const uint8_t byte = left_[0];
+    left_ = left_.subspan(1);
+    return byte;
+  }
+  WireBytes Bytes(size_t count) {
+    const auto bytes = std::as_bytes(left_.first(std::min(count, left_.size())));
+    left_ = left_.subspan(bytes.size());
+    return {bytes.begin(), bytes.end()};
+  }
+
+ private:
+  std::span<const uint8_t> left_;
+};
+
+// One of the places from which clients connect.
+struct Place {
+  std::unique_ptr<TestClient> client;
+  uint64_t session = 0;
+  Sequence next = 1;
+  Sequence acked = 0;
+};
+
+class Machine {
+ public:
+  explicit Machine(Program* program) : program_(program), harness_(Options(program->Byte())) {
+    for (size_t s = 0; s < harness_.shards(); ++s) {
+      harness_.shard(s).judge = [this](const ObserveRequest& request, std::string_view) {
+        return request.sequence % 5 == 3 ? shard_refusal_ : RefusalReason::kNone;
+      };
+    }
+  }
+
+  void Run() {
+    for (size_t i = 0; i < kOperationsMax && !program_->empty(); ++i) {
+      const uint8_t operation = program_->Byte();
+      Operate(operation & 15, &places_[(operation >> 4) % kClients]);
+      harness_.Step();
+    }
+    for (Place& place : places_) Leave(&place);
+    CHECK(harness_.Finish(), "every slot is given back and nobody is left");
+  }
+
+ private:
+  static HarnessOptions Options(uint8_t choice) {
+    HarnessOptions options;
+    options.seed = choice;
+    options.shards = 1 + choice % 2;
+    options.lane_capacity = 8;
+    options.recall_lane_capacity = 4;
+    options.ingest.partial_frame_bytes = 4 * 4096;
+    options.ingest.max_recalls = 2;
+    options.ingest.send_pause_bytes = 8192;
+    options.network.network.max_connections = 8;
+    options.network.max_chunk_bytes = (choice & 4) != 0 ? 40 : 5000;
+    options.network.client_window_bytes = 4096;
+    options.network.network.send_limit_bytes = 100'000;
+    return options;
+  }
+
+  TestClient& ClientOf(Place* place) {
+    if (!place->client) {
+      place->client = std::make_unique<TestClient>(&harness_);
+      place->acked = 0;
+    }
+    return *place->client;
+  }
+  void Leave(Place* place) {
+    if (!place->client) return;
+    Read(place);
+    place->client->Close();
+    place->client.reset();
+  }
+
+  void Read(Place* place) {
+    for (const WireFrame& frame : ClientOf(place).TakeAll()) {
+      if (frame.type == kWireHelloAck) {
+        place->session = frame.session;
+        place->next = frame.sequence + 1;
+      } else if (frame.type == kWireAck) {
+        CHECK(frame.sequence >= place->acked, "an ack does not go back");
+        CHECK(frame.sequence <= LastAtShard(frame.session), "acked more than the shard took");
+        place->acked = frame.sequence;
+      } else if (frame.type == kWireNak) {
+        const WireNak nak = ParseNak(frame);
+        if (nak.refused_type == kWireObserve && nak.expected != 0) place->next = nak.expected;
+      }
+    }
+    CHECK(ClientOf(place).sound(), "every frame of the server's is sealed");
+  }
+  Sequence LastAtShard(uint64_t session) {
+    for (size_t s = 0; s < harness_.shards(); ++s) {
+      const auto& sessions = harness_.shard(s).sessions();
+      if (const auto found = sessions.find(session); found != sessions.end()) {
+        return found->second.last_sequence;
+      }
+    }
+    return 0;
+  }
+
+  WireBytes Hello(Place* place) {
+    const uint8_t choice = program_->Byte();
+    return HelloBytes({.features = choice & 1u,
+                       .dimension = static_cast<uint16_t>((choice >> 1) & 1 ? 2 : 0),
+                       .metric = static_cast<uint8_t>((choice >> 2) & 3),
+                       .priority = static_cast<uint8_t>((choice >> 4) & 1),
+                       .space = std::string(1, static_cast<char>('a' + ((choice >> 5) & 1))),
+                       .session = (choice & 0x80) != 0   ? place->session
+                                  : (choice & 0x40) != 0 ? places_[0].session
+                                                         : 0});
+  }
+  WireBytes Observe(Place* place, size_t payload_bytes) {
+    const uint8_t choice = program_->Byte();
+    std::vector<WireRecord> records;
+    for (int i = 0; i <= (choice & 3); ++i) {
+      const std::array<float, 3> vector{
+          1, (choice & 4) != 0 ? std::numeric_limits<float>::infinity() : 2, 3};
+      records.push_back(F32Record("id", std::span(vector).first((choice & 8) != 0 ? 3 : 2),
+                                  std::string(payload_bytes, 'p')));
+    }
+    const Sequence first = place->next + (choice >> 4) - ((choice >> 4) > 7 ? 16 : 0);
+    if (first == place->next) place->next += records.size();
+    return ObserveBytes(place->session, first, records);
+  }
+  WireBytes RawFrame(Place* place) {
+    const uint8_t type = program_->Byte();
+    const uint8_t sequence = program_->Byte();
+    const WireBytes body = program_->Bytes(program_->Byte());
+    return MakeFrame(type & 15,
+                     {.flags = static_cast<uint16_t>(type >> 4),
+                      .session = place->session,
+                      .sequence = sequence},
+                     body);
+  }
+
+  void Operate(int operation, Place* place) {
+    FakeShard& shard = harness_.shard(program_->empty() ? 0 : operation % harness_.shards());
+    switch (operation) {
+      case 0:
+        ClientOf(place).Send(Hello(place));
+        break;
+      case 1:
+        ClientOf(place).Send(Observe(place, 5));
+        break;
+      case 2: {
+        const std::array<float, 2> query{1, 1};
+        ClientOf(place).Send(RecallBytes(program_->Byte(), F32Recall(query)));
+        break;
+      }
+      case 3:
+        ClientOf(place).Send(IntrospectBytes(1, 1 + (program_->Byte() & 1)));
+        break;
+      case 4:
+        ClientOf(place).Send(MakeFrame((program_->Byte() & 1) != 0 ? kWireClose : kWirePing, {}));
+        break;
+      case 5:
+        ClientOf(place).Send(RawFrame(place));
+        break;
+      case 6:
+        ClientOf(place).Send(program_->Bytes(program_->Byte()));
+        break;
+      case 7: {
+        const WireBytes frame = Observe(place, 1000);
+        ClientOf(place).Send(std::span(frame).first(program_->Byte() * frame.size() / 256));
+        break;
+      }
+      case 8:
+        harness_.Step(int64_t{1} << (program_->Byte() % 39));  // up to 275 s
+        break;
+      case 9:
+        End(place);
+        break;
+      case 10:
+        Read(place);
+        break;
+      case 11: {
+        const uint8_t choice = program_->Byte();
+        if ((choice & 1) != 0) {
+          shard.SetHeld(static_cast<RequestKind>(1 + (choice >> 2) % 5), (choice & 2) != 0);
+        } else {
+          shard.stalled[(choice >> 2) % kLanes] = (choice & 2) != 0;
+        }
+        break;
+      }
+      case 12:
+        Misbehave(&shard);
+        break;
+      case 13:
+        if (program_->Byte() == 13) harness_.core().BeginDrain();
+        break;
+      case 14:
+        harness_.Run(8, 100 * kNanosPerMicro);
+        break;
+      default:
+        ClientOf(place).Send(Observe(place, size_t{program_->Byte()} * 16));
+        break;
+    }
+  }
+  void End(Place* place) {
+    const uint8_t choice = program_->Byte();
+    if (!place->client) return;
+    if (choice % 3 == 0) {
+      place->client->Shutdown();
+    } else if (choice % 3 == 1) {
+      place->client->Abort();
+      place->client.reset();
+    } else {
+      Leave(place);
+    }
+  }
+  void Misbehave(FakeShard* shard) {
+    constexpr std::array<RefusalReason, 6> kReasons{
+        RefusalReason::kNone,           RefusalReason::kBacklogFull,  RefusalReason::kMemoryFull,
+        RefusalReason::kSessionExpired, RefusalReason::kUnknownSpace, RefusalReason::kBadDtype};
+    const uint8_t choice = program_->Byte();
+    const RefusalReason reason = kReasons[(choice >> 2) % kReasons.size()];
+    switch (choice & 3) {
+      case 0:
+        shard_refusal_ = reason;
+        break;
+      case 1:
+        shard->recall_refusal = reason;
+        break;
+      case 2:
+        shard->hits.assign(1 + (choice >> 6),
+                           {std::string(size_t{program_->Byte()} * 100, 'h'), 1});
+        break;
+      default:
+        if (!shard->sessions().empty()) {
+          const auto& session = *shard->sessions().begin();
+          if ((choice & 4) != 0) {
+            shard->ForgetSession(session.first);
+          } else {
+            shard->Notify(0, CompletionKind::kCredit, session.second.origin, choice);
+          }
+        }
+        break;
+    }
+  }
+
+  Program* program_;
+  IngestHarness harness_;
+  std::array<Place, kClients> places_;
+  RefusalReason shard_refusal_ = RefusalReason::kNone;
+};
+
+}  // namespace
+}  // namespace engram
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  engram::Program program({data, size});
+  engram::Machine(&program).Run();
+  return 0;
+}

@@ -1,0 +1,361 @@
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "dataplane/ring_mesh.h"
+#include "index/shard.h"
+#include "src/core/clock.h"
+#include "tests/index/allocation_counter.h"
+#include "tests/index/space_testing.h"
+
+namespace engram {
+
+// A client's session as its connection knows it.
+struct RigSession {
+  size_t producer = 0;
+  Origin origin = 0;
+  std::string space{};
+  SessionId id{};
+  uint32_t slot = 0;
+  Sequence last_settled = 0;
+  Sequence next = 1;
+  uint64_t credit_sequence = 0;
+  Lane lane = Lane::kNormal;
+};
+
+struct HelloParams {
+  bool wants_session = true;
+  Metric metric = Metric::kUnspecified;
+  uint16_t dimension = 0;
+  SessionId session{};
+};
+
+struct Observation {
+  ObservationOp op = ObservationOp::kUpsert;
+  std::string id{};
+  std::vector<float> vector{};
+  std::string payload{};
+  RefusalReason skip_reason = RefusalReason::kNone;
+};
+
+struct RigRecord {
+  SpaceRecord record;
+  std::string name;
+};
+
+// What has come back for one request id.
+struct RigAnswer {
+  std::vector<Hit> hits;
+  std::vector<RigRecord> records;
+  std::vector<bool> lasts;  // of each batch
+  bool done = false;
+  RefusalReason reason = RefusalReason::kNone;
+};
+
+// One shard, and the test as all of its ingress cores.
+class ShardRig {
+ public:
+  static ShardOptions SmallOptions() {
+    ShardOptions options;
+    options.memory_limit_bytes = size_t{256} << 20;
+    options.huge_pages = HugePagePolicy::kOff;
+    options.build = {.M = 4, .M0 = 8, .ef_construction = 12};
+    options.seed = 1;
+    return options;
+  }
+
+  explicit ShardRig(const ShardOptions& options = SmallOptions(), uint16_t producers = 1,
+                    uint32_t lane_capacity = 256) {
+    auto made = RingMesh::Create({.producers = producers,
+                                  .shards = 1,
+                                  .lane_capacity = lane_capacity,
+                                  .huge_pages = HugePagePolicy::kOff,
+                                  .producer_numa_node = {},
+                                  .shard_numa_node = {}});
+    CHECK(made.has_value(), "the test's mesh");
+    mesh_.emplace(*std::move(made));
+    for (uint16_t p = 0; p < producers; ++p) {
+      ports_.push_back(mesh_->TakeProducer(ProducerId(p)));
+      outstanding_.emplace_back();
+    }
+    auto created = Shard::Create(options, &clock, mesh_->TakeShard(ShardId(0)));
+    CHECK(created.has_value(), "the test's shard");
+    shard = *std::move(created);
+  }
+
+  // ---- Requests ----
+
+  SlotId PushHello(size_t producer, Origin origin, const std::string& space,
+                   const HelloParams& params) {
+    const SlotId slot = Take(producer, kRequestBodyOffset);
+    auto* hello = new (ports_[producer].slab->At(slot)) HelloRequest;
+    hello->wants_session = params.wants_session;
+    hello->metric = params.metric;
+    hello->dimension = params.dimension;
+    hello->session = params.session;
+    hello->origin = origin;
+    hello->space_bytes = static_cast<uint8_t>(space.size());
+    std::memcpy(hello->space.data(), space.data(), space.size());
+    Push(producer, Lane::kRecall, slot);
+    return slot;
+  }
+  // Waits for the answer.
+  std::pair<RefusalReason, HelloRequest> Hello(size_t producer, Origin origin,
+                                               const std::string& space,
+                                               const HelloParams& params = {}) {
+    const Completion completion = Await(producer, PushHello(producer, origin, space, params));
+    return {completion.reason, last_hello_};
+  }
+  // A session that must be granted.
+  RigSession Open(size_t producer, Origin origin, const std::string& space,
+                  const HelloParams& params = {}) {
+    const auto [reason, answer] = Hello(producer, origin, space, params);
+    EXPECT_EQ(reason, RefusalReason::kNone) << DescribeRefusal(reason).name;
+    return {.producer = producer,
+            .origin = origin,
+            .space = space,
+            .id = answer.session,
+            .slot = answer.session_slot,
+            .last_settled = answer.last_sequence,
+            .next = answer.last_sequence + 1,
+            .credit_sequence = answer.last_sequence + answer.credit};
+  }
+  SlotId PushDetach(const RigSession& session) {
+    const SlotId slot = Take(session.producer, kRequestBodyOffset);
+    auto* request = new (ports_[session.producer].slab->At(slot)) DetachRequest;
+    request->session_slot = session.slot;
+    request->session = session.id;
+    request->origin = session.origin;
+    Push(session.producer, Lane::kRecall, slot);
+    return slot;
+  }
+  void Detach(const RigSession& session) { (void)Await(session.producer, PushDetach(session)); }
+
+  bool LaneFull(const RigSession& session) { return LaneOf(session.producer, session.lane).Full(); }
+  SlotId PushObserve(const RigSession& session, Sequence sequence, const Observation& observation) {
+    const size_t vector_bytes = observation.vector.size() * sizeof(float);
+    const SlotId slot =
+        Take(session.producer, kRequestBodyOffset + vector_bytes + observation.id.size() +
+                                   observation.payload.size());
+    std::byte* bytes = ports_[session.producer].slab->At(slot);
+    auto* request = new (bytes) ObserveRequest;
+    request->op = observation.op;
+    request->skip_reason = observation.skip_reason;
+    if (observation.op == ObservationOp::kUpsert) request->dtype = VectorDtype::kF32;
+    request->dimension = static_cast<uint16_t>(observation.vector.size());
+    request->id_bytes = static_cast<uint16_t>(observation.id.size());
+    request->payload_bytes = static_cast<uint32_t>(observation.payload.size());
+    request->session_slot = session.slot;
+    request->session = session.id;
+    request->sequence = sequence;
+    request->origin = session.origin;
+    request->received_ns = clock.MonotonicNs();
+    std::byte* to = bytes + kRequestBodyOffset;
+    to = std::copy_n(reinterpret_cast<const std::byte*>(observation.vector.data()), vector_bytes,
+                     to);
+    to = std::ranges::copy(BytesOf(observation.id), to).out;
+    std::ranges::copy(BytesOf(observation.payload), to);
+    Push(session.producer, session.lane, slot);
+    return slot;
+  }
+  // Sends the session's next observation and waits for its completion.
+  Completion Observe(RigSession* session, const Observation& observation) {
+    return ObserveAs(session, session->next, observation);
+  }
+  Completion ObserveAs(RigSession* session, Sequence sequence, const Observation& observation) {
+    const Completion completion =
+        Await(session->producer, PushObserve(*session, sequence, observation));
+    if (completion.reason == RefusalReason::kNone ||
+        DescribeRefusal(completion.reason).effect == RefusalEffect::kConsumes) {
+      session->next = std::max(session->next, sequence + 1);
+    }
+    session->credit_sequence = std::max(session->credit_sequence, completion.credit_sequence);
+    return completion;
+  }
+
+  uint64_t PushRecall(size_t producer, const std::string& space, const std::vector<float>& query,
+                      const RecallParams& params = {}) {
+    const SlotId slot = Take(producer, kRequestBodyOffset + query.size() * sizeof(float));
+    std::byte* bytes = ports_[producer].slab->At(slot);
+    auto* request = new (bytes) RecallRequest;
+    request->dtype = VectorDtype::kF32;
+    request->with_payload = params.with_payload;
+    request->space_bytes = static_cast<uint8_t>(space.size());
+    request->dimension = static_cast<uint16_t>(query.size());
+    request->k = params.k;
+    request->ef = params.ef;
+    request->origin = 1;
+    request->request_id = ++last_request_id_;
+    std::memcpy(request->space.data(), space.data(), space.size());
+    std::memcpy(bytes + kRequestBodyOffset, query.data(), query.size() * sizeof(float));
+    Push(producer, Lane::kRecall, slot);
+    return last_request_id_;
+  }
+  RigAnswer Recall(const std::string& space, const std::vector<float>& query,
+                   const RecallParams& params = {}) {
+    const uint64_t id = PushRecall(0, space, query, params);
+    EXPECT_TRUE(PollUntil([&] { return answers[id].done; }));
+    return answers[id];
+  }
+  uint64_t PushIntrospect(size_t producer) {
+    const SlotId slot = Take(producer, kRequestBodyOffset);
+    auto* request = new (ports_[producer].slab->At(slot)) IntrospectRequest;
+    request->origin = 1;
+    request->request_id = ++last_request_id_;
+    Push(producer, Lane::kRecall, slot);
+    return last_request_id_;
+  }
+
+  // ---- The shard's turn, and what comes back ----
+
+  int Poll() {
+    clock.AdvanceNs(10'000);
+    const uint64_t before = AllocationCount();
+    const int work = shard->Poll();
+    poll_allocations += AllocationCount() - before;
+    if (!hold_completions) Drain();
+    return work;
+  }
+  template <typename Done>
+  bool PollUntil(Done&& done, int polls = 100'000) {
+    for (int i = 0; i < polls; ++i) {
+      if (done()) return true;
+      Poll();
+    }
+    return done();
+  }
+  // Until nothing waits, linking included.
+  void Settle() {
+    EXPECT_TRUE(PollUntil([&] { return shard->Idle() && Poll() == 0; }, 1'000'000));
+  }
+  void Drain() {
+    for (size_t producer = 0; producer < ports_.size(); ++producer) {
+      while (const auto completion = ports_[producer].shards[0].completions.TryPop()) {
+        Take(producer, *completion);
+      }
+    }
+  }
+  void ReturnHeldResults() {
+    for (const auto& [producer, slot] : held_results) ReturnResult(producer, slot);
+    held_results.clear();
+  }
+  size_t outstanding(size_t producer) const { return outstanding_[producer].size(); }
+  uint64_t counter(ShardCounter which) const { return shard->counter(which).Read(); }
+
+  SimulatedClock clock;
+
+ private:
+  std::optional<RingMesh> mesh_;
+  std::vector<ProducerPort> ports_;
+
+ public:
+  std::unique_ptr<Shard> shard;
+  // Everything that came back, in order.
+  std::vector<std::pair<size_t, Completion>> completions;
+  std::map<uint64_t, RigAnswer> answers;
+  bool hold_completions = false;
+  bool hold_results = false;
+  std::vector<std::pair<size_t, SlotId>> held_results;
+  uint64_t poll_allocations = 0;
+
+ private:
+  SpscRing<SlotId>::Producer& LaneOf(size_t producer, Lane lane) {
+    return ports_[producer].shards[0].lanes[static_cast<size_t>(lane)];
+  }
+  SlotId Take(size_t producer, size_t bytes) {
+    const SlotId slot = ports_[producer].slab->Acquire(bytes);
+    CHECK(slot != kNoSlot, "the test keeps to its slots");
+    return slot;
+  }
+  void Push(size_t producer, Lane lane, SlotId slot) {
+    CHECK(LaneOf(producer, lane).TryPush(slot), "the test keeps to its lanes");
+    CHECK(outstanding_[producer].insert(slot).second, "a slot is pushed once");
+  }
+  Completion Await(size_t producer, SlotId slot) {
+    const size_t from = completions.size();
+    std::optional<Completion> found;
+    const bool came = PollUntil([&] {
+      for (size_t i = from; i < completions.size(); ++i) {
+        if (completions[i].first == producer && completions[i].second.slot == slot) {
+          found = completions[i].second;
+        }
+      }
+      return found.has_value();
+    });
+    EXPECT_TRUE(came) << "no completion";
+    return found.value_or(Completion{});
+  }
+  void ReturnResult(size_t producer, SlotId slot) {
+    CHECK(ports_[producer].shards[0].result_returns.TryPush(slot), "a ring for every result slot");
+  }
+  void Take(size_t producer, const Completion& completion) {
+    completions.emplace_back(producer, completion);
+    if (completion.result_slot != kNoSlot) TakeResult(producer, completion);
+    if (completion.kind == CompletionKind::kRecallDone ||
+        completion.kind == CompletionKind::kIntrospectDone) {
+      EXPECT_FALSE(answers[completion.sequence].done) << "an answer ends once";
+      answers[completion.sequence].done = true;
+      answers[completion.sequence].reason = completion.reason;
+    }
+    if (completion.slot == kNoSlot) return;
+    EXPECT_EQ(outstanding_[producer].erase(completion.slot), 1u) << "a slot comes back once";
+    if (completion.kind == CompletionKind::kHello) {
+      last_hello_ =
+          *reinterpret_cast<const HelloRequest*>(ports_[producer].slab->At(completion.slot));
+    }
+    if (completion.kind == CompletionKind::kObserve) {
+      last_space_dimension =
+          reinterpret_cast<const ObserveRequest*>(ports_[producer].slab->At(completion.slot))
+              ->space_dimension;
+    }
+    ports_[producer].slab->Release(completion.slot);
+  }
+  void TakeResult(size_t producer, const Completion& completion) {
+    const std::byte* slot = ports_[producer].shards[0].result_slab->At(completion.result_slot);
+    RigAnswer& answer = answers[completion.sequence];
+    EXPECT_FALSE(answer.done) << "nothing follows the end";
+    if (completion.kind == CompletionKind::kResults) {
+      answer.lasts.push_back(ReadBatch(slot, &answer.hits).last);
+    } else {
+      ResultBatch batch;
+      std::memcpy(&batch, slot, sizeof(batch));
+      const std::byte* from = slot + sizeof(batch);
+      for (uint16_t i = 0; i < batch.count; ++i) {
+        RigRecord read;
+        std::memcpy(&read.record, from, sizeof(read.record));
+        read.name.assign(reinterpret_cast<const char*>(from + sizeof(read.record)),
+                         read.record.name_bytes);
+        EXPECT_EQ(read.record.record_bytes, PadTo8(sizeof(SpaceRecord) + read.name.size()));
+        from += read.record.record_bytes;
+        answer.records.push_back(read);
+      }
+      EXPECT_EQ(static_cast<size_t>(from - slot), sizeof(batch) + batch.body_bytes);
+      answer.lasts.push_back(batch.last);
+    }
+    if (hold_results) {
+      held_results.emplace_back(producer, completion.result_slot);
+    } else {
+      ReturnResult(producer, completion.result_slot);
+    }
+  }
+
+  std::vector<std::set<SlotId>> outstanding_;  // by producer
+  HelloRequest last_hello_;
+  uint64_t last_request_id_ = 0;
+
+ public:
+  uint16_t last_space_dimension = 0;
+};
+
+}  // namespace engram

@@ -1,0 +1,489 @@
+#include "index/space.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <iterator>
+#include <limits>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "index/hnsw_linker.h"
+#include "index/recall_job.h"
+#include "src/core/hash.h"
+#include "tests/index/space_testing.h"
+
+namespace engram {
+namespace {
+
+// A light graph: these tests are about what is in it, not about how good it is.
+constexpr HnswBuildParams kBuild{.M = 8, .M0 = 16, .ef_construction = 40};
+
+// A space beside its model. Linker and recall take their memory from elsewhere, so that the heap's
+// books are the space's.
+class SpaceRig {
+ public:
+  SpaceRig(Metric metric, uint32_t dimension, size_t arena_bytes)
+      : memory(arena_bytes),
+        other_memory(size_t{64} << 20),
+        space(std::make_unique<Space>("rig", metric, dimension, &memory.heap, kBuild, 77)),
+        model(metric),
+        linker(&other_memory.heap, kBuild),
+        job(&other_memory.heap) {}
+
+  RefusalReason Upsert(const std::string& id, VectorDtype dtype, const std::vector<float>& vector,
+                       const std::string& payload = "", int64_t when_ns = 1,
+                       float confidence = 0.5F) {
+    const std::vector<std::byte> bytes = EncodeVector(dtype, vector);
+    const RefusalReason reason = space->Upsert({.id = id,
+                                                .payload = BytesOf(payload),
+                                                .dtype = dtype,
+                                                .dimension = static_cast<uint32_t>(vector.size()),
+                                                .scale = kQuarterScale,
+                                                .vector = bytes.data(),
+                                                .when_ns = when_ns,
+                                                .confidence = confidence});
+    if (reason == RefusalReason::kNone) {
+      model.entries()[id] = {vector, payload, when_ns, confidence};
+    }
+    return reason;
+  }
+  bool Delete(const std::string& id) {
+    const bool was_there = model.entries().erase(id) > 0;
+    EXPECT_EQ(space->Delete(id), was_there) << id;
+    return was_there;
+  }
+
+  // One slice; begins the next node where none is under way. False when there is nothing to link.
+  bool Link(uint32_t distances) {
+    if (!linker.active()) {
+      const NodeId node = space->NextToLink();
+      if (node == kNoNode || !space->BeginLinking(&linker, node)) return false;
+    }
+    if (linker.Step(distances)) space->FinishLinking(linker.node());
+    return true;
+  }
+  void LinkAll() {
+    while (Link(UINT32_MAX)) {
+    }
+  }
+  // Id of the live node that is being linked; empty when there is none.
+  std::string LinkingId() const {
+    if (!linker.active()) return "";
+    for (size_t i = 0; i < space->unlinked_count(); ++i) {
+      if (space->UnlinkedAt(i) == linker.node()) {
+        return std::string(space->Get(linker.node()).id);
+      }
+    }
+    return "";
+  }
+
+  RecallAnswer Recall(const std::vector<float>& query, const RecallParams& params) {
+    return RunRecall(*space, &job, query, params);
+  }
+  void ExpectExactRecall(const std::vector<float>& query, uint32_t k, VectorDtype dtype) {
+    const RecallAnswer answer = Recall(query, {.k = k, .with_payload = true, .dtype = dtype});
+    ASSERT_EQ(answer.reason, RefusalReason::kNone);
+    ASSERT_NO_FATAL_FAILURE(model.ExpectExact(answer.hits, query, k, true));
+  }
+  void ExpectSound() const {
+    const Result<void> sound = space->CheckInvariants();
+    ASSERT_TRUE(sound.has_value()) << sound.error().message;
+    ASSERT_EQ(space->live(), model.entries().size());
+    ASSERT_EQ(space->linked() + space->unlinked_count(), space->live());
+    ASSERT_LE(space->resident_bytes(), 2 * memory.heap.live_bytes() + 4'096);
+  }
+  std::string AnyId(SplitMix64* random) const {
+    return std::next(model.entries().begin(),
+                     static_cast<ptrdiff_t>(random->Below(model.entries().size())))
+        ->first;
+  }
+
+  TestHeap memory;
+  TestHeap other_memory;
+  std::unique_ptr<Space> space;
+  SpaceModel model;
+  HnswLinker linker;
+  RecallJob job;
+};
+
+std::string RandomId(SplitMix64* random, uint64_t ids) {
+  const uint64_t number = random->Below(ids);
+  std::string id = "id" + std::to_string(number);
+  if (number % 17 == 0) id.resize(kMaxIdBytes, 'x');
+  if (number % 19 == 0) id[0] = '\0';
+  return id;
+}
+
+VectorDtype RandomDtype(SplitMix64* random) {
+  return static_cast<VectorDtype>(1 + random->Below(4));
+}
+
+std::string RandomPayload(SplitMix64* random) {
+  const uint64_t kind = random->Below(10);
+  return std::string(kind < 3   ? 0
+                     : kind < 9 ? random->Below(60)
+                                : random->Below(3'000),
+                     static_cast<char>('a' + random->Below(26)));
+}
+
+class SpacePropertyTest : public testing::TestWithParam<std::tuple<Metric, uint32_t>> {};
+
+std::string NameOf(const testing::TestParamInfo<std::tuple<Metric, uint32_t>>& param) {
+  return std::string(MetricName(std::get<0>(param.param))) + "_" +
+         std::to_string(std::get<1>(param.param));
+}
+
+// Without a graph a recall is exact, after every step.
+TEST_P(SpacePropertyTest, ASmallSpaceIsItsModelAfterEveryStep) {
+  const auto [metric, dimension] = GetParam();
+  SplitMix64 random(dimension * 10 + static_cast<uint64_t>(metric));
+  SpaceRig rig(metric, random.Below(2) == 0 ? 0 : dimension, size_t{64} << 20);
+  for (int step = 0; step < 1'200; ++step) {
+    const bool filling = step / 300 % 2 == 0;
+    const std::string id = RandomId(&random, 150);
+    if (random.Below(10) < (filling ? 8 : 3)) {
+      ASSERT_EQ(rig.Upsert(id, RandomDtype(&random), QuarterVector(&random, dimension),
+                           RandomPayload(&random), static_cast<int64_t>(random.Next()),
+                           static_cast<float>(random.Below(5)) / 4),
+                RefusalReason::kNone);
+    } else {
+      rig.Delete(id);
+    }
+    ASSERT_FALSE(rig.space->has_graph());
+    ASSERT_EQ(rig.space->NextToLink(), kNoNode);
+    ASSERT_EQ(rig.space->retired(), 0u) << "what was never linked leaves no trace";
+    if (rig.space->dimension() != 0) {
+      const auto k = static_cast<uint32_t>(1 + random.Below(20));
+      ASSERT_NO_FATAL_FAILURE(
+          rig.ExpectExactRecall(QuarterVector(&random, dimension), k, RandomDtype(&random)))
+          << "step " << step;
+    }
+    if (step % 50 == 0) {
+      ASSERT_NO_FATAL_FAILURE(rig.ExpectSound()) << "step " << step;
+    }
+  }
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+  EXPECT_LE(rig.space->node_count(), 151u) << "places of unlinked nodes are used again";
+  rig.space.reset();
+  EXPECT_EQ(rig.memory.heap.live_bytes(), 0u);
+}
+
+INSTANTIATE_TEST_SUITE_P(MetricsAndDimensions, SpacePropertyTest,
+                         testing::Combine(testing::Values(Metric::kCosine, Metric::kInnerProduct,
+                                                          Metric::kL2),
+                                          testing::Values(1U, 3U, 16U, 17U, 100U)),
+                         NameOf);
+
+class GraphSpaceTest : public testing::TestWithParam<Metric> {};
+
+// Upserts, replacements, deletes and recalls between slices of linking.
+TEST_P(GraphSpaceTest, ALinkedSpaceNeverShowsWhatIsGoneAndFindsTheRest) {
+  constexpr uint32_t kDimension = 17;
+  constexpr uint64_t kIds = 5'000;
+  SplitMix64 random(static_cast<uint64_t>(GetParam()));
+  SpaceRig rig(GetParam(), 0, size_t{256} << 20);
+  const auto upsert = [&](const std::string& id) {
+    return rig.Upsert(id, RandomDtype(&random), QuarterVector(&random, kDimension),
+                      RandomPayload(&random), static_cast<int64_t>(random.Next()), 1);
+  };
+  for (uint64_t i = 0; !rig.space->has_graph(); ++i) {
+    ASSERT_LE(i, uint64_t{Space::kGraphFrom} + 1) << "the graph begins";
+    ASSERT_EQ(upsert("id" + std::to_string(i)), RefusalReason::kNone);
+    ASSERT_EQ(rig.space->NextToLink() != kNoNode, rig.space->has_graph());
+  }
+  size_t found = 0;
+  size_t wanted = 0;
+  int changed_while_linking = 0;
+  for (int step = 0; step < 16'000; ++step) {
+    const uint64_t what = random.Below(100);
+    if (const std::string linking = rig.LinkingId(); what < 6 && !linking.empty()) {
+      // The node that the linker is busy with goes, or is replaced.
+      if (what < 3) {
+        rig.Delete(linking);
+      } else {
+        ASSERT_EQ(upsert(linking), RefusalReason::kNone);
+      }
+      ++changed_while_linking;
+    } else if (what < 20) {
+      ASSERT_EQ(upsert(RandomId(&random, kIds)), RefusalReason::kNone);
+    } else if (what < 30) {
+      rig.Delete(what < 25 ? rig.AnyId(&random) : RandomId(&random, kIds));
+    } else if (what < 98) {
+      rig.Link(static_cast<uint32_t>(1 + random.Below(400)));
+    } else if (step % 3 == 0) {
+      const std::vector<float> query = QuarterVector(&random, kDimension);
+      const RecallAnswer answer = rig.Recall(
+          query, {.k = 10, .ef = 400, .with_payload = true, .dtype = RandomDtype(&random)});
+      ASSERT_EQ(answer.reason, RefusalReason::kNone);
+      ASSERT_EQ(answer.hits.size(), 10u);
+      ASSERT_NO_FATAL_FAILURE(rig.model.ExpectSound(answer.hits, query, true)) << step;
+      found += rig.model.CountTrue(answer.hits, query, 10);
+      wanted += 10;
+    }
+    if (step % 4'000 == 0) {
+      ASSERT_NO_FATAL_FAILURE(rig.ExpectSound()) << "step " << step;
+    }
+  }
+  EXPECT_GT(changed_while_linking, 100);
+  EXPECT_GT(rig.space->linked(), 1'000u);
+  rig.LinkAll();
+  EXPECT_EQ(rig.space->unlinked_count(), 0u);
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+  for (int i = 0; i < 20; ++i) {
+    const std::vector<float> query = QuarterVector(&random, kDimension);
+    const RecallAnswer answer = rig.Recall(query, {.k = 10, .ef = 1'000});
+    ASSERT_EQ(answer.hits.size(), 10u);
+    ASSERT_NO_FATAL_FAILURE(rig.model.ExpectSound(answer.hits, query, false));
+    found += rig.model.CountTrue(answer.hits, query, 10);
+    wanted += 10;
+  }
+  EXPECT_GE(static_cast<double>(found), 0.99 * static_cast<double>(wanted));
+  // All of it goes; retired nodes answer nothing.
+  while (!rig.model.entries().empty()) rig.Delete(rig.AnyId(&random));
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+  EXPECT_TRUE(rig.Recall(QuarterVector(&random, kDimension), {.k = 10, .ef = 400}).hits.empty());
+  ASSERT_EQ(upsert("again"), RefusalReason::kNone);
+  EXPECT_EQ(rig.Recall(QuarterVector(&random, kDimension), {.k = 10, .ef = 400}).hits.size(), 1u);
+  rig.space.reset();
+  EXPECT_EQ(rig.memory.heap.live_bytes(), 0u);
+}
+
+INSTANTIATE_TEST_SUITE_P(Metrics, GraphSpaceTest,
+                         testing::Values(Metric::kCosine, Metric::kInnerProduct, Metric::kL2),
+                         [](const auto& param) { return std::string(MetricName(param.param)); });
+
+// Memory runs out at a different place in each run: rows, nodes, lists, ids, text.
+TEST(SpaceTest, ARefusalForMemoryLeavesEverythingAsItWas) {
+  for (size_t left = 0; left < 24'000; left += left < 4'000 ? 64 : 900) {
+    SpaceRig rig(Metric::kL2, 0, size_t{2} << 20);
+    rig.memory.LeaveOnly(left);
+    SplitMix64 random(left);
+    int refused = 0;
+    for (int step = 0; step < 250; ++step) {
+      const std::string id = RandomId(&random, 60);
+      const std::vector<float> vector = QuarterVector(&random, 5);
+      if (random.Below(4) == 0) {
+        rig.Delete(id);
+        continue;
+      }
+      const uint32_t dimension_before = rig.space->dimension();
+      const RefusalReason reason =
+          rig.Upsert(id, VectorDtype::kF32, vector, RandomPayload(&random), step, 1);
+      if (reason == RefusalReason::kNone) continue;
+      ASSERT_EQ(reason, RefusalReason::kMemoryFull);
+      ASSERT_EQ(rig.space->dimension(), dimension_before);
+      ++refused;
+      ASSERT_NO_FATAL_FAILURE(rig.ExpectSound()) << left << " bytes, step " << step;
+      if (rig.space->dimension() != 0) {
+        ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall(vector, 100, VectorDtype::kF32))
+            << left << " bytes, step " << step;
+      }
+    }
+    ASSERT_GT(refused, 0) << left << " bytes";
+    ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+    rig.space.reset();
+    ASSERT_EQ(rig.memory.heap.live_bytes(), 0u);
+  }
+}
+
+TEST(SpaceTest, LinkingWithoutMemoryChangesNothingAndGoesOnLater) {
+  SpaceRig rig(Metric::kL2, 4, size_t{8} << 20);
+  SplitMix64 random(3);
+  for (uint32_t i = 0; i <= Space::kGraphFrom; ++i) {
+    ASSERT_EQ(rig.Upsert(std::to_string(i), VectorDtype::kF32, QuarterVector(&random, 4)),
+              RefusalReason::kNone);
+  }
+  // Everything is taken, then a little given back at a time.
+  std::vector<std::byte*> hoard;
+  for (;;) {
+    std::byte* block = rig.memory.heap.Allocate(size_t{512} << 10);
+    if (block == nullptr) break;
+    hoard.push_back(block);
+  }
+  rig.memory.LeaveOnly(0);
+  ASSERT_FALSE(rig.Link(UINT32_MAX));
+  ASSERT_FALSE(rig.linker.active());
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall(QuarterVector(&random, 4), 10, VectorDtype::kF32));
+  for (std::byte* block : hoard) rig.memory.heap.Free(block, size_t{512} << 10);
+  // Blocks of that size alone are not what a graph's first chunks need, so it may still be short;
+  // what matters is that nothing is lost.
+  for (int i = 0; i < 100; ++i) rig.Link(UINT32_MAX);
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+  EXPECT_EQ(rig.space->live(), Space::kGraphFrom + 1);
+  rig.space.reset();
+  EXPECT_EQ(rig.memory.heap.live_bytes(), 0u);
+}
+
+TEST(SpaceTest, AnotherDimensionIsRefusedAndChangesNothing) {
+  SpaceRig rig(Metric::kL2, 0, size_t{8} << 20);
+  EXPECT_EQ(rig.space->dimension(), 0u);
+  ASSERT_EQ(rig.Upsert("a", VectorDtype::kF32, {1, 2, 3}, "payload"), RefusalReason::kNone);
+  EXPECT_EQ(rig.space->dimension(), 3u);
+  EXPECT_EQ(rig.space->padded_dimension(), 16u);
+  EXPECT_EQ(rig.Upsert("a", VectorDtype::kF32, {1, 2}), RefusalReason::kWrongDimension);
+  EXPECT_EQ(rig.Upsert("b", VectorDtype::kF32, {1, 2, 3, 4}), RefusalReason::kWrongDimension);
+  EXPECT_EQ(rig.Recall({1, 2}, {}).reason, RefusalReason::kWrongDimension);
+  EXPECT_EQ(rig.Recall({1, 2, 3, 4}, {}).reason, RefusalReason::kWrongDimension);
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall({1, 2, 3}, 10, VectorDtype::kF32));
+}
+
+TEST(SpaceTest, AZeroVectorIsRefusedUnderCosineOnly) {
+  SpaceRig cosine(Metric::kCosine, 0, size_t{8} << 20);
+  ASSERT_EQ(cosine.Upsert("a", VectorDtype::kF32, {1, 1}, "old"), RefusalReason::kNone);
+  const size_t before = cosine.memory.heap.live_bytes();
+  for (const VectorDtype dtype :
+       {VectorDtype::kF32, VectorDtype::kF16, VectorDtype::kBf16, VectorDtype::kInt8}) {
+    EXPECT_EQ(cosine.Upsert("a", dtype, {0, 0}, "new"), RefusalReason::kZeroVector);
+    EXPECT_EQ(cosine.Upsert("b", dtype, {0, 0}), RefusalReason::kZeroVector);
+    EXPECT_EQ(cosine.Recall({0, 0}, {.dtype = dtype}).reason, RefusalReason::kZeroVector);
+  }
+  EXPECT_EQ(cosine.memory.heap.live_bytes(), before);
+  ASSERT_NO_FATAL_FAILURE(cosine.ExpectSound());
+  ASSERT_NO_FATAL_FAILURE(cosine.ExpectExactRecall({1, 0}, 10, VectorDtype::kF32));
+  for (const Metric metric : {Metric::kInnerProduct, Metric::kL2}) {
+    SpaceRig rig(metric, 0, size_t{8} << 20);
+    ASSERT_EQ(rig.Upsert("zero", VectorDtype::kF32, {0, 0}), RefusalReason::kNone);
+    ASSERT_EQ(rig.Upsert("one", VectorDtype::kF32, {1, 1}), RefusalReason::kNone);
+    ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall({0, 0}, 10, VectorDtype::kF32));
+    ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall({1, 2}, 10, VectorDtype::kF32));
+  }
+}
+
+// A refusal leaves the space as it was: also without a dimension, so that one bad first observation
+// does not lock the space to its dimension.
+TEST(SpaceTest, ARefusedFirstObservationDoesNotFixTheDimension) {
+  SpaceRig rig(Metric::kCosine, 0, size_t{8} << 20);
+  EXPECT_EQ(rig.Upsert("a", VectorDtype::kF32, {0, 0, 0, 0, 0}), RefusalReason::kZeroVector);
+  EXPECT_EQ(rig.space->dimension(), 0u);
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+  EXPECT_EQ(rig.Upsert("a", VectorDtype::kF32, {0, 0}), RefusalReason::kZeroVector);
+  ASSERT_EQ(rig.Upsert("a", VectorDtype::kF32, {1, 0, 0}), RefusalReason::kNone);
+  EXPECT_EQ(rig.space->dimension(), 3u);
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall({1, 1, 1}, 10, VectorDtype::kF32));
+  // One that was said when the space was made stays.
+  SpaceRig said(Metric::kCosine, 2, size_t{8} << 20);
+  EXPECT_EQ(said.Upsert("a", VectorDtype::kF32, {0, 0}), RefusalReason::kZeroVector);
+  EXPECT_EQ(said.space->dimension(), 2u);
+  rig.space.reset();
+  EXPECT_EQ(rig.memory.heap.live_bytes(), 0u);
+}
+
+TEST(SpaceTest, AnInt8VectorWhoseProductOverflowsIsRefused) {
+  for (const Metric metric : {Metric::kCosine, Metric::kInnerProduct, Metric::kL2}) {
+    SpaceRig rig(metric, 2, size_t{8} << 20);
+    ASSERT_EQ(rig.Upsert("a", VectorDtype::kF32, {1, 1}), RefusalReason::kNone);
+    for (const int8_t number : {int8_t{127}, int8_t{-128}}) {
+      const int8_t numbers[2] = {0, number};
+      const auto* vector = reinterpret_cast<const std::byte*>(numbers);
+      ObservationRef observation{.id = "b",
+                                 .payload = {},
+                                 .dtype = VectorDtype::kInt8,
+                                 .dimension = 2,
+                                 .scale = 1e37F,
+                                 .vector = vector};
+      EXPECT_EQ(rig.space->Upsert(observation), RefusalReason::kNotFinite);
+      RecallRequest request;
+      request.dtype = VectorDtype::kInt8;
+      request.dimension = 2;
+      request.k = 1;
+      request.scale = 1e37F;
+      EXPECT_EQ(rig.job.Begin(*rig.space, request, vector, 64), RefusalReason::kNotFinite);
+      observation.scale = 1e36F;
+      EXPECT_EQ(rig.space->Upsert(observation), RefusalReason::kNone);
+      EXPECT_TRUE(rig.space->Delete("b"));
+      observation.scale = std::numeric_limits<float>::denorm_min();
+      EXPECT_EQ(rig.space->Upsert(observation), RefusalReason::kNone) << "tiny is not zero";
+      EXPECT_TRUE(rig.space->Delete("b"));
+    }
+    ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+  }
+}
+
+TEST(SpaceTest, TinyAndHugeVectorsKeepTheirDirectionUnderCosine) {
+  SpaceRig rig(Metric::kCosine, 0, size_t{8} << 20);
+  const float tiny = std::numeric_limits<float>::denorm_min();
+  const float huge = std::numeric_limits<float>::max();
+  ASSERT_EQ(rig.Upsert("tiny", VectorDtype::kF32, {tiny, 0, 0}), RefusalReason::kNone);
+  ASSERT_EQ(rig.Upsert("huge", VectorDtype::kF32, {huge, huge, huge}), RefusalReason::kNone);
+  ASSERT_EQ(rig.Upsert("both", VectorDtype::kF32, {tiny, huge, 1}), RefusalReason::kNone);
+  for (const float size : {tiny, 1e-30F, 1.0F, huge}) {
+    for (const std::vector<float>& query :
+         std::vector<std::vector<float>>{{size, 0, 0}, {0, size, 0}, {size, size, size}}) {
+      const RecallAnswer answer = rig.Recall(query, {.k = 3});
+      ASSERT_EQ(answer.reason, RefusalReason::kNone);
+      ASSERT_NO_FATAL_FAILURE(rig.model.ExpectExact(answer.hits, query, 3, false));
+    }
+  }
+}
+
+// Beyond float's range distances are infinite: such a neighbour may come, but behind the others.
+TEST(SpaceTest, SquaresThatOverflowComeLastUnderL2) {
+  SpaceRig rig(Metric::kL2, 0, size_t{8} << 20);
+  ASSERT_EQ(rig.Upsert("huge", VectorDtype::kF32, {3e38F, -3e38F}), RefusalReason::kNone);
+  ASSERT_EQ(rig.Upsert("near", VectorDtype::kF32, {1, 1}), RefusalReason::kNone);
+  ASSERT_EQ(rig.Upsert("far", VectorDtype::kF32, {1e18F, 1}), RefusalReason::kNone);
+  const RecallAnswer answer = rig.Recall({0, 0}, {.k = 3});
+  ASSERT_EQ(answer.hits.size(), 3u);
+  EXPECT_EQ(answer.hits[0].id, "near");
+  EXPECT_EQ(answer.hits[1].id, "far");
+  EXPECT_EQ(answer.hits[2].id, "huge");
+  EXPECT_TRUE(std::isinf(answer.hits[2].score));
+}
+
+TEST(SpaceTest, DeletesOfUnknownIdsDoNothingAlsoInAnEmptySpace) {
+  SpaceRig rig(Metric::kL2, 0, size_t{8} << 20);
+  EXPECT_FALSE(rig.space->Delete("a"));
+  EXPECT_EQ(rig.memory.heap.live_bytes(), 0u) << "a space takes nothing before it holds something";
+  ASSERT_EQ(rig.Upsert("a", VectorDtype::kF32, {1}), RefusalReason::kNone);
+  EXPECT_FALSE(rig.space->Delete("b"));
+  EXPECT_FALSE(rig.space->Delete("A"));
+  EXPECT_FALSE(rig.space->Delete(std::string_view("a\0", 2)));
+  EXPECT_TRUE(rig.Delete("a"));
+  EXPECT_FALSE(rig.space->Delete("a"));
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+}
+
+// Ids of one space say nothing about those of another, also where they share a heap.
+TEST(SpaceTest, TwoSpacesOfOneHeapDoNotMeet) {
+  TestHeap memory(size_t{8} << 20);
+  const auto upsert = [](Space* space, float value) {
+    return space->Upsert({.id = "same",
+                          .payload = {},
+                          .dtype = VectorDtype::kF32,
+                          .dimension = 1,
+                          .vector = reinterpret_cast<const std::byte*>(&value)});
+  };
+  {
+    Space first("first", Metric::kL2, 0, &memory.heap, kBuild, 1);
+    {
+      Space second("second", Metric::kL2, 0, &memory.heap, kBuild, 1);
+      ASSERT_EQ(upsert(&first, 1), RefusalReason::kNone);
+      const size_t before = memory.heap.live_bytes();
+      ASSERT_EQ(upsert(&second, 2), RefusalReason::kNone);
+      EXPECT_TRUE(first.Delete("same"));
+      EXPECT_EQ(second.live(), 1u);
+      EXPECT_FALSE(first.Delete("same"));
+      ASSERT_EQ(upsert(&first, 1), RefusalReason::kNone);
+      EXPECT_GT(memory.heap.live_bytes(), before);
+    }
+    EXPECT_EQ(first.live(), 1u);
+    ASSERT_TRUE(first.CheckInvariants().has_value());
+  }
+  EXPECT_EQ(memory.heap.live_bytes(), 0u);
+}
+
+TEST(SpaceTest, NodesInBytesCountsPaddedRows) {
+  TestHeap memory(size_t{8} << 20);
+  EXPECT_EQ(Space("a", Metric::kL2, 1, &memory.heap, kBuild, 1).NodesInBytes(640), 10u);
+  EXPECT_EQ(Space("a", Metric::kL2, 17, &memory.heap, kBuild, 1).NodesInBytes(640), 5u);
+}
+
+}  // namespace
+}  // namespace engram

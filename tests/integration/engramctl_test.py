@@ -1,0 +1,246 @@
+#!/usr/bin/env python3
+"""engramctl as a program's user sees it: JSON alone on standard output, errors and exit codes."""
+
+import gzip
+import json
+import math
+import operator
+import pathlib
+import struct
+import tempfile
+
+import daemon
+
+ENCODER = daemon.SAMPLE_DATA / "encoder"
+TEXTS = daemon.SAMPLE_DATA / "texts.tsv.gz"
+ROWS, QUERIES, DIMENSION = 2000, 20, 768
+ROW_BYTES = 4 + 4 * DIMENSION
+
+
+def read_fvecs(path, rows):
+    """The first rows of an .fvecs file of DIMENSION."""
+    with open(path, "rb") as file:
+        return [struct.unpack(f"<i{DIMENSION}f", file.read(ROW_BYTES))[1:] for _ in range(rows)]
+
+
+def write_groundtruth(path, base, queries):
+    """The 100 rows of base with the highest inner product for each query, as .ivecs."""
+    with open(path, "wb") as file:
+        for query in queries:
+            scores = [math.fsum(map(operator.mul, query, row)) for row in base]
+            order = sorted(range(len(base)), key=lambda row: (-scores[row], row))[:100]
+            file.write(struct.pack("<i100i", 100, *order))
+
+
+class EngramctlCase(daemon.DaemonCase):
+    """Files that the cases share: all texts as vectors, 20 queries, the truth over 2,000 rows."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.directory = tempfile.TemporaryDirectory(prefix="engramctl-test-")
+        cls.addClassCleanup(cls.directory.cleanup)
+        path = pathlib.Path(cls.directory.name)
+        cls.base, cls.queries, cls.truth = path / "b.fvecs", path / "q.fvecs", path / "t.ivecs"
+        for texts, out in ((TEXTS, cls.base),
+                           (daemon.SAMPLE_DATA / "query_docs.tsv.gz", cls.queries)):
+            done = daemon.engramctl("encode", "--encoder", ENCODER, "--texts", texts,
+                                    "--out", out)
+            if done.returncode != 0 or done.stderr:
+                raise AssertionError(f"encode: {done.returncode} {done.stderr}")
+        super().setUpClass()
+
+    def run_json(self, *arguments, address=None):
+        """The JSON of a run that has to succeed: one line, nothing else, nothing on stderr."""
+        done = daemon.engramctl(*arguments, "--json",
+                                address=address or self.daemon.address_text)
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
+        self.assertEqual(done.stdout.count("\n"), 1)
+        return json.loads(done.stdout)
+
+    def run_failing(self, code, *arguments, address=None):
+        """Standard error of a run that has to fail with this code and says nothing on stdout."""
+        done = daemon.engramctl(*arguments, address=address or self.daemon.address_text)
+        self.assertEqual((done.returncode, done.stdout), (code, ""), done.stderr)
+        self.assertTrue(done.stderr.strip())
+        return done.stderr
+
+    def load(self, space, *more):
+        return self.run_json("load", "--data", self.base, "--space", space, *more)
+
+    def observations(self, space):
+        spaces = {entry["name"]: entry for entry in self.run_json("spaces")["spaces"]}
+        return spaces[space]["observations"] if space in spaces else 0
+
+
+class LoadAndRecallTest(EngramctlCase):
+
+    def test_load_reports_what_was_sent_acked_and_refused(self):
+        report = self.load("report", "--count", 1000, "--batch", 7, "--connections", 3)
+        self.assertEqual((report["observations_sent"], report["observations_acked"]), (1000, 1000))
+        self.assertEqual(report["refused"], {})
+        self.assertGreater(report["observations_per_s"], 0)
+        self.assertLessEqual(report["ack_p50_us"], report["ack_p99_us"])
+        self.assertLessEqual(report["ack_p99_us"], report["ack_p999_us"])
+        self.assertEqual(self.observations("report"), 1000)
+        # Ids are row numbers: the same rows again replace the first ones.
+        self.load("report", "--count", 1200)
+        self.assertEqual(self.observations("report"), 1200)
+
+    def test_refused_observations_are_told_by_reason_and_fail_the_run(self):
+        with tempfile.NamedTemporaryFile(suffix=".fvecs") as file:
+            rows = [[1.0, 2.0], [math.nan, 1.0], [0.0, 0.0], [3.0, 4.0], [math.inf, 0.0]]
+            file.write(b"".join(struct.pack("<i2f", 2, *row) for row in rows))
+            file.flush()
+            done = daemon.engramctl("load", "--data", file.name, "--space", "refused", "--metric",
+                                    "cosine", "--json", address=self.daemon.address_text)
+        report = json.loads(done.stdout)
+        self.assertEqual(report["refused"], {"not_finite": 2, "zero_vector": 1})
+        self.assertEqual((report["observations_sent"], report["observations_acked"]), (5, 2))
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(self.observations("refused"), 2)
+
+    def test_rate_is_kept_within_10_percent(self):
+        report = self.load("rate", "--rate", 1000, "--count", 2000)
+        self.assertEqual(report["observations_acked"], 2000)
+        self.assertAlmostEqual(report["observations_per_s"], 1000, delta=100)
+
+    def test_recall_over_a_small_space_is_exact(self):
+        base = read_fvecs(self.base, ROWS)
+        write_groundtruth(self.truth, base, read_fvecs(self.queries, QUERIES))
+        for metric, dtype in (("cosine", "f32"), ("ip", "f32")):
+            space = f"small-{metric}"
+            self.load(space, "--count", ROWS, "--metric", metric, "--dtype", dtype)
+            report = self.run_json("recall", "--space", space, "--queries", self.queries,
+                                   "--groundtruth", self.truth, "--data", self.base, "--count",
+                                   QUERIES, "-k", 10)
+            self.assertEqual(report["recall_at_10"], 1.0, report)
+            self.assertEqual(report["queries"], QUERIES)
+            self.assertGreater(report["recalls_per_s"], 0)
+            self.assertLessEqual(report["p50_us"], report["p99_us"])
+            self.assertLessEqual(report["p99_us"], report["p999_us"])
+        # A figure that is always 1.0 would say nothing: half of the rows, and it falls.
+        self.load("half", "--count", ROWS // 2)
+        report = self.run_json("recall", "--space", "half", "--queries", self.queries,
+                               "--groundtruth", self.truth, "--count", QUERIES)
+        self.assertGreater(report["recall_at_10"], 0.2)
+        self.assertLess(report["recall_at_10"], 0.8)
+
+    def test_a_phrase_finds_what_it_means(self):
+        with gzip.open(TEXTS, "rt", encoding="utf-8") as lines:
+            table = [line.rstrip("\n").split("\t") for line in lines]
+        sniffit = next(row for row in table if row[3] == "sniffit")
+        rows = max(ROWS, int(sniffit[0]) + 1)
+        self.load("texts", "--count", rows, "--texts", TEXTS)
+        question = ("recall", "--space", "texts", "--text", "network packet sniffer",
+                    "--encoder", ENCODER)
+        report = self.run_json(*question)
+        self.assertEqual(report["text"], "network packet sniffer")
+        hits = report["neighbours"]
+        self.assertEqual(len(hits), 10)
+        self.assertIn(sniffit[0], [hit["id"] for hit in hits])
+        for hit in hits:
+            self.assertEqual(hit["text"], table[int(hit["id"])][4])
+        self.assertEqual([hit["rank"] for hit in hits], list(range(1, 11)))
+        scores = [hit["score"] for hit in hits]
+        self.assertEqual(scores, sorted(scores, reverse=True))
+        readable = daemon.engramctl(*question, address=self.daemon.address_text)
+        self.assertEqual((readable.returncode, readable.stderr), (0, ""))
+        self.assertIn(sniffit[4][:60], readable.stdout)
+
+
+class SmallCommandsTest(EngramctlCase):
+
+    def test_spaces_and_status(self):
+        self.load("listed", "--count", 100, "--metric", "ip")
+        entry = next(entry for entry in self.run_json("spaces")["spaces"]
+                     if entry["name"] == "listed")
+        self.assertEqual((entry["observations"], entry["dimension"], entry["metric"]),
+                         (100, DIMENSION, "ip"))
+        status = self.run_json("status")
+        self.assertEqual(status["address"], self.daemon.address_text)
+        counters = {name: value for core in status["cores"].values()
+                    for name, value in core.items()}
+        self.assertGreaterEqual(counters["observations_stored"], 100)
+        for command in ("spaces", "status"):
+            done = daemon.engramctl(command, address=self.daemon.address_text)
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertIn("listed" if command == "spaces" else "observations_stored", done.stdout)
+
+    def test_put_delete_ping(self):
+        put = ("put", "--space", "phrases", "--encoder", ENCODER)
+        ask = ("recall", "--space", "phrases", "--encoder", ENCODER, "--text")
+        for identity, text in (("bread", "bake a loaf of bread"), ("ship", "a sailing ship")):
+            report = self.run_json(*put, "--id", identity, "--text", text)
+            self.assertEqual(report["observations_acked"], 1)
+        first = self.run_json(*ask, "bake a loaf of bread")["neighbours"][0]
+        self.assertEqual((first["id"], first["text"]), ("bread", "bake a loaf of bread"))
+        self.assertAlmostEqual(first["score"], 1.0, 4)
+        report = self.run_json("delete", "bread", "never-there", "--space", "phrases")
+        self.assertEqual(report["observations_acked"], 2)
+        self.assertEqual([hit["id"] for hit in self.run_json(*ask, "bread")["neighbours"]],
+                         ["ship"])
+        self.assertGreater(self.run_json("ping")["round_trip_us"], 0)
+
+    def test_encode_reads_lines_and_makes_unit_vectors(self):
+        out = pathlib.Path(self.directory.name) / "lines.fvecs"
+        lines = pathlib.Path(self.directory.name) / "lines.tsv"
+        lines.write_text("a network packet sniffer\nthe cat sat\n")
+        done = daemon.engramctl("encode", "--encoder", ENCODER, "--texts", lines, "--out", out)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertEqual(out.stat().st_size, 2 * ROW_BYTES)
+        for row in read_fvecs(out, 2):
+            self.assertAlmostEqual(math.fsum(value * value for value in row), 1.0, 5)
+
+    def test_address_is_an_option_too_and_beats_the_environment(self):
+        report = self.run_json("ping", "--address", self.daemon.address_text,
+                               address="127.0.0.1:1")
+        self.assertIn("round_trip_us", report)
+
+    def test_nobody_listens(self):
+        for command in (("status", "--json"), ("spaces",), ("ping",), ("delete", "x"),
+                        ("load", "--data", self.base, "--json")):
+            with self.subTest(command[0]):
+                text = self.run_failing(3, *command, address="127.0.0.1:1")
+                self.assertRegex(text, r"127\.0\.0\.1:1\b.*engramd")
+
+    def test_wrong_usage(self):
+        for arguments in ((), ("fly",), ("load",), ("load", "--data", self.base, "--metric", "l3"),
+                          ("load", "--data", self.base, "--batch", "0"),
+                          ("load", "--data", self.base, "--space", "Not A Name"),
+                          ("recall", "--queries", self.queries), ("recall", "--text", "x"),
+                          ("status", "--address", "nowhere"), ("delete",), ("status", "--what")):
+            with self.subTest(arguments):
+                self.run_failing(2, *arguments)
+
+    def test_files_that_are_missing_or_broken_are_named(self):
+        path = pathlib.Path(self.directory.name)
+        broken = path / "broken.fvecs"
+        broken.write_bytes(self.base.read_bytes()[:ROW_BYTES - 1])
+        odd = path / "odd.xyz"
+        odd.write_bytes(b"?")
+        empty = path / "empty.fvecs"
+        empty.write_bytes(b"")
+        for name in ("missing.fvecs", broken.name, odd.name, empty.name):
+            with self.subTest(name):
+                text = self.run_failing(1, "load", "--data", path / name, "--json")
+                self.assertIn(str(path / name), text)
+        for arguments in (
+                ("recall", "--queries", path / "missing.fvecs", "--groundtruth", self.truth),
+                ("recall", "--text", "x", "--encoder", path / "missing"),
+                ("encode", "--encoder", ENCODER, "--texts", path / "missing.tsv", "--out",
+                 path / "out.fvecs")):
+            with self.subTest(arguments[0]):
+                self.assertIn(str(path / "missing"), self.run_failing(1, *arguments))
+
+    def test_what_the_daemon_refuses_is_said_by_name(self):
+        self.load("mine", "--count", 10, "--metric", "l2")
+        text = self.run_failing(1, "load", "--data", self.base, "--space", "mine", "--metric",
+                                "ip", "--json")
+        self.assertIn("metric_mismatch", text)
+        text = self.run_failing(1, "recall", "--space", "empty", "--text", "x", "--encoder",
+                                ENCODER, "--json")
+        self.assertIn("unknown_space", text)
+
+
+if __name__ == "__main__":
+    daemon.main()
