@@ -55,8 +55,7 @@ RefusalReason AdmitObservation(const ObservationView& view, const SpaceRules& ru
   if (reason == RefusalReason::kNone) {
     std::byte* body = slot + kRequestBodyOffset;
     if (view.op == ObservationOp::kUpsert) {
-      reason = JudgeVector(CopyVector(view.dtype, view.dimension, view.vector, body),
-                           rules.metric);
+      reason = JudgeVector(CopyVector(view.dtype, view.dimension, view.vector, body), rules.metric);
       body += VectorBytes(view.dtype, view.dimension);
     }
     std::memcpy(body, view.id.data(), view.id.size());

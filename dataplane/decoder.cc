@@ -8,8 +8,8 @@ constexpr std::string_view kDefaultSpace = "default";
 
 bool IsVectorDtype(VectorDtype dtype) { return ElementBytes(dtype) != 0; }
 
-// What is wrong with the record's numbers. The order is that of FORMAT.md's fields, so that a client
-// is told of the first one.
+// What is wrong with the record's numbers. The order is that of FORMAT.md's fields, so that a
+// client is told of the first one.
 RefusalReason FaultOf(const RecordHeader& record) {
   const bool has_vector = record.op == ObservationOp::kUpsert;
   if (!has_vector && record.op != ObservationOp::kDelete) return RefusalReason::kBadOperation;
@@ -85,9 +85,9 @@ RefusalReason DecodeHello(std::span<const std::byte> body, HelloView* hello) {
     return RefusalReason::kBadFrame;
   }
   if (hello->body.dimension > kMaxDimension) return RefusalReason::kDimensionMismatch;
-  hello->space = name.empty() ? kDefaultSpace
-                              : std::string_view(reinterpret_cast<const char*>(name.data()),
-                                                 name.size());
+  hello->space = name.empty()
+                     ? kDefaultSpace
+                     : std::string_view(reinterpret_cast<const char*>(name.data()), name.size());
   return IsValidSpaceName(hello->space) ? RefusalReason::kNone : RefusalReason::kBadSpaceId;
 }
 

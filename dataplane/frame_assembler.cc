@@ -38,8 +38,7 @@ void PartialBlockPool::Release(uint32_t block) {
 bool FrameAssembler::Append(std::span<const std::byte> bytes, PartialBlockPool* pool) {
   constexpr size_t kBlock = PartialBlockPool::kBlockBytes;
   const size_t room = (kBlock - pending_bytes_ % kBlock) % kBlock;
-  const size_t more_blocks =
-      bytes.size() <= room ? 0 : (bytes.size() - room + kBlock - 1) / kBlock;
+  const size_t more_blocks = bytes.size() <= room ? 0 : (bytes.size() - room + kBlock - 1) / kBlock;
   if (pool->free_blocks() < more_blocks) return false;
   while (!bytes.empty()) {
     const size_t used = pending_bytes_ % kBlock;

@@ -40,8 +40,8 @@ class PartialBlockPool {
   size_t free_count_ = 0;
 };
 
-// Cuts a connection's bytes into frames. A frame that lies whole in the receive buffer is handed over
-// in place; only one that is cut between two reads is gathered (copied twice: to blocks as it
+// Cuts a connection's bytes into frames. A frame that lies whole in the receive buffer is handed
+// over in place; only one that is cut between two reads is gathered (copied twice: to blocks as it
 // comes, then to the core's scratch buffer when it is whole).
 //
 // Invariants: holds blocks only while a frame is unfinished, ceil(bytes / block) of them.
@@ -55,8 +55,8 @@ class FrameAssembler {
   };
 
   // Feeds `bytes`; calls on_frame(const FrameHeader&, std::span<const std::byte> frame) for each
-  // whole frame, header checked, checksum not yet. It returns false to stop (the connection is being
-  // closed); the rest is dropped then. `scratch` holds a frame of the greatest size.
+  // whole frame, header checked, checksum not yet. It returns false to stop (the connection is
+  // being closed); the rest is dropped then. `scratch` holds a frame of the greatest size.
   template <typename OnFrame>
   Outcome Feed(std::span<const std::byte> bytes, PartialBlockPool* pool,
                std::span<std::byte> scratch, OnFrame&& on_frame);

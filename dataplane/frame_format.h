@@ -9,8 +9,8 @@
 #include "src/core/observation.h"
 #include "src/core/refusal_reason.h"
 
-// The grammar of FORMAT.md as code: layouts, their constants, sealing and checking of frames. Shared
-// by the daemon and its clients.
+// The grammar of FORMAT.md as code: layouts, their constants, sealing and checking of frames.
+// Shared by the daemon and its clients.
 
 namespace engram {
 
@@ -45,10 +45,10 @@ struct FrameHeader {
 static_assert(sizeof(FrameHeader) == 32);
 inline constexpr size_t kFrameHeaderBytes = sizeof(FrameHeader);
 
-inline constexpr uint16_t kFrameFlagMore = 1;           // result, introspection
-inline constexpr uint16_t kFrameFlagPingAnswer = 1;     // ping
-inline constexpr uint16_t kFrameFlagWithPayload = 1;    // recall
-inline constexpr uint32_t kFeatureNoSession = 1;        // hello
+inline constexpr uint16_t kFrameFlagMore = 1;         // result, introspection
+inline constexpr uint16_t kFrameFlagPingAnswer = 1;   // ping
+inline constexpr uint16_t kFrameFlagWithPayload = 1;  // recall
+inline constexpr uint32_t kFeatureNoSession = 1;      // hello
 inline constexpr uint8_t kNakFlagConsumed = 1;
 inline constexpr uint8_t kNakFlagClosing = 2;
 

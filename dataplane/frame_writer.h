@@ -36,8 +36,7 @@ void SendResult(Network* network, ConnectionId connection, uint64_t session, uin
 void SendIntrospection(Network* network, ConnectionId connection, uint64_t session,
                        uint64_t request_id, const IntrospectionBody& body, bool more,
                        std::span<const std::byte> records);
-void SendPingAnswer(Network* network, ConnectionId connection, uint64_t session,
-                    uint64_t sequence);
+void SendPingAnswer(Network* network, ConnectionId connection, uint64_t session, uint64_t sequence);
 void SendClose(Network* network, ConnectionId connection, uint64_t session, uint64_t sequence);
 
 }  // namespace engram

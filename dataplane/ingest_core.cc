@@ -30,8 +30,8 @@ bool IsEffect(RefusalReason reason, RefusalEffect effect) {
 Result<std::unique_ptr<IngestCore>> IngestCore::Create(const IngestOptions& options, Clock* clock,
                                                        Network* network, ProducerPort port,
                                                        const CounterCatalogue* catalogue) {
-  auto pool = PartialBlockPool::Create(
-      options.partial_frame_bytes / PartialBlockPool::kBlockBytes, options.huge_pages);
+  auto pool = PartialBlockPool::Create(options.partial_frame_bytes / PartialBlockPool::kBlockBytes,
+                                       options.huge_pages);
   if (!pool) return std::unexpected(pool.error());
   return std::unique_ptr<IngestCore>(
       new IngestCore(options, clock, network, std::move(port), catalogue, *std::move(pool)));
@@ -154,8 +154,7 @@ bool IngestCore::TakeFrame(Connection& connection, const FrameHeader& header,
   }
   if (header.type == FrameType::kHello) return TakeHello(connection, header, body);
   if (connection.state == State::kAwaitHello && header.type != FrameType::kClose) {
-    return RefuseAndClose(connection, RefusalReason::kHelloRequired, header.type,
-                          header.sequence);
+    return RefuseAndClose(connection, RefusalReason::kHelloRequired, header.type, header.sequence);
   }
   switch (header.type) {
     case FrameType::kObserve:
@@ -273,9 +272,8 @@ RefusalReason IngestCore::PushObservation(Connection& connection, const Observat
   const Lane lane = LaneOfPriority(connection.priority);
   auto& ring = LaneOf(connection.home, lane);
   if (ring.Full()) return RefusalReason::kQueueFull;
-  const SlotId slot =
-      port_.slab->Acquire(SlotBytesFor(view), lane == Lane::kHigh ? kHighKeepFreePercent
-                                                                  : kNormalKeepFreePercent);
+  const SlotId slot = port_.slab->Acquire(
+      SlotBytesFor(view), lane == Lane::kHigh ? kHighKeepFreePercent : kNormalKeepFreePercent);
   if (slot == kNoSlot) return RefusalReason::kSlotsExhausted;
   std::byte* bytes = port_.slab->At(slot);
   // A refusal is in the slot now; the shard settles it.
@@ -385,8 +383,8 @@ RefusalReason IngestCore::PushIntrospect(Connection& connection, uint64_t reques
   return RefusalReason::kNone;
 }
 
-// The oldest unfinished frame gives way: a client that dribbles harms itself. When that is the frame
-// of `growing`, which needs the room, nothing is evicted, and its caller refuses it.
+// The oldest unfinished frame gives way: a client that dribbles harms itself. When that is the
+// frame of `growing`, which needs the room, nothing is evicted, and its caller refuses it.
 void IngestCore::EvictOldestPartial(const Connection& growing) {
   Connection* oldest = nullptr;
   for (uint32_t i = 0; i < connections_used_; ++i) {
@@ -520,8 +518,7 @@ void IngestCore::SettleObservation(Connection& connection, const Completion& com
       return;
     }
     counters_[IngestCounter::kObservationsAccepted].Add(1);
-    const auto* request =
-        reinterpret_cast<const ObserveRequest*>(port_.slab->At(completion.slot));
+    const auto* request = reinterpret_cast<const ObserveRequest*>(port_.slab->At(completion.slot));
     if (connection.rules.dimension == 0) connection.rules.dimension = request->dimension;
     return;
   }
@@ -529,10 +526,9 @@ void IngestCore::SettleObservation(Connection& connection, const Completion& com
   if (IsEffect(completion.reason, RefusalEffect::kCloses)) {
     RefuseAndClose(connection, completion.reason, FrameType::kObserve, completion.sequence);
   } else if (IsEffect(completion.reason, RefusalEffect::kConsumes)) {
-    const auto* request =
-        reinterpret_cast<const ObserveRequest*>(port_.slab->At(completion.slot));
-    const uint16_t wanted = request->space_dimension != 0 ? request->space_dimension
-                                                          : connection.rules.dimension;
+    const auto* request = reinterpret_cast<const ObserveRequest*>(port_.slab->At(completion.slot));
+    const uint16_t wanted =
+        request->space_dimension != 0 ? request->space_dimension : connection.rules.dimension;
     connection.settled_sequence = std::max(connection.settled_sequence, completion.sequence);
     CountNak(completion.reason);
     SendNak(network_, connection.id, completion.reason,
@@ -566,10 +562,8 @@ void IngestCore::FinishRecall(Connection& connection, const Completion& completi
   }
 }
 
-void IngestCore::ForwardHits(Connection& connection, ShardId shard,
-                             const Completion& completion) {
-  const std::byte* slot =
-      port_.shards[shard.value()].result_slab->At(completion.result_slot);
+void IngestCore::ForwardHits(Connection& connection, ShardId shard, const Completion& completion) {
+  const std::byte* slot = port_.shards[shard.value()].result_slab->At(completion.result_slot);
   const auto batch = LoadAs<ResultBatch>(slot);
   SendResult(network_, connection.id, connection.session.value(), completion.sequence,
              {.count = batch.count, .metric = batch.metric}, !batch.last,
@@ -582,8 +576,7 @@ void IngestCore::ForwardHits(Connection& connection, ShardId shard,
 // The last record of the last shard ends the answer.
 void IngestCore::ForwardRecords(Connection& connection, ShardId shard,
                                 const Completion& completion) {
-  const std::byte* slot =
-      port_.shards[shard.value()].result_slab->At(completion.result_slot);
+  const std::byte* slot = port_.shards[shard.value()].result_slab->At(completion.result_slot);
   const auto batch = LoadAs<ResultBatch>(slot);
   if (batch.last) --connection.introspections_in_flight;
   SendIntrospection(network_, connection.id, connection.session.value(), completion.sequence,
@@ -595,9 +588,8 @@ void IngestCore::ForwardRecords(Connection& connection, ShardId shard,
 void IngestCore::GrantCredit(Connection& connection, uint64_t credit_sequence) {
   const uint64_t room = port_.slab->total_slots() / 8;
   const uint64_t share = std::max<uint64_t>(16, room / std::max(open_sessions_, 1u));
-  connection.credit_sequence =
-      std::max(connection.credit_sequence,
-               std::min(credit_sequence, connection.settled_sequence + share));
+  connection.credit_sequence = std::max(
+      connection.credit_sequence, std::min(credit_sequence, connection.settled_sequence + share));
 }
 
 void IngestCore::MarkAckDirty(Connection& connection) {
@@ -647,8 +639,7 @@ bool IngestCore::RefuseAndClose(Connection& connection, RefusalReason reason, Fr
            .session = connection.session.value(),
            .sequence = sequence,
            .flags = kNakFlagClosing,
-           .retry_after_ms =
-               IsEffect(reason, RefusalEffect::kWaits) ? RetryAfterMs(connection) : 0,
+           .retry_after_ms = IsEffect(reason, RefusalEffect::kWaits) ? RetryAfterMs(connection) : 0,
            .expected = connection.next_sequence});
   BeginClose(connection, Network::CloseMode::kAfterSending);
   return false;

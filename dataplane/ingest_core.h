@@ -25,14 +25,14 @@ namespace engram {
 
 struct IngestOptions {
   uint32_t max_connections = 10'000;
-  int64_t handshake_timeout_ns = 10 * kNanosPerSecond;   // from accept to hello
-  int64_t frame_timeout_ns = 30 * kNanosPerSecond;       // from a frame's first byte to its last
-  int64_t idle_timeout_ns = 300 * kNanosPerSecond;       // nothing received
-  int64_t slow_reader_timeout_ns = 30 * kNanosPerSecond; // answers stay unread
-  int64_t drain_timeout_ns = 5 * kNanosPerSecond;        // to settle and say close
-  uint32_t max_recalls = 16;                             // of a connection, under way
-  size_t partial_frame_bytes = size_t{32} << 20;         // of all unfinished frames
-  size_t send_pause_bytes = size_t{1} << 20;  // unread answers at which reading pauses
+  int64_t handshake_timeout_ns = 10 * kNanosPerSecond;    // from accept to hello
+  int64_t frame_timeout_ns = 30 * kNanosPerSecond;        // from a frame's first byte to its last
+  int64_t idle_timeout_ns = 300 * kNanosPerSecond;        // nothing received
+  int64_t slow_reader_timeout_ns = 30 * kNanosPerSecond;  // answers stay unread
+  int64_t drain_timeout_ns = 5 * kNanosPerSecond;         // to settle and say close
+  uint32_t max_recalls = 16;                              // of a connection, under way
+  size_t partial_frame_bytes = size_t{32} << 20;          // of all unfinished frames
+  size_t send_pause_bytes = size_t{1} << 20;              // unread answers at which reading pauses
   int events_per_poll = 64;
   HugePagePolicy huge_pages = HugePagePolicy::kAuto;
 };
@@ -56,17 +56,17 @@ enum class IngestCounter : uint8_t {
 };
 std::string_view IngestCounterName(IngestCounter counter);
 
-// One ingress core: bytes of connections to slots in the shards' rings, and the shards' answers back
-// to bytes.
+// One ingress core: bytes of connections to slots in the shards' rings, and the shards' answers
+// back to bytes.
 //
 // The way of an observation through this file: OnReceive (receiver) -> TakeFrame (decoder) ->
-// TakeObserve -> PushObservation (admission gate, shard router, ring mesh); back: TakeCompletions ->
-// SettleObservation -> FlushAcks.
+// TakeObserve -> PushObservation (admission gate, shard router, ring mesh); back: TakeCompletions
+// -> SettleObservation -> FlushAcks.
 //
 // Thread safety: one core's alone; counters and histograms may be read by others.
 // Invariants: a connection's observations are pushed in the order of their sequence numbers, on one
-// lane to one shard; settled_sequence <= next_sequence - 1; every slot is free, in a ring, or with a
-// shard.
+// lane to one shard; settled_sequence <= next_sequence - 1; every slot is free, in a ring, or with
+// a shard.
 class IngestCore final : public NetworkHandler {
  public:
   // `clock`, `network` and `catalogue` (counters for `status`; may be filled later) outlive the
@@ -110,9 +110,9 @@ class IngestCore final : public NetworkHandler {
     State state = State::kFree;
     bool hello_pending = false;
     bool has_session = false;
-    bool ack_dirty = false;     // in dirty_
-    bool refused_ahead = false; // a gap or a lack of room was named; silent until next_sequence
-    bool paused = false;        // in paused_
+    bool ack_dirty = false;      // in dirty_
+    bool refused_ahead = false;  // a gap or a lack of room was named; silent until next_sequence
+    bool paused = false;         // in paused_
     Priority priority = Priority::kNormal;
     ShardId home;
     SpaceRules rules;
@@ -210,13 +210,13 @@ class IngestCore final : public NetworkHandler {
   // Owner core only.
   ProducerPort port_;
   PartialBlockPool partial_pool_;
-  std::vector<std::byte> scratch_;        // one frame of the greatest size
-  std::vector<Connection> connections_;   // by ConnectionId::index
-  std::vector<uint32_t> dirty_;           // connections whose ack is due
-  std::vector<uint32_t> paused_;          // connections that are not read from
-  std::vector<Completion> completions_;   // of one batch
-  std::vector<SlotId> shard_slots_;       // by shard, while one request is made for each
-  uint32_t connections_used_ = 0;         // highest index ever + 1
+  std::vector<std::byte> scratch_;       // one frame of the greatest size
+  std::vector<Connection> connections_;  // by ConnectionId::index
+  std::vector<uint32_t> dirty_;          // connections whose ack is due
+  std::vector<uint32_t> paused_;         // connections that are not read from
+  std::vector<Completion> completions_;  // of one batch
+  std::vector<SlotId> shard_slots_;      // by shard, while one request is made for each
+  uint32_t connections_used_ = 0;        // highest index ever + 1
   uint32_t open_connections_ = 0;
   uint32_t open_sessions_ = 0;
   uint32_t sweep_cursor_ = 0;

@@ -1,5 +1,5 @@
-// What an ingress core says of itself and, from the catalogue, of every other core. Cold, but on the
-// core's own thread: bounded work, no allocation.
+// What an ingress core says of itself and, from the catalogue, of every other core. Cold, but on
+// the core's own thread: bounded work, no allocation.
 
 #include <array>
 #include <charconv>
@@ -43,11 +43,20 @@ class LineWriter {
 
 std::string_view IngestCounterName(IngestCounter counter) {
   static constexpr std::array<std::string_view, static_cast<size_t>(IngestCounter::kCount)> kNames =
-      {"connections_opened",     "connections_closed",      "bytes_received",
-       "frames_received",        "frames_gathered",         "observations_received",
-       "observations_accepted",  "observations_repeated",   "recalls_received",
-       "recalls_answered",       "acks_sent",               "naks_sent",
-       "partial_frames_evicted", "detaches_lost"};
+      {"connections_opened",
+       "connections_closed",
+       "bytes_received",
+       "frames_received",
+       "frames_gathered",
+       "observations_received",
+       "observations_accepted",
+       "observations_repeated",
+       "recalls_received",
+       "recalls_answered",
+       "acks_sent",
+       "naks_sent",
+       "partial_frames_evicted",
+       "detaches_lost"};
   return kNames[static_cast<size_t>(counter)];
 }
 

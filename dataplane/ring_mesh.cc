@@ -38,16 +38,16 @@ Result<RingMesh> RingMesh::Create(const MeshOptions& options) {
                                  NodeAt(options.producer_numa_node, p));
     if (!slab) return std::unexpected(slab.error());
     mesh.slabs_.push_back(std::make_unique<SlotSlab>(*std::move(slab)));
-    mesh.producers_.push_back({.producer = ProducerId(p), .slab = mesh.slabs_.back().get(),
-                               .shards = {}});
+    mesh.producers_.push_back(
+        {.producer = ProducerId(p), .slab = mesh.slabs_.back().get(), .shards = {}});
   }
   for (uint16_t s = 0; s < options.shards; ++s) {
-    auto slab = SlotSlab::Create(kResultClasses, options.huge_pages,
-                                 NodeAt(options.shard_numa_node, s));
+    auto slab =
+        SlotSlab::Create(kResultClasses, options.huge_pages, NodeAt(options.shard_numa_node, s));
     if (!slab) return std::unexpected(slab.error());
     mesh.result_slabs_.push_back(std::make_unique<SlotSlab>(*std::move(slab)));
-    mesh.shards_.push_back({.shard = ShardId(s), .producers = {},
-                            .result_slab = mesh.result_slabs_.back().get()});
+    mesh.shards_.push_back(
+        {.shard = ShardId(s), .producers = {}, .result_slab = mesh.result_slabs_.back().get()});
   }
   for (uint16_t p = 0; p < options.producers; ++p) {
     for (uint16_t s = 0; s < options.shards; ++s) {

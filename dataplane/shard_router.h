@@ -7,9 +7,9 @@
 
 namespace engram {
 
-// The home shard of a space, by rendezvous hashing (Thaler and Ravishankar 1998): each shard draws a
-// number from the space's name and its own, the highest wins. So when a shard is added or removed,
-// only the spaces of that shard move. The same on every machine.
+// The home shard of a space, by rendezvous hashing (Thaler and Ravishankar 1998): each shard draws
+// a number from the space's name and its own, the highest wins. So when a shard is added or
+// removed, only the spaces of that shard move. The same on every machine.
 class ShardRouter {
  public:
   // `shards` is at least 1.

@@ -14,9 +14,10 @@ namespace engram {
 // From keys to NodeIds, where the key of a node lies elsewhere: the map holds 32 bits of each key's
 // hash and the node, 8 bytes an entry at 50 to 75 % load.
 //
-// Extendible hashing (Fagin et al. 1979): a directory of segments, indexed by the hash's upper bits;
-// a full segment splits in two, so an insert moves at most kFullSegment entries and never stalls for
-// a rehash of the whole table. Inside a segment: linear probing with backward-shift deletion.
+// Extendible hashing (Fagin et al. 1979): a directory of segments, indexed by the hash's upper
+// bits; a full segment splits in two, so an insert moves at most kFullSegment entries and never
+// stalls for a rehash of the whole table. Inside a segment: linear probing with backward-shift
+// deletion.
 //
 // Thread safety: the owner core's alone.
 // Invariants: an entry lies in the segment that its tag's upper bits name, and every place between
@@ -29,7 +30,8 @@ class IdMap {
   IdMap& operator=(const IdMap&) = delete;
   ~IdMap() { Release(); }
 
-  // The node whose key has `hash` and for which `is_key(node)` says true; kNoNode when there is none.
+  // The node whose key has `hash` and for which `is_key(node)` says true; kNoNode when there is
+  // none.
   template <typename IsKey>
   NodeId Find(uint64_t hash, IsKey&& is_key) const {
     if (directory_ == nullptr) return kNoNode;
@@ -72,9 +74,7 @@ class IdMap {
   static constexpr uint32_t kMaxDepth = 22;
 
   static uint32_t TagOf(uint64_t hash) { return static_cast<uint32_t>(hash >> 32); }
-  size_t DirectoryIndex(uint32_t tag) const {
-    return depth_ == 0 ? 0 : tag >> (32 - depth_);
-  }
+  size_t DirectoryIndex(uint32_t tag) const { return depth_ == 0 ? 0 : tag >> (32 - depth_); }
   static size_t SegmentBytes(uint32_t places) { return sizeof(Segment) + places * sizeof(Entry); }
   Segment* NewSegment(uint32_t places, uint32_t depth);
   void FreeSegment(Segment* segment);

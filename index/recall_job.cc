@@ -30,8 +30,8 @@ RecallJob::RecallJob(ArenaHeap* heap)
 
 RefusalReason RecallJob::Begin(const Space& space, const RecallRequest& request,
                                const std::byte* vector, uint32_t default_ef) {
-  const RefusalReason reason = space.PrepareQuery(request.dtype, request.dimension, request.scale,
-                                                  vector, query_);
+  const RefusalReason reason =
+      space.PrepareQuery(request.dtype, request.dimension, request.scale, vector, query_);
   if (reason != RefusalReason::kNone) return reason;
   if (!scratch_.Reserve(space.node_count())) return RefusalReason::kMemoryFull;
   space_ = &space;
@@ -144,15 +144,14 @@ size_t RecallJob::WriteHit(size_t index, std::byte* to) {
   const size_t payload_bytes = PayloadBytesOf(stored, payload_sent_);
   const bool omitted = with_payload_ && payload_bytes < stored.payload.size();
   const size_t used = sizeof(HitHeader) + stored.id.size() + payload_bytes;
-  const HitHeader header{
-      .hit_bytes = static_cast<uint32_t>(PadTo8(used)),
-      .score = space_->ScoreOf(DistanceOf(hits_[index])),
-      .when_ns = stored.when_ns,
-      .confidence = stored.confidence,
-      .payload_bytes = static_cast<uint32_t>(payload_bytes),
-      .id_bytes = static_cast<uint16_t>(stored.id.size()),
-      .flags = omitted ? kHitPayloadOmitted : uint16_t{0},
-      .reserved = 0};
+  const HitHeader header{.hit_bytes = static_cast<uint32_t>(PadTo8(used)),
+                         .score = space_->ScoreOf(DistanceOf(hits_[index])),
+                         .when_ns = stored.when_ns,
+                         .confidence = stored.confidence,
+                         .payload_bytes = static_cast<uint32_t>(payload_bytes),
+                         .id_bytes = static_cast<uint16_t>(stored.id.size()),
+                         .flags = omitted ? kHitPayloadOmitted : uint16_t{0},
+                         .reserved = 0};
   std::memcpy(to, &header, sizeof(header));
   std::memcpy(to + sizeof(header), stored.id.data(), stored.id.size());
   if (payload_bytes > 0) {

@@ -155,13 +155,11 @@ void Shard::TakeRequest(size_t producer, SlotId slot) {
 }
 
 void Shard::OpenSession(size_t producer, SlotId slot) {
-  auto* hello =
-      reinterpret_cast<HelloRequest*>(port_.producers[producer].producer_slab->At(slot));
+  auto* hello = reinterpret_cast<HelloRequest*>(port_.producers[producer].producer_slab->At(slot));
   const RefusalReason reason = AnswerHello(producer, hello);
-  Complete(producer, {.kind = CompletionKind::kHello,
-                      .reason = reason,
-                      .slot = slot,
-                      .origin = hello->origin});
+  Complete(
+      producer,
+      {.kind = CompletionKind::kHello, .reason = reason, .slot = slot, .origin = hello->origin});
 }
 
 RefusalReason Shard::AnswerHello(size_t producer, HelloRequest* hello) {
@@ -189,8 +187,7 @@ RefusalReason Shard::FindOrMakeSpace(const HelloRequest& hello, uint32_t* space)
     if (hello.metric != Metric::kUnspecified && hello.metric != known.metric()) {
       return RefusalReason::kMetricMismatch;
     }
-    if (hello.dimension != 0 && known.dimension() != 0 &&
-        hello.dimension != known.dimension()) {
+    if (hello.dimension != 0 && known.dimension() != 0 && hello.dimension != known.dimension()) {
       return RefusalReason::kDimensionMismatch;
     }
     return RefusalReason::kNone;
@@ -203,8 +200,7 @@ RefusalReason Shard::FindOrMakeSpace(const HelloRequest& hello, uint32_t* space)
   }
   const Metric metric = hello.metric == Metric::kUnspecified ? Metric::kCosine : hello.metric;
   spaces_.push_back(std::make_unique<Space>(std::string(NameOf(hello)), metric, hello.dimension,
-                                            &heap_, options_.build,
-                                            MixBits(name_seed_ + *space)));
+                                            &heap_, options_.build, MixBits(name_seed_ + *space)));
   attached_.push_back(0);
   announced_links_.push_back(0);
   link_queued_.push_back(false);
@@ -241,8 +237,8 @@ RefusalReason Shard::AttachSession(size_t producer, uint32_t space, HelloRequest
 }
 
 void Shard::DetachSession(size_t producer, SlotId slot) {
-  const auto* request = reinterpret_cast<const DetachRequest*>(
-      port_.producers[producer].producer_slab->At(slot));
+  const auto* request =
+      reinterpret_cast<const DetachRequest*>(port_.producers[producer].producer_slab->At(slot));
   Session* session = sessions_.At(request->session_slot, request->session);
   if (session != nullptr && session->origin == request->origin &&
       session->producer.value() == producer) {
@@ -250,8 +246,7 @@ void Shard::DetachSession(size_t producer, SlotId slot) {
     sessions_.Detach(session, now_ns_);
     counters_[ShardCounter::kSessions].Set(sessions_.size());
   }
-  Complete(producer,
-           {.kind = CompletionKind::kDetach, .slot = slot, .origin = request->origin});
+  Complete(producer, {.kind = CompletionKind::kDetach, .slot = slot, .origin = request->origin});
 }
 
 void Shard::BeginRecall(size_t producer, SlotId slot) {
@@ -265,8 +260,8 @@ void Shard::BeginRecall(size_t producer, SlotId slot) {
   const uint32_t space = FindSpaceIndex(NameOf(*request));
   RefusalReason reason = RefusalReason::kUnknownSpace;
   if (space != kNoNode && spaces_[space]->dimension() != 0) {
-    reason = recall_.Begin(*spaces_[space], *request, bytes + kRequestBodyOffset,
-                           options_.default_ef);
+    reason =
+        recall_.Begin(*spaces_[space], *request, bytes + kRequestBodyOffset, options_.default_ef);
   }
   if (reason == RefusalReason::kNone) {
     answering_ = Answering::kSearching;
@@ -276,8 +271,8 @@ void Shard::BeginRecall(size_t producer, SlotId slot) {
 }
 
 void Shard::BeginIntrospection(size_t producer, SlotId slot) {
-  const auto* request = reinterpret_cast<const IntrospectRequest*>(
-      port_.producers[producer].producer_slab->At(slot));
+  const auto* request =
+      reinterpret_cast<const IntrospectRequest*>(port_.producers[producer].producer_slab->At(slot));
   answer_producer_ = producer;
   answer_slot_ = slot;
   answer_origin_ = request->origin;
@@ -389,8 +384,8 @@ Completion Shard::TakeObservation(size_t producer, SlotId slot) {
   Session* session = sessions_.At(request->session_slot, request->session);
   if (session == nullptr) {
     completion.reason = RefusalReason::kSessionExpired;
-  } else if (session->origin != 0 && (session->origin != request->origin ||
-                                      session->producer.value() != producer)) {
+  } else if (session->origin != 0 &&
+             (session->origin != request->origin || session->producer.value() != producer)) {
     completion.reason = RefusalReason::kFenced;
   } else if (request->sequence <= session->last_sequence) {
     completion.repeated = true;
@@ -436,15 +431,15 @@ RefusalReason Shard::Store(Space* space, const ObserveRequest& request, const st
   }
   // What recalls need comes first, so that they go on when the memory is full.
   if (!recall_.Reserve(space->node_count() + 1)) return RefusalReason::kMemoryFull;
-  const RefusalReason reason = space->Upsert({.id = id_text,
-                                              .payload = {id + request.id_bytes,
-                                                          request.payload_bytes},
-                                              .dtype = request.dtype,
-                                              .dimension = request.dimension,
-                                              .scale = request.scale,
-                                              .vector = body,
-                                              .when_ns = request.when_ns,
-                                              .confidence = request.confidence});
+  const RefusalReason reason =
+      space->Upsert({.id = id_text,
+                     .payload = {id + request.id_bytes, request.payload_bytes},
+                     .dtype = request.dtype,
+                     .dimension = request.dimension,
+                     .scale = request.scale,
+                     .vector = body,
+                     .when_ns = request.when_ns,
+                     .confidence = request.confidence});
   if (reason == RefusalReason::kNone) counters_[ShardCounter::kObservationsStored].Add(1);
   return reason;
 }
@@ -509,8 +504,7 @@ uint64_t Shard::CreditOf(Session* session) {
   const uint64_t room = limit - std::min(limit, waiting);
   const uint64_t sharers = std::max(attached_[session->space], uint32_t{1});
   const uint64_t share = std::min<uint64_t>(options_.max_credit, (room + sharers - 1) / sharers);
-  session->granted_sequence =
-      std::max(session->granted_sequence, session->last_sequence + share);
+  session->granted_sequence = std::max(session->granted_sequence, session->last_sequence + share);
   return session->granted_sequence;
 }
 
@@ -552,9 +546,8 @@ bool Shard::Notify(ProducerId producer, const Completion& completion) {
 }
 
 uint32_t Shard::FindSpaceIndex(std::string_view name) const {
-  return space_names_.Find(HashString(name, name_seed_), [&](uint32_t index) {
-    return spaces_[index]->name() == name;
-  });
+  return space_names_.Find(HashString(name, name_seed_),
+                           [&](uint32_t index) { return spaces_[index]->name() == name; });
 }
 
 const Space* Shard::FindSpace(std::string_view name) const {
@@ -571,10 +564,18 @@ Result<void> Shard::CheckInvariants() const {
 
 std::string_view ShardCounterName(ShardCounter counter) {
   static constexpr std::array<std::string_view, static_cast<size_t>(ShardCounter::kCount)> kNames =
-      {"observations_stored",  "observations_deleted", "observations_skipped",
-       "observations_refused", "observations_linked",  "recalls",
-       "recall_distances",     "link_distances",       "spaces",
-       "sessions",             "memory_used_bytes",    "memory_limit_bytes"};
+      {"observations_stored",
+       "observations_deleted",
+       "observations_skipped",
+       "observations_refused",
+       "observations_linked",
+       "recalls",
+       "recall_distances",
+       "link_distances",
+       "spaces",
+       "sessions",
+       "memory_used_bytes",
+       "memory_limit_bytes"};
   return kNames[static_cast<size_t>(counter)];
 }
 

@@ -161,9 +161,9 @@ class Shard {
   std::vector<SlotId> batch_;
   size_t first_producer_ = 0;  // served first in this round
   int64_t now_ns_ = 0;
-  int64_t link_retry_ns_ = 0;       // memory was short; try again then
-  int64_t link_began_ns_ = 0;       // of the node under way
-  double link_ns_ = kNanosPerMilli; // a node takes, on average of the last ones
+  int64_t link_retry_ns_ = 0;        // memory was short; try again then
+  int64_t link_began_ns_ = 0;        // of the node under way
+  double link_ns_ = kNanosPerMilli;  // a node takes, on average of the last ones
 
   // Written by the owner, read by others.
   CounterSet<ShardCounter, static_cast<size_t>(ShardCounter::kCount)> counters_;

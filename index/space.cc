@@ -53,8 +53,8 @@ RefusalReason Space::UpsertHere(const ObservationRef& observation) {
   const uint64_t hash = HashOf(observation.id);
   const NodeId old = FindId(hash, observation.id);
   if (reason == RefusalReason::kNone) {
-    const bool stored = WriteText(&nodes_[node], observation) &&
-                        (old != kNoNode || ids_.Insert(hash, node));
+    const bool stored =
+        WriteText(&nodes_[node], observation) && (old != kNoNode || ids_.Insert(hash, node));
     if (!stored) reason = RefusalReason::kMemoryFull;
   }
   if (reason != RefusalReason::kNone) {
@@ -273,8 +273,7 @@ Result<void> Space::CheckInvariants() const {
   uint64_t retired = 0;
   for (uint32_t node = 0; node < node_count_; ++node) {
     const Node& stored = nodes_[node];
-    const bool listed = stored.state == NodeState::kUnlinked ||
-                        stored.state == NodeState::kLinking;
+    const bool listed = stored.state == NodeState::kUnlinked || stored.state == NodeState::kLinking;
     if (listed || stored.state == NodeState::kLinked) {
       ++live;
       if (FindId(HashOf(IdOf(node)), IdOf(node)) != node) return fail("id not in the map", node);
@@ -285,8 +284,8 @@ Result<void> Space::CheckInvariants() const {
         return fail("unlinked but not listed", node);
       }
     }
-    const bool linked_once = stored.state == NodeState::kLinked ||
-                             stored.state == NodeState::kRetired;
+    const bool linked_once =
+        stored.state == NodeState::kLinked || stored.state == NodeState::kRetired;
     if (linked_once != graph_.IsLinked(node)) return fail("graph and node disagree", node);
     if (stored.state == NodeState::kRetired || stored.state == NodeState::kRetiredLinking) {
       ++retired;

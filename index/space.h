@@ -43,7 +43,8 @@ struct StoredObservation {
   float confidence = 1;
 };
 
-// The observations of one memory space in one shard: vectors, ids, payloads, and the graph over them.
+// The observations of one memory space in one shard: vectors, ids, payloads, and the graph over
+// them.
 //
 // A stored observation is a node. It is visible from Upsert on: nodes that are not linked yet are
 // listed and scanned exactly; the others are found through the graph. A small space has no graph.
@@ -132,8 +133,7 @@ class Space {
   void ForgetDimension();
   RefusalReason UpsertHere(const ObservationRef& observation);
   // Writes the vector as this space keeps it. kNone, kZeroVector or kNotFinite.
-  RefusalReason WriteRow(VectorDtype dtype, float scale, const std::byte* vector,
-                         float* row) const;
+  RefusalReason WriteRow(VectorDtype dtype, float scale, const std::byte* vector, float* row) const;
   NodeId TakeNode();
   void GiveNode(NodeId node);
   bool WriteText(Node* node, const ObservationRef& observation);

@@ -20,7 +20,7 @@ namespace engram {
 namespace {
 
 constexpr uint16_t kDimension = 768;
-constexpr size_t kFrames = 64;   // in a round; with 16 observations each what a lane holds well
+constexpr size_t kFrames = 64;  // in a round; with 16 observations each what a lane holds well
 constexpr int kRounds = 401;
 constexpr ConnectionId kClient{.index = 0, .generation = 1};
 
@@ -195,17 +195,19 @@ int Main(int argc, char** argv) {
   if (auto topology = DiscoverTopology()) (void)PinThisThread(topology->cpus.front().os_index);
   const bool json = HasFlag(argc, argv, "--json");
   if (!json) {
-    std::printf("cost of a 768-d f32 observation on the ingress core, in TSC ticks, medians of %d "
-                "rounds\n\n%8s %12s %12s %12s %14s\n",
-                kRounds, "batch", "whole path", "CRC32C", "memcpy", "path / memcpy");
+    std::printf(
+        "cost of a 768-d f32 observation on the ingress core, in TSC ticks, medians of %d "
+        "rounds\n\n%8s %12s %12s %12s %14s\n",
+        kRounds, "batch", "whole path", "CRC32C", "memcpy", "path / memcpy");
   }
   for (const size_t batch : {size_t{1}, size_t{16}}) {
     const Figures figures = Measure(batch);
     const double ratio = figures.path_ticks / figures.memcpy_ticks;
     if (json) {
-      std::printf("{\"batch\":%zu,\"path_ticks\":%.0f,\"crc_ticks\":%.0f,\"memcpy_ticks\":%.0f,"
-                  "\"path_over_memcpy\":%.2f}\n",
-                  batch, figures.path_ticks, figures.crc_ticks, figures.memcpy_ticks, ratio);
+      std::printf(
+          "{\"batch\":%zu,\"path_ticks\":%.0f,\"crc_ticks\":%.0f,\"memcpy_ticks\":%.0f,"
+          "\"path_over_memcpy\":%.2f}\n",
+          batch, figures.path_ticks, figures.crc_ticks, figures.memcpy_ticks, ratio);
     } else {
       std::printf("%8zu %12.0f %12.0f %12.0f %14.2f\n", batch, figures.path_ticks,
                   figures.crc_ticks, figures.memcpy_ticks, ratio);

@@ -148,9 +148,9 @@ void RunIngress(NetworkBackend backend, int ingress_cpu, int client_cpu, Outcome
                                  mesh->TakeProducer(ProducerId(0)), &catalogue);
   if (!core) std::abort();
   RingEnd ring(mesh->TakeShard(ShardId(0)), &clock, &outcome->send_to_ring);
-  CoreRunner runner("ingress", IdleStrategy::kHybrid, &clock,
-                    {.wait = [&](int64_t ns) { (*network)->Wait(ns); },
-                     .wake = [&] { (*network)->Wake(); }});
+  CoreRunner runner(
+      "ingress", IdleStrategy::kHybrid, &clock,
+      {.wait = [&](int64_t ns) { (*network)->Wait(ns); }, .wake = [&] { (*network)->Wake(); }});
   runner.AddPoll([&] { return (*core)->Poll(); });
   runner.AddPoll([&] { return ring.Poll(); });
   std::thread thread([&] {
@@ -243,10 +243,10 @@ int Main(int argc, char** argv) {
               {"receive -> ring", "receive_to_ring", outcome->receive_to_ring},
               {"send -> recv returns (floor)", "floor", *floor}};
   if (!json) {
-    std::printf("768-d observations one by one at 5,000/s over TCP, %llu each, us\n\n%-30s %9s %9s "
-                "%9s\n",
-                static_cast<unsigned long long>(kRounds * kSendsPerRound), "", "P50", "P99",
-                "P99.9");
+    std::printf(
+        "768-d observations one by one at 5,000/s over TCP, %llu each, us\n\n%-30s %9s %9s "
+        "%9s\n",
+        static_cast<unsigned long long>(kRounds * kSendsPerRound), "", "P50", "P99", "P99.9");
     for (const auto& row : rows) {
       std::printf("%-30s %9.1f %9.1f %9.1f\n", row.name, us(row.histogram, 0.5),
                   us(row.histogram, 0.99), us(row.histogram, 0.999));

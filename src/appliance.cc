@@ -32,8 +32,7 @@ Result<std::unique_ptr<Appliance>> Appliance::Create(const ApplianceOptions& opt
                            appliance->mesh_.TakeProducer(ProducerId(p)), &appliance->catalogue_);
     if (!ingest) return std::unexpected(ingest.error());
     appliance->ingest_.push_back(*std::move(ingest));
-    appliance->ingest_.back()->AddCounters("ingress" + std::to_string(p),
-                                           &appliance->catalogue_);
+    appliance->ingest_.back()->AddCounters("ingress" + std::to_string(p), &appliance->catalogue_);
   }
   return appliance;
 }

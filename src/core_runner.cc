@@ -32,8 +32,7 @@ void CoreRunner::Run() {
     }
     if (idle_since_ns == 0) idle_since_ns = began_ns;
     const bool spin = idle_ == IdleStrategy::kSpin ||
-                      (idle_ == IdleStrategy::kHybrid &&
-                       began_ns - idle_since_ns < kHybridSpinNs);
+                      (idle_ == IdleStrategy::kHybrid && began_ns - idle_since_ns < kHybridSpinNs);
     if (spin) {
       hwy::Pause();
     } else {

@@ -19,8 +19,7 @@ constexpr size_t kPrefaultAheadBytes = size_t{64} << 20;
 constexpr size_t kPrefaultStepBytes = size_t{16} << 20;
 
 size_t MachineMemoryBytes() {
-  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) *
-         static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
 }
 
 uint64_t SecretSeed() {
@@ -81,8 +80,8 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
   options.shards = static_cast<uint16_t>(config.shard_cpus.size());
   options.ingest.max_connections = config.max_connections;
   options.ingest.huge_pages = config.huge_pages;
-  const size_t limit = config.memory_limit_mib > 0 ? config.memory_limit_mib << 20
-                                                   : MachineMemoryBytes() / 4 * 3;
+  const size_t limit =
+      config.memory_limit_mib > 0 ? config.memory_limit_mib << 20 : MachineMemoryBytes() / 4 * 3;
   options.shard.memory_limit_bytes = limit / options.shards;
   options.shard.huge_pages = config.huge_pages;
   options.shard.default_ef = config.default_ef;
@@ -158,6 +157,13 @@ Result<void> Daemon::MakeCores(const Config& config) {
       if (peer != core) core->runner->AddPeer(peer->runner.get());
     }
     core->runner->AddCounters(&appliance_->counters());
+  }
+  for (size_t i = 0; i < networks_.size(); ++i) {
+    for (size_t c = 0; c < kNetworkCounters; ++c) {
+      const auto which = static_cast<NetworkCounter>(c);
+      appliance_->counters().push_back({"network" + std::to_string(i), NetworkCounterName(which),
+                                        &networks_[i]->counters()[which]});
+    }
   }
   return {};
 }

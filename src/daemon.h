@@ -21,8 +21,8 @@ namespace engram {
 // Lifecycle: Start, ServeUntil (which drains and joins), destructor.
 class Daemon {
  public:
-  // Errors name the field of the configuration, its value and the remedy. `notes` receives lines for
-  // the start-up log.
+  // Errors name the field of the configuration, its value and the remedy. `notes` receives lines
+  // for the start-up log.
   static Result<std::unique_ptr<Daemon>> Start(const Config& config, const Topology& topology,
                                                Clock* clock, std::vector<std::string>* notes);
   ~Daemon();

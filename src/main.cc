@@ -1,5 +1,5 @@
-// engramd: the ingestion appliance. Reads the configuration, logs what it found, serves until SIGTERM
-// or SIGINT, drains, and exits 0.
+// engramd: the ingestion appliance. Reads the configuration, logs what it found, serves until
+// SIGTERM or SIGINT, drains, and exits 0.
 
 #include <csignal>
 #include <cstdio>
@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include <CLI/CLI.hpp>
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
+#include <CLI/CLI.hpp>
 
 #include "src/control/config.h"
 #include "src/control/config_loader.h"
@@ -44,8 +44,10 @@ int Serve(Config config) {
   if (auto planned = PlanCores(*topology, &config); !planned) return Fatal(planned.error());
   auto directory = OpenDataDirectory(config.data_directory);
   if (!directory) return Fatal(directory.error());
-  spdlog::info("data directory: {}; this version keeps observations in memory only: a restart "
-               "forgets them", config.data_directory);
+  spdlog::info(
+      "data directory: {}; this version keeps observations in memory only: a restart "
+      "forgets them",
+      config.data_directory);
   spdlog::info("cores: {} processors; ingress on {}, shards on {}, control on {}",
                topology->cpus.size(), ListOf(config.ingress_cpus), ListOf(config.shard_cpus),
                ListOf(config.control_cpus));

@@ -49,8 +49,7 @@ class LoopbackClient {
   // Sends and receives what goes without waiting.
   void Step() {
     if (sent_ < outgoing_.size()) {
-      const ssize_t n =
-          send(fd_, outgoing_.data() + sent_, outgoing_.size() - sent_, MSG_NOSIGNAL);
+      const ssize_t n = send(fd_, outgoing_.data() + sent_, outgoing_.size() - sent_, MSG_NOSIGNAL);
       if (n > 0) sent_ += static_cast<size_t>(n);
       if (sent_ == outgoing_.size()) {
         outgoing_.clear();
@@ -148,16 +147,15 @@ class HotPath : public testing::TestWithParam<NetworkBackend> {
         record.dtype = VectorDtype::kF32;
         record.dimension = kDimension;
         record.id_bytes = static_cast<uint16_t>(id.size());
-        record.record_bytes =
-            static_cast<uint32_t>(RecordBytes(kDimension * 4, id.size(), 0));
+        record.record_bytes = static_cast<uint32_t>(RecordBytes(kDimension * 4, id.size(), 0));
         const size_t begin = body.size();
         append(BytesOf(record));
         append(std::as_bytes(std::span(vector)));
         append(BytesOf(std::string_view(id)));
         body.resize(begin + record.record_bytes);
       }
-      client_->Queue(
-          {.type = FrameType::kObserve, .session = client_->session, .sequence = next_}, body);
+      client_->Queue({.type = FrameType::kObserve, .session = client_->session, .sequence = next_},
+                     body);
       next_ += kFrameObservations;
     }
   }
@@ -187,8 +185,8 @@ class HotPath : public testing::TestWithParam<NetworkBackend> {
     while (next_ <= total) {
       QueueObservations(512);
       for (int i = 0; i < 8; ++i) QueueRecall();
-      ASSERT_TRUE(RunUntil(
-          [&] { return client_->acked == next_ - 1 && client_->results == recalls_; }));
+      ASSERT_TRUE(
+          RunUntil([&] { return client_->acked == next_ - 1 && client_->results == recalls_; }));
     }
   }
 
@@ -206,11 +204,11 @@ class HotPath : public testing::TestWithParam<NetworkBackend> {
 TEST_P(HotPath, AllocatesNothingOnceWarm) {
   // Warm: the graph has begun, so exact scan, linking and graph search have all run.
   Feed(6'144);
-  ASSERT_TRUE(RunUntil(
-      [&] { return appliance_->shard(0).counter(ShardCounter::kObservationsLinked).Read() > 500; }));
+  ASSERT_TRUE(RunUntil([&] {
+    return appliance_->shard(0).counter(ShardCounter::kObservationsLinked).Read() > 500;
+  }));
   allocations_ = 0;
-  const uint64_t linked =
-      appliance_->shard(0).counter(ShardCounter::kObservationsLinked).Read();
+  const uint64_t linked = appliance_->shard(0).counter(ShardCounter::kObservationsLinked).Read();
   Feed(12'288);
   EXPECT_EQ(allocations_, 0u);
   EXPECT_EQ(client_->naks, 0u);

@@ -407,7 +407,7 @@ def built_sources(repo, build_dir):
 
 
 def stem_of(path):
-    return re.sub(r"(_test|_benchmark|_bench|_fuzz|_fuzzer)?(\.cc)?$", "", os.path.basename(path))
+    return re.sub(r"(_test|_benchmark|_bench|_fuzz|_fuzzer)?(\.cc|\.py)?$", "", os.path.basename(path))
 
 
 def check_dead(repo, build_dir):
@@ -420,11 +420,14 @@ def check_dead(repo, build_dir):
             stems[os.path.basename(literal)] += 1
     # A meson.build may name tests and benchmarks by their stems, in a foreach: each such literal
     # stands for one file, and the targets of this configuration have taken theirs.
-    stems.subtract(stem_of(path) for path in listed if has_prefix(path, FREE_DIRS))
+    stems.subtract(stem_of(path) for path in listed
+                   if has_prefix(path, FREE_DIRS) and path.endswith(".cc"))
     included = {target for path in repo.of_kind("c++")
                 for _, _, target in repo.includes(path) if target != path}
-    for path in repo.of_kind("c++"):
+    for path in repo.of_kind("c++", "python"):
         if not has_prefix(path, SOURCE_DIRS):
+            continue
+        if repo.kinds[path] == "python" and not re.match(r"tests/.*_test\.py$", path):
             continue
         if path.endswith(".h"):
             if path not in included:

@@ -19,7 +19,8 @@ Result<void> CheckCpus(const Topology& topology, const std::vector<int>& cpus,
     }
     return Fail(ErrorCode::kInvalidArgument, field + ": processor " + std::to_string(cpu) +
                                                  " is not one that this process may use; choose "
-                                                 "from " + have);
+                                                 "from " +
+                                                 have);
   }
   return {};
 }

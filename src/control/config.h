@@ -35,8 +35,8 @@ struct Config {
   uint32_t hnsw_ef_construction = 100;
 };
 
-// Fills in the processors that the configuration leaves open. Up to three of them: ingress and shard
-// run to completion on the first, control on the last. From four on: one for control, one for
+// Fills in the processors that the configuration leaves open. Up to three of them: ingress and
+// shard run to completion on the first, control on the last. From four on: one for control, one for
 // ingress, the others are shards. Errors: kInvalidArgument naming a processor that is not there.
 Result<void> PlanCores(const Topology& topology, Config* config);
 

@@ -91,7 +91,8 @@ class Reader {
       for (const auto& [key, value] : *table) {
         const std::string path = std::string(section.str()) + "." + std::string(key.str());
         if (known_.contains(path)) continue;
-        faults_ += Place(value) + path + ": unknown key; config/engram.toml lists those there are\n";
+        faults_ +=
+            Place(value) + path + ": unknown key; config/engram.toml lists those there are\n";
       }
     }
     return faults_;

@@ -12,9 +12,9 @@ namespace engram {
 }  // namespace engram
 
 // `message` is a string literal that says which invariant broke.
-#define CHECK(condition, message)                                        \
-  do {                                                                   \
-    if (!(condition)) [[unlikely]] {                                     \
-      ::engram::CheckFailed(__FILE__, __LINE__, #condition, (message));  \
-    }                                                                    \
+#define CHECK(condition, message)                                       \
+  do {                                                                  \
+    if (!(condition)) [[unlikely]] {                                    \
+      ::engram::CheckFailed(__FILE__, __LINE__, #condition, (message)); \
+    }                                                                   \
   } while (false)

@@ -7,7 +7,8 @@
 
 namespace engram {
 
-// Spreads every bit of `value` over the result (SplitMix64's finaliser; Steele, Lea and Flood 2014).
+// Spreads every bit of `value` over the result (SplitMix64's finaliser; Steele, Lea and Flood
+// 2014).
 constexpr uint64_t MixBits(uint64_t value) {
   value += 0x9E3779B97F4A7C15;
   value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9;
@@ -15,8 +16,9 @@ constexpr uint64_t MixBits(uint64_t value) {
   return value ^ (value >> 31);
 }
 
-// A 64-bit hash of a string for tables. With a secret random `seed` nobody outside can choose
-// strings that collide; with a fixed one it is the same on every machine.
+// A 64-bit hash of a string for tables. With a secret random `seed` strings that collide cannot be
+// worked out beforehand; it is no cryptographic hash all the same. With a fixed seed it is the same
+// on every machine.
 inline uint64_t HashString(std::string_view text, uint64_t seed) {
   uint64_t hash = MixBits(seed ^ text.size());
   const char* bytes = text.data();
@@ -44,9 +46,7 @@ class SplitMix64 {
     return value;
   }
   // 0 to bound - 1.
-  uint64_t Below(uint64_t bound) {
-    return Next() % bound;
-  }
+  uint64_t Below(uint64_t bound) { return Next() % bound; }
 
  private:
   uint64_t state_;

@@ -69,11 +69,11 @@ struct SpaceRecord {
   uint8_t name_bytes;
   uint16_t reserved;
   uint32_t reserved2;
-  uint64_t observations;     // live ones
-  uint64_t linked;           // of these, in the graph
-  uint64_t unlinked;         // of these, found by exact scan
-  uint64_t retired;          // updated or deleted, still holding a place in the graph
-  uint64_t resident_bytes;   // vectors, links, ids, payload, rounding included
+  uint64_t observations;    // live ones
+  uint64_t linked;          // of these, in the graph
+  uint64_t unlinked;        // of these, found by exact scan
+  uint64_t retired;         // updated or deleted, still holding a place in the graph
+  uint64_t resident_bytes;  // vectors, links, ids, payload, rounding included
 };
 static_assert(sizeof(SpaceRecord) == 56);
 

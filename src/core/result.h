@@ -9,14 +9,14 @@ namespace engram {
 // What went wrong, for a person. Used at cold boundaries (start-up, configuration, files); the data
 // plane uses an enum and a counter per packet instead (dataplane/drop_reason.h).
 enum class ErrorCode {
-  kInvalidArgument,   // what the caller gave can never work
-  kNotFound,          // a file, space or device is not there
-  kAlreadyExists,     // someone else holds it
-  kResourceExhausted, // memory, descriptors, room
-  kPermissionDenied,  // the operating system forbids it
-  kUnavailable,       // it may work later, or on another machine
-  kCorrupt,           // bytes that fail their own checks
-  kInternal,          // a system call failed in a way that we did not foresee
+  kInvalidArgument,    // what the caller gave can never work
+  kNotFound,           // a file, space or device is not there
+  kAlreadyExists,      // someone else holds it
+  kResourceExhausted,  // memory, descriptors, room
+  kPermissionDenied,   // the operating system forbids it
+  kUnavailable,        // it may work later, or on another machine
+  kCorrupt,            // bytes that fail their own checks
+  kInternal,           // a system call failed in a way that we did not foresee
 };
 
 struct Error {

@@ -112,15 +112,15 @@ static_assert(sizeof(ObserveRequest) <= kRequestBodyOffset);
 static_assert(sizeof(RecallRequest) <= kRequestBodyOffset);
 
 enum class CompletionKind : uint8_t {
-  kHello = 1,   // slot: the HelloRequest with its answer
-  kObserve,     // slot given back; accepted when reason is kNone
-  kRecallDone,  // slot given back; the results came before, or reason says why there are none
-  kDetach,      // slot given back
-  kResults,     // result_slot: a batch of hits; more of them may follow
-  kRecords,     // result_slot: a batch of space records; more of them may follow
+  kHello = 1,       // slot: the HelloRequest with its answer
+  kObserve,         // slot given back; accepted when reason is kNone
+  kRecallDone,      // slot given back; the results came before, or reason says why there are none
+  kDetach,          // slot given back
+  kResults,         // result_slot: a batch of hits; more of them may follow
+  kRecords,         // result_slot: a batch of space records; more of them may follow
   kIntrospectDone,  // slot given back
-  kFenced,      // no slot: the session of this origin was taken over
-  kCredit,      // no slot: more may be sent
+  kFenced,          // no slot: the session of this origin was taken over
+  kCredit,          // no slot: more may be sent
 };
 
 struct Completion {
@@ -145,7 +145,7 @@ struct ResultBatch {
   uint32_t body_bytes = 0;  // of the records
   uint16_t count = 0;       // of the records
   Metric metric = Metric::kUnspecified;
-  bool last = false;        // nothing follows for this request from this shard
+  bool last = false;  // nothing follows for this request from this shard
 };
 static_assert(sizeof(ResultBatch) == 8);
 // Holds any one hit: 32 + 256 + 65,536 bytes and padding.

@@ -80,7 +80,7 @@ void SetFlag(int fd, int level, int name) {
 
 }  // namespace
 
-Result<Listener> OpenListener(const Endpoint& endpoint) {
+Result<Listener> OpenListener(const Endpoint& endpoint, bool share_port) {
   SocketAddress address;
   const auto length = FillAddress(endpoint, &address);
   if (!length) return std::unexpected(length.error());
@@ -90,6 +90,7 @@ Result<Listener> OpenListener(const Endpoint& endpoint) {
   if (listener.fd < 0) return ListenError(endpoint, errno);
   // A restart must not wait for old connections in TIME_WAIT.
   SetFlag(listener.fd, SOL_SOCKET, SO_REUSEADDR);
+  if (share_port) SetFlag(listener.fd, SOL_SOCKET, SO_REUSEPORT);
   if (address.any.sa_family == AF_INET6) SetFlag(listener.fd, IPPROTO_IPV6, IPV6_V6ONLY);
   SocketAddress bound;
   socklen_t bound_length = sizeof(bound);
@@ -140,7 +141,7 @@ SocketNetwork::~SocketNetwork() {
 
 Result<Endpoint> SocketNetwork::Listen(const Endpoint& endpoint) {
   CHECK(!started_, "Listen comes before Start");
-  auto listener = OpenListener(endpoint);
+  auto listener = OpenListener(endpoint, options_.share_port);
   if (!listener) return std::unexpected(listener.error());
   listeners_.push_back(*listener);
   return listener->endpoint;

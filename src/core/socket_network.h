@@ -50,7 +50,8 @@ struct Listener {
   Endpoint endpoint;  // with the port that was given
 };
 // Errors: name the address and the remedy. The caller closes `fd`.
-Result<Listener> OpenListener(const Endpoint& endpoint);
+// `share_port`: others of this process may listen on it too.
+Result<Listener> OpenListener(const Endpoint& endpoint, bool share_port);
 
 // What the backends with real sockets share: the table of connections, the way a connection ends,
 // what waits to be sent, and Wake. A backend adds how events come in.

@@ -9,9 +9,9 @@ namespace engram {
 
 // One logical processor that this process may run on.
 struct Cpu {
-  int os_index = 0;     // as in /proc/cpuinfo and taskset
-  int core_index = 0;   // hyperthreads of one core share it
-  int numa_node = 0;    // memory node nearest to it
+  int os_index = 0;    // as in /proc/cpuinfo and taskset
+  int core_index = 0;  // hyperthreads of one core share it
+  int numa_node = 0;   // memory node nearest to it
   int socket_index = 0;
 };
 

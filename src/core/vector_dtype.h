@@ -8,7 +8,8 @@ namespace engram {
 
 inline constexpr uint32_t kMaxDimension = 4096;
 
-// How a vector's numbers are written, on the wire and in slots. The values are stored: unchangeable.
+// How a vector's numbers are written, on the wire and in slots. The values are stored:
+// unchangeable.
 enum class VectorDtype : uint8_t {
   kNone = 0,  // no vector (a delete)
   kF32 = 1,   // IEEE 754 binary32

@@ -30,22 +30,7 @@
 
 #include "src/core/clock.h"
 #include "src/core/simulated_disk.h"
-
-namespace {
-std::atomic<uint64_t> g_allocations{0};
-}  // namespace
-
-// Counted, for the test that the hot calls do without. Not inline: the compiler would take free for
-// a mismatch.
-[[gnu::noinline]] void* operator new(size_t bytes) {
-  g_allocations.fetch_add(1, std::memory_order_relaxed);
-  if (void* memory = std::malloc(bytes == 0 ? 1 : bytes)) return memory;
-  std::abort();
-}
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, size_t /*bytes*/) noexcept {
-  std::free(memory);
-}
+#include "tests/support/allocation_counter.h"
 
 namespace engram {
 namespace {
@@ -429,11 +414,12 @@ TEST_P(DiskTest, DestructionWaitsForWhatIsUnderWay) {
 
 TEST_P(DiskTest, HotCallsDoNotAllocate) {
   if (GetParam() == "simulated") GTEST_SKIP() << "the simulated disk may allocate";
+  if (!AllocationsAreCounted()) GTEST_SKIP() << "a sanitizer has its own allocator";
   const auto disk = MakeDisk({.max_in_flight = 8, .max_open_files = 4, .registered_buffers = {}});
   const auto file = disk->Open("f", OpenMode::kCreate, Caching::kDirect);
   AlignedBuffer buffer(8 * 4'096);
   std::array<DiskCompletion, 8> ends;
-  const uint64_t before = g_allocations.load();
+  const uint64_t before = AllocationCount();
   for (int round = 0; round < 50; ++round) {
     for (uint64_t i = 0; i < 4; ++i) {
       const auto block = buffer.span().subspan(i * 4'096, 4'096);
@@ -445,7 +431,7 @@ TEST_P(DiskTest, HotCallsDoNotAllocate) {
       if (disk->Poll(ends) == 0) disk->Wait(kNanosPerSecond);
     }
   }
-  EXPECT_EQ(g_allocations.load(), before);
+  EXPECT_EQ(AllocationCount(), before);
 }
 
 // A limit of the process stands for a full or failing disk: the error reaches the completion.

@@ -126,7 +126,7 @@ TEST(ObserveReaderTest, RandomRecordsComeBack) {
       EXPECT_EQ(view.when_ns, record.when_ns);
       EXPECT_EQ(view.id, record.id);
       EXPECT_EQ(WireText(view.payload), record.payload);
-      EXPECT_EQ(std::memcmp(view.vector, record.vector.data(), record.vector.size()), 0);
+      EXPECT_EQ(WireText(std::span(view.vector, record.vector.size())), WireText(record.vector));
     }
     EXPECT_EQ(reader.remaining(), 0);
   }

@@ -220,11 +220,14 @@ uint64_t RunProgram(uint64_t seed) {
   options.shards = static_cast<uint16_t>(1 + random.Below(3));
   options.lane_capacity = 16;
   options.recall_lane_capacity = 8;
-  options.ingest.partial_frame_bytes = 6 * 4096;
   options.ingest.max_recalls = 3;
   options.ingest.events_per_poll = static_cast<int>(1 + random.Below(64));
   options.network.network.max_connections = 32;
   options.network.max_chunk_bytes = 1 + random.Below(3000);
+  // Less than all unfinished frames together, but where bytes come so slowly that all are
+  // unfinished at once: there the oldest is always evicted and none would ever be finished.
+  const bool slow = options.network.max_chunk_bytes < 600 || options.ingest.events_per_poll < 8;
+  options.ingest.partial_frame_bytes = (slow ? 20 : 6) * 4096;
   options.network.reset_probability = random.Below(2) == 0 ? 0.0 : 0.0005;
   options.network.client_window_bytes = 8192;
   IngestHarness harness(options);

@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "tests/index/allocation_counter.h"
 #include "tests/index/graph_fixture.h"
+#include "tests/support/allocation_counter.h"
 
 namespace engram {
 namespace {

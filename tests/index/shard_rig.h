@@ -16,8 +16,8 @@
 #include "dataplane/ring_mesh.h"
 #include "index/shard.h"
 #include "src/core/clock.h"
-#include "tests/index/allocation_counter.h"
 #include "tests/index/space_testing.h"
+#include "tests/support/allocation_counter.h"
 
 namespace engram {
 

@@ -183,7 +183,7 @@ class SmallCommandsTest(EngramctlCase):
 
     def test_encode_reads_lines_and_makes_unit_vectors(self):
         out = pathlib.Path(self.directory.name) / "lines.fvecs"
-        lines = pathlib.Path(self.directory.name) / "lines.tsv"
+        lines = pathlib.Path(self.directory.name) / "lines.txt"
         lines.write_text("a network packet sniffer\nthe cat sat\n")
         done = daemon.engramctl("encode", "--encoder", ENCODER, "--texts", lines, "--out", out)
         self.assertEqual((done.returncode, done.stderr), (0, ""))

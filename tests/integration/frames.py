@@ -405,7 +405,8 @@ class Client:
     def introspect(self, what):
         """Space records, or the status text."""
         self.last_request += 1
-        self.send(frame(INTROSPECT, bytes([what]), session=self.session, sequence=self.last_request))
+        self.send(frame(INTROSPECT, bytes([what]), session=self.session,
+                        sequence=self.last_request))
         parts = []
         while True:
             got = self.wait_for(INTROSPECTION)

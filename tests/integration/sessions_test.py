@@ -31,6 +31,18 @@ class SessionsTest(daemon.DaemonCase):
         with self.daemon.client("resume", session=client.session) as third:
             self.assertEqual(third.hello_ack.sequence, 4)
 
+    def test_close_right_behind_observations_comes_back_after_their_ack(self):
+        for count in (1, 30, 500):
+            with self.subTest(count), self.daemon.client("closing", metric=frames.L2) as client:
+                for _ in range(count):
+                    client.send_observe([record(b"%d" % client.next_sequence,
+                                                [float(client.next_sequence)])])
+                self.assertEqual(client.close(), count)
+                self.assertEqual(client.acked, count)
+            with self.daemon.client("closing", session=client.session) as again:
+                self.assertEqual(again.hello_ack.sequence, count)
+                self.assertEqual(self.ids(again), {b"%d" % i for i in range(1, count + 1)})
+
     def test_a_repeat_is_acked_and_stored_once(self):
         with self.daemon.client("repeat", metric=frames.L2) as client:
             client.observe([record(b"a", [1.0]), record(b"b", [2.0])])

@@ -11,7 +11,7 @@ RECORDS, IDS = 600, 40
 
 
 def feed(client, seed):
-    """Sends RECORDS operations over IDS ids, waiting for credit only. Returns {id: last sequence} left."""
+    """Sends RECORDS operations, waiting for credit only. Returns {id: last sequence} left."""
     order = random.Random(seed)
     left, batch = {}, []
     for sequence in range(1, RECORDS + 1):

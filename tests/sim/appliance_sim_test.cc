@@ -177,8 +177,8 @@ TEST(ApplianceSim, TheSameSeedGivesTheSameTrace) {
   EXPECT_EQ(digests.size(), 5u) << "the digest does not look at what happened";
 }
 
-// Would catch: a refusal for lack of room that loses, doubles or reorders observations, and go-back-N
-// that does not end.
+// Would catch: a refusal for lack of room that loses, doubles or reorders observations, and
+// go-back-N that does not end.
 TEST(ApplianceSim, ClientsThatIgnoreCreditAreSentBackAndLoseNothing) {
   uint64_t rollbacks = 0;
   for (uint64_t seed = 1; seed <= 5; ++seed) {

@@ -91,8 +91,8 @@ void SimClient::SendObservations() {
     uint64_t allowed = options_.honours_credit ? credit_ : observations_.size();
     if (settled_ == 0) allowed = std::min<uint64_t>(allowed, 1);
     if (next_ > allowed) return;
-    const uint64_t count = std::min(
-        {1 + random_.Below(8), allowed + 1 - next_, observations_.size() + 1 - next_});
+    const uint64_t count =
+        std::min({1 + random_.Below(8), allowed + 1 - next_, observations_.size() + 1 - next_});
     std::vector<std::byte> body;
     AppendBytes(&body, BytesOf(ObserveBody{.count = static_cast<uint16_t>(count)}));
     for (uint64_t i = 0; i < count; ++i) {

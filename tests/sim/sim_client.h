@@ -28,8 +28,8 @@ struct SimClientOptions {
 // A client of the native frames in simulated time: streams observations with go-back-N and checks
 // every answer against what it knows. It speaks from FORMAT.md, on its own buffers.
 //
-// What it asserts as it goes (violations are kept, not thrown): acks never fall, never pass what was
-// sent; a recall begun after an ack finds the acked observation by its own vector; hits are in
+// What it asserts as it goes (violations are kept, not thrown): acks never fall, never pass what
+// was sent; a recall begun after an ack finds the acked observation by its own vector; hits are in
 // order; refusals name the reason that was provoked.
 class SimClient {
  public:
@@ -81,7 +81,7 @@ class SimClient {
   uint64_t settled_ = 0;
   uint64_t next_ = 1;
   uint64_t credit_ = 0;
-  std::set<uint64_t> consumed_;  // refused for good, not passed by an ack yet
+  std::set<uint64_t> consumed_;           // refused for good, not passed by an ack yet
   std::map<uint64_t, uint64_t> recalls_;  // request id -> sequence whose id must come first
   std::map<uint64_t, uint32_t> hits_seen_;
   uint64_t next_recall_ = 1;

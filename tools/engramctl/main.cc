@@ -1,6 +1,7 @@
 // engramctl, the operator's tool: parses the command line and calls the command.
 
 #include <CLI/CLI.hpp>
+#include <cstdlib>
 #include <string>
 #include <string_view>
 
@@ -27,8 +28,9 @@ VectorDtype DtypeOfName(std::string_view name) {
 }
 
 void AddServerOptions(CLI::App* command, ServerOptions& server) {
-  command->add_option("--address", server.address, "HOST:PORT of engramd's feed listener")
-      ->envname("ENGRAM_ADDRESS")
+  command
+      ->add_option("--address", server.address,
+                   "HOST:PORT of engramd's feed listener; default: ENGRAM_ADDRESS where it is set")
       ->capture_default_str();
   command->add_flag("--json", server.json, "Print one line of JSON for programs");
 }
@@ -126,6 +128,11 @@ int Run(int argc, char** argv) {
   app.require_subcommand(1);
   app.footer(kFooter);
   ServerOptions server;
+  // Not by CLI11's envname: it would give the environment's value to the options of the commands
+  // that were not called, which share this field, and so overrule the one that was.
+  if (const char* address = std::getenv("ENGRAM_ADDRESS"); address != nullptr && *address != 0) {
+    server.address = address;
+  }
 
   LoadOptions load_options;
   const CLI::App* load = AddLoad(app, server, load_options);
