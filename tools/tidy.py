@@ -407,7 +407,8 @@ def built_sources(repo, build_dir):
 
 
 def stem_of(path):
-    return re.sub(r"(_test|_benchmark|_bench|_fuzz|_fuzzer)?(\.cc|\.py)?$", "", os.path.basename(path))
+    return re.sub(r"(_test|_benchmark|_bench|_fuzz|_fuzzer)?(\.cc|\.py)?$", "",
+                  os.path.basename(path))
 
 
 def check_dead(repo, build_dir):
