@@ -56,12 +56,17 @@ enum class IngestCounter : uint8_t {
 };
 std::string_view IngestCounterName(IngestCounter counter);
 
+constexpr Lane LaneOfPriority(Priority priority) {
+  return priority == Priority::kHigh ? Lane::kHigh : Lane::kNormal;
+}
+
 // One ingress core: bytes of connections to slots in the shards' rings, and the shards' answers
 // back to bytes.
 //
-// The way of an observation through this file: OnReceive (receiver) -> TakeFrame (decoder) ->
-// TakeObserve -> PushObservation (admission gate, shard router, ring mesh); back: TakeCompletions
-// -> SettleObservation -> FlushAcks.
+// The way of an observation: OnReceive (receiver) -> TakeFrame (decoder) -> TakeObserve ->
+// PushObservation (admission gate, shard router, ring mesh), in ingest_core.cc; back:
+// TakeCompletions -> SettleObservation -> FlushAcks, in ingest_answers.cc. Refusals, closing and
+// timeouts are in ingest_upkeep.cc, what the core says of itself in ingest_status.cc.
 //
 // Thread safety: one core's alone; counters and histograms may be read by others.
 // Invariants: a connection's observations are pushed in the order of their sequence numbers, on one

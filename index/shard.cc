@@ -399,7 +399,7 @@ Completion Shard::TakeObservation(size_t producer, SlotId slot) {
       session->last_sequence = request->sequence;
       receive_to_visible_.Record(now_ns_ - request->received_ns);
       if (space->NextToLink() != kNoNode) QueueForLinking(session->space);
-    } else if (DescribeRefusal(completion.reason).effect == RefusalEffect::kConsumes) {
+    } else if (HasEffect(completion.reason, RefusalEffect::kConsumes)) {
       session->last_sequence = request->sequence;
       request->space_dimension = static_cast<uint16_t>(space->dimension());
       counters_[ShardCounter::kObservationsSkipped].Add(1);

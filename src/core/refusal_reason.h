@@ -95,4 +95,8 @@ constexpr RefusalInfo DescribeRefusal(RefusalReason reason) {
   return {reason, "unknown", RefusalEffect::kAnswers, "a reason that this version does not know"};
 }
 
+constexpr bool HasEffect(RefusalReason reason, RefusalEffect effect) {
+  return DescribeRefusal(reason).effect == effect;
+}
+
 }  // namespace engram

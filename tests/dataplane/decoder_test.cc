@@ -167,6 +167,11 @@ TEST(ObserveReaderTest, RecordBytesMustFit) {
     WireBytes body = sound;
     SetWireNumber(body, kBodyStart + kRecordBytesAt, 4, bytes);
     EXPECT_EQ(OpenBody(body), RefusalReason::kBadFrame) << bytes;
+    // Also where the numbers are wrong, so that the length is all that is left to skip by.
+    if (bytes != right && bytes != right + 8 && bytes != right + 1 && bytes != 2 * right) {
+      SetWireNumber(body, kBodyStart + kOpAt, 1, 99);
+      EXPECT_EQ(OpenBody(body), RefusalReason::kBadFrame) << bytes;
+    }
     // The last record, too: nothing of the frame is taken.
     body = sound;
     SetWireNumber(body, kBodyStart + right, 4, bytes);
