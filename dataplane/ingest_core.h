@@ -89,6 +89,8 @@ class IngestCore final : public NetworkHandler {
   bool drained() const { return draining_ && open_connections_ == 0; }
 
   uint32_t open_connections() const { return open_connections_; }
+  // Blocks that hold no unfinished frame.
+  size_t free_partial_blocks() const { return partial_pool_.free_blocks(); }
   void AddCounters(std::string_view core, CounterCatalogue* catalogue) const;
   const LatencyHistogram& receive_to_ring() const { return receive_to_ring_; }
   const Counter& counter(IngestCounter which) const { return counters_[which]; }

@@ -157,7 +157,7 @@ class ChunkedArray {
     auto* grown = reinterpret_cast<Directory*>(block);
     grown->older = newest_;
     grown->capacity = capacity;
-    if (chunk_count_ != 0) {
+    if (newest_ != nullptr) {
       std::memcpy(grown->chunks(), newest_->chunks(), chunk_count_ * sizeof(T*));
     }
     newest_ = grown;

@@ -42,6 +42,7 @@ class IngestHarness {
         IngestCore::Create(options_.ingest, &clock_, &network_, std::move(port), &catalogue_);
     CHECK(core.has_value(), "the core was made");
     core_ = *std::move(core);
+    partial_blocks_ = core_->free_partial_blocks();
     core_->AddCounters("ingress0", &catalogue_);
     const bool started = network_.Start().has_value();
     CHECK(started, "the network started");
@@ -66,7 +67,8 @@ class IngestHarness {
     }
   }
 
-  // Everybody leaves, everything is answered. True when every slot is free and nobody is left.
+  // Everybody leaves, everything is answered. True when every slot and block is free and nobody is
+  // left.
   bool Finish() {
     for (auto& shard : shards_) {
       shard->held.fill(false);
@@ -82,7 +84,8 @@ class IngestHarness {
     return IsClean();
   }
   bool IsClean() const {
-    bool clean = core_->open_connections() == 0 && slab_->free_slots() == slab_->total_slots();
+    bool clean = core_->open_connections() == 0 && slab_->free_slots() == slab_->total_slots() &&
+                 core_->free_partial_blocks() == partial_blocks_;
     for (const auto& shard : shards_) {
       clean = clean && shard->free_result_slots() == shard->total_result_slots() &&
               shard->unanswered() == 0;
@@ -129,6 +132,7 @@ class IngestHarness {
   std::unique_ptr<RingMesh> mesh_;
   CounterCatalogue catalogue_;
   SlotSlab* slab_ = nullptr;
+  size_t partial_blocks_ = 0;
   std::vector<std::unique_ptr<FakeShard>> shards_;
   std::vector<SimulatedNetwork::ClientHandle> clients_;
   std::unique_ptr<IngestCore> core_;

@@ -156,6 +156,14 @@ class Machine {
     if (first == place->next) place->next += records.size();
     return ObserveBytes(place->session, first, records);
   }
+  WireBytes Recall() {
+    const uint8_t choice = program_->Byte();
+    const float value = (choice & 1) != 0 ? 0 : 1;
+    const std::array<float, 3> query{value, value, value};
+    WireRecall recall = F32Recall(std::span(query).first((choice & 2) != 0 ? 3 : 2));
+    if ((choice & 12) == 12) recall.k = 0;
+    return RecallBytes(choice, recall);
+  }
   WireBytes RawFrame(Place* place) {
     const uint8_t type = program_->Byte();
     const uint8_t sequence = program_->Byte();
@@ -176,11 +184,9 @@ class Machine {
       case 1:
         ClientOf(place).Send(Observe(place, 5));
         break;
-      case 2: {
-        const std::array<float, 2> query{1, 1};
-        ClientOf(place).Send(RecallBytes(program_->Byte(), F32Recall(query)));
+      case 2:
+        ClientOf(place).Send(Recall());
         break;
-      }
       case 3:
         ClientOf(place).Send(IntrospectBytes(1, 1 + (program_->Byte() & 1)));
         break;
