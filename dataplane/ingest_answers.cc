@@ -9,6 +9,16 @@
 
 namespace engram {
 
+namespace {
+
+// Id and payload of an observation, for which credit makes room.
+constexpr size_t kUsualTextBytes = 512;
+// A usual frame's observations, so that who sends whole frames only is never stuck. With very many
+// sessions that is more than there are slots; then some are refused and sent again.
+constexpr uint64_t kLeastShare = 16;
+
+}  // namespace
+
 int IngestCore::TakeCompletions() {
   int work = 0;
   for (uint16_t s = 0; s < router_.shards(); ++s) {
@@ -190,10 +200,15 @@ void IngestCore::ForwardRecords(Connection& connection, ShardId shard,
                     {slot + sizeof(ResultBatch), batch.body_bytes});
 }
 
-// What the shard grants, but no more than the connection's share of this core's slots.
+// What the shard grants, but no more than the connection's share of the slots that its vectors take
+// (the largest ones, until the dimension is known). A sixth is dealt out at a time: shares granted
+// in turn to N sessions add up to 1 + ln N times that.
 void IngestCore::GrantCredit(Connection& connection, uint64_t credit_sequence) {
-  const uint64_t room = port_.slab->total_slots() / 8;
-  const uint64_t share = std::max<uint64_t>(16, room / std::max(open_sessions_, 1u));
+  const size_t dimension =
+      connection.rules.dimension != 0 ? connection.rules.dimension : kMaxDimension;
+  const uint64_t slots =
+      port_.slab->SlotsFor(kRequestBodyOffset + dimension * sizeof(float) + kUsualTextBytes);
+  const uint64_t share = std::max<uint64_t>(kLeastShare, slots / 6 / std::max(open_sessions_, 1U));
   connection.credit_sequence = std::max(
       connection.credit_sequence, std::min(credit_sequence, connection.settled_sequence + share));
 }

@@ -26,7 +26,7 @@ Result<std::unique_ptr<Appliance>> Appliance::Create(const ApplianceOptions& opt
     appliance->shards_.push_back(*std::move(shard));
     appliance->shards_.back()->AddCounters("shard" + std::to_string(s), &appliance->catalogue_);
   }
-  for (uint16_t p = 0; p < networks.size(); ++p) {
+  for (uint16_t p = 0; p < mesh_options.producers; ++p) {
     auto ingest =
         IngestCore::Create(options.ingest, clock, networks[p],
                            appliance->mesh_.TakeProducer(ProducerId(p)), &appliance->catalogue_);

@@ -285,6 +285,7 @@ class Runner:
         self._root = root
         self._filters = arguments.filter
         self._keep_going = arguments.keep_going
+        self._lint = arguments.lint
         chosen = arguments.tree or ([TREES[0].name] if arguments.quick else None)
         self._trees = [tree for tree in TREES if chosen is None or tree.name in chosen]
         self._jobs = arguments.jobs
@@ -369,7 +370,7 @@ class Runner:
             members = [test for test in tests if suite in suites_of(test)]
             if members:
                 self._run_suite(tree, suite, members)
-        if tree.lint and not self._filters:
+        if tree.lint and self._lint and not self._filters:
             self._run_lint(tree)
 
     def _configure(self, tree):
@@ -433,6 +434,7 @@ class Runner:
         started = time.time()
         status, _ = run_logged(command, self._logs / f"{tree.name}-{suite}.log",
                                echo=self._echo_meson, environment=environment, cwd=self._root)
+        self._console.say(f"   {suite}: {time.time() - started:.0f} s")
         meson_logs = build_dir / "meson-logs"
         meson_log = meson_logs / f"testlog-{suite}.json"
         if not meson_log.exists() or meson_log.stat().st_mtime < started - 1:
@@ -452,9 +454,11 @@ class Runner:
         self._console.say(f"-- {tree.name}: tools/lint")
         command = [self._root / "tools" / "lint", "--no-tests", "--build-dir",
                    self._build_dir(tree), "--jobs", self._jobs]
+        started = time.monotonic()
         status, lines = run_logged(command, self._logs / f"{tree.name}-lint.log",
                                    echo=lambda line: self._console.say("   " + line),
                                    cwd=self._root)
+        self._console.say(f"   lint: {time.monotonic() - started:.0f} s")
         outcome = {0: PASSED, 77: SKIPPED}.get(status, FAILED)
         self._cases.append(Case(tree.name, "lint", outcome, lines[-1] if lines else ""))
 
@@ -514,6 +518,7 @@ def main():
     parser.add_argument("--tree", action="append", choices=[tree.name for tree in TREES],
                         help="this tree only; may be repeated")
     parser.add_argument("--keep-going", action="store_true", help="run all trees, whatever fails")
+    parser.add_argument("--lint", action="store_true", help="clang-tidy over all sources too")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("filter", nargs="*", help="part of a meson test's name, or a glob")
     arguments = parser.parse_args()

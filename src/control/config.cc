@@ -15,7 +15,8 @@ Result<void> CheckCpus(const Topology& topology, const std::vector<int>& cpus,
     if (known) continue;
     std::string have;
     for (const Cpu& c : topology.cpus) {
-      have += (have.empty() ? "" : ", ") + std::to_string(c.os_index);
+      if (!have.empty()) have += ", ";
+      have += std::to_string(c.os_index);
     }
     return Fail(ErrorCode::kInvalidArgument, field + ": processor " + std::to_string(cpu) +
                                                  " is not one that this process may use; choose "

@@ -72,7 +72,8 @@ class Reader {
           *out = meaning;
           return std::string();
         }
-        names += (names.empty() ? "\"" : ", \"") + std::string(choice) + "\"";
+        if (!names.empty()) names += ", ";
+        names.append("\"").append(choice).append("\"");
       }
       return "\"" + value + "\" is not one of " + names;
     });
@@ -113,7 +114,10 @@ class Reader {
   }
   static std::string Join(const std::set<std::string>& names) {
     std::string joined;
-    for (const std::string& name : names) joined += (joined.empty() ? "" : ", ") + name;
+    for (const std::string& name : names) {
+      if (!joined.empty()) joined += ", ";
+      joined += name;
+    }
     return joined;
   }
 

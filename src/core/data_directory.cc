@@ -54,8 +54,9 @@ std::optional<std::string_view> TakeLine(std::string_view& text, std::string_vie
 template <typename Number>
 bool ParseNumber(std::optional<std::string_view> text, Number* number) {
   if (!text) return false;
-  const char* end = text->data() + text->size();
-  const auto [stop, error] = std::from_chars(text->data(), end, *number);
+  const char* begin = text->data();
+  const char* end = begin + text->size();
+  const auto [stop, error] = std::from_chars(begin, end, *number);
   return error == std::errc{} && stop == end;
 }
 

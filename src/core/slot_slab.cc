@@ -57,6 +57,13 @@ void SlotSlab::Release(SlotId slot) {
   pool.free.push_back(index);
 }
 
+uint32_t SlotSlab::SlotsFor(size_t bytes) const {
+  for (size_t c = 0; c < classes_; ++c) {
+    if (bytes <= pools_[c].slot_bytes) return static_cast<uint32_t>(pools_[c].count);
+  }
+  return 0;
+}
+
 uint32_t SlotSlab::free_slots() const {
   size_t free = 0;
   for (size_t c = 0; c < classes_; ++c) free += pools_[c].free.size();

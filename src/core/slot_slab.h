@@ -49,6 +49,8 @@ class SlotSlab {
 
   size_t max_slot_bytes() const { return pools_[classes_ - 1].slot_bytes; }
   uint32_t total_slots() const { return total_slots_; }
+  // Slots of the size that `bytes` would take, free or not.
+  uint32_t SlotsFor(size_t bytes) const;
   uint32_t free_slots() const;
   PageKind page_kind() const { return arena_.page_kind(); }
 

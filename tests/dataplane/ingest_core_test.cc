@@ -412,10 +412,11 @@ TEST_F(IngestCoreTest, LackOfRoomGoesBackToTheRefusedNumber) {
 
 TEST_F(IngestCoreTest, CreditRisesAndIsBoundedByTheSlots) {
   TestClient& client = NewClient();
-  client.Send(HelloBytes({}));
+  client.Send(HelloBytes({.dimension = kVector.size()}));
   const auto hello_ack = client.Await(kWireHelloAck);
   ASSERT_EQ(hello_ack.size(), 1u);
-  const uint64_t share = std::max(uint64_t{16}, uint64_t{h().slab().total_slots() / 8});
+  const uint64_t share = std::max<uint64_t>(
+      16, h().slab().SlotsFor(kRequestBodyOffset + kVector.size() * 4 + 512) / 6);
   uint64_t credit = WireNumber(hello_ack[0].body, 8, 8);
   EXPECT_EQ(credit, share);  // the shard would grant more
   // Who keeps to it is never refused, and comes forward.
@@ -438,7 +439,7 @@ TEST_F(IngestCoreTest, CreditRisesAndIsBoundedByTheSlots) {
   TestClient& second = NewClient();
   second.Send(HelloBytes({}));
   EXPECT_EQ(WireNumber(second.Await(kWireHelloAck).at(0).body, 8, 8),
-            std::max(uint64_t{16}, share / 2));
+            std::max<uint64_t>(16, share / 2));
 }
 
 TEST_F(IngestCoreTest, TheShardsCreditIsPassedOn) {
