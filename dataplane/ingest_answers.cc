@@ -11,8 +11,10 @@ namespace engram {
 
 namespace {
 
-// Id and payload of an observation, for which credit makes room.
+// What credit makes room for: id and payload of an observation, and its vector until the space's
+// dimension is known.
 constexpr size_t kUsualTextBytes = 512;
+constexpr size_t kUsualDimension = 768;
 // A usual frame's observations, so that who sends whole frames only is never stuck. With very many
 // sessions that is more than there are slots; then some are refused and sent again.
 constexpr uint64_t kLeastShare = 16;
@@ -200,12 +202,12 @@ void IngestCore::ForwardRecords(Connection& connection, ShardId shard,
                     {slot + sizeof(ResultBatch), batch.body_bytes});
 }
 
-// What the shard grants, but no more than the connection's share of the slots that its vectors take
-// (the largest ones, until the dimension is known). A sixth is dealt out at a time: shares granted
-// in turn to N sessions add up to 1 + ln N times that.
+// What the shard grants, but no more than the connection's share of the slots that its vectors
+// take. A sixth is dealt out at a time: shares granted in turn to N sessions add up to 1 + ln N
+// times that.
 void IngestCore::GrantCredit(Connection& connection, uint64_t credit_sequence) {
   const size_t dimension =
-      connection.rules.dimension != 0 ? connection.rules.dimension : kMaxDimension;
+      connection.rules.dimension != 0 ? connection.rules.dimension : kUsualDimension;
   const uint64_t slots =
       port_.slab->SlotsFor(kRequestBodyOffset + dimension * sizeof(float) + kUsualTextBytes);
   const uint64_t share = std::max<uint64_t>(kLeastShare, slots / 6 / std::max(open_sessions_, 1U));
