@@ -48,6 +48,8 @@ inline constexpr size_t kFrameHeaderBytes = sizeof(FrameHeader);
 inline constexpr uint16_t kFrameFlagMore = 1;         // result, introspection
 inline constexpr uint16_t kFrameFlagPingAnswer = 1;   // ping
 inline constexpr uint16_t kFrameFlagWithPayload = 1;  // recall
+inline constexpr uint16_t kFrameFlagWithVector = 2;   // recall
+inline constexpr uint16_t kFrameFlagSnapshot = 4;     // recall
 inline constexpr uint32_t kFeatureNoSession = 1;      // hello
 inline constexpr uint8_t kNakFlagConsumed = 1;
 inline constexpr uint8_t kNakFlagClosing = 2;
@@ -123,8 +125,9 @@ struct ResultBody {
   Metric metric = Metric::kUnspecified;
   uint8_t zero = 0;
   uint32_t zero2 = 0;
+  uint64_t snapshot = 0;  // the stamp at which the hits lived; 0: none was asked for
 };
-static_assert(sizeof(ResultBody) == 8);
+static_assert(sizeof(ResultBody) == 16);
 
 enum class IntrospectWhat : uint8_t { kSpaces = 1, kStatus = 2 };
 

@@ -23,7 +23,7 @@ constexpr uint64_t kLeastShare = 16;
 
 int IngestCore::TakeCompletions() {
   int work = 0;
-  for (uint16_t s = 0; s < router_.shards(); ++s) {
+  for (uint16_t s = 0; s < shards(); ++s) {
     const size_t count = port_.shards[s].completions.PopBatch(completions_);
     for (size_t i = 0; i < count; ++i) TakeCompletion(ShardId(s), completions_[i]);
     work += static_cast<int>(count);
@@ -34,7 +34,9 @@ int IngestCore::TakeCompletions() {
 // Hands the completion to its connection if that is still there, and every slot back in any case.
 void IngestCore::TakeCompletion(ShardId shard, const Completion& completion) {
   Connection* connection = FindOrigin(completion.origin);
-  if (connection != nullptr) {
+  if ((completion.origin & kMergeOrigin) != 0) {
+    TakePartition(shard, completion);
+  } else if (connection != nullptr) {
     Deliver(*connection, shard, completion);
     if (connection->state == State::kSettling) FinishSettling(*connection);
   } else if (completion.kind == CompletionKind::kHello) {
@@ -57,7 +59,7 @@ void IngestCore::Deliver(Connection& connection, ShardId shard, const Completion
       SettleObservation(connection, completion);
       break;
     case CompletionKind::kRecallDone:
-      FinishRecall(connection, completion);
+      FinishRecall(connection, completion.reason, completion.sequence);
       break;
     case CompletionKind::kResults:
       ForwardHits(connection, shard, completion);
@@ -169,25 +171,6 @@ void IngestCore::SettleObservation(Connection& connection, const Completion& com
              .sequence = completion.sequence,
              .retry_after_ms = std::max(completion.retry_after_ms, uint32_t{1}),
              .expected = completion.sequence});
-  }
-}
-
-void IngestCore::FinishRecall(Connection& connection, const Completion& completion) {
-  --connection.recalls_in_flight;
-  counters_[IngestCounter::kRecallsAnswered].Add(1);
-  if (completion.reason != RefusalReason::kNone) {
-    RefuseRequest(connection, completion.reason, FrameType::kRecall, completion.sequence);
-  }
-}
-
-void IngestCore::ForwardHits(Connection& connection, ShardId shard, const Completion& completion) {
-  const std::byte* slot = port_.shards[shard.value()].result_slab->At(completion.result_slot);
-  const auto batch = LoadAs<ResultBatch>(slot);
-  SendResult(network_, connection.id, connection.session.value(), completion.sequence,
-             {.count = batch.count, .metric = batch.metric}, !batch.last,
-             {slot + sizeof(ResultBatch), batch.body_bytes});
-  if (network_->SendBacklog(connection.id) > options_.send_pause_bytes) {
-    PauseReceiving(connection);
   }
 }
 

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "src/core/check.h"
+#include "src/core/session_id.h"
 
 namespace engram {
 
@@ -23,24 +24,30 @@ Result<std::unique_ptr<IngestCore>> IngestCore::Create(const IngestOptions& opti
   auto pool = PartialBlockPool::Create(options.partial_frame_bytes / PartialBlockPool::kBlockBytes,
                                        options.huge_pages);
   if (!pool) return std::unexpected(pool.error());
-  return std::unique_ptr<IngestCore>(
-      new IngestCore(options, clock, network, std::move(port), catalogue, *std::move(pool)));
+  auto merger = RecallMerger::Create(options.max_merges, port.catalogue->max_partitions(),
+                                     options.huge_pages);
+  if (!merger) return std::unexpected(merger.error());
+  return std::unique_ptr<IngestCore>(new IngestCore(
+      options, clock, network, std::move(port), catalogue, *std::move(pool), *std::move(merger)));
 }
 
 IngestCore::IngestCore(const IngestOptions& options, Clock* clock, Network* network,
                        ProducerPort port, const CounterCatalogue* catalogue,
-                       PartialBlockPool partial_pool)
+                       PartialBlockPool partial_pool, std::unique_ptr<RecallMerger> merger)
     : options_(options),
       clock_(clock),
       network_(network),
       catalogue_(catalogue),
-      router_(static_cast<uint16_t>(port.shards.size())),
       port_(std::move(port)),
       partial_pool_(std::move(partial_pool)),
       scratch_(kFrameHeaderBytes + kMaxFrameBodyBytes),
       connections_(options.max_connections),
       completions_(kCompletionBatch),
-      shard_slots_(port_.shards.size()) {
+      request_slots_(port_.shards.size()),
+      merger_(std::move(merger)),
+      merged_(options.max_merges) {
+  request_shards_.reserve(port_.shards.size());
+  sendable_.reserve(options.max_merges);
   dirty_.reserve(options.max_connections);
   paused_.reserve(options.max_connections);
 }
@@ -48,6 +55,7 @@ IngestCore::IngestCore(const IngestOptions& options, Clock* clock, Network* netw
 int IngestCore::Poll() {
   now_ns_ = clock_->MonotonicNs();
   int work = TakeCompletions();
+  work += SendMerged();
   FlushAcks();
   work += network_->Poll(*this, options_.events_per_poll);
   FlushAcks();
@@ -170,10 +178,8 @@ bool IngestCore::TakeHello(Connection& connection, const FrameHeader& header,
   if (reason != RefusalReason::kNone) {
     return RefuseAndClose(connection, reason, header.type, 0);
   }
-  connection.home = router_.HomeOf(hello.space);
   connection.priority = hello.body.priority;
-  connection.space_bytes = static_cast<uint8_t>(hello.space.size());
-  std::ranges::copy(hello.space, connection.space.begin());
+  connection.space = SpaceName(hello.space);
 
   const SlotId slot = port_.slab->Acquire(kRequestBodyOffset);
   if (slot == kNoSlot) {
@@ -185,11 +191,13 @@ bool IngestCore::TakeHello(Connection& connection, const FrameHeader& header,
   request->dimension = hello.body.dimension;
   request->origin = OriginOf(connection);
   request->session = SessionId(header.session);
-  request->space_bytes = connection.space_bytes;
   request->space = connection.space;
-  if (!LaneOf(connection.home, Lane::kRecall).TryPush(slot)) {
+  connection.home = HomeFor(*request, EntryOf(connection));
+  const bool exists = connection.home.value() < shards();
+  if (!exists || !LaneOf(connection.home, Lane::kRecall).TryPush(slot)) {
     port_.slab->Release(slot);
-    return RefuseAndClose(connection, RefusalReason::kQueueFull, header.type, 0);
+    reason = exists ? RefusalReason::kQueueFull : RefusalReason::kSessionExpired;
+    return RefuseAndClose(connection, reason, header.type, 0);
   }
   connection.hello_pending = true;
   return true;
@@ -277,56 +285,6 @@ RefusalReason IngestCore::PushObservation(Connection& connection, const Observat
   return RefusalReason::kNone;
 }
 
-bool IngestCore::TakeRecall(Connection& connection, const FrameHeader& header,
-                            std::span<const std::byte> body) {
-  RecallView view;
-  RefusalReason reason = DecodeRecall(body, &view);
-  if (reason == RefusalReason::kBadFrame) {
-    return RefuseAndClose(connection, reason, header.type, header.sequence);
-  }
-  counters_[IngestCounter::kRecallsReceived].Add(1);
-  if (reason == RefusalReason::kNone) reason = PushRecall(connection, view, header);
-  if (reason == RefusalReason::kWrongDimension) {
-    CountNak(reason);
-    SendNak(network_, connection.id, reason,
-            {.refused_type = header.type,
-             .session = connection.session.value(),
-             .sequence = header.sequence,
-             .has_numbers = connection.rules.dimension != 0,
-             .got = view.body.dimension,
-             .wanted = connection.rules.dimension});
-  } else if (reason != RefusalReason::kNone) {
-    RefuseRequest(connection, reason, header.type, header.sequence);
-  }
-  if (connection.recalls_in_flight >= options_.max_recalls) PauseReceiving(connection);
-  return true;
-}
-
-RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& view,
-                                     const FrameHeader& header) {
-  const SlotId slot = port_.slab->Acquire(SlotBytesFor(view.body));
-  if (slot == kNoSlot) return RefusalReason::kSlotsExhausted;
-  std::byte* bytes = port_.slab->At(slot);
-  const RefusalReason reason = AdmitRecall(view, connection.rules, bytes);
-  if (reason != RefusalReason::kNone) {
-    port_.slab->Release(slot);
-    return reason;
-  }
-  auto* request = reinterpret_cast<RecallRequest*>(bytes);
-  request->with_payload = (header.flags & kFrameFlagWithPayload) != 0;
-  request->space_bytes = connection.space_bytes;
-  request->space = connection.space;
-  request->origin = OriginOf(connection);
-  request->request_id = header.sequence;
-  request->received_ns = now_ns_;
-  if (!LaneOf(connection.home, Lane::kRecall).TryPush(slot)) {
-    port_.slab->Release(slot);
-    return RefusalReason::kQueueFull;
-  }
-  ++connection.recalls_in_flight;
-  return RefusalReason::kNone;
-}
-
 bool IngestCore::TakeIntrospect(Connection& connection, const FrameHeader& header,
                                 std::span<const std::byte> body) {
   IntrospectWhat what{};
@@ -348,26 +306,38 @@ bool IngestCore::TakeIntrospect(Connection& connection, const FrameHeader& heade
 // Asks every shard, or none.
 RefusalReason IngestCore::PushIntrospect(Connection& connection, uint64_t request_id) {
   if (connection.introspections_in_flight > 0) return RefusalReason::kBusy;
-  const uint16_t shards = router_.shards();
-  for (uint16_t s = 0; s < shards; ++s) {
-    if (LaneOf(ShardId(s), Lane::kRecall).Full()) return RefusalReason::kQueueFull;
-  }
-  for (uint16_t s = 0; s < shards; ++s) {
-    shard_slots_[s] = port_.slab->Acquire(kRequestBodyOffset);
-    if (shard_slots_[s] != kNoSlot) continue;
-    while (s > 0) port_.slab->Release(shard_slots_[--s]);
-    return RefusalReason::kSlotsExhausted;
-  }
-  for (uint16_t s = 0; s < shards; ++s) {
-    auto* request = new (port_.slab->At(shard_slots_[s])) IntrospectRequest;
+  request_shards_.clear();
+  for (uint16_t s = 0; s < shards(); ++s) request_shards_.push_back(ShardId(s));
+  const RefusalReason reason = AcquireForEach(request_shards_, kRequestBodyOffset);
+  if (reason != RefusalReason::kNone) return reason;
+  for (uint16_t s = 0; s < shards(); ++s) {
+    auto* request = new (port_.slab->At(request_slots_[s])) IntrospectRequest;
     request->origin = OriginOf(connection);
     request->request_id = request_id;
-    const bool pushed = LaneOf(ShardId(s), Lane::kRecall).TryPush(shard_slots_[s]);
+    const bool pushed = LaneOf(ShardId(s), Lane::kRecall).TryPush(request_slots_[s]);
     CHECK(pushed, "the ring had room");
     ++connection.introspections_in_flight;
   }
   connection.introspect_id = request_id;
   return RefusalReason::kNone;
+}
+
+// A slot and room in the recall lane for every one of `shards`, or nothing. Slots: request_slots_.
+RefusalReason IngestCore::AcquireForEach(std::span<const ShardId> shards, size_t slot_bytes) {
+  for (const ShardId shard : shards) {
+    if (LaneOf(shard, Lane::kRecall).Full()) return RefusalReason::kQueueFull;
+  }
+  for (size_t i = 0; i < shards.size(); ++i) {
+    request_slots_[i] = port_.slab->Acquire(slot_bytes);
+    if (request_slots_[i] != kNoSlot) continue;
+    ReleaseForEach(i);
+    return RefusalReason::kSlotsExhausted;
+  }
+  return RefusalReason::kNone;
+}
+
+void IngestCore::ReleaseForEach(size_t shards) {
+  for (size_t i = 0; i < shards; ++i) port_.slab->Release(request_slots_[i]);
 }
 
 // The oldest unfinished frame gives way: a client that dribbles harms itself. When that is the
@@ -385,6 +355,21 @@ void IngestCore::EvictOldestPartial(const Connection& growing) {
   if (oldest == nullptr || oldest == &growing) return;
   counters_[IngestCounter::kEvictedPartialFrames].Add(1);
   RefuseAndClose(*oldest, RefusalReason::kPartialFrameLimit, FrameType::kObserve, 0);
+}
+
+SpaceEntry* IngestCore::EntryOf(Connection& connection) {
+  if (connection.entry == nullptr) {
+    connection.entry = port_.catalogue->Find(connection.space.view());
+  }
+  return connection.entry;
+}
+
+// Where a hello goes: a known session to its home, which may be no shard at all as the client said
+// its id; a new one to one of the space's partitions; who only recalls to the first.
+ShardId IngestCore::HomeFor(const HelloRequest& request, SpaceEntry* entry) const {
+  if (request.wants_session && request.session.value() != 0) return HomeOfSession(request.session);
+  if (entry == nullptr) return port_.catalogue->FirstShard(request.space.view());
+  return request.wants_session ? entry->NextHome() : entry->ShardOf(0);
 }
 
 IngestCore::Connection* IngestCore::Find(ConnectionId id) {

@@ -13,8 +13,8 @@
 #include "dataplane/frame_assembler.h"
 #include "dataplane/frame_format.h"
 #include "dataplane/frame_writer.h"
+#include "dataplane/recall_merger.h"
 #include "dataplane/ring_mesh.h"
-#include "dataplane/shard_router.h"
 #include "src/core/clock.h"
 #include "src/core/counters.h"
 #include "src/core/latency_histogram.h"
@@ -31,6 +31,7 @@ struct IngestOptions {
   int64_t slow_reader_timeout_ns = 30 * kNanosPerSecond;  // answers stay unread
   int64_t drain_timeout_ns = 5 * kNanosPerSecond;         // to settle and say close
   uint32_t max_recalls = 16;                              // of a connection, under way
+  uint32_t max_merges = 1'024;                            // recalls of all over several partitions
   size_t partial_frame_bytes = size_t{32} << 20;          // of all unfinished frames
   size_t send_pause_bytes = size_t{1} << 20;              // unread answers at which reading pauses
   int events_per_poll = 64;
@@ -64,14 +65,16 @@ constexpr Lane LaneOfPriority(Priority priority) {
 // back to bytes.
 //
 // The way of an observation: OnReceive (receiver) -> TakeFrame (decoder) -> TakeObserve ->
-// PushObservation (admission gate, shard router, ring mesh), in ingest_core.cc; back:
-// TakeCompletions -> SettleObservation -> FlushAcks, in ingest_answers.cc. Refusals, closing and
-// timeouts are in ingest_upkeep.cc, what the core says of itself in ingest_status.cc.
+// PushObservation (admission gate, ring mesh), in ingest_core.cc; back:
+// TakeCompletions -> SettleObservation -> FlushAcks, in ingest_answers.cc. Recalls, which go to
+// every partition of a space and come back as one answer, are in ingest_recall.cc; refusals,
+// closing and timeouts in ingest_upkeep.cc, what the core says of itself in ingest_status.cc.
 //
 // Thread safety: one core's alone; counters and histograms may be read by others.
 // Invariants: a connection's observations are pushed in the order of their sequence numbers, on one
-// lane to one shard; settled_sequence <= next_sequence - 1; every slot is free, in a ring, or with
-// a shard.
+// lane to one shard, the session's home; settled_sequence <= next_sequence - 1; every slot is free,
+// in a ring, or with a shard; a merge is released when all its partitions have answered, also where
+// its connection has gone before.
 class IngestCore final : public NetworkHandler {
  public:
   // `clock`, `network` and `catalogue` (counters for `status`; may be filled later) outlive the
@@ -91,6 +94,8 @@ class IngestCore final : public NetworkHandler {
   uint32_t open_connections() const { return open_connections_; }
   // Blocks that hold no unfinished frame.
   size_t free_partial_blocks() const { return partial_pool_.free_blocks(); }
+  // Recalls whose partitions are being merged.
+  uint32_t merges_in_flight() const { return options_.max_merges - merger_->free_merges(); }
   void AddCounters(std::string_view core, CounterCatalogue* catalogue) const;
   const LatencyHistogram& receive_to_ring() const { return receive_to_ring_; }
   const Counter& counter(IngestCounter which) const { return counters_[which]; }
@@ -123,8 +128,8 @@ class IngestCore final : public NetworkHandler {
     Priority priority = Priority::kNormal;
     ShardId home;
     SpaceRules rules;
-    uint8_t space_bytes = 0;
-    std::array<char, kMaxSpaceNameBytes> space{};
+    SpaceName space;
+    SpaceEntry* entry = nullptr;  // of `space`, once it exists
     SessionId session;
     uint32_t session_slot = 0;
     Sequence next_sequence = 1;
@@ -141,8 +146,16 @@ class IngestCore final : public NetworkHandler {
     FrameAssembler assembler;
   };
 
+  // What a recall over several partitions is answered to.
+  struct MergedRecall {
+    Origin origin = 0;
+    uint64_t request_id = 0;
+    CommitStamp snapshot = kNoStamp;
+  };
+
   IngestCore(const IngestOptions& options, Clock* clock, Network* network, ProducerPort port,
-             const CounterCatalogue* catalogue, PartialBlockPool partial_pool);
+             const CounterCatalogue* catalogue, PartialBlockPool partial_pool,
+             std::unique_ptr<RecallMerger> merger);
 
   // Receiving.
   bool TakeFrame(Connection& connection, const FrameHeader& header,
@@ -157,6 +170,8 @@ class IngestCore final : public NetworkHandler {
                   std::span<const std::byte> body);
   RefusalReason PushRecall(Connection& connection, const RecallView& view,
                            const FrameHeader& header);
+  RefusalReason AcquireForEach(std::span<const ShardId> shards, size_t slot_bytes);
+  void ReleaseForEach(size_t shards);
   bool TakeIntrospect(Connection& connection, const FrameHeader& header,
                       std::span<const std::byte> body);
   RefusalReason PushIntrospect(Connection& connection, uint64_t request_id);
@@ -170,7 +185,10 @@ class IngestCore final : public NetworkHandler {
   void DetachOrphan(ShardId shard, const Completion& completion);
   void FinishHello(Connection& connection, const Completion& completion);
   void SettleObservation(Connection& connection, const Completion& completion);
-  void FinishRecall(Connection& connection, const Completion& completion);
+  void FinishRecall(Connection& connection, RefusalReason reason, uint64_t request_id);
+  void TakePartition(ShardId shard, const Completion& completion);
+  int SendMerged();
+  bool SendMerge(Connection& connection, RecallMerger::MergeId merge);
   void ForwardHits(Connection& connection, ShardId shard, const Completion& completion);
   void ForwardRecords(Connection& connection, ShardId shard, const Completion& completion);
   void FlushAcks();
@@ -195,6 +213,10 @@ class IngestCore final : public NetworkHandler {
   void MeasureDrainRate();
   uint32_t RetryAfterMs(const Connection& connection) const;
 
+  SpaceEntry* EntryOf(Connection& connection);
+  ShardId HomeFor(const HelloRequest& request, SpaceEntry* entry) const;
+  CommitStamp SnapshotOver(std::span<const ShardId> shards) const;
+  uint16_t shards() const { return static_cast<uint16_t>(port_.shards.size()); }
   Connection* Find(ConnectionId id);
   Connection* FindOrigin(Origin origin) {
     return Find({.index = static_cast<uint32_t>(origin >> 32),
@@ -203,6 +225,9 @@ class IngestCore final : public NetworkHandler {
   static Origin OriginOf(const Connection& connection) {
     return (uint64_t{connection.id.index} << 32) | connection.id.generation;
   }
+  // The shards' answers to a recall over several partitions name its merge, not its connection,
+  // since that may go while the merge may not. No connection has so high an index.
+  static constexpr Origin kMergeOrigin = Origin{1} << 63;
   SpscRing<SlotId>::Producer& LaneOf(ShardId shard, Lane lane) {
     return port_.shards[shard.value()].lanes[static_cast<size_t>(lane)];
   }
@@ -212,7 +237,6 @@ class IngestCore final : public NetworkHandler {
   Clock* const clock_;
   Network* const network_;
   const CounterCatalogue* const catalogue_;
-  const ShardRouter router_;
 
   // Owner core only.
   ProducerPort port_;
@@ -222,8 +246,13 @@ class IngestCore final : public NetworkHandler {
   std::vector<uint32_t> dirty_;          // connections whose ack is due
   std::vector<uint32_t> paused_;         // connections that are not read from
   std::vector<Completion> completions_;  // of one batch
-  std::vector<SlotId> shard_slots_;      // by shard, while one request is made for each
-  uint32_t connections_used_ = 0;        // highest index ever + 1
+  // While one request is made for several shards: which, and its slot for each.
+  std::vector<ShardId> request_shards_;
+  std::vector<SlotId> request_slots_;
+  std::unique_ptr<RecallMerger> merger_;
+  std::vector<MergedRecall> merged_;             // by merge
+  std::vector<RecallMerger::MergeId> sendable_;  // merges that all partitions have answered
+  uint32_t connections_used_ = 0;                // highest index ever + 1
   uint32_t open_connections_ = 0;
   uint32_t open_sessions_ = 0;
   uint32_t sweep_cursor_ = 0;

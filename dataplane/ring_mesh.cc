@@ -31,24 +31,39 @@ std::array<SlotClass, 4> ProducerClasses(uint32_t lane_capacity) {
 
 Result<RingMesh> RingMesh::Create(const MeshOptions& options) {
   CHECK(options.producers > 0 && options.shards > 0, "a mesh has two sides");
+  CHECK(options.catalogue != nullptr, "every core needs the catalogue of spaces");
   RingMesh mesh;
+  mesh.stamps_ = std::make_unique<StampBoard>(options.shards);
   const auto producer_classes = ProducerClasses(options.lane_capacity);
   for (uint16_t p = 0; p < options.producers; ++p) {
     auto slab = SlotSlab::Create(producer_classes, options.huge_pages,
                                  NodeAt(options.producer_numa_node, p));
     if (!slab) return std::unexpected(slab.error());
     mesh.slabs_.push_back(std::make_unique<SlotSlab>(*std::move(slab)));
-    mesh.producers_.push_back(
-        {.producer = ProducerId(p), .slab = mesh.slabs_.back().get(), .shards = {}});
+    mesh.producers_.push_back({.producer = ProducerId(p),
+                               .slab = mesh.slabs_.back().get(),
+                               .shards = {},
+                               .stamps = mesh.stamps_.get(),
+                               .catalogue = options.catalogue});
   }
   for (uint16_t s = 0; s < options.shards; ++s) {
     auto slab =
         SlotSlab::Create(kResultClasses, options.huge_pages, NodeAt(options.shard_numa_node, s));
     if (!slab) return std::unexpected(slab.error());
     mesh.result_slabs_.push_back(std::make_unique<SlotSlab>(*std::move(slab)));
-    mesh.shards_.push_back(
-        {.shard = ShardId(s), .producers = {}, .result_slab = mesh.result_slabs_.back().get()});
+    mesh.shards_.push_back({.shard = ShardId(s),
+                            .producers = {},
+                            .peers = std::vector<PeerLink>(options.shards),
+                            .result_slab = mesh.result_slabs_.back().get(),
+                            .stamps = mesh.stamps_.get(),
+                            .catalogue = options.catalogue});
   }
+  mesh.LinkProducers(options);
+  mesh.LinkPeers(options);
+  return mesh;
+}
+
+void RingMesh::LinkProducers(const MeshOptions& options) {
   for (uint16_t p = 0; p < options.producers; ++p) {
     for (uint16_t s = 0; s < options.shards; ++s) {
       ProducerLink producer_link;
@@ -58,19 +73,32 @@ Result<RingMesh> RingMesh::Create(const MeshOptions& options) {
         std::tie(producer_link.lanes[lane], shard_link.lanes[lane]) = SpscRing<SlotId>::Create(
             recall_lane ? options.recall_lane_capacity : options.lane_capacity);
       }
-      const size_t slots = mesh.slabs_[p]->total_slots();
-      const size_t result_slots = mesh.result_slabs_[s]->total_slots();
+      const size_t slots = slabs_[p]->total_slots();
+      const size_t result_slots = result_slabs_[s]->total_slots();
       std::tie(shard_link.completions, producer_link.completions) =
           SpscRing<Completion>::Create(slots + result_slots + kNoticeRoom);
       std::tie(producer_link.result_returns, shard_link.result_returns) =
           SpscRing<SlotId>::Create(result_slots);
-      producer_link.result_slab = mesh.result_slabs_[s].get();
-      shard_link.producer_slab = mesh.slabs_[p].get();
-      mesh.producers_[p].shards.push_back(std::move(producer_link));
-      mesh.shards_[s].producers.push_back(std::move(shard_link));
+      producer_link.result_slab = result_slabs_[s].get();
+      shard_link.producer_slab = slabs_[p].get();
+      producers_[p].shards.push_back(std::move(producer_link));
+      shards_[s].producers.push_back(std::move(shard_link));
     }
   }
-  return mesh;
+}
+
+void RingMesh::LinkPeers(const MeshOptions& options) {
+  for (uint16_t from = 0; from < options.shards; ++from) {
+    for (uint16_t to = 0; to < options.shards; ++to) {
+      if (from == to) continue;
+      PeerLink& asking = shards_[from].peers[to];
+      PeerLink& asked = shards_[to].peers[from];
+      std::tie(asking.requests_out, asked.requests_in) =
+          SpscRing<PeerMessage>::Create(options.peer_capacity);
+      std::tie(asked.done_out, asking.done_in) =
+          SpscRing<PeerMessage>::Create(asking.requests_out.capacity() + 1);
+    }
+  }
 }
 
 ProducerPort RingMesh::TakeProducer(ProducerId producer) {

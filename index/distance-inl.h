@@ -9,7 +9,13 @@
 
 #include <hwy/highway.h>
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "index/distance.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace engram {
@@ -34,13 +40,16 @@ struct SquaredDifference {
   }
 };
 
-// Four sums, so that one addition need not wait for the last. `count` is a multiple of 16.
+// Both sums take four registers, so that one addition need not wait for the last.
+
+// Of two f32 rows; `count` is a multiple of 16.
 template <typename Term>
-HWY_INLINE float SumOfTerms(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b,
-                            size_t count) {
+HWY_INLINE float SumOfF32(const std::byte* a_row, const std::byte* b_row, size_t count) {
   const FloatTag tag;
   const Term term;
   const size_t lanes = hn::Lanes(tag);
+  const auto* HWY_RESTRICT a = reinterpret_cast<const float*>(a_row);
+  const auto* HWY_RESTRICT b = reinterpret_cast<const float*>(b_row);
   Floats sum0 = hn::Zero(tag);
   Floats sum1 = hn::Zero(tag);
   Floats sum2 = hn::Zero(tag);
@@ -53,6 +62,49 @@ HWY_INLINE float SumOfTerms(const float* HWY_RESTRICT a, const float* HWY_RESTRI
     sum3 = term(hn::Load(tag, a + i + 3 * lanes), hn::Load(tag, b + i + 3 * lanes), sum3);
   }
   for (; i < count; i += lanes) sum0 = term(hn::Load(tag, a + i), hn::Load(tag, b + i), sum0);
+  return hn::GetLane(hn::SumOfLanes(tag, hn::Add(hn::Add(sum0, sum1), hn::Add(sum2, sum3))));
+}
+
+// A bf16 number is the upper half of a float, so a register of 32-bit pairs gives the odd numbers
+// by a mask and the even ones by a shift.
+using PairTag = hn::RebindToUnsigned<FloatTag>;
+using Pairs = hn::Vec<PairTag>;
+HWY_INLINE Floats EvenOf(Pairs pairs) { return hn::BitCast(FloatTag(), hn::ShiftLeft<16>(pairs)); }
+HWY_INLINE Floats OddOf(Pairs pairs) {
+  return hn::BitCast(FloatTag(), hn::And(pairs, hn::Set(PairTag(), 0xFFFF0000U)));
+}
+
+// Of two bf16 rows; `count` is a multiple of 32.
+template <typename Term>
+HWY_INLINE float SumOfBf16(const std::byte* a_row, const std::byte* b_row, size_t count) {
+  const FloatTag tag;
+  const PairTag pair_tag;
+  const Term term;
+  const size_t lanes = hn::Lanes(tag);
+  const auto* HWY_RESTRICT a = reinterpret_cast<const uint32_t*>(a_row);
+  const auto* HWY_RESTRICT b = reinterpret_cast<const uint32_t*>(b_row);
+  const size_t pairs = count / 2;
+  Floats sum0 = hn::Zero(tag);
+  Floats sum1 = hn::Zero(tag);
+  Floats sum2 = hn::Zero(tag);
+  Floats sum3 = hn::Zero(tag);
+  size_t i = 0;
+  for (; i + 2 * lanes <= pairs; i += 2 * lanes) {
+    const Pairs a0 = hn::Load(pair_tag, a + i);
+    const Pairs b0 = hn::Load(pair_tag, b + i);
+    const Pairs a1 = hn::Load(pair_tag, a + i + lanes);
+    const Pairs b1 = hn::Load(pair_tag, b + i + lanes);
+    sum0 = term(EvenOf(a0), EvenOf(b0), sum0);
+    sum1 = term(OddOf(a0), OddOf(b0), sum1);
+    sum2 = term(EvenOf(a1), EvenOf(b1), sum2);
+    sum3 = term(OddOf(a1), OddOf(b1), sum3);
+  }
+  for (; i < pairs; i += lanes) {
+    const Pairs a0 = hn::Load(pair_tag, a + i);
+    const Pairs b0 = hn::Load(pair_tag, b + i);
+    sum0 = term(EvenOf(a0), EvenOf(b0), sum0);
+    sum1 = term(OddOf(a0), OddOf(b0), sum1);
+  }
   return hn::GetLane(hn::SumOfLanes(tag, hn::Add(hn::Add(sum0, sum1), hn::Add(sum2, sum3))));
 }
 
@@ -92,6 +144,100 @@ HWY_INLINE void ScaleInDouble(float* v, size_t count, double factor) {
   }
 #endif
   for (; i < count; ++i) v[i] = static_cast<float>(double{v[i]} * factor);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace engram
+HWY_AFTER_NAMESPACE();
+
+// Highway asks the machine for AVX512_VNNI before it chooses AVX3_DL, but does not allow it to the
+// compiler.
+#undef ENGRAM_BEFORE_INT8_NAMESPACE
+#if HWY_TARGET == HWY_AVX3_DL
+#define ENGRAM_BEFORE_INT8_NAMESPACE()              \
+  HWY_PUSH_ATTRIBUTES(HWY_TARGET_STR ",avx512vnni") \
+  static_assert(true, "For requiring trailing semicolon")
+#else
+#define ENGRAM_BEFORE_INT8_NAMESPACE() HWY_BEFORE_NAMESPACE()
+#endif
+
+ENGRAM_BEFORE_INT8_NAMESPACE();
+namespace engram {
+namespace HWY_NAMESPACE {
+
+HWY_INLINE Int8Trailer TrailerOf(const std::byte* row, size_t padded_dimension) {
+  Int8Trailer trailer;
+  std::memcpy(&trailer, row + padded_dimension, sizeof(trailer));
+  return trailer;
+}
+
+// The exact inner product of two int8 rows; `count` is a multiple of 64 and at most 4,096, which
+// keeps every sum below 2^27.
+#if HWY_TARGET == HWY_AVX3_DL
+// VPDPBUSD multiplies unsigned by signed, four products a lane, and does not saturate. So `a` is
+// taken as a + 128, which is what flipping its top bit makes of it, and 128 * sum(b) is too much.
+HWY_INLINE __m512i AddProducts(const std::byte* a, const std::byte* b, __m512i sum) {
+  const __m512i raised = _mm512_xor_si512(_mm512_load_si512(a), _mm512_set1_epi8(-128));
+  return _mm512_dpbusd_epi32(sum, raised, _mm512_load_si512(b));
+}
+HWY_INLINE int32_t DotOfInt8(const std::byte* a, const std::byte* b, size_t count) {
+  __m512i sum0 = _mm512_setzero_si512();
+  __m512i sum1 = _mm512_setzero_si512();
+  __m512i sum2 = _mm512_setzero_si512();
+  __m512i sum3 = _mm512_setzero_si512();
+  size_t i = 0;
+  for (; i + 256 <= count; i += 256) {
+    sum0 = AddProducts(a + i, b + i, sum0);
+    sum1 = AddProducts(a + i + 64, b + i + 64, sum1);
+    sum2 = AddProducts(a + i + 128, b + i + 128, sum2);
+    sum3 = AddProducts(a + i + 192, b + i + 192, sum3);
+  }
+  for (; i < count; i += 64) sum0 = AddProducts(a + i, b + i, sum0);
+  const __m512i sums = _mm512_add_epi32(_mm512_add_epi32(sum0, sum1), _mm512_add_epi32(sum2, sum3));
+  return _mm512_reduce_add_epi32(sums) - 128 * TrailerOf(b, count).sum;
+}
+#elif HWY_TARGET == HWY_SCALAR
+HWY_INLINE int32_t DotOfInt8(const std::byte* a_row, const std::byte* b_row, size_t count) {
+  const auto* HWY_RESTRICT a = reinterpret_cast<const int8_t*>(a_row);
+  const auto* HWY_RESTRICT b = reinterpret_cast<const int8_t*>(b_row);
+  int32_t sum = 0;
+  for (size_t i = 0; i < count; ++i) sum += int32_t{a[i]} * int32_t{b[i]};
+  return sum;
+}
+#else
+HWY_INLINE int32_t DotOfInt8(const std::byte* a_row, const std::byte* b_row, size_t count) {
+  const hn::CappedTag<int16_t, 32> wide;
+  const hn::Rebind<int8_t, decltype(wide)> narrow;
+  const hn::Repartition<int32_t, decltype(wide)> sum_tag;
+  const size_t lanes = hn::Lanes(wide);
+  const auto* HWY_RESTRICT a = reinterpret_cast<const int8_t*>(a_row);
+  const auto* HWY_RESTRICT b = reinterpret_cast<const int8_t*>(b_row);
+  // Each pair takes the sums that one instruction leaves in two registers on some targets.
+  auto sum0 = hn::Zero(sum_tag);
+  auto sum1 = hn::Zero(sum_tag);
+  auto sum2 = hn::Zero(sum_tag);
+  auto sum3 = hn::Zero(sum_tag);
+  for (size_t i = 0; i < count; i += 2 * lanes) {
+    const auto a0 = hn::PromoteTo(wide, hn::Load(narrow, a + i));
+    const auto b0 = hn::PromoteTo(wide, hn::Load(narrow, b + i));
+    const auto a1 = hn::PromoteTo(wide, hn::Load(narrow, a + i + lanes));
+    const auto b1 = hn::PromoteTo(wide, hn::Load(narrow, b + i + lanes));
+    sum0 = hn::ReorderWidenMulAccumulate(sum_tag, a0, b0, sum0, sum1);
+    sum2 = hn::ReorderWidenMulAccumulate(sum_tag, a1, b1, sum2, sum3);
+  }
+  const auto sums = hn::Add(hn::Add(sum0, sum1), hn::Add(sum2, sum3));
+  return hn::GetLane(hn::SumOfLanes(sum_tag, sums));
+}
+#endif
+
+// The inner product of the stored numbers.
+HWY_INLINE double DotOfScaled(const std::byte* a, const std::byte* b, size_t count) {
+  return TrailerOf(a, count).scale * TrailerOf(b, count).scale * DotOfInt8(a, b, count);
+}
+
+HWY_INLINE float ClampToFloat(double value) {
+  constexpr double kLargest = std::numeric_limits<float>::max();
+  return static_cast<float>(std::clamp(value, -kLargest, kLargest));
 }
 
 }  // namespace HWY_NAMESPACE

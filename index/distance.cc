@@ -1,5 +1,9 @@
+// For the VNNI kernel; before any header of Highway.
+#define HWY_WANT_AVX3_DL
+
 #include "index/distance.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "src/core/check.h"
@@ -15,14 +19,24 @@ HWY_BEFORE_NAMESPACE();
 namespace engram {
 namespace HWY_NAMESPACE {
 
-float CosineDistance(const float* a, const float* b, size_t padded_dimension) {
-  return 1.0F - SumOfTerms<Product>(a, b, padded_dimension);
+float CosineOfF32(const std::byte* a, const std::byte* b, size_t padded_dimension) {
+  return 1.0F - SumOfF32<Product>(a, b, padded_dimension);
 }
-float InnerProductDistance(const float* a, const float* b, size_t padded_dimension) {
-  return -SumOfTerms<Product>(a, b, padded_dimension);
+float InnerProductOfF32(const std::byte* a, const std::byte* b, size_t padded_dimension) {
+  return -SumOfF32<Product>(a, b, padded_dimension);
 }
-float L2Distance(const float* a, const float* b, size_t padded_dimension) {
-  return SumOfTerms<SquaredDifference>(a, b, padded_dimension);
+float L2OfF32(const std::byte* a, const std::byte* b, size_t padded_dimension) {
+  return SumOfF32<SquaredDifference>(a, b, padded_dimension);
+}
+
+float CosineOfBf16(const std::byte* a, const std::byte* b, size_t padded_dimension) {
+  return 1.0F - SumOfBf16<Product>(a, b, padded_dimension);
+}
+float InnerProductOfBf16(const std::byte* a, const std::byte* b, size_t padded_dimension) {
+  return -SumOfBf16<Product>(a, b, padded_dimension);
+}
+float L2OfBf16(const std::byte* a, const std::byte* b, size_t padded_dimension) {
+  return SumOfBf16<SquaredDifference>(a, b, padded_dimension);
 }
 
 double SquaredNormInDouble(const float* v, size_t count) { return SumOfSquaresInDouble(v, count); }
@@ -32,29 +46,71 @@ void Scale(float* v, size_t count, double factor) { ScaleInDouble(v, count, fact
 }  // namespace engram
 HWY_AFTER_NAMESPACE();
 
+ENGRAM_BEFORE_INT8_NAMESPACE();
+namespace engram {
+namespace HWY_NAMESPACE {
+
+float CosineOfInt8(const std::byte* a, const std::byte* b, size_t padded_dimension) {
+  return static_cast<float>(1.0 - DotOfScaled(a, b, padded_dimension));
+}
+float InnerProductOfInt8(const std::byte* a, const std::byte* b, size_t padded_dimension) {
+  return ClampToFloat(-DotOfScaled(a, b, padded_dimension));
+}
+float L2OfInt8(const std::byte* a, const std::byte* b, size_t padded_dimension) {
+  const double norms =
+      TrailerOf(a, padded_dimension).squared_norm + TrailerOf(b, padded_dimension).squared_norm;
+  return ClampToFloat(std::max(0.0, norms - 2 * DotOfScaled(a, b, padded_dimension)));
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace engram
+HWY_AFTER_NAMESPACE();
+
 #if HWY_ONCE
 namespace engram {
 
-HWY_EXPORT(CosineDistance);
-HWY_EXPORT(InnerProductDistance);
-HWY_EXPORT(L2Distance);
+HWY_EXPORT(CosineOfF32);
+HWY_EXPORT(InnerProductOfF32);
+HWY_EXPORT(L2OfF32);
+HWY_EXPORT(CosineOfBf16);
+HWY_EXPORT(InnerProductOfBf16);
+HWY_EXPORT(L2OfBf16);
+HWY_EXPORT(CosineOfInt8);
+HWY_EXPORT(InnerProductOfInt8);
+HWY_EXPORT(L2OfInt8);
 HWY_EXPORT(SquaredNormInDouble);
 HWY_EXPORT(Scale);
 
-DistanceFn DistanceFunction(Metric metric) {
+DistanceFn DistanceFunction(Precision precision, Metric metric) {
   // Without this the table's first entry would choose the target anew on every call.
   hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-  switch (metric) {
-    case Metric::kCosine:
-      return &HWY_DYNAMIC_DISPATCH(CosineDistance);
-    case Metric::kInnerProduct:
-      return &HWY_DYNAMIC_DISPATCH(InnerProductDistance);
-    case Metric::kL2:
-      return &HWY_DYNAMIC_DISPATCH(L2Distance);
-    case Metric::kUnspecified:
+  const auto of_metric = [metric](DistanceFn cosine, DistanceFn inner_product, DistanceFn l2) {
+    switch (metric) {
+      case Metric::kCosine:
+        return cosine;
+      case Metric::kInnerProduct:
+        return inner_product;
+      case Metric::kL2:
+        return l2;
+      case Metric::kUnspecified:
+        break;
+    }
+    CHECK(false, "a space has a metric");
+  };
+  switch (precision) {
+    case Precision::kF32:
+      return of_metric(&HWY_DYNAMIC_DISPATCH(CosineOfF32), &HWY_DYNAMIC_DISPATCH(InnerProductOfF32),
+                       &HWY_DYNAMIC_DISPATCH(L2OfF32));
+    case Precision::kBf16:
+      return of_metric(&HWY_DYNAMIC_DISPATCH(CosineOfBf16),
+                       &HWY_DYNAMIC_DISPATCH(InnerProductOfBf16), &HWY_DYNAMIC_DISPATCH(L2OfBf16));
+    case Precision::kInt8:
+      return of_metric(&HWY_DYNAMIC_DISPATCH(CosineOfInt8),
+                       &HWY_DYNAMIC_DISPATCH(InnerProductOfInt8), &HWY_DYNAMIC_DISPATCH(L2OfInt8));
+    case Precision::kUnspecified:
       break;
   }
-  CHECK(false, "a space has a metric");
+  CHECK(false, "a space has a precision");
 }
 
 float SquaredNorm(const float* v, size_t count) {

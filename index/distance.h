@@ -3,27 +3,59 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "src/core/check.h"
 #include "src/core/observation.h"
 
 namespace engram {
 
-// Distances between float32 vectors: smaller is nearer.
+// Distances between vectors of one space: smaller is nearer.
 //   cosine         1 - dot, of vectors that are stored with norm 1; 0 to 2
 //   inner product  -dot; any sign
 //   L2             squared Euclidean distance
-// All kernels take rows as VectorStore lays them out: PaddedDimension(dimension) floats from a
-// cache line on, zero beyond the dimension, so there is no remainder to handle.
+// All kernels take rows as VectorFormat writes them: PaddedDimension(precision, dimension) elements
+// from a cache line on, zero beyond the dimension, so there is no remainder to handle. Each takes
+// its two rows in either order with the same result, bit for bit.
+//
+// f32 and bf16 rows are summed in float: beyond its range a sum is infinite, or not a number where
+// terms of both signs leave it. bf16 rows are not scaled again after their rounding, so the cosine
+// distance of a row to itself is 0 only to 2^-7 at worst, 1e-4 for usual vectors.
+// int8 rows are summed exactly in int32 and scaled in double; the result is clamped to what float
+// holds, so it is always finite, and L2 is never negative.
 
-inline constexpr size_t kRowFloats = 16;  // one cache line
-constexpr size_t PaddedDimension(size_t dimension) {
-  return (dimension + kRowFloats - 1) & ~(kRowFloats - 1);
+// Elements of a row in memory: whole cache lines.
+constexpr size_t PaddedDimension(Precision precision, size_t dimension) {
+  const auto padded = [dimension](size_t per_line) {
+    return (dimension + per_line - 1) & ~(per_line - 1);
+  };
+  switch (precision) {
+    case Precision::kF32:
+      return padded(16);
+    case Precision::kBf16:
+      return padded(32);
+    case Precision::kInt8:
+      return padded(64);
+    case Precision::kUnspecified:
+      break;
+  }
+  CHECK(false, "a space has a precision");
 }
 
-// `a` and `b`: `padded_dimension` floats each, aligned to 64 bytes.
-using DistanceFn = float (*)(const float* a, const float* b, size_t padded_dimension);
+// What follows the padded numbers of an int8 row. A stored number is the int8 times `scale`.
+// Double, because no finite float vector leaves its range: neither the step of the smallest
+// denormals nor the squared norm of the largest values.
+struct Int8Trailer {
+  double scale;          // 0 for a zero vector
+  double squared_norm;   // of the stored numbers
+  int32_t sum;           // of the int8 numbers
+  uint8_t reserved[44];  // zero
+};
+static_assert(sizeof(Int8Trailer) == 64, "one cache line, so that rows stay aligned");
+
+// `a` and `b`: rows of one format, aligned to 64 bytes.
+using DistanceFn = float (*)(const std::byte* a, const std::byte* b, size_t padded_dimension);
 
 // The kernel for this machine. Resolve it once and keep it. kUnspecified is a bug.
-DistanceFn DistanceFunction(Metric metric);
+DistanceFn DistanceFunction(Precision precision, Metric metric);
 
 // Sum of the squares of `count` floats, no alignment needed. Infinite where it leaves float's
 // range.

@@ -42,8 +42,7 @@ uint32_t HnswLinker::DrawLevel(NodeId node) const {
   return static_cast<uint32_t>(std::min(level, double{HnswGraph::kMaxLevel}));
 }
 
-bool HnswLinker::Begin(HnswGraph* graph, const VectorStore* vectors, DistanceFn distance,
-                       NodeId node) {
+bool HnswLinker::Begin(HnswGraph* graph, const SearchTarget& target, NodeId node) {
   CHECK(!active(), "a linker links one node at a time");
   CHECK(graph->MaxDegree(1) == params_.M && graph->MaxDegree(0) == params_.M0,
         "a linker and its graphs have the same M and M0");
@@ -56,7 +55,10 @@ bool HnswLinker::Begin(HnswGraph* graph, const VectorStore* vectors, DistanceFn 
   if (!graph->AddNode(node, node_level_)) return false;
   node_ = node;
   graph_ = graph;
-  target_ = {graph, vectors, distance, vectors->Row(node)};
+  target_ = target;
+  target_.graph = graph;
+  target_.query = target.vectors->Row(node);
+  beam_ = BeamSearch<NotDoomed>(NotDoomed{graph});
   for (uint32_t level = 0; level <= node_level_; ++level) choices_[level].count = 0;
 
   const NodeId entry = graph->entry_point();
@@ -105,12 +107,6 @@ void HnswLinker::Abandon() {
   phase_ = Phase::kFree;
 }
 
-float HnswLinker::Distance(NodeId a, NodeId b) {
-  ++scratch_.distances;
-  return target_.distance(target_.vectors->Row(a), target_.vectors->Row(b),
-                          target_.vectors->padded_dimension());
-}
-
 // 2.
 void HnswLinker::StepDescent() {
   if (level_ > node_level_) {
@@ -146,12 +142,10 @@ void HnswLinker::StepExtend() {
     BeginSelect({extended_, extended_count_});
     return;
   }
-  const NodeId* links = graph_->Links(NodeOf(found_[next_++]), level_);
-  for (uint32_t i = 0; i < graph_->MaxDegree(level_); ++i) {
-    const NodeId linked = HnswGraph::LoadLink(links + i);
-    if (linked == kNoNode) break;
-    if (beam_.Visit(linked)) extended_[extended_count_++] = KeyOf(Distance(node_, linked), linked);
-  }
+  graph_->ForEachLink(NodeOf(found_[next_++]), level_, [&](NodeId linked) {
+    if (!beam_.Visit(linked) || graph_->IsDoomed(linked)) return;
+    extended_[extended_count_++] = KeyOf(Distance(node_, linked), linked);
+  });
 }
 
 // 4. `found` is sorted, nearest first.
@@ -201,7 +195,13 @@ void HnswLinker::EndSelect() {
     }
   }
   if (level_ != 0) {
-    beam_.BeginFromResults(--level_);
+    --level_;
+    if (found_.empty()) {  // Nothing but doomed nodes up here: go down from where the beam began.
+      beam_.Begin(target_, level_, params_.ef_construction, &scratch_);
+      beam_.AddSeed(nearest_);
+    } else {
+      beam_.BeginFromResults(level_);
+    }
     phase_ = Phase::kBeam;
     return;
   }
@@ -219,11 +219,12 @@ void HnswLinker::EndSelect() {
 // near nodes, and equal vectors form one part of it. It is chosen already unless nodes before it
 // have all their children; then it is one more link, or takes the place of the last.
 void HnswLinker::ChooseParent() {
+  if (graph_->linked_count() == 0) return;  // It becomes the root.
   const auto with_room = std::find_if(found_.begin(), found_.end(), [this](NeighbourKey key) {
     return graph_->MayHaveChild(NodeOf(key));
   });
-  const NodeId parent =
-      with_room != found_.end() ? NodeOf(*with_room) : graph_->FindParent(NodeOf(found_[0]));
+  const NodeId near = found_.empty() ? graph_->root() : NodeOf(found_[0]);
+  const NodeId parent = with_room != found_.end() ? NodeOf(*with_room) : graph_->FindParent(near);
   graph_->SetParent(node_, parent);
   Choice& choice = choices_[0];
   const auto end = choice.nodes.begin() + choice.count;
@@ -252,15 +253,17 @@ void HnswLinker::StepReverse() {
 // discards is not kept: the room saves the next reverse links a choice.
 void HnswLinker::PruneWithNode(NodeId neighbour, uint32_t level) {
   const uint32_t max_degree = graph_->MaxDegree(level);
-  const NodeId* links = graph_->Links(neighbour, level);
+  std::array<NodeId, HnswGraph::kMaxM0 + 1> nodes;
+  uint32_t pool_size = 0;
+  graph_->ForEachLink(neighbour, level, [&](NodeId link) {
+    if (graph_->IsDoomed(link)) return;
+    target_.Prefetch(link);
+    nodes[pool_size++] = link;
+  });
+  nodes[pool_size++] = node_;
   std::array<NeighbourKey, HnswGraph::kMaxM0 + 1> pool;
-  const size_t padded = target_.vectors->padded_dimension();
-  for (uint32_t i = 0; i < max_degree; ++i) PrefetchRow(target_.vectors->Row(links[i]), padded);
-  for (uint32_t i = 0; i < max_degree; ++i) {
-    pool[i] = KeyOf(Distance(neighbour, links[i]), links[i]);
-  }
-  pool[max_degree] = KeyOf(Distance(neighbour, node_), node_);
-  const std::span<NeighbourKey> candidates(pool.data(), max_degree + 1);
+  for (uint32_t i = 0; i < pool_size; ++i) pool[i] = KeyOf(Distance(neighbour, nodes[i]), nodes[i]);
+  const std::span<NeighbourKey> candidates(pool.data(), pool_size);
   std::sort(candidates.begin(), candidates.end());
 
   const auto must_stay = [&](NeighbourKey key) {
@@ -278,9 +281,8 @@ void HnswLinker::PruneWithNode(NodeId neighbour, uint32_t level) {
     }
     kept[count++] = key;
   }
-  std::array<NodeId, HnswGraph::kMaxM0> nodes;
   std::transform(kept.begin(), kept.begin() + count, nodes.begin(), NodeOf);
-  graph_->SetLinks(neighbour, level, {nodes.data(), count});
+  graph_->EditLinks(neighbour, level, {nodes.data(), count});
 }
 
 }  // namespace engram

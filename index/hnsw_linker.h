@@ -23,7 +23,7 @@ namespace engram {
 // 3. On each level from there down: beam search with ef_construction, begun from what was found on
 //    the level above.
 // 4. Select up to M of what was found by Algorithm 4. On level 0 also the node's parent in the
-//    graph's spanning tree (see HnswGraph).
+//    graph's spanning tree (see HnswGraph). Doomed nodes are walked through and never selected.
 // 5. Publish the node's own links on every level; nothing leads to the node yet.
 // 6. Reverse links: each neighbour gets a link to the node. Where its list is full, the same
 //    heuristic chooses which links it keeps; links of the tree are always kept.
@@ -40,9 +40,10 @@ class HnswLinker {
   HnswLinker& operator=(const HnswLinker&) = delete;
   ~HnswLinker();
 
-  // Begins to link `node`, whose row is written and which is not in the graph. The graph has this
-  // linker's M and M0. False when the heap is spent; nothing has changed then.
-  bool Begin(HnswGraph* graph, const VectorStore* vectors, DistanceFn distance, NodeId node);
+  // Begins to link `node`, whose row is written and which is not in the graph. `target` names
+  // graph, vectors and distance; its query is set here. The graph has this linker's M and M0. False
+  // when the heap is spent; nothing has changed then.
+  bool Begin(HnswGraph* graph, const SearchTarget& target, NodeId node);
 
   // Goes on until about `max_distances` distances have been evaluated: beyond that at most one
   // candidate's expansion, or one neighbour's choice of links. True when the node is linked; the
@@ -64,8 +65,9 @@ class HnswLinker {
 
  private:
   enum class Phase : uint8_t { kFree, kDescent, kBeam, kExtend, kSelect, kReverse };
-  struct AllNodes {
-    bool operator()(NodeId) const { return true; }
+  struct NotDoomed {
+    const HnswGraph* graph;
+    bool operator()(NodeId node) const { return !graph->IsDoomed(node); }
   };
   // The links that the node will have on one level: up to M, and the parent on level 0.
   struct Choice {
@@ -84,7 +86,10 @@ class HnswLinker {
   void StepReverse();
   void PruneWithNode(NodeId neighbour, uint32_t level);
   bool IsDominated(NeighbourKey candidate, std::span<const NeighbourKey> chosen);
-  float Distance(NodeId a, NodeId b);
+  float Distance(NodeId a, NodeId b) {
+    ++scratch_.distances;
+    return target_.DistanceBetween(a, b);
+  }
 
   // Constant after construction.
   ArenaHeap* heap_;
@@ -100,7 +105,7 @@ class HnswLinker {
   SearchTarget target_{};
   uint32_t node_level_ = 0;
   NeighbourKey nearest_ = 0;
-  BeamSearch<AllNodes> beam_;
+  BeamSearch<NotDoomed> beam_{NotDoomed{nullptr}};
   std::array<Choice, HnswGraph::kMaxLevel + 1> choices_;
   // Where its phase is: a level, and a place among the found nodes or the chosen ones.
   uint32_t level_ = 0;

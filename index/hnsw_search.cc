@@ -79,23 +79,15 @@ void SearchScratch::TrimCandidates(bool bounded) {
 
 bool GreedyHop(const SearchTarget& target, uint32_t level, NeighbourKey* nearest,
                uint64_t* distances) {
-  const size_t padded = target.vectors->padded_dimension();
-  const NodeId* links = target.graph->Links(NodeOf(*nearest), level);
-  const uint32_t places = target.graph->MaxDegree(level);
-  std::array<const float*, HnswGraph::kMaxM0> rows;
   std::array<NodeId, HnswGraph::kMaxM0> nodes;
   uint32_t count = 0;
-  for (; count < places; ++count) {
-    const NodeId linked = HnswGraph::LoadLink(links + count);
-    if (linked == kNoNode) break;
-    nodes[count] = linked;
-    rows[count] = target.vectors->Row(linked);
-    PrefetchRow(rows[count], padded);
-  }
+  target.graph->ForEachLink(NodeOf(*nearest), level, [&](NodeId linked) {
+    nodes[count++] = linked;
+    target.Prefetch(linked);
+  });
   const NeighbourKey before = *nearest;
   for (uint32_t i = 0; i < count; ++i) {
-    const NeighbourKey key = KeyOf(target.distance(target.query, rows[i], padded), nodes[i]);
-    *nearest = std::min(*nearest, key);
+    *nearest = std::min(*nearest, KeyOf(target.DistanceTo(nodes[i]), nodes[i]));
   }
   *distances += count;
   return *nearest != before;

@@ -14,6 +14,7 @@
 #include "src/core/check.h"
 #include "src/core/ids.h"
 #include "src/core/observation.h"
+#include "src/core/spsc_ring.h"
 
 namespace engram {
 
@@ -156,26 +157,35 @@ class SearchScratch {
   KeyHeap<FarthestFirst> results_;
 };
 
-// What is searched, with what, and for what. `query`: padded and aligned as a row of `vectors`.
+// Asks for the cache lines of a row that a distance will read soon. The rest follows by the
+// processor's own prefetcher once the distance runs.
+inline void PrefetchRow(const std::byte* row, size_t row_bytes) {
+  constexpr size_t kLinesAhead = 8;
+  const size_t lines = std::min(row_bytes / kCacheLineBytes, kLinesAhead);
+  for (size_t line = 0; line < lines; ++line) __builtin_prefetch(row + line * kCacheLineBytes);
+}
+
+// What is searched, with what, and for what. `query`: a row in the form of `vectors`.
 struct SearchTarget {
-  const HnswGraph* graph;
-  const VectorStore* vectors;
-  DistanceFn distance;
-  const float* query;
+  const HnswGraph* graph = nullptr;
+  const VectorStore* vectors = nullptr;
+  DistanceFn distance = nullptr;
+  size_t padded_dimension = 0;
+  const std::byte* query = nullptr;
+
+  float DistanceTo(NodeId node) const {
+    return distance(query, vectors->Row(node), padded_dimension);
+  }
+  float DistanceBetween(NodeId a, NodeId b) const {
+    return distance(vectors->Row(a), vectors->Row(b), padded_dimension);
+  }
+  void Prefetch(NodeId node) const { PrefetchRow(vectors->Row(node), vectors->row_bytes()); }
 };
 
 // Step 1, one hop: evaluates the links of *nearest on `level` and moves there if one is nearer.
 // True if it moved. Adds the distances it evaluated to *distances.
 bool GreedyHop(const SearchTarget& target, uint32_t level, NeighbourKey* nearest,
                uint64_t* distances);
-
-// Asks for the cache lines of a row that a distance will read soon. The rest follows by the
-// processor's own prefetcher once the distance runs.
-inline void PrefetchRow(const float* row, size_t padded_dimension) {
-  constexpr size_t kLinesAhead = 8;
-  const size_t lines = std::min(padded_dimension / kRowFloats, kLinesAhead);
-  for (size_t line = 0; line < lines; ++line) __builtin_prefetch(row + line * kRowFloats);
-}
 
 // Step 2, one expansion at a time.
 template <typename IsLive>
@@ -221,14 +231,9 @@ class BeamSearch {
     s.candidates_.Pop();
     if (!s.candidates_.empty()) PrefetchLinks(NodeOf(s.candidates_.top()));
     const size_t count = GatherUnvisited(NodeOf(candidate));
-    const size_t padded = target_.vectors->padded_dimension();
     for (size_t i = 0; i < count; ++i) {
-      if (i + kRowsAhead < count) {
-        PrefetchRow(target_.vectors->Row(fresh_[i + kRowsAhead]), padded);
-      }
-      const float distance =
-          target_.distance(target_.query, target_.vectors->Row(fresh_[i]), padded);
-      Offer(KeyOf(distance, fresh_[i]));
+      if (i + kRowsAhead < count) target_.Prefetch(fresh_[i + kRowsAhead]);
+      Offer(KeyOf(target_.DistanceTo(fresh_[i]), fresh_[i]));
     }
     s.distances += count;
     return true;
@@ -258,10 +263,9 @@ class BeamSearch {
     for (uint32_t place = 0; place < places; ++place) {
       const NodeId linked = HnswGraph::LoadLink(links + place);
       if (linked == kNoNode) break;
+      // A hole is beyond every room, so it counts as visited.
       if (!scratch_->Visit(linked)) continue;
-      if (count < kRowsAhead) {
-        PrefetchRow(target_.vectors->Row(linked), target_.vectors->padded_dimension());
-      }
+      if (count < kRowsAhead) target_.Prefetch(linked);
       fresh_[count++] = linked;
     }
     return count;
@@ -308,9 +312,7 @@ class GraphSearch {
     state_ = State::kComplete;
     if (entry == kNoNode) return;
     level_ = target.graph->Level(entry);
-    nearest_ = KeyOf(target.distance(target.query, target.vectors->Row(entry),
-                                     target.vectors->padded_dimension()),
-                     entry);
+    nearest_ = KeyOf(target.DistanceTo(entry), entry);
     ++scratch->distances;
     state_ = State::kDescent;
   }
@@ -361,18 +363,16 @@ class GraphSearch {
 };
 
 // The whole recall at once: the nearest min(k, out.size()) nodes for which `is_live(node)` is true,
-// nearest first, equal distances by lower node. Returns how many. `query`: padded and aligned as a
-// row. A node that is being linked may be among them. `ef` is raised to `k`; both are at most
-// scratch->max_ef(). The scratch has room for every node of the graph. Owner core only; other cores
-// use GraphSearch.
+// nearest first, equal distances by lower node. Returns how many. A node that is being linked may
+// be among them. `ef` is raised to `k`; both are at most scratch->max_ef(). The scratch has room
+// for every node of the graph. Owner core only; other cores use GraphSearch.
 template <typename IsLive>
-size_t SearchGraph(const HnswGraph& graph, const VectorStore& vectors, DistanceFn distance,
-                   const float* query, uint32_t k, uint32_t ef, IsLive is_live,
+size_t SearchGraph(const SearchTarget& target, uint32_t k, uint32_t ef, IsLive is_live,
                    SearchScratch* scratch, std::span<Neighbour> out) {
-  CHECK(scratch->capacity() >= graph.known_nodes(),
+  CHECK(scratch->capacity() >= target.graph->known_nodes(),
         "SearchScratch::Reserve is called where a graph grows");
   GraphSearch<IsLive> search(is_live);
-  search.Begin({&graph, &vectors, distance, query}, k, ef, scratch);
+  search.Begin(target, k, ef, scratch);
   search.Step(UINT64_MAX / 2);
   return search.TakeResults(out);
 }

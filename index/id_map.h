@@ -1,9 +1,11 @@
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "src/core/arena_heap.h"
 #include "src/core/check.h"
@@ -52,6 +54,41 @@ class IdMap {
   void Erase(uint64_t hash, NodeId node);
   // Gives every block back.
   void Release();
+
+  // Calls `visit(node)` for entries in the order of their hashes' upper 32 bits, from *cursor (0 to
+  // 2^32 - 1) on, until at least `limit` were visited and the next one differs in those bits.
+  // *cursor is then where to go on, or 0 when all were visited. An entry that is in the map
+  // throughout is visited exactly once, whatever else comes and goes between the calls.
+  template <typename Visit>
+  void VisitFrom(uint64_t* cursor, size_t limit, Visit&& visit) const {
+    std::vector<Entry> found;
+    size_t visited = 0;
+    uint64_t from = *cursor;
+    *cursor = 0;
+    while (directory_ != nullptr && from <= UINT32_MAX) {
+      const auto tag = static_cast<uint32_t>(from);
+      const Segment& segment = *directory_[DirectoryIndex(tag)];
+      found.clear();
+      for (uint32_t place = 0; place <= segment.mask; ++place) {
+        const Entry& entry = segment.entries()[place];
+        if (entry.node != kNoNode && entry.tag >= tag) found.push_back(entry);
+      }
+      std::sort(found.begin(), found.end(), [](const Entry& a, const Entry& b) {
+        return a.tag != b.tag ? a.tag < b.tag : a.node < b.node;
+      });
+      for (size_t i = 0; i < found.size(); ++i) {
+        if (visited >= limit && (i == 0 || found[i].tag != found[i - 1].tag)) {
+          *cursor = found[i].tag;
+          return;
+        }
+        visit(found[i].node);
+        ++visited;
+      }
+      // The first tag of the next segment.
+      const uint64_t span = uint64_t{1} << (32 - segment.depth);
+      from = (uint64_t{tag} / span + 1) * span;
+    }
+  }
 
   size_t size() const { return size_; }
 

@@ -5,9 +5,11 @@
 #include <span>
 #include <vector>
 
+#include "index/fresh_list.h"
 #include "index/hnsw_search.h"
 #include "index/space.h"
 #include "src/core/arena_heap.h"
+#include "src/core/commit_stamp.h"
 #include "src/core/observation.h"
 #include "src/core/refusal_reason.h"
 #include "src/core/shard_port.h"
@@ -15,17 +17,22 @@
 namespace engram {
 
 // One recall, in slices:
-// 1. Begin: the query in the form of the space's rows.
-// 2. Scan: the live nodes that the graph does not know, exactly.
+// 1. Begin: the query in the form of the space's rows, and the snapshot that is recalled.
+// 2. Scan: the nodes that the graph does not know. While there is no graph, by the vectors as they
+//    are kept, so the answer is exact; else by what the graph is walked with.
 // 3. Search: the graph, with ef.
-// 4. Merge: the k nearest of both.
-// 5. Emit: the hits in batches, as result slots become free.
-// Between Begin and the last batch the space must not change.
+// 4. Merge: the nearest of both.
+// 5. Compare again: where the graph is walked with codes, the nearest some by the vectors as they
+//    are kept; then the k nearest are the answer.
+// 6. Emit: the hits in batches, as result slots become free.
+// A get or a scroll is step 6 alone.
 //
-// Thread safety: the shard's alone. Takes memory from the shard's heap only, and only when a space
-// has grown since the last recall.
+// Thread safety: one core's alone. On another core than the shard's, from inside the space's epochs
+// from Begin to the last batch. Takes memory from its heap only, and only when a space has grown
+// since the last recall.
 class RecallJob {
  public:
+  // `heap` must outlive the job.
   explicit RecallJob(ArenaHeap* heap);
 
   // Takes the memory for recalls of spaces of up to `nodes` nodes. Call it where a space grows, so
@@ -35,45 +42,65 @@ class RecallJob {
   // kNone, or why the recall cannot be done. `vector` as received. ef 0 takes `default_ef`.
   RefusalReason Begin(const Space& space, const RecallRequest& request, const std::byte* vector,
                       uint32_t default_ef);
-  // Steps 2 to 4, until about `max_distances` distances have been evaluated. True when the hits are
+  // Steps 2 to 5, until about `max_distances` distances have been evaluated. True when the hits are
   // ready.
   bool Search(uint32_t max_distances);
+  // These nodes, in this order, are the hits.
+  void BeginListing(const Space& space, std::span<const NodeId> nodes, bool with_payload,
+                    bool with_vector);
+
   // Bytes of the next batch, header included, at most `max_bytes`.
   size_t NextBatchBytes(size_t max_bytes) const;
-  // Step 5: writes the next batch of at most `slot.size()` bytes. True when it was the last.
+  // Step 6: writes the next batch of at most `slot.size()` bytes. True when it was the last.
   bool EmitBatch(std::span<std::byte> slot);
 
   uint64_t distances() const { return scratch_.distances; }
 
  private:
-  struct IsLinked {
+  struct IsVisible {
     const Space* space;
-    bool operator()(NodeId node) const { return space->IsLinked(node); }
+    CommitStamp snapshot;
+    bool operator()(NodeId node) const { return space->IsVisible(node, snapshot); }
   };
-  enum class Phase : uint8_t { kIdle, kScan, kSearch, kReady };
+  enum class Phase : uint8_t { kIdle, kScan, kSearch, kCompare, kReady };
 
+  void TakeSnapshot(CommitStamp wanted);
   void ScanSlice(uint32_t max_distances);
+  void BeginSearch();
   void Merge();
-  // Payload bytes that hit `index` brings, given what was sent before it.
-  size_t PayloadBytesOf(const StoredObservation& stored, size_t sent) const;
-  size_t HitBytesOf(size_t index, size_t sent, size_t* payload_bytes) const;
+  void CompareSlice(uint32_t max_distances);
+  void BeginEmit(bool with_payload, bool with_vector);
+  // What hit `index` brings, given the payload that was sent before it.
+  struct HitSize {
+    size_t payload_bytes;
+    size_t hit_bytes;
+  };
+  HitSize SizeOf(size_t index, size_t sent) const;
   size_t WriteHit(size_t index, std::byte* to);
 
   SearchScratch scratch_;
-  GraphSearch<IsLinked> search_{IsLinked{nullptr}};
-  std::vector<float> query_storage_;
-  float* query_ = nullptr;  // aligned to 64 bytes within query_storage_
+  GraphSearch<IsVisible> search_{IsVisible{nullptr, kNoStamp}};
+  std::vector<std::byte> query_storage_;
+  std::byte* code_query_ = nullptr;   // aligned to 64 bytes within query_storage_
+  std::byte* exact_query_ = nullptr;  // likewise
   std::vector<NeighbourKey> nearest_storage_;
-  KeyHeap<FarthestFirst> nearest_;  // the k nearest scanned so far
+  KeyHeap<FarthestFirst> nearest_;  // of those scanned so far
   std::vector<Neighbour> found_;    // by the graph
   std::vector<NeighbourKey> hits_;  // nearest first
 
   Phase phase_ = Phase::kIdle;
   const Space* space_ = nullptr;
+  FreshList::Snapshot fresh_;
+  CommitStamp snapshot_ = kNoStamp;
   uint32_t k_ = 0;
   uint32_t ef_ = 0;
+  uint32_t kept_ = 0;  // of the scan and of the search: k, or more where they are compared again
+  bool scan_exact_ = false;
+  bool scored_ = false;
   bool with_payload_ = false;
+  bool with_vector_ = false;
   size_t scanned_ = 0;
+  size_t compared_ = 0;
   size_t emitted_ = 0;
   size_t payload_sent_ = 0;
 };

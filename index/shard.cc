@@ -22,13 +22,8 @@ constexpr uint32_t kIdleLinkDistances = 256;
 // Nodes linked between two announcements of credit.
 constexpr uint64_t kCreditEvery = 256;
 constexpr int64_t kLinkRetryNs = 100 * kNanosPerMilli;
-
-std::string_view NameOf(const HelloRequest& hello) {
-  return {hello.space.data(), hello.space_bytes};
-}
-std::string_view NameOf(const RecallRequest& recall) {
-  return {recall.space.data(), recall.space_bytes};
-}
+// Nodes given back in one round of upkeep.
+constexpr size_t kReclaimBatch = 64;
 
 }  // namespace
 
@@ -47,30 +42,37 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, HugePage
       port_(std::move(port)),
       arena_(std::make_unique<HugePageArena>(std::move(arena))),
       heap_(arena_.get()),
-      name_seed_(MixBits(options.seed)),
-      space_names_(&heap_),
+      epochs_(options.readers),
+      stamp_clock_(port_.shard),
+      hash_seed_(MixBits(options.seed + port_.shard.value())),
+      space_of_entry_(port_.catalogue->max_spaces(), kNoNode),
       sessions_(options.max_sessions, options.session_idle_timeout_ns,
-                MixBits(options.seed + port_.shard.value() + 1)),
+                MixBits(options.seed + port_.shard.value() + 1), port_.shard),
       linker_(&heap_, options.build),
+      sweep_(&heap_, options.build),
       recall_(&heap_),
       batch_(kObservationBatch) {
-  spaces_.reserve(options.max_spaces);
-  attached_.reserve(options.max_spaces);
-  announced_links_.reserve(options.max_spaces);
-  link_queued_.reserve(options.max_spaces);
-  link_queue_.reserve(options.max_spaces);
+  const uint32_t max_spaces = port_.catalogue->max_spaces();
+  spaces_.reserve(max_spaces);
+  entries_.reserve(max_spaces);
+  attached_.reserve(max_spaces);
+  announced_links_.reserve(max_spaces);
+  upkeep_queued_.reserve(max_spaces);
+  upkeep_queue_.reserve(max_spaces);
+  listed_.reserve(2 * kMaxRecallResults);
   counters_[ShardCounter::kMemoryLimitBytes].Set(arena_->reserve_bytes());
 }
 
 int Shard::Poll() {
   now_ns_ = clock_->MonotonicNs();
+  unix_ns_ = clock_->WallNs();
   first_producer_ = (first_producer_ + 1) % port_.producers.size();
   int work = TakeResultReturns();
   work += ServeRequests();
   if (answering_ != Answering::kNothing) return work;
   const int observations = TakeObservations(Lane::kHigh) + TakeObservations(Lane::kNormal);
   work += observations;
-  work += LinkSlice(observations > 0);
+  work += Upkeep(observations > 0);
   counters_[ShardCounter::kMemoryUsedBytes].Set(heap_.live_bytes());
   return work;
 }
@@ -110,8 +112,15 @@ int Shard::ServeRequests() {
 
 int Shard::ContinueAnswer() {
   if (answering_ == Answering::kSearching) {
+    if (const RefusalReason reason = JudgeAnswer(); reason != RefusalReason::kNone) {
+      FinishAnswer(CompletionKind::kRecallDone, reason);
+      return 1;
+    }
     const uint64_t before = recall_.distances();
-    const bool ready = recall_.Search(kRecallSliceDistances);
+    bool ready = false;
+    do {
+      ready = recall_.Search(kRecallSliceDistances);
+    } while (!ready && recall_.distances() - before < kRecallSliceDistances);
     counters_[ShardCounter::kRecallDistances].Add(recall_.distances() - before);
     if (!ready) return 1;
     answering_ = Answering::kEmitting;
@@ -148,6 +157,12 @@ void Shard::TakeRequest(size_t producer, SlotId slot) {
     case RequestKind::kIntrospect:
       BeginIntrospection(producer, slot);
       return;
+    case RequestKind::kGet:
+      BeginGet(producer, slot);
+      return;
+    case RequestKind::kScroll:
+      BeginScroll(producer, slot);
+      return;
     case RequestKind::kObserve:
       break;
   }
@@ -163,49 +178,50 @@ void Shard::OpenSession(size_t producer, SlotId slot) {
 }
 
 RefusalReason Shard::AnswerHello(size_t producer, HelloRequest* hello) {
+  const std::string_view name = hello->space.view();
   if (hello->wants_session && hello->session.value() != 0) {
     const Session* known = sessions_.Find(hello->session);
     if (known == nullptr) return RefusalReason::kSessionExpired;
-    if (spaces_[known->space]->name() != NameOf(*hello)) {
-      return RefusalReason::kSessionSpaceMismatch;
-    }
+    if (spaces_[known->space]->name() != name) return RefusalReason::kSessionSpaceMismatch;
   }
-  uint32_t space = 0;
-  const RefusalReason reason = FindOrMakeSpace(*hello, &space);
+  SpaceEntry* entry = port_.catalogue->Find(name);
   // Who only recalls may come before the first observation.
-  if (reason == RefusalReason::kUnknownSpace) return RefusalReason::kNone;
-  if (reason != RefusalReason::kNone) return reason;
-  hello->metric = spaces_[space]->metric();
-  hello->dimension = static_cast<uint16_t>(spaces_[space]->dimension());
-  return hello->wants_session ? AttachSession(producer, space, hello) : RefusalReason::kNone;
+  if (entry == nullptr && !hello->wants_session) return RefusalReason::kNone;
+  if (entry == nullptr) entry = port_.catalogue->FindOrAdd(name, hello->metric);
+  if (entry == nullptr) return RefusalReason::kSpaceLimit;
+  if (hello->metric != Metric::kUnspecified && hello->metric != entry->metric()) {
+    return RefusalReason::kMetricMismatch;
+  }
+  // What a client says of the dimension before the first observation settles it.
+  if (hello->dimension != 0 &&
+      !(hello->wants_session ? entry->FixDimension(hello->dimension)
+                             : entry->dimension() == 0 || entry->dimension() == hello->dimension)) {
+    return RefusalReason::kDimensionMismatch;
+  }
+  hello->metric = entry->metric();
+  hello->dimension = entry->dimension();
+  if (!hello->wants_session) return RefusalReason::kNone;
+  return AttachSession(producer, FindOrMakeSpace(entry), hello);
 }
 
-RefusalReason Shard::FindOrMakeSpace(const HelloRequest& hello, uint32_t* space) {
-  *space = FindSpaceIndex(NameOf(hello));
-  if (*space != kNoNode) {
-    const Space& known = *spaces_[*space];
-    if (hello.metric != Metric::kUnspecified && hello.metric != known.metric()) {
-      return RefusalReason::kMetricMismatch;
-    }
-    if (hello.dimension != 0 && known.dimension() != 0 && hello.dimension != known.dimension()) {
-      return RefusalReason::kDimensionMismatch;
-    }
-    return RefusalReason::kNone;
-  }
-  if (!hello.wants_session) return RefusalReason::kUnknownSpace;
-  if (spaces_.size() >= options_.max_spaces) return RefusalReason::kSpaceLimit;
-  *space = static_cast<uint32_t>(spaces_.size());
-  if (!space_names_.Insert(HashString(NameOf(hello), name_seed_), *space)) {
-    return RefusalReason::kMemoryFull;
-  }
-  const Metric metric = hello.metric == Metric::kUnspecified ? Metric::kCosine : hello.metric;
-  spaces_.push_back(std::make_unique<Space>(std::string(NameOf(hello)), metric, hello.dimension,
-                                            &heap_, options_.build, MixBits(name_seed_ + *space)));
+// The shard's part of a space that is in the catalogue.
+uint32_t Shard::FindOrMakeSpace(SpaceEntry* entry) {
+  uint32_t& space = space_of_entry_[entry->index()];
+  if (space != kNoNode) return space;
+  space = static_cast<uint32_t>(spaces_.size());
+  const SpaceOptions options{.metric = entry->metric(),
+                             .precision = entry->precision(),
+                             .traversal = options_.traversal,
+                             .dimension = entry->dimension(),
+                             .build = options_.build,
+                             .hash_seed = MixBits(hash_seed_ + entry->index())};
+  spaces_.push_back(std::make_unique<Space>(std::string(entry->name()), options, &heap_, &epochs_));
+  entries_.push_back(entry);
   attached_.push_back(0);
   announced_links_.push_back(0);
-  link_queued_.push_back(false);
+  upkeep_queued_.push_back(false);
   counters_[ShardCounter::kSpaces].Set(spaces_.size());
-  return RefusalReason::kNone;
+  return space;
 }
 
 RefusalReason Shard::AttachSession(size_t producer, uint32_t space, HelloRequest* hello) {
@@ -249,19 +265,38 @@ void Shard::DetachSession(size_t producer, SlotId slot) {
   Complete(producer, {.kind = CompletionKind::kDetach, .slot = slot, .origin = request->origin});
 }
 
-void Shard::BeginRecall(size_t producer, SlotId slot) {
-  const std::byte* bytes = port_.producers[producer].producer_slab->At(slot);
-  const auto* request = reinterpret_cast<const RecallRequest*>(bytes);
+template <typename Request>
+const Request* Shard::BeginAnswer(size_t producer, SlotId slot) {
+  const auto* request =
+      reinterpret_cast<const Request*>(port_.producers[producer].producer_slab->At(slot));
   answer_producer_ = producer;
   answer_slot_ = slot;
   answer_origin_ = request->origin;
   answer_id_ = request->request_id;
+  return request;
+}
+
+// Whether whoever asked still wants the answer.
+RefusalReason Shard::JudgeAnswer() const {
+  const auto* header = reinterpret_cast<const RequestHeader*>(
+      port_.producers[answer_producer_].producer_slab->At(answer_slot_));
+  if (IsCancelled(*header)) return RefusalReason::kCancelled;
+  if (header->deadline_ns != 0 && now_ns_ > header->deadline_ns) {
+    return RefusalReason::kDeadlinePassed;
+  }
+  return RefusalReason::kNone;
+}
+
+void Shard::BeginRecall(size_t producer, SlotId slot) {
+  const auto* request = BeginAnswer<RecallRequest>(producer, slot);
   counters_[ShardCounter::kRecalls].Add(1);
-  const uint32_t space = FindSpaceIndex(NameOf(*request));
-  RefusalReason reason = RefusalReason::kUnknownSpace;
-  if (space != kNoNode && spaces_[space]->dimension() != 0) {
-    reason =
-        recall_.Begin(*spaces_[space], *request, bytes + kRequestBodyOffset, options_.default_ef);
+  const uint32_t space = FindSpaceIndex(request->space.view());
+  RefusalReason reason = JudgeAnswer();
+  if (reason == RefusalReason::kNone) reason = RefusalReason::kUnknownSpace;
+  if (reason == RefusalReason::kUnknownSpace && space != kNoNode &&
+      spaces_[space]->dimension() != 0) {
+    const auto* vector = reinterpret_cast<const std::byte*>(request) + kRequestBodyOffset;
+    reason = recall_.Begin(*spaces_[space], *request, vector, options_.default_ef);
   }
   if (reason == RefusalReason::kNone) {
     answering_ = Answering::kSearching;
@@ -270,13 +305,39 @@ void Shard::BeginRecall(size_t producer, SlotId slot) {
   }
 }
 
+void Shard::BeginGet(size_t producer, SlotId slot) {
+  const auto* request = BeginAnswer<GetRequest>(producer, slot);
+  const uint32_t space = FindSpaceIndex(request->space.view());
+  if (space == kNoNode) {
+    FinishAnswer(CompletionKind::kRecallDone, RefusalReason::kUnknownSpace);
+    return;
+  }
+  const auto* id = reinterpret_cast<const char*>(request) + kRequestBodyOffset;
+  const NodeId node = spaces_[space]->FindLive({id, request->id_bytes});
+  listed_.clear();
+  if (node != kNoNode) listed_.push_back(node);
+  recall_.BeginListing(*spaces_[space], listed_, request->with_payload, request->with_vector);
+  answering_ = Answering::kEmitting;
+}
+
+void Shard::BeginScroll(size_t producer, SlotId slot) {
+  const auto* asked = BeginAnswer<ScrollRequest>(producer, slot);
+  // The answer's part of the request.
+  auto* request = const_cast<ScrollRequest*>(asked);
+  const uint32_t space = FindSpaceIndex(request->space.view());
+  if (space == kNoNode) {
+    FinishAnswer(CompletionKind::kRecallDone, RefusalReason::kUnknownSpace);
+    return;
+  }
+  listed_.clear();
+  const size_t limit = std::clamp<size_t>(request->limit, 1, kMaxRecallResults);
+  spaces_[space]->Scroll(&request->cursor, limit, &listed_);
+  recall_.BeginListing(*spaces_[space], listed_, request->with_payload, request->with_vector);
+  answering_ = Answering::kEmitting;
+}
+
 void Shard::BeginIntrospection(size_t producer, SlotId slot) {
-  const auto* request =
-      reinterpret_cast<const IntrospectRequest*>(port_.producers[producer].producer_slab->At(slot));
-  answer_producer_ = producer;
-  answer_slot_ = slot;
-  answer_origin_ = request->origin;
-  answer_id_ = request->request_id;
+  BeginAnswer<IntrospectRequest>(producer, slot);
   introspected_ = 0;
   answering_ = Answering::kIntrospecting;
 }
@@ -372,11 +433,11 @@ int Shard::TakeObservations(Lane lane) {
   return work;
 }
 
-// The session's rules, then the space. Only what was stored, or refused for good, moves the
-// session's last sequence.
 Completion Shard::TakeObservation(size_t producer, SlotId slot) {
   std::byte* bytes = port_.producers[producer].producer_slab->At(slot);
   auto* request = reinterpret_cast<ObserveRequest*>(bytes);
+  const std::byte* body = bytes + kRequestBodyOffset;
+  if (request->session.value() == 0) return TakeAlone(request, body, slot);
   Completion completion{.kind = CompletionKind::kObserve,
                         .slot = slot,
                         .origin = request->origin,
@@ -392,22 +453,7 @@ Completion Shard::TakeObservation(size_t producer, SlotId slot) {
   } else if (request->sequence != session->last_sequence + 1) {
     completion.reason = RefusalReason::kSequenceGap;
   } else {
-    Space* space = spaces_[session->space].get();
-    const bool in_credit = request->sequence <= session->granted_sequence;
-    completion.reason = Store(space, *request, bytes + kRequestBodyOffset, in_credit);
-    if (completion.reason == RefusalReason::kNone) {
-      session->last_sequence = request->sequence;
-      receive_to_visible_.Record(now_ns_ - request->received_ns);
-      if (space->NextToLink() != kNoNode) QueueForLinking(session->space);
-    } else if (HasEffect(completion.reason, RefusalEffect::kConsumes)) {
-      session->last_sequence = request->sequence;
-      request->space_dimension = static_cast<uint16_t>(space->dimension());
-      counters_[ShardCounter::kObservationsSkipped].Add(1);
-    } else {
-      completion.retry_after_ms = RetryAfterMs(*space);
-    }
-    session->last_active_ns = now_ns_;
-    completion.credit_sequence = CreditOf(session);
+    TakeInSession(session, request, body, &completion);
   }
   if (completion.reason != RefusalReason::kNone &&
       DescribeRefusal(completion.reason).effect != RefusalEffect::kConsumes) {
@@ -416,63 +462,172 @@ Completion Shard::TakeObservation(size_t producer, SlotId slot) {
   return completion;
 }
 
-RefusalReason Shard::Store(Space* space, const ObserveRequest& request, const std::byte* body,
-                           bool in_credit) {
-  if (request.op == ObservationOp::kSkip) return request.skip_reason;
+// Without a session: the space is named, and the answer goes into the slot.
+Completion Shard::TakeAlone(ObserveRequest* request, const std::byte* body, SlotId slot) {
+  Completion completion{.kind = CompletionKind::kObserve,
+                        .slot = slot,
+                        .origin = request->origin,
+                        .sequence = request->sequence};
+  StoreOutcome outcome;
+  SpaceEntry* entry = port_.catalogue->FindOrAdd(request->space.view(), Metric::kUnspecified);
+  if (IsCancelled(request->header)) {
+    outcome.reason = RefusalReason::kCancelled;
+  } else if (request->header.deadline_ns != 0 && now_ns_ > request->header.deadline_ns) {
+    outcome.reason = RefusalReason::kDeadlinePassed;
+  } else if (entry == nullptr) {
+    outcome.reason = RefusalReason::kSpaceLimit;
+  } else {
+    const uint32_t space = FindOrMakeSpace(entry);
+    outcome = Store(space, *request, body, false);
+    request->space_dimension = static_cast<uint16_t>(spaces_[space]->dimension());
+    completion.retry_after_ms = RetryAfterMs(*spaces_[space]);
+  }
+  request->existed = outcome.existed;
+  request->stamp = stamp_clock_.last();
+  completion.reason = outcome.reason;
+  if (outcome.reason != RefusalReason::kNone) {
+    counters_[ShardCounter::kObservationsRefused].Add(1);
+  } else {
+    receive_to_visible_.Record(now_ns_ - request->received_ns);
+  }
+  return completion;
+}
+
+// The next observation of a session. Only what was stored, or refused for good, moves the session's
+// last sequence.
+void Shard::TakeInSession(Session* session, ObserveRequest* request, const std::byte* body,
+                          Completion* completion) {
+  const Space& space = *spaces_[session->space];
+  const bool in_credit = request->sequence <= session->granted_sequence;
+  completion->reason = Store(session->space, *request, body, in_credit).reason;
+  if (completion->reason == RefusalReason::kNone) {
+    session->last_sequence = request->sequence;
+    receive_to_visible_.Record(now_ns_ - request->received_ns);
+  } else if (HasEffect(completion->reason, RefusalEffect::kConsumes)) {
+    session->last_sequence = request->sequence;
+    request->space_dimension = static_cast<uint16_t>(space.dimension());
+    counters_[ShardCounter::kObservationsSkipped].Add(1);
+  } else {
+    completion->retry_after_ms = RetryAfterMs(space);
+  }
+  session->last_active_ns = now_ns_;
+  completion->credit_sequence = CreditOf(session);
+}
+
+StoreOutcome Shard::Store(uint32_t space, const ObserveRequest& request, const std::byte* body,
+                          bool in_credit) {
+  if (request.op == ObservationOp::kSkip) return {.reason = request.skip_reason};
   const std::byte* id = body + VectorBytes(request.dtype, request.dimension);
   const std::string_view id_text(reinterpret_cast<const char*>(id), request.id_bytes);
   if (request.op == ObservationOp::kDelete) {
-    if (space->Delete(id_text)) counters_[ShardCounter::kObservationsDeleted].Add(1);
-    return RefusalReason::kNone;
+    const StoreOutcome outcome =
+        spaces_[space]->Delete(id_text, stamp_clock_.Next(unix_ns_), false);
+    if (outcome.existed) {
+      counters_[ShardCounter::kObservationsDeleted].Add(1);
+      QueueForUpkeep(space);
+    }
+    return outcome;
   }
-  if (!in_credit && space->has_graph() &&
-      space->unlinked_count() >= 2 * space->NodesInBytes(options_.unlinked_limit_bytes)) {
-    return RefusalReason::kBacklogFull;
+  return StoreVector(space,
+                     {.id = id_text,
+                      .payload = {id + request.id_bytes, request.payload_bytes},
+                      .payload_kind = request.payload_kind,
+                      .dtype = request.dtype,
+                      .dimension = request.dimension,
+                      .scale = request.scale,
+                      .vector = body,
+                      .when_ns = request.when_ns,
+                      .confidence = request.confidence},
+                     in_credit);
+}
+
+StoreOutcome Shard::StoreVector(uint32_t space, const ObservationRef& observation, bool in_credit) {
+  Space& target = *spaces_[space];
+  if (!in_credit && target.has_graph() &&
+      target.unlinked_count() >= 2 * target.NodesInBytes(options_.unlinked_limit_bytes)) {
+    return {.reason = RefusalReason::kBacklogFull};
+  }
+  // Another shard may have settled the space's dimension.
+  if (entries_[space]->dimension() != 0 && entries_[space]->dimension() != observation.dimension) {
+    return {.reason = RefusalReason::kWrongDimension};
   }
   // What recalls need comes first, so that they go on when the memory is full.
-  if (!recall_.Reserve(space->node_count() + 1)) return RefusalReason::kMemoryFull;
-  const RefusalReason reason =
-      space->Upsert({.id = id_text,
-                     .payload = {id + request.id_bytes, request.payload_bytes},
-                     .dtype = request.dtype,
-                     .dimension = request.dimension,
-                     .scale = request.scale,
-                     .vector = body,
-                     .when_ns = request.when_ns,
-                     .confidence = request.confidence});
-  if (reason == RefusalReason::kNone) counters_[ShardCounter::kObservationsStored].Add(1);
-  return reason;
+  if (!recall_.Reserve(target.node_count() + 1)) return {.reason = RefusalReason::kMemoryFull};
+  const StoreOutcome outcome = target.Upsert(observation, stamp_clock_.Next(unix_ns_));
+  if (outcome.reason != RefusalReason::kNone) return outcome;
+  entries_[space]->FixDimension(static_cast<uint16_t>(observation.dimension));
+  counters_[ShardCounter::kObservationsStored].Add(1);
+  if (outcome.existed || target.has_graph()) QueueForUpkeep(space);
+  return outcome;
 }
 
 // ---------------------------------------------------------------------------------------------
-// Linking
+// Upkeep
 
-int Shard::LinkSlice(bool busy) {
-  if (!linker_.active()) {
-    if (link_queue_.empty() || now_ns_ < link_retry_ns_) return 0;
-    link_turn_ = (link_turn_ + 1) % link_queue_.size();
-    linking_space_ = link_queue_[link_turn_];
-    Space& space = *spaces_[linking_space_];
-    const NodeId node = space.NextToLink();
-    if (node == kNoNode) {
-      link_queued_[linking_space_] = false;
-      link_queue_[link_turn_] = link_queue_.back();
-      link_queue_.pop_back();
-      announced_links_[linking_space_] = 0;
-      AnnounceCredit(linking_space_);
-      return 1;
-    }
-    link_began_ns_ = now_ns_;
-    if (!space.BeginLinking(&linker_, node)) {
-      // Memory is short. What is not linked stays visible by the exact scan.
-      link_retry_ns_ = now_ns_ + kLinkRetryNs;
-      return 0;
-    }
+// A slice of the sweep or of the link under way, in turn where there are both; else a new one is
+// begun.
+int Shard::Upkeep(bool busy) {
+  if (!linker_.active() && !sweep_.repairing_tree() && !BeginUpkeep() && !sweep_.active()) return 0;
+  const uint32_t distances = busy ? kBusyLinkDistances : kIdleLinkDistances;
+  sweep_turn_ = !sweep_turn_;
+  if (sweep_.active() && (sweep_turn_ || !linker_.active())) {
+    StepSweep(distances);
+  } else if (linker_.active()) {
+    StepLink(distances);
   }
-  const uint64_t before = linker_.distances();
-  if (linker_.Step(busy ? kBusyLinkDistances : kIdleLinkDistances)) FinishLink();
-  counters_[ShardCounter::kLinkDistances].Add(linker_.distances() - before);
   return 1;
+}
+
+// The next space in turn: gives back, then sweeps or links. False when there is nothing to do.
+bool Shard::BeginUpkeep() {
+  if (upkeep_queue_.empty() || now_ns_ < link_retry_ns_) return false;
+  upkeep_turn_ = (upkeep_turn_ + 1) % upkeep_queue_.size();
+  const uint32_t index = upkeep_queue_[upkeep_turn_];
+  Space& space = *spaces_[index];
+  space.SetHorizon(
+      static_cast<CommitStamp>(std::max<int64_t>(unix_ns_ - options_.snapshot_keep_ns, 0)));
+  const NodeId node = space.NextToLink();
+  // What a sweep took out is on no linker's way once the linker was free after it.
+  const bool more = !sweep_.active() && space.Reclaim(kReclaimBatch);
+  if (!sweep_.active() && space.WantsSweep() && space.BeginSweep(&sweep_)) {
+    sweeping_space_ = index;
+    return true;
+  }
+  if (node != kNoNode) {
+    link_began_ns_ = now_ns_;
+    if (space.BeginLinking(&linker_, node)) {
+      linking_space_ = index;
+      return true;
+    }
+    // Memory is short. What is not linked stays visible by the scan.
+    link_retry_ns_ = now_ns_ + kLinkRetryNs;
+    return false;
+  }
+  // A sweep that pays but would take what recalls may still ask for begins later.
+  if (space.WantsSweep()) return more;
+  if (!more) {
+    upkeep_queued_[index] = false;
+    upkeep_queue_[upkeep_turn_] = upkeep_queue_.back();
+    upkeep_queue_.pop_back();
+    announced_links_[index] = 0;
+    AnnounceCredit(index);
+  }
+  return true;
+}
+
+void Shard::StepSweep(uint32_t distances) {
+  const uint64_t before = sweep_.distances();
+  if (sweep_.Step(distances)) {
+    spaces_[sweeping_space_]->FinishSweep(sweep_);
+    counters_[ShardCounter::kObservationsSwept].Add(sweep_.batch().size());
+  }
+  counters_[ShardCounter::kSweepDistances].Add(sweep_.distances() - before);
+}
+
+void Shard::StepLink(uint32_t distances) {
+  const uint64_t before = linker_.distances();
+  if (linker_.Step(distances)) FinishLink();
+  counters_[ShardCounter::kLinkDistances].Add(linker_.distances() - before);
 }
 
 void Shard::FinishLink() {
@@ -485,10 +640,10 @@ void Shard::FinishLink() {
   }
 }
 
-void Shard::QueueForLinking(uint32_t space) {
-  if (link_queued_[space]) return;
-  link_queued_[space] = true;
-  link_queue_.push_back(space);
+void Shard::QueueForUpkeep(uint32_t space) {
+  if (upkeep_queued_[space]) return;
+  upkeep_queued_[space] = true;
+  upkeep_queue_.push_back(space);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -521,7 +676,7 @@ void Shard::AnnounceCredit(uint32_t space) {
     }
     // Not said, so not granted. Again when the space's turn of linking comes round.
     session.granted_sequence = before;
-    QueueForLinking(space);
+    QueueForUpkeep(space);
   });
 }
 
@@ -546,8 +701,8 @@ bool Shard::Notify(ProducerId producer, const Completion& completion) {
 }
 
 uint32_t Shard::FindSpaceIndex(std::string_view name) const {
-  return space_names_.Find(HashString(name, name_seed_),
-                           [&](uint32_t index) { return spaces_[index]->name() == name; });
+  const SpaceEntry* entry = port_.catalogue->Find(name);
+  return entry == nullptr ? kNoNode : space_of_entry_[entry->index()];
 }
 
 const Space* Shard::FindSpace(std::string_view name) const {
@@ -572,6 +727,8 @@ std::string_view ShardCounterName(ShardCounter counter) {
        "recalls",
        "recall_distances",
        "link_distances",
+       "observations_swept",
+       "sweep_distances",
        "spaces",
        "sessions",
        "memory_used_bytes",

@@ -9,15 +9,17 @@
 
 #include "index/hnsw_linker.h"
 #include "index/hnsw_params.h"
-#include "index/id_map.h"
+#include "index/hnsw_sweep.h"
 #include "index/recall_job.h"
 #include "index/shard_sessions.h"
 #include "index/space.h"
 #include "src/core/arena_heap.h"
 #include "src/core/clock.h"
+#include "src/core/commit_stamp.h"
 #include "src/core/counters.h"
 #include "src/core/huge_page_arena.h"
 #include "src/core/latency_histogram.h"
+#include "src/core/reader_epochs.h"
 #include "src/core/result.h"
 #include "src/core/shard_port.h"
 
@@ -28,7 +30,7 @@ struct ShardOptions {
   size_t memory_limit_bytes = size_t{4} << 30;
   HugePagePolicy huge_pages = HugePagePolicy::kAuto;
   int numa_node = -1;
-  uint32_t max_spaces = 10'000;
+  // Spaces are limited by the port's SpaceCatalogue.
   uint32_t max_sessions = 10'000;
   int64_t session_idle_timeout_ns = 300 * kNanosPerSecond;
   // Most sequences that a session may have under way beyond the last settled one.
@@ -38,7 +40,12 @@ struct ShardOptions {
   // granted their shares one after the other hold at most 1 + ln N times as much credit.
   size_t unlinked_limit_bytes = size_t{72} << 20;
   uint32_t default_ef = 128;
+  Traversal traversal = Traversal::kInt8;
   HnswBuildParams build;
+  // How long what was updated or deleted is kept for recalls of earlier snapshots.
+  int64_t snapshot_keep_ns = kNanosPerSecond;
+  // Cores other than the shard's that may recall at a time.
+  uint32_t readers = 1;
   // Secret; draws session ids and hash seeds. The same seed gives the same run.
   uint64_t seed = 0;
 };
@@ -52,6 +59,8 @@ enum class ShardCounter : uint8_t {
   kRecalls,
   kRecallDistances,
   kLinkDistances,
+  kObservationsSwept,  // updated or deleted ones, taken out of the graph
+  kSweepDistances,
   kSpaces,
   kSessions,
   kMemoryUsedBytes,
@@ -63,7 +72,7 @@ std::string_view ShardCounterName(ShardCounter counter);
 // One shard core: the spaces that live here, their sessions, and every recall of them.
 //
 // A Poll serves, in this order: what is left of a recall; the recall lanes of all producers; high
-// and normal observations, a batch each; a slice of linking.
+// and normal observations, a batch each; a slice of upkeep (linking, sweeping, giving back).
 //
 // Thread safety: the shard core's alone; counters and histograms may be read by others, and
 // PrefaultAhead is the control plane's.
@@ -110,7 +119,12 @@ class Shard {
   RefusalReason AttachSession(size_t producer, uint32_t space, HelloRequest* hello);
   RefusalReason FindOrMakeSpace(const HelloRequest& hello, uint32_t* space);
   void DetachSession(size_t producer, SlotId slot);
+  template <typename Request>
+  const Request* BeginAnswer(size_t producer, SlotId slot);
+  RefusalReason JudgeAnswer() const;
   void BeginRecall(size_t producer, SlotId slot);
+  void BeginGet(size_t producer, SlotId slot);
+  void BeginScroll(size_t producer, SlotId slot);
   void BeginIntrospection(size_t producer, SlotId slot);
   int EmitHits();
   int EmitSpaceRecords();
@@ -119,11 +133,18 @@ class Shard {
 
   int TakeObservations(Lane lane);
   Completion TakeObservation(size_t producer, SlotId slot);
-  RefusalReason Store(Space* space, const ObserveRequest& request, const std::byte* body,
-                      bool in_credit);
-  int LinkSlice(bool busy);
+  Completion TakeAlone(ObserveRequest* request, const std::byte* body, SlotId slot);
+  void TakeInSession(Session* session, ObserveRequest* request, const std::byte* body,
+                     Completion* completion);
+  StoreOutcome Store(uint32_t space, const ObserveRequest& request, const std::byte* body,
+                     bool in_credit);
+  StoreOutcome StoreVector(uint32_t space, const ObservationRef& observation, bool in_credit);
+  int Upkeep(bool busy);
+  bool BeginUpkeep();
+  void StepSweep(uint32_t distances);
+  void StepLink(uint32_t distances);
   void FinishLink();
-  void QueueForLinking(uint32_t space);
+  void QueueForUpkeep(uint32_t space);
 
   uint64_t CreditOf(Session* session);
   uint32_t RetryAfterMs(const Space& space) const;
@@ -131,6 +152,7 @@ class Shard {
   void Complete(size_t producer, const Completion& completion);
   bool Notify(ProducerId producer, const Completion& completion);
   uint32_t FindSpaceIndex(std::string_view name) const;
+  uint32_t FindOrMakeSpace(SpaceEntry* entry);
 
   // Constant after construction.
   const ShardOptions options_;
@@ -140,27 +162,35 @@ class Shard {
   ShardPort port_;
   std::unique_ptr<HugePageArena> arena_;
   ArenaHeap heap_;
-  uint64_t name_seed_;
-  IdMap space_names_;
+  ReaderEpochs epochs_;
+  StampClock stamp_clock_;
+  const uint64_t hash_seed_;
   std::vector<std::unique_ptr<Space>> spaces_;
+  std::vector<SpaceEntry*> entries_;       // by space
+  std::vector<uint32_t> space_of_entry_;   // by index in the catalogue; kNoNode: none here
   std::vector<uint32_t> attached_;         // by space: sessions with a connection
   std::vector<uint64_t> announced_links_;  // by space: links made since credit was announced
-  std::vector<bool> link_queued_;          // by space
-  std::vector<uint32_t> link_queue_;       // spaces with something to link, served in turn
-  size_t link_turn_ = 0;
+  std::vector<bool> upkeep_queued_;        // by space
+  std::vector<uint32_t> upkeep_queue_;     // spaces with something to do, served in turn
+  size_t upkeep_turn_ = 0;
   ShardSessions sessions_;
   HnswLinker linker_;
+  HnswSweep sweep_;
   uint32_t linking_space_ = 0;
+  uint32_t sweeping_space_ = 0;
+  bool sweep_turn_ = false;
   RecallJob recall_;
   Answering answering_ = Answering::kNothing;
   size_t answer_producer_ = 0;
   SlotId answer_slot_ = kNoSlot;
   Origin answer_origin_ = 0;
   uint64_t answer_id_ = 0;
-  uint32_t introspected_ = 0;  // spaces whose records were written
+  uint32_t introspected_ = 0;   // spaces whose records were written
+  std::vector<NodeId> listed_;  // of a get or a scroll
   std::vector<SlotId> batch_;
   size_t first_producer_ = 0;  // served first in this round
   int64_t now_ns_ = 0;
+  int64_t unix_ns_ = 0;
   int64_t link_retry_ns_ = 0;        // memory was short; try again then
   int64_t link_began_ns_ = 0;        // of the node under way
   double link_ns_ = kNanosPerMilli;  // a node takes, on average of the last ones

@@ -6,14 +6,10 @@
 
 namespace engram {
 
-namespace {
-
-constexpr uint64_t kPlaceMask = ShardSessions::kMaxSessions - 1;
-
-}  // namespace
-
-ShardSessions::ShardSessions(uint32_t max_sessions, int64_t idle_timeout_ns, uint64_t seed)
+ShardSessions::ShardSessions(uint32_t max_sessions, int64_t idle_timeout_ns, uint64_t seed,
+                             ShardId home)
     : sessions_(max_sessions),
+      home_(home),
       idle_timeout_ns_(idle_timeout_ns),
       id_secret_(MixBits(~seed)),
       random_(seed) {
@@ -25,10 +21,8 @@ Session* ShardSessions::Open(uint32_t space, ProducerId producer, Origin origin,
   const uint32_t place = FreePlace(now_ns);
   if (place == sessions_.size()) return nullptr;
   Session& session = sessions_[place];
-  // The random part is never 0, so no id is.
-  const uint64_t random = DrawRandom() | (kPlaceMask + 1);
   session = Session();
-  session.id = SessionId((random & ~kPlaceMask) | place);
+  session.id = MakeSessionId(DrawRandom(), home_, place);
   session.space = space;
   session.producer = producer;
   session.origin = origin;
@@ -43,7 +37,7 @@ uint64_t ShardSessions::DrawRandom() { return MixBits(random_.Next() ^ id_secret
 
 Session* ShardSessions::Find(SessionId id) {
   if (id.value() == 0) return nullptr;
-  return At(static_cast<uint32_t>(id.value() & kPlaceMask), id);
+  return At(PlaceOfSession(id), id);
 }
 
 void ShardSessions::Detach(Session* session, int64_t now_ns) {

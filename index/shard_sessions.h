@@ -6,6 +6,7 @@
 #include "src/core/hash.h"
 #include "src/core/ids.h"
 #include "src/core/refusal_reason.h"
+#include "src/core/session_id.h"
 #include "src/core/shard_port.h"
 
 namespace engram {
@@ -21,17 +22,18 @@ struct Session {
   int64_t last_active_ns = 0;
 };
 
-// The sessions of a shard, in memory. A session's id is 43 random bits, a 1, and 20 bits of its
-// place here: so finding one is one comparison, and ids cannot be guessed, also not from other ids.
+// The sessions of a shard, in memory. A session's id names its place here (session_id.h), so
+// finding one is one comparison; ids cannot be guessed, also not from other ids.
 //
 // Thread safety: the shard's alone. Takes no memory after construction.
 // Invariants: at most `max_sessions`; attached sessions are never evicted.
 class ShardSessions {
  public:
-  static constexpr uint32_t kMaxSessions = 1u << 20;
+  static constexpr uint32_t kMaxSessions = kMaxSessionPlaces;
 
   // `seed` is secret and different at each start.
-  ShardSessions(uint32_t max_sessions, int64_t idle_timeout_ns, uint64_t seed);
+  ShardSessions(uint32_t max_sessions, int64_t idle_timeout_ns, uint64_t seed,
+                ShardId home = ShardId(0));
 
   // A new session, attached. Where the table is full the longest idle one that has no connection
   // gives way. nullptr when there is none.
@@ -71,6 +73,7 @@ class ShardSessions {
   std::vector<uint32_t> free_;  // places given up
   uint32_t used_ = 0;           // places ever used
   uint32_t size_ = 0;
+  const ShardId home_;
   const int64_t idle_timeout_ns_;
   const uint64_t id_secret_;
   SplitMix64 random_;

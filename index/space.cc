@@ -1,6 +1,7 @@
 #include "index/space.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -14,180 +15,234 @@ namespace engram {
 namespace {
 
 constexpr float kInt8Magnitude = 128;
+// A sweep looks at every list of the graph once, whatever it takes out: this share of the graph
+// makes it worth while when there is linking to do, and this one when there is not.
+constexpr uint64_t kBusySweepShare = 16;
+constexpr uint64_t kIdleSweepShare = 1024;
+constexpr uint64_t kLeastBusySweep = 64;
+// No more of the graph at once: a search near doomed nodes must go through them to find others.
+constexpr uint64_t kMostSweepShare = 8;
+constexpr int kTombstonesAtOnce = 64;
+constexpr int kEndedAtOnce = 64;
+
+using Numbers = std::array<float, kMaxDimension>;
 
 }  // namespace
 
-Space::Space(std::string name, Metric metric, uint32_t dimension, ArenaHeap* heap,
-             const HnswBuildParams& build_params, uint64_t hash_seed)
+Space::Space(std::string name, const SpaceOptions& options, ArenaHeap* heap, ReaderEpochs* epochs)
     : name_(std::move(name)),
-      metric_(metric),
+      options_(options),
       heap_(heap),
-      hash_seed_(hash_seed),
-      distance_(DistanceFunction(metric)),
-      dimension_(0),
+      epochs_(epochs),
       nodes_(heap),
-      unlinked_(heap),
-      ids_(heap),
-      graph_(heap, build_params) {
-  if (dimension != 0) FixDimension(dimension);
+      stamps_(heap),
+      fresh_(heap, epochs),
+      graph_(heap, options.build),
+      ids_(heap) {
+  if (options.dimension != 0) FixDimension(options.dimension);
 }
 
 Space::~Space() {
-  for (uint32_t node = 0; node < node_count_; ++node) FreeText(&nodes_[node]);
+  for (uint32_t node = 0; node < node_count(); ++node) FreeText(&nodes_[node]);
 }
 
-RefusalReason Space::Upsert(const ObservationRef& observation) {
-  const bool first = dimension_ == 0;
-  if (first) FixDimension(observation.dimension);
-  const RefusalReason reason = UpsertHere(observation);
-  if (first && reason != RefusalReason::kNone) ForgetDimension();
-  return reason;
-}
-
-RefusalReason Space::UpsertHere(const ObservationRef& observation) {
-  if (observation.dimension != dimension_) return RefusalReason::kWrongDimension;
-  const NodeId node = TakeNode();
-  if (node == kNoNode) return RefusalReason::kMemoryFull;
-  RefusalReason reason =
-      WriteRow(observation.dtype, observation.scale, observation.vector, vectors_->Row(node));
-  const uint64_t hash = HashOf(observation.id);
-  const NodeId old = FindId(hash, observation.id);
-  if (reason == RefusalReason::kNone) {
-    const bool stored =
-        WriteText(&nodes_[node], observation) && (old != kNoNode || ids_.Insert(hash, node));
-    if (!stored) reason = RefusalReason::kMemoryFull;
+void Space::FixDimension(uint32_t dimension) {
+  const bool codes_apart =
+      options_.traversal == Traversal::kInt8 && options_.precision != Precision::kInt8;
+  code_format_.emplace(codes_apart ? Precision::kInt8 : options_.precision, options_.metric,
+                       dimension);
+  codes_.emplace(heap_, code_format_->row_bytes());
+  if (codes_apart) {
+    exact_format_.emplace(options_.precision, options_.metric, dimension);
+    exact_.emplace(heap_, exact_format_->row_bytes());
   }
-  if (reason != RefusalReason::kNone) {
-    FreeText(&nodes_[node]);
-    GiveNode(node);
-    return reason;
-  }
-  if (old != kNoNode) {
-    ids_.Replace(hash, old, node);
-    Retire(old);
-  }
-  ListUnlinked(node);
-  ++live_;
-  if (unlinked_count_ > kGraphFrom) has_graph_ = true;
-  return RefusalReason::kNone;
+  dimension_.store(dimension, std::memory_order_release);
 }
 
-bool Space::Delete(std::string_view id) {
-  const uint64_t hash = HashOf(id);
-  const NodeId node = FindId(hash, id);
-  if (node == kNoNode) return false;
-  ids_.Erase(hash, node);
-  Retire(node);
-  return true;
-}
+// ---------------------------------------------------------------------------------------------
+// Storing
 
-RefusalReason Space::PrepareQuery(VectorDtype dtype, uint32_t dimension, float scale,
-                                  const std::byte* vector, float* row) const {
-  if (dimension != dimension_) return RefusalReason::kWrongDimension;
-  std::fill_n(row + dimension_, padded_dimension() - dimension_, 0.0f);
-  return WriteRow(dtype, scale, vector, row);
-}
-
-RefusalReason Space::WriteRow(VectorDtype dtype, float scale, const std::byte* vector,
-                              float* row) const {
-  DecodeVector(dtype, dimension_, scale, vector, row);
+RefusalReason Space::DecodeInto(VectorDtype dtype, float scale, const std::byte* vector,
+                                uint32_t dimension, float* numbers) const {
+  DecodeVector(dtype, dimension, scale, vector, numbers);
   if (dtype == VectorDtype::kInt8 && !std::isfinite(kInt8Magnitude * scale) &&
-      !std::all_of(row, row + dimension_, [](float value) { return std::isfinite(value); })) {
+      !std::all_of(numbers, numbers + dimension, [](float v) { return std::isfinite(v); })) {
     return RefusalReason::kNotFinite;
   }
-  if (metric_ == Metric::kCosine && !NormaliseInPlace(row, dimension_)) {
+  if (options_.metric == Metric::kCosine && !NormaliseInPlace(numbers, dimension)) {
     return RefusalReason::kZeroVector;
   }
   return RefusalReason::kNone;
 }
 
-StoredObservation Space::Get(NodeId node) const {
-  const Node& stored = nodes_[node];
-  return {.id = IdOf(node),
-          .payload = {stored.text + stored.id_bytes, stored.payload_bytes},
-          .when_ns = stored.when_ns,
-          .confidence = stored.confidence};
-}
-
-float Space::ScoreOf(float distance) const {
-  switch (metric_) {
-    case Metric::kCosine:
-      return 1 - distance;
-    case Metric::kInnerProduct:
-      return -distance;
-    case Metric::kL2:
-    case Metric::kUnspecified:
-      break;
+RefusalReason Space::Judge(const ObservationRef& observation) const {
+  if (dimension() != 0 && observation.dimension != dimension()) {
+    return RefusalReason::kWrongDimension;
   }
-  return distance;
+  Numbers numbers;
+  return DecodeInto(observation.dtype, observation.scale, observation.vector, observation.dimension,
+                    numbers.data());
 }
 
-NodeId Space::NextToLink() const {
-  return has_graph_ && unlinked_count_ > 0 ? unlinked_[0] : kNoNode;
+StoreOutcome Space::Upsert(const ObservationRef& observation, CommitStamp stamp) {
+  if (dimension() != 0 && observation.dimension != dimension()) {
+    return {.reason = RefusalReason::kWrongDimension};
+  }
+  Numbers numbers;
+  const RefusalReason reason = DecodeInto(observation.dtype, observation.scale, observation.vector,
+                                          observation.dimension, numbers.data());
+  if (reason != RefusalReason::kNone) return {.reason = reason};
+  const uint64_t hash = HashOf(observation.id);
+  const NodeId old = FindId(hash, observation.id);
+  const bool existed = old != kNoNode && nodes_[old].state != NodeState::kTombstone;
+  if (old != kNoNode && Load(stamps_[old].begin) >= stamp) return {.existed = existed};
+
+  if (dimension() == 0) FixDimension(observation.dimension);
+  const NodeId node = TakeNode();
+  if (node == kNoNode) return {.reason = RefusalReason::kMemoryFull};
+  if (!WriteText(&nodes_[node], observation) || !ReserveFresh() ||
+      (old == kNoNode && !ids_.Insert(hash, node))) {
+    FreeNode(node);
+    return {.reason = RefusalReason::kMemoryFull};
+  }
+  code_format_->Encode(numbers.data(), codes_->Row(node));
+  if (exact_) exact_format_->Encode(numbers.data(), exact_->Row(node));
+  Store(&stamps_[node].begin, stamp);
+  Store(&stamps_[node].end, kOpenStamp);
+  nodes_[node].state = NodeState::kUnlinked;
+  fresh_.Append(node);
+  ++live_;
+  ++unlinked_;
+  if (old != kNoNode) {
+    ids_.Replace(hash, old, node);
+    EndVersion(old, stamp);
+  }
+  Advance(stamp);
+  if (unlinked_ > kGraphFrom) has_graph_ = true;
+  return {.existed = existed};
 }
 
-bool Space::BeginLinking(HnswLinker* linker, NodeId node) {
-  CHECK(nodes_[node].state == NodeState::kUnlinked, "only a new node is linked");
-  if (!linker->Begin(&graph_, vectors(), distance_, node)) return false;
-  nodes_[node].state = NodeState::kLinking;
+StoreOutcome Space::Delete(std::string_view id, CommitStamp stamp, bool keep_tombstone) {
+  const uint64_t hash = HashOf(id);
+  const NodeId old = FindId(hash, id);
+  if (old != kNoNode && Load(stamps_[old].begin) >= stamp) {
+    return {.existed = nodes_[old].state != NodeState::kTombstone};
+  }
+  const bool existed = old != kNoNode && nodes_[old].state != NodeState::kTombstone;
+  if (keep_tombstone) {
+    if (!MakeTombstone(hash, id, stamp, old)) return {.reason = RefusalReason::kMemoryFull};
+  } else if (old != kNoNode) {
+    ids_.Erase(hash, old);
+  }
+  if (old != kNoNode) EndVersion(old, stamp);
+  Advance(stamp);
+  return {.existed = existed};
+}
+
+bool Space::MakeTombstone(uint64_t hash, std::string_view id, CommitStamp stamp, NodeId old) {
+  const NodeId node = TakeNode();
+  if (node == kNoNode) return false;
+  ObservationRef id_alone;
+  id_alone.id = id;
+  if (!WriteText(&nodes_[node], id_alone) || (old == kNoNode && !ids_.Insert(hash, node))) {
+    FreeNode(node);
+    return false;
+  }
+  if (old != kNoNode) ids_.Replace(hash, old, node);
+  Store(&stamps_[node].begin, stamp);
+  Store(&stamps_[node].end, stamp);
+  nodes_[node].state = NodeState::kTombstone;
+  nodes_[node].next = kNoNode;
+  (last_tombstone_ == kNoNode ? first_tombstone_ : nodes_[last_tombstone_].next) = node;
+  last_tombstone_ = node;
+  ++tombstones_;
   return true;
 }
 
-void Space::FinishLinking(NodeId node) {
-  if (nodes_[node].state == NodeState::kRetiredLinking) {
-    nodes_[node].state = NodeState::kRetired;
-    return;
+// Those that were superseded are in the queue still and no longer in the id map.
+void Space::ForgetTombstones(CommitStamp complete) {
+  for (int i = 0; i < kTombstonesAtOnce && first_tombstone_ != kNoNode; ++i) {
+    const NodeId node = first_tombstone_;
+    if (Load(stamps_[node].begin) > complete) return;
+    first_tombstone_ = nodes_[node].next;
+    if (first_tombstone_ == kNoNode) last_tombstone_ = kNoNode;
+    const uint64_t hash = HashOf(IdOf(node));
+    if (FindId(hash, IdOf(node)) == node) ids_.Erase(hash, node);
+    --tombstones_;
+    FreeNode(node);  // No reader was ever led to it.
   }
-  CHECK(nodes_[node].state == NodeState::kLinking, "the node was being linked");
-  UnlistUnlinked(node);
-  nodes_[node].state = NodeState::kLinked;
 }
 
-size_t Space::NodesInBytes(size_t bytes) const {
-  return bytes / (std::max<size_t>(padded_dimension(), 1) * sizeof(float));
+// The stamp of an end is never before what a recall of now may have begun with: the version that it
+// has seen stays visible to it. Out of the later ones' results at once.
+void Space::EndVersion(NodeId node, CommitStamp stamp) {
+  Node& stored = nodes_[node];
+  if (stored.state == NodeState::kTombstone) return;
+  const CommitStamp after_now = latest_stamp_.load(std::memory_order_relaxed) + 1;
+  Store(&stamps_[node].end, std::max(stamp, after_now));
+  --live_;
+  ++retired_;
+  switch (stored.state) {
+    case NodeState::kUnlinked:
+      --unlinked_;
+      stored.state = NodeState::kEnded;
+      return;
+    case NodeState::kLinking:
+      --unlinked_;
+      stored.state = NodeState::kRetiredLinking;
+      return;
+    case NodeState::kLinked:
+      ListRetired(node);
+      return;
+    default:
+      CHECK(false, "only a live node ends");
+  }
 }
 
-uint64_t Space::resident_bytes() const {
-  const uint64_t row_bytes = padded_dimension() * sizeof(float);
-  const uint64_t links_bytes =
-      has_graph_ ? graph_.capacity() * graph_.MaxDegree(0) * sizeof(NodeId) : 0;
-  return (vectors_ ? vectors_->capacity() * row_bytes : 0) + links_bytes +
-         nodes_.capacity() * sizeof(Node) + unlinked_.capacity() * sizeof(NodeId) +
-         ids_.size() * 12 + text_bytes_;
+void Space::ListRetired(NodeId node) {
+  nodes_[node].state = NodeState::kRetired;
+  nodes_[node].next = first_retired_;
+  first_retired_ = node;
+  ++retired_linked_;
 }
 
-void Space::FixDimension(uint32_t dimension) {
-  dimension_ = dimension;
-  vectors_.emplace(heap_, dimension);
+// Without a graph nobody takes from the front of the list, so what has ended leaves it here.
+bool Space::ReserveFresh() {
+  const auto keep = [this](NodeId node) {
+    return has_graph_ || nodes_[node].state != NodeState::kEnded || !IsPast(node);
+  };
+  return fresh_.Reserve(keep, [this](NodeId node) { PutInLine(node); });
 }
 
-// The first observation was refused: the next one may bring another dimension. Rows go with it, so
-// nodes are counted from 0 again.
-void Space::ForgetDimension() {
-  CHECK(live_ == 0 && retired_ == 0, "nothing is stored yet");
-  dimension_ = 0;
-  vectors_.reset();
-  node_count_ = 0;
-  first_free_ = kNoNode;
+void Space::Advance(CommitStamp stamp) {
+  const CommitStamp latest = latest_stamp_.load(std::memory_order_relaxed);
+  latest_stamp_.store(std::max(latest + 1, stamp), std::memory_order_release);
 }
 
 // A free node, or a new one with room in every table.
 NodeId Space::TakeNode() {
   if (first_free_ != kNoNode) {
     const NodeId node = first_free_;
-    first_free_ = nodes_[node].place;
+    // A node that was made before there was a dimension has no rows yet.
+    if (!ReserveRows(size_t{node} + 1)) return kNoNode;
+    first_free_ = nodes_[node].next;
     return node;
   }
-  const size_t wanted = size_t{node_count_} + 1;
-  if (!nodes_.Reserve(wanted) || !unlinked_.Reserve(wanted) || !vectors_->Reserve(wanted)) {
-    return kNoNode;
-  }
-  return node_count_++;
+  const uint32_t count = node_count_.load(std::memory_order_relaxed);
+  const size_t wanted = size_t{count} + 1;
+  if (!nodes_.Reserve(wanted) || !stamps_.Reserve(wanted) || !ReserveRows(wanted)) return kNoNode;
+  node_count_.store(count + 1, std::memory_order_release);
+  return count;
 }
 
-void Space::GiveNode(NodeId node) {
+bool Space::ReserveRows(size_t nodes) {
+  return (!codes_ || codes_->Reserve(nodes)) && (!exact_ || exact_->Reserve(nodes));
+}
+
+void Space::FreeNode(NodeId node) {
+  FreeText(&nodes_[node]);
   nodes_[node].state = NodeState::kFree;
-  nodes_[node].place = first_free_;
+  nodes_[node].next = first_free_;
   first_free_ = node;
 }
 
@@ -203,6 +258,7 @@ bool Space::WriteText(Node* node, const ObservationRef& observation) {
   }
   node->id_bytes = static_cast<uint16_t>(observation.id.size());
   node->payload_bytes = static_cast<uint32_t>(observation.payload.size());
+  node->payload_kind = observation.payload_kind;
   node->when_ns = observation.when_ns;
   node->confidence = observation.confidence;
   return true;
@@ -216,44 +272,176 @@ void Space::FreeText(Node* node) {
   node->text = nullptr;
 }
 
-// Out of every result at once. What the graph knows stays in it until it is rebuilt.
-void Space::Retire(NodeId node) {
-  --live_;
-  FreeText(&nodes_[node]);
-  switch (nodes_[node].state) {
-    case NodeState::kUnlinked:
-      UnlistUnlinked(node);
-      GiveNode(node);
-      return;
-    case NodeState::kLinking:
-      UnlistUnlinked(node);
-      nodes_[node].state = NodeState::kRetiredLinking;
-      break;
-    case NodeState::kLinked:
-      nodes_[node].state = NodeState::kRetired;
-      break;
-    case NodeState::kFree:
-    case NodeState::kRetired:
-    case NodeState::kRetiredLinking:
-      CHECK(false, "only a live node is retired");
+// ---------------------------------------------------------------------------------------------
+// Upkeep
+
+NodeId Space::NextToLink() {
+  for (int passed = 0; passed < kEndedAtOnce; ++passed) {
+    const NodeId node = fresh_.first();
+    if (node == kNoNode || nodes_[node].state != NodeState::kEnded) {
+      return has_graph_ ? node : kNoNode;
+    }
+    if (IsPast(node)) {
+      fresh_.PopFirst();
+      PutInLine(node);
+    } else if (!has_graph_) {
+      return kNoNode;
+    } else if (ReserveFresh()) {  // Still wanted: it goes to the end.
+      fresh_.PopFirst();
+      fresh_.Append(node);
+    }
   }
-  ++retired_;
+  return kNoNode;
 }
 
-void Space::ListUnlinked(NodeId node) {
-  nodes_[node].state = NodeState::kUnlinked;
-  nodes_[node].place = static_cast<uint32_t>(unlinked_count_);
-  unlinked_[unlinked_count_++] = node;
+bool Space::BeginLinking(HnswLinker* linker, NodeId node) {
+  CHECK(nodes_[node].state == NodeState::kUnlinked, "only a new node is linked");
+  if (!linker->Begin(&graph_, TargetFor(nullptr), node)) return false;
+  nodes_[node].state = NodeState::kLinking;
+  return true;
 }
 
-void Space::UnlistUnlinked(NodeId node) {
-  const uint32_t place = nodes_[node].place;
-  const NodeId last = unlinked_[--unlinked_count_];
-  unlinked_[place] = last;
-  nodes_[last].place = place;
+void Space::FinishLinking(NodeId node) {
+  CHECK(fresh_.first() == node, "nodes are linked in the order in which they came");
+  fresh_.PopFirst();
+  if (nodes_[node].state == NodeState::kRetiredLinking) {
+    ListRetired(node);
+    return;
+  }
+  CHECK(nodes_[node].state == NodeState::kLinking, "the node was being linked");
+  nodes_[node].state = NodeState::kLinked;
+  --unlinked_;
 }
 
-uint64_t Space::HashOf(std::string_view id) const { return HashString(id, hash_seed_); }
+bool Space::WantsSweep() const {
+  if (retired_linked_ == 0) return false;
+  const uint64_t nodes = graph_.linked_count();
+  if (unlinked_ == 0) return retired_linked_ * kIdleSweepShare >= nodes;
+  return retired_linked_ >= std::max(kLeastBusySweep, nodes / kBusySweepShare);
+}
+
+bool Space::BeginSweep(HnswSweep* sweep) {
+  if (first_sweepable_ == kNoNode) {
+    first_sweepable_ = std::exchange(first_retired_, kNoNode);
+    sweep_end_ = latest_stamp();
+    sweep_epoch_ = epochs_->Close();
+  }
+  // Recalls of snapshots before these were updated or deleted may still have to find them.
+  if (horizon() < sweep_end_ || !epochs_->Passed(sweep_epoch_)) return false;
+  const uint64_t most = std::max<uint64_t>(graph_.linked_count() / kMostSweepShare, 1);
+  std::array<NodeId, HnswSweep::kMaxBatch> batch;
+  size_t count = 0;
+  NodeId node = first_sweepable_;
+  for (; node != kNoNode && count < std::min<uint64_t>(most, batch.size()); ++count) {
+    batch[count] = node;
+    node = nodes_[node].next;
+  }
+  const std::span<const NodeId> taken(batch.data(), count);
+  if (!sweep->Begin(&graph_, TargetFor(nullptr), taken)) return false;
+  first_sweepable_ = node;
+  retired_linked_ -= static_cast<uint32_t>(count);
+  for (const NodeId doomed : taken) nodes_[doomed].state = NodeState::kDoomed;
+  return true;
+}
+
+void Space::FinishSweep(const HnswSweep& sweep) {
+  for (const NodeId node : sweep.batch()) PutInLine(node);
+}
+
+void Space::PutInLine(NodeId node) {
+  nodes_[node].state = NodeState::kWaiting;
+  nodes_[node].next = first_waiting_;
+  first_waiting_ = node;
+}
+
+bool Space::Reclaim(size_t max_nodes) {
+  fresh_.Reclaim();
+  for (size_t freed = 0; freed < max_nodes; ++freed) {
+    if (first_closing_ == kNoNode) {
+      if (first_waiting_ == kNoNode) return false;
+      first_closing_ = std::exchange(first_waiting_, kNoNode);
+      closing_epoch_ = epochs_->Close();
+    }
+    if (!epochs_->Passed(closing_epoch_)) return true;
+    const NodeId node = first_closing_;
+    first_closing_ = nodes_[node].next;
+    if (graph_.IsDoomed(node)) graph_.Forget(node);
+    --retired_;
+    FreeNode(node);
+  }
+  return first_closing_ != kNoNode || first_waiting_ != kNoNode;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Reading
+
+RefusalReason Space::PrepareQuery(VectorDtype dtype, uint32_t dimension, float scale,
+                                  const std::byte* vector, std::byte* code,
+                                  std::byte* exact) const {
+  if (dimension != this->dimension()) return RefusalReason::kWrongDimension;
+  Numbers numbers;
+  const RefusalReason reason = DecodeInto(dtype, scale, vector, dimension, numbers.data());
+  if (reason != RefusalReason::kNone) return reason;
+  code_format_->Encode(numbers.data(), code);
+  if (exact_) exact_format_->Encode(numbers.data(), exact);
+  return RefusalReason::kNone;
+}
+
+StoredObservation Space::Get(NodeId node) const {
+  const Node& stored = nodes_[node];
+  return {.id = IdOf(node),
+          .payload = {stored.text + stored.id_bytes, stored.payload_bytes},
+          .payload_kind = stored.payload_kind,
+          .when_ns = stored.when_ns,
+          .confidence = stored.confidence,
+          .stamp = Load(stamps_[node].begin)};
+}
+
+void Space::GetVector(NodeId node, float* out) const {
+  if (exact_) {
+    exact_format_->Decode(exact_->Row(node), out);
+  } else {
+    code_format_->Decode(codes_->Row(node), out);
+  }
+}
+
+float Space::ScoreOf(float distance) const {
+  switch (options_.metric) {
+    case Metric::kCosine:
+      return 1 - distance;
+    case Metric::kInnerProduct:
+      return -distance;
+    case Metric::kL2:
+    case Metric::kUnspecified:
+      break;
+  }
+  return distance;
+}
+
+NodeId Space::FindLive(std::string_view id) const {
+  const NodeId node = FindId(HashOf(id), id);
+  return node == kNoNode || nodes_[node].state == NodeState::kTombstone ? kNoNode : node;
+}
+
+void Space::Scroll(uint64_t* cursor, size_t limit, std::vector<NodeId>* nodes) const {
+  ids_.VisitFrom(cursor, limit, [&](NodeId node) {
+    if (nodes_[node].state != NodeState::kTombstone) nodes->push_back(node);
+  });
+}
+
+size_t Space::NodesInBytes(size_t bytes) const {
+  return bytes / (code_format_ ? code_format_->row_bytes() : kCacheLineBytes);
+}
+
+uint64_t Space::resident_bytes() const {
+  const uint64_t vectors = (codes_ ? codes_->capacity() * codes_->row_bytes() : 0) +
+                           (exact_ ? exact_->capacity() * exact_->row_bytes() : 0);
+  const uint64_t links = graph_.capacity() * graph_.BottomBytes();
+  return vectors + links + nodes_.capacity() * sizeof(Node) + stamps_.capacity() * sizeof(Stamps) +
+         fresh_.bytes() + ids_.size() * 12 + text_bytes_;
+}
+
+uint64_t Space::HashOf(std::string_view id) const { return HashString(id, options_.hash_seed); }
 
 NodeId Space::FindId(uint64_t hash, std::string_view id) const {
   return ids_.Find(hash, [&](NodeId node) { return IdOf(node) == id; });
@@ -263,37 +451,68 @@ std::string_view Space::IdOf(NodeId node) const {
   return {reinterpret_cast<const char*>(nodes_[node].text), nodes_[node].id_bytes};
 }
 
-Result<void> Space::CheckInvariants() const {
-  const auto fail = [&](const std::string& what, uint64_t node) {
-    return Fail(ErrorCode::kCorrupt,
-                "space " + name_ + ": " + what + " (node " + std::to_string(node) + ")");
-  };
-  uint64_t live = 0;
-  uint64_t unlinked = 0;
-  uint64_t retired = 0;
-  for (uint32_t node = 0; node < node_count_; ++node) {
-    const Node& stored = nodes_[node];
-    const bool listed = stored.state == NodeState::kUnlinked || stored.state == NodeState::kLinking;
-    if (listed || stored.state == NodeState::kLinked) {
-      ++live;
-      if (FindId(HashOf(IdOf(node)), IdOf(node)) != node) return fail("id not in the map", node);
-    }
-    if (listed) {
-      ++unlinked;
-      if (stored.place >= unlinked_count_ || unlinked_[stored.place] != node) {
-        return fail("unlinked but not listed", node);
-      }
-    }
-    const bool linked_once =
-        stored.state == NodeState::kLinked || stored.state == NodeState::kRetired;
-    if (linked_once != graph_.IsLinked(node)) return fail("graph and node disagree", node);
-    if (stored.state == NodeState::kRetired || stored.state == NodeState::kRetiredLinking) {
-      ++retired;
-    }
+// ---------------------------------------------------------------------------------------------
+// Soundness
+
+std::unexpected<Error> Space::Unsound(const std::string& what, uint64_t node) const {
+  return Fail(ErrorCode::kCorrupt,
+              "space " + name_ + ": " + what + " (node " + std::to_string(node) + ")");
+}
+
+Result<void> Space::CheckNode(NodeId node) const {
+  const Node& stored = nodes_[node];
+  const bool listed = stored.state == NodeState::kUnlinked || stored.state == NodeState::kLinking;
+  const bool live = listed || stored.state == NodeState::kLinked;
+  if (live && FindId(HashOf(IdOf(node)), IdOf(node)) != node) {
+    return Unsound("id not in the map", node);
   }
-  if (live != live_ || live != ids_.size()) return fail("live count is off", live);
-  if (unlinked != unlinked_count_) return fail("unlinked count is off", unlinked);
-  if (retired != retired_) return fail("retired count is off", retired);
+  if (live && Load(stamps_[node].end) != kOpenStamp) return Unsound("live but ended", node);
+  const bool in_graph = stored.state == NodeState::kLinked || stored.state == NodeState::kRetired;
+  if (in_graph != graph_.IsLinked(node)) return Unsound("graph and node disagree", node);
+  if (stored.state == NodeState::kDoomed && !graph_.IsDoomed(node)) {
+    return Unsound("doomed here and not in the graph", node);
+  }
+  return {};
+}
+
+Result<void> Space::CheckCounts() const {
+  std::array<uint64_t, 10> by_state{};
+  for (uint32_t node = 0; node < node_count(); ++node) {
+    ++by_state[static_cast<size_t>(nodes_[node].state)];
+  }
+  const auto count = [&](NodeState state) { return by_state[static_cast<size_t>(state)]; };
+  const uint64_t unlinked = count(NodeState::kUnlinked) + count(NodeState::kLinking);
+  const uint64_t live = unlinked + count(NodeState::kLinked);
+  const uint64_t retired = count(NodeState::kEnded) + count(NodeState::kRetired) +
+                           count(NodeState::kRetiredLinking) + count(NodeState::kDoomed) +
+                           count(NodeState::kWaiting);
+  if (live != live_) return Unsound("live count is off", live);
+  if (unlinked != unlinked_) return Unsound("unlinked count is off", unlinked);
+  const FreshList::Snapshot fresh = fresh_.TakeSnapshot();
+  uint64_t listed = 0;
+  for (size_t i = 0; i < fresh.size(); ++i) {
+    const NodeState state = nodes_[fresh[i]].state;
+    listed += static_cast<uint64_t>(state == NodeState::kUnlinked || state == NodeState::kLinking);
+  }
+  if (listed != unlinked) return Unsound("the fresh list lacks nodes", listed);
+  if (retired != retired_) return Unsound("retired count is off", retired);
+  if (count(NodeState::kRetired) != retired_linked_) return Unsound("retired list is off", retired);
+  if (count(NodeState::kTombstone) != tombstones_)
+    return Unsound("tombstones are off", tombstones_);
+  if (ids_.size() < live || ids_.size() > live + tombstones_) {
+    return Unsound("id map's size is off", ids_.size());
+  }
+  uint64_t free = 0;
+  for (NodeId node = first_free_; node != kNoNode; node = nodes_[node].next) ++free;
+  if (free != count(NodeState::kFree)) return Unsound("free list is off", free);
+  return {};
+}
+
+Result<void> Space::CheckInvariants() const {
+  for (uint32_t node = 0; node < node_count(); ++node) {
+    if (Result<void> sound = CheckNode(node); !sound) return sound;
+  }
+  if (Result<void> sound = CheckCounts(); !sound) return sound;
   return graph_.CheckInvariants();
 }
 

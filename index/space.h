@@ -1,23 +1,29 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "index/chunked_array.h"
-#include "index/distance.h"
+#include "index/fresh_list.h"
 #include "index/hnsw_graph.h"
 #include "index/hnsw_linker.h"
 #include "index/hnsw_params.h"
 #include "index/hnsw_search.h"
+#include "index/hnsw_sweep.h"
 #include "index/id_map.h"
+#include "index/vector_format.h"
 #include "index/vector_store.h"
 #include "src/core/arena_heap.h"
+#include "src/core/commit_stamp.h"
 #include "src/core/ids.h"
 #include "src/core/observation.h"
+#include "src/core/reader_epochs.h"
 #include "src/core/refusal_reason.h"
 #include "src/core/result.h"
 
@@ -27,6 +33,7 @@ namespace engram {
 struct ObservationRef {
   std::string_view id;
   std::span<const std::byte> payload;
+  PayloadKind payload_kind = PayloadKind::kOpaque;
   VectorDtype dtype = VectorDtype::kNone;
   uint32_t dimension = 0;
   float scale = 1;
@@ -39,63 +46,141 @@ struct ObservationRef {
 struct StoredObservation {
   std::string_view id;
   std::span<const std::byte> payload;
+  PayloadKind payload_kind = PayloadKind::kOpaque;
   int64_t when_ns = 0;
   float confidence = 1;
+  CommitStamp stamp = kNoStamp;
+};
+
+// What became of an upsert or a delete. Where a later stamp was there already nothing changed, and
+// that is no refusal.
+struct StoreOutcome {
+  RefusalReason reason = RefusalReason::kNone;
+  bool existed = false;  // there was a live observation with this id
+};
+
+struct SpaceOptions {
+  Metric metric = Metric::kCosine;
+  Precision precision = Precision::kF32;
+  Traversal traversal = Traversal::kInt8;
+  uint32_t dimension = 0;  // 0: that of the first observation
+  HnswBuildParams build;
+  uint64_t hash_seed = 0;  // secret
 };
 
 // The observations of one memory space in one shard: vectors, ids, payloads, and the graph over
 // them.
 //
 // A stored observation is a node. It is visible from Upsert on: nodes that are not linked yet are
-// listed and scanned exactly; the others are found through the graph. A small space has no graph.
+// listed and scanned; the others are found through the graph. A small space has no graph. Each node
+// has a begin stamp and, once it was updated or deleted, an end stamp: a recall sees what lived at
+// its snapshot (DESIGN, principle 6).
 //
-// A node's life: kFree -> kUnlinked -> kLinking -> kLinked -> kRetired, or from kUnlinked back to
-// kFree when it is updated or deleted before it was linked. A retired node is in no result, but
-// searches still walk through it, so its vector stays.
+// A node's life: kFree -> kUnlinked -> kLinking -> kLinked -> kRetired (updated or deleted; still
+// in the graph) -> kDoomed (a sweep takes it out) -> kWaiting (until no reader can be on it) ->
+// kFree, or from kUnlinked by kEnded, until the fresh list's head has passed it, to kWaiting. A
+// kTombstone is an id without a vector: its delete was stamped later than what may still come from
+// another home shard.
 //
-// Thread safety: the shard's alone.
-// Invariants: each live id is in the id map once, with a live node; `unlinked` lists exactly the
-// live nodes that are not kLinked; live = linked + unlinked.
+// Thread safety: writing is the shard's alone. Other cores may recall at any moment: what is marked
+// "For readers" below, from inside the epochs.
+// Invariants: each id is in the id map at most once, with its live node or tombstone; `fresh` lists
+// all live nodes that are not kLinked; live = linked + unlinked; of the versions of an id at most
+// one is open.
 class Space {
  public:
-  // Nodes from which on a graph pays: below that an exact scan takes well under a millisecond.
+  // Nodes from which on a graph pays: below that a scan takes well under a millisecond.
   static constexpr uint32_t kGraphFrom = 4'096;
 
-  // `heap` outlives the space. `dimension` 0: that of the first observation. `hash_seed` is secret.
-  Space(std::string name, Metric metric, uint32_t dimension, ArenaHeap* heap,
-        const HnswBuildParams& build_params, uint64_t hash_seed);
+  // `heap` and `epochs` outlive the space.
+  Space(std::string name, const SpaceOptions& options, ArenaHeap* heap, ReaderEpochs* epochs);
   Space(const Space&) = delete;
   Space& operator=(const Space&) = delete;
   ~Space();
 
-  // Stores the observation, in place of what has its id. kNone, kWrongDimension, kZeroVector,
-  // kNotFinite (an int8 vector's product) or kMemoryFull; nothing has changed then.
-  RefusalReason Upsert(const ObservationRef& observation);
-  // False when the id is not there.
-  bool Delete(std::string_view id);
+  // ---- For readers on any core ----
 
-  // Writes a query in the form of this space's rows to `row` (padded_dimension() floats, 64-byte
-  // aligned). kNone, kWrongDimension, kZeroVector or kNotFinite, as Upsert.
+  // Writes a query in the form of the rows that the graph is walked with (code) and, where they are
+  // others, of those that are kept (exact; else left alone). Each aligned to 64 bytes, with
+  // kMaxRowBytes. kNone, kWrongDimension, kZeroVector or kNotFinite, as Upsert.
+  static constexpr size_t kMaxRowBytes = kMaxDimension * sizeof(float) + 2 * kCacheLineBytes;
   RefusalReason PrepareQuery(VectorDtype dtype, uint32_t dimension, float scale,
-                             const std::byte* vector, float* row) const;
-
-  // For an exact scan: the live nodes that a graph search does not find.
-  size_t unlinked_count() const { return unlinked_count_; }
-  NodeId UnlinkedAt(size_t index) const { return unlinked_[index]; }
-  bool IsLinked(NodeId node) const { return nodes_[node].state == NodeState::kLinked; }
-  SearchTarget TargetFor(const float* query) const {
-    return {&graph_, vectors(), distance_, query};
+                             const std::byte* vector, std::byte* code, std::byte* exact) const;
+  // A recall of now: sees all that was stored before.
+  CommitStamp latest_stamp() const { return latest_stamp_.load(std::memory_order_acquire); }
+  bool IsVisible(NodeId node, CommitStamp snapshot) const {
+    const Stamps& stamps = stamps_[node];
+    return Load(stamps.begin) <= snapshot && snapshot < Load(stamps.end);
   }
-
+  // Nodes that a graph search may not find.
+  FreshList::Snapshot FreshNodes() const { return fresh_.TakeSnapshot(); }
+  // The earliest snapshot that may be asked for.
+  CommitStamp horizon() const { return horizon_.load(std::memory_order_acquire); }
+  // What searches need room for.
+  size_t node_count() const { return node_count_.load(std::memory_order_acquire); }
+  // `code` as PrepareQuery wrote it.
+  SearchTarget TargetFor(const std::byte* code) const {
+    return {&graph_, &*codes_, code_format_->distance(), code_format_->padded_dimension(), code};
+  }
+  // Something may be found by a graph search alone.
+  bool has_linked() const { return graph_.entry_point() != kNoNode; }
+  // Whether what is found by code is compared again, and by what.
+  bool has_exact() const { return exact_.has_value(); }
+  SearchTarget ExactTargetFor(const std::byte* exact) const {
+    return {&graph_, &*exact_, exact_format_->distance(), exact_format_->padded_dimension(), exact};
+  }
   StoredObservation Get(NodeId node) const;
+  // Its vector as it is kept (of norm 1 under cosine): dimension() floats.
+  void GetVector(NodeId node, float* out) const;
   // The metric's score of a distance (see Metric).
   float ScoreOf(float distance) const;
+  const std::string& name() const { return name_; }
+  Metric metric() const { return options_.metric; }
+  uint32_t dimension() const { return dimension_.load(std::memory_order_acquire); }
 
-  // Linking, by the shard's linker between other work. The next node to link, kNoNode when there is
-  // nothing to do. Ask FinishLinking once the linker is done with it.
-  NodeId NextToLink() const;
+  // ---- For the shard ----
+
+  // Stores the observation with a stamp, in place of what has its id and an earlier one. kNone,
+  // kWrongDimension, kZeroVector, kNotFinite (an int8 vector's product) or kMemoryFull; nothing has
+  // changed then. The first observation that is not refused for its vector settles the dimension.
+  StoreOutcome Upsert(const ObservationRef& observation, CommitStamp stamp);
+  // Ends what has this id and an earlier stamp. `keep_tombstone`: an upsert with an earlier stamp
+  // may still come (from another home shard) and must lose; ForgetTombstones ends that. kNone or
+  // kMemoryFull.
+  StoreOutcome Delete(std::string_view id, CommitStamp stamp, bool keep_tombstone);
+  // Whether Upsert would refuse the vector, and why.
+  RefusalReason Judge(const ObservationRef& observation) const;
+  // What ended at `horizon` or before is no longer kept for recalls of earlier snapshots. Rises.
+  void SetHorizon(CommitStamp horizon) { horizon_.store(horizon, std::memory_order_release); }
+  // Forgets the tombstones with stamps up to `complete`, some of them at a time.
+  void ForgetTombstones(CommitStamp complete);
+  bool has_tombstones() const { return first_tombstone_ != kNoNode; }
+
+  // kNoNode when there is none.
+  NodeId FindLive(std::string_view id) const;
+  // Live nodes in the order of a hash of their ids, from `*cursor` on: at most about `limit`, in
+  // `nodes`. *cursor is where to go on, 0 at the end.
+  void Scroll(uint64_t* cursor, size_t limit, std::vector<NodeId>* nodes) const;
+
+  bool IsLinked(NodeId node) const { return nodes_[node].state == NodeState::kLinked; }
+
+  // Upkeep, by the shard's linker and sweep between other work.
+  // The next node to link, kNoNode when there is nothing to do. Passes over what was updated or
+  // deleted before it was linked.
+  NodeId NextToLink();
   bool BeginLinking(HnswLinker* linker, NodeId node);
+  // Once the linker is done with it.
   void FinishLinking(NodeId node);
+  // So many retired nodes are in the graph that a sweep pays. Fewer do when there is nothing to
+  // link.
+  bool WantsSweep() const;
+  // False when memory is short or somebody may still want what a sweep would take out: try again
+  // later. No linker is active.
+  bool BeginSweep(HnswSweep* sweep);
+  void FinishSweep(const HnswSweep& sweep);
+  // Frees nodes that no reader can be on, `max_nodes` at most. No linker is active. True when some
+  // are left.
+  bool Reclaim(size_t max_nodes);
 
   // How many unlinked nodes make `bytes` of vectors to scan.
   size_t NodesInBytes(size_t bytes) const;
@@ -104,64 +189,118 @@ class Space {
   // kCorrupt naming what is wrong. Reads everything: for tests.
   Result<void> CheckInvariants() const;
 
-  const std::string& name() const { return name_; }
-  Metric metric() const { return metric_; }
-  uint32_t dimension() const { return dimension_; }
-  size_t padded_dimension() const { return dimension_ == 0 ? 0 : PaddedDimension(dimension_); }
-  size_t node_count() const { return node_count_; }  // ever made; what searches need room for
   uint64_t live() const { return live_; }
-  uint64_t linked() const { return live_ - unlinked_count_; }
+  uint64_t unlinked_count() const { return unlinked_; }
+  uint64_t linked() const { return live_ - unlinked_; }
+  // Updated or deleted, still holding a place.
   uint64_t retired() const { return retired_; }
   uint64_t resident_bytes() const;
 
  private:
-  enum class NodeState : uint8_t { kFree, kUnlinked, kLinking, kLinked, kRetired, kRetiredLinking };
+  enum class NodeState : uint8_t {
+    kFree,
+    kUnlinked,
+    kEnded,
+    kLinking,
+    kLinked,
+    kRetiredLinking,
+    kRetired,
+    kDoomed,
+    kWaiting,
+    kTombstone,
+  };
   struct Node {
+    // Written before the node is published, then constant.
     std::byte* text;  // id, then payload
     int64_t when_ns;
     float confidence;
     uint32_t payload_bytes;
-    uint32_t place;  // in unlinked_; of a free node: the next free one
     uint16_t id_bytes;
+    PayloadKind payload_kind;
+    // The shard's alone.
     NodeState state;
-    uint8_t reserved;
+    uint32_t next;  // of the list that it is in, by its state
   };
   static_assert(sizeof(Node) == 32);
+  struct Stamps {
+    CommitStamp begin;
+    CommitStamp end;
+  };
 
-  const VectorStore* vectors() const { return &*vectors_; }
+  // It ended, and no recall may ask for it any more.
+  bool IsPast(NodeId node) const {
+    return Load(stamps_[node].end) <= horizon_.load(std::memory_order_relaxed);
+  }
+  static CommitStamp Load(const CommitStamp& stamp) {
+    return std::atomic_ref<CommitStamp>(const_cast<CommitStamp&>(stamp))
+        .load(std::memory_order_acquire);
+  }
+  static void Store(CommitStamp* stamp, CommitStamp value) {
+    std::atomic_ref<CommitStamp>(*stamp).store(value, std::memory_order_release);
+  }
   void FixDimension(uint32_t dimension);
-  void ForgetDimension();
-  RefusalReason UpsertHere(const ObservationRef& observation);
-  // Writes the vector as this space keeps it. kNone, kZeroVector or kNotFinite.
-  RefusalReason WriteRow(VectorDtype dtype, float scale, const std::byte* vector, float* row) const;
+  RefusalReason DecodeInto(VectorDtype dtype, float scale, const std::byte* vector,
+                           uint32_t dimension, float* numbers) const;
   NodeId TakeNode();
-  void GiveNode(NodeId node);
+  bool ReserveRows(size_t nodes);
+  bool ReserveFresh();
   bool WriteText(Node* node, const ObservationRef& observation);
   void FreeText(Node* node);
-  void Retire(NodeId node);
-  void ListUnlinked(NodeId node);
-  void UnlistUnlinked(NodeId node);
+  void EndVersion(NodeId node, CommitStamp stamp);
+  void ListRetired(NodeId node);
+  void PutInLine(NodeId node);
+  void FreeNode(NodeId node);
+  bool MakeTombstone(uint64_t hash, std::string_view id, CommitStamp stamp, NodeId old);
+  void Advance(CommitStamp stamp);
   uint64_t HashOf(std::string_view id) const;
   NodeId FindId(uint64_t hash, std::string_view id) const;
   std::string_view IdOf(NodeId node) const;
+  Result<void> CheckNode(NodeId node) const;
+  Result<void> CheckCounts() const;
+  std::unexpected<Error> Unsound(const std::string& what, uint64_t node) const;
 
   // Constant after construction.
   const std::string name_;
-  const Metric metric_;
+  const SpaceOptions options_;
   ArenaHeap* const heap_;
-  const uint64_t hash_seed_;
-  const DistanceFn distance_;
+  ReaderEpochs* const epochs_;
 
-  uint32_t dimension_;
-  std::optional<VectorStore> vectors_;  // from the first observation on
+  // Constant once the dimension is settled.
+  std::optional<VectorFormat> code_format_;
+  std::optional<VectorFormat> exact_format_;  // with has_exact()
+  std::optional<VectorStore> codes_;
+  std::optional<VectorStore> exact_;
+
+  // Readable by other cores; written by the shard only.
+  std::atomic<uint32_t> dimension_{0};
+  std::atomic<uint32_t> node_count_{0};  // ever made
+  std::atomic<CommitStamp> latest_stamp_{kNoStamp};
+  std::atomic<CommitStamp> horizon_{kNoStamp};
   ChunkedArray<Node> nodes_;
-  ChunkedArray<NodeId> unlinked_;
-  IdMap ids_;
+  ChunkedArray<Stamps> stamps_;
+  FreshList fresh_;
   HnswGraph graph_;
-  uint32_t node_count_ = 0;
+
+  // The shard's alone.
+  IdMap ids_;
   NodeId first_free_ = kNoNode;
-  size_t unlinked_count_ = 0;
+  // Retired nodes in the graph; those that a sweep may take once the horizon has passed sweep_end_
+  // and no reader of sweep_epoch_ is inside.
+  NodeId first_retired_ = kNoNode;
+  NodeId first_sweepable_ = kNoNode;
+  CommitStamp sweep_end_ = kNoStamp;
+  ReaderEpochs::Epoch sweep_epoch_ = 0;
+  uint32_t retired_linked_ = 0;  // in both
+  // Out of everything; those of `closing_` once no reader of closing_epoch_ is inside.
+  NodeId first_waiting_ = kNoNode;
+  NodeId first_closing_ = kNoNode;
+  ReaderEpochs::Epoch closing_epoch_ = 0;
+  // Queue, by stamp as far as they came in that order.
+  NodeId first_tombstone_ = kNoNode;
+  NodeId last_tombstone_ = kNoNode;
+  uint64_t tombstones_ = 0;
   uint64_t live_ = 0;
+  uint64_t unlinked_ = 0;
   uint64_t retired_ = 0;
   uint64_t text_bytes_ = 0;
   bool has_graph_ = false;

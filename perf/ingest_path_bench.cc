@@ -127,7 +127,10 @@ Figures Measure(size_t batch) {
   SystemClock clock;
   SilentNetwork network;
   CounterCatalogue catalogue;
-  auto mesh = RingMesh::Create({});
+  SpaceCatalogue spaces(16, 1, 1, {});
+  MeshOptions mesh_options;
+  mesh_options.catalogue = &spaces;
+  auto mesh = RingMesh::Create(mesh_options);
   if (!mesh) std::abort();
   auto core = IngestCore::Create({.max_connections = 4}, &clock, &network,
                                  mesh->TakeProducer(ProducerId(0)), &catalogue);

@@ -141,7 +141,10 @@ void RunIngress(NetworkBackend backend, int ingress_cpu, int client_cpu, Outcome
   auto network = CreateNetwork(backend, {.max_connections = 16}, &note);
   if (!network) std::abort();
   const auto endpoint = (*network)->Listen({.host = "127.0.0.1", .port = 0});
-  auto mesh = RingMesh::Create({});
+  SpaceCatalogue spaces(16, 1, 1, {});
+  MeshOptions mesh_options;
+  mesh_options.catalogue = &spaces;
+  auto mesh = RingMesh::Create(mesh_options);
   if (!endpoint || !mesh) std::abort();
   CounterCatalogue catalogue;
   auto core = IngestCore::Create({.max_connections = 16}, &clock, network->get(),

@@ -11,11 +11,24 @@ Result<std::unique_ptr<Appliance>> Appliance::Create(const ApplianceOptions& opt
                                                      const std::vector<Network*>& networks) {
   CHECK(!networks.empty() && options.shards > 0, "an appliance has an ingress and a shard core");
   MeshOptions mesh_options = options.mesh;
-  mesh_options.producers = static_cast<uint16_t>(networks.size());
+  const auto ingest_cores = static_cast<uint16_t>(networks.size());
+  mesh_options.producers = static_cast<uint16_t>(ingest_cores + (options.gateway ? 1 : 0));
   mesh_options.shards = options.shards;
+  // A space has one partition until shards forward to each other.
+  auto spaces = std::make_unique<SpaceCatalogue>(options.max_spaces, options.shards, 1,
+                                                 options.space_defaults);
+  for (const auto& [name, settings] : options.spaces) {
+    if (spaces->Configure(name, settings) == nullptr) {
+      return Fail(ErrorCode::kResourceExhausted,
+                  "space " + name + ": more spaces are configured than limits.max_spaces (" +
+                      std::to_string(options.max_spaces) + ") allows");
+    }
+  }
+  mesh_options.catalogue = spaces.get();
   auto mesh = RingMesh::Create(mesh_options);
   if (!mesh) return std::unexpected(mesh.error());
-  std::unique_ptr<Appliance> appliance(new Appliance(*std::move(mesh)));
+  std::unique_ptr<Appliance> appliance(
+      new Appliance(std::move(spaces), *std::move(mesh), ProducerId(ingest_cores)));
   for (uint16_t s = 0; s < options.shards; ++s) {
     ShardOptions shard_options = options.shard;
     if (s < mesh_options.shard_numa_node.size()) {
@@ -26,7 +39,7 @@ Result<std::unique_ptr<Appliance>> Appliance::Create(const ApplianceOptions& opt
     appliance->shards_.push_back(*std::move(shard));
     appliance->shards_.back()->AddCounters("shard" + std::to_string(s), &appliance->catalogue_);
   }
-  for (uint16_t p = 0; p < mesh_options.producers; ++p) {
+  for (uint16_t p = 0; p < ingest_cores; ++p) {
     auto ingest =
         IngestCore::Create(options.ingest, clock, networks[p],
                            appliance->mesh_.TakeProducer(ProducerId(p)), &appliance->catalogue_);

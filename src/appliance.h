@@ -2,6 +2,8 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "dataplane/ingest_core.h"
@@ -11,6 +13,7 @@
 #include "src/core/counters.h"
 #include "src/core/network.h"
 #include "src/core/result.h"
+#include "src/core/space_catalogue.h"
 
 namespace engram {
 
@@ -18,7 +21,13 @@ struct ApplianceOptions {
   uint16_t shards = 1;
   IngestOptions ingest;
   ShardOptions shard;  // memory_limit_bytes is one shard's
-  MeshOptions mesh;    // producers and shards are filled in
+  MeshOptions mesh;    // producers, shards and catalogue are filled in
+  // One producer more, for TakeGatewayPort.
+  bool gateway = false;
+  uint32_t max_spaces = 10'000;
+  // For spaces that are not configured; what it leaves open is cosine, f32, one partition.
+  SpaceSettings space_defaults;
+  std::vector<std::pair<std::string, SpaceSettings>> spaces;
 };
 
 // The engine put together: ingress cores, the mesh, shard cores. It starts no thread and takes its
@@ -40,11 +49,17 @@ class Appliance {
   // Before the first Poll others may add theirs; `status` shows them all.
   CounterCatalogue& counters() { return catalogue_; }
   PageKind slot_page_kind() const { return mesh_.page_kind(); }
+  SpaceCatalogue& spaces() { return *spaces_; }
+  // Once, where the options asked for a gateway.
+  ProducerPort TakeGatewayPort() { return mesh_.TakeProducer(gateway_); }
 
  private:
-  explicit Appliance(RingMesh mesh) : mesh_(std::move(mesh)) {}
+  Appliance(std::unique_ptr<SpaceCatalogue> spaces, RingMesh mesh, ProducerId gateway)
+      : spaces_(std::move(spaces)), mesh_(std::move(mesh)), gateway_(gateway) {}
 
+  std::unique_ptr<SpaceCatalogue> spaces_;
   RingMesh mesh_;
+  ProducerId gateway_;  // the last one
   CounterCatalogue catalogue_;
   std::vector<std::unique_ptr<IngestCore>> ingest_;
   std::vector<std::unique_ptr<Shard>> shards_;

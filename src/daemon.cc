@@ -14,6 +14,8 @@ namespace {
 
 constexpr int64_t kDrainDeadlineNs = 10 * kNanosPerSecond;
 constexpr int64_t kControlPeriodNs = 10 * kNanosPerMilli;
+// For calls that are under way when the daemon is told to stop; within kDrainDeadlineNs.
+constexpr int64_t kGrpcDrainNs = 5 * kNanosPerSecond;
 // Memory made present ahead of a shard's use, and how much of it in one step.
 constexpr size_t kPrefaultAheadBytes = size_t{64} << 20;
 constexpr size_t kPrefaultStepBytes = size_t{16} << 20;
@@ -28,11 +30,25 @@ uint64_t SecretSeed() {
   return seed;
 }
 
+void NoteFieldsNotHonoured(const Config& config, std::vector<std::string>* notes) {
+  std::string names;
+  for (const std::string& name : FieldsNotHonoured(config)) {
+    names += (names.empty() ? "" : ", ") + name;
+  }
+  if (names.empty()) return;
+  notes->push_back("configuration: set, but not honoured yet: " + names +
+                   " (config/engram.toml says what happens instead)");
+}
+
 }  // namespace
 
 Result<std::unique_ptr<Daemon>> Daemon::Start(const Config& config, const Topology& topology,
                                               Clock* clock, std::vector<std::string>* notes) {
   std::unique_ptr<Daemon> daemon(new Daemon(clock));
+  NoteFieldsNotHonoured(config, notes);
+  if (config.grpc && !GrpcGateway::IsBuilt()) {
+    notes->push_back("grpc: this engramd was built without it; listen.grpc is not served");
+  }
   if (auto made = daemon->MakeNetworks(config, notes); !made) {
     return std::unexpected(made.error());
   }
@@ -44,7 +60,9 @@ Result<std::unique_ptr<Daemon>> Daemon::Start(const Config& config, const Topolo
                    std::string(PageKindName(daemon->appliance_->shard(0).page_kind())) +
                    " pages, slots in " +
                    std::string(PageKindName(daemon->appliance_->slot_page_kind())) + " pages");
-  if (auto started = daemon->StartThreads(); !started) {
+  auto started = daemon->StartThreads();
+  if (started) started = daemon->StartGrpc(config);
+  if (!started) {
     daemon->Join();
     return std::unexpected(started.error());
   }
@@ -55,7 +73,7 @@ Daemon::~Daemon() { Join(); }
 
 Result<void> Daemon::MakeNetworks(const Config& config, std::vector<std::string>* notes) {
   NetworkOptions options;
-  options.max_connections = config.max_connections;
+  options.max_connections = config.limits.max_connections;
   options.share_port = config.ingress_cpus.size() > 1;
   std::vector<Endpoint> wanted = config.listen;
   for (size_t i = 0; i < config.ingress_cpus.size(); ++i) {
@@ -78,17 +96,33 @@ Result<void> Daemon::MakeNetworks(const Config& config, std::vector<std::string>
 Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topology) {
   ApplianceOptions options;
   options.shards = static_cast<uint16_t>(config.shard_cpus.size());
-  options.ingest.max_connections = config.max_connections;
+  options.ingest.max_connections = config.limits.max_connections;
   options.ingest.huge_pages = config.huge_pages;
   const size_t limit =
       config.memory_limit_mib > 0 ? config.memory_limit_mib << 20 : MachineMemoryBytes() / 4 * 3;
   options.shard.memory_limit_bytes = limit / options.shards;
   options.shard.huge_pages = config.huge_pages;
-  options.shard.default_ef = config.default_ef;
-  options.shard.build.M = config.hnsw_m;
-  options.shard.build.M0 = 2 * config.hnsw_m;
-  options.shard.build.ef_construction = config.hnsw_ef_construction;
+  options.shard.default_ef = config.index.default_ef;
+  options.max_spaces = config.limits.max_spaces;
+  options.space_defaults.precision = config.index.precision;
+  for (const SpaceConfig& space : config.spaces) {
+    SpaceSettings settings;
+    settings.metric = space.metric;
+    settings.precision = space.precision;
+    settings.dimension = static_cast<uint16_t>(space.dimension);
+    options.spaces.emplace_back(space.name, settings);
+  }
+  options.shard.traversal = config.index.traversal;
+  options.shard.max_sessions = config.limits.max_sessions;
+  options.shard.session_idle_timeout_ns = config.limits.idle_timeout_s * kNanosPerSecond;
+  options.shard.build.M = config.index.m;
+  options.shard.build.M0 = 2 * config.index.m;
+  options.shard.build.ef_construction = config.index.ef_construction;
+  options.shard.build.extend_candidates = config.index.extend_candidates;
+  options.shard.build.keep_pruned = config.index.keep_pruned;
+  options.shard.build.alpha = static_cast<float>(config.index.alpha);
   options.shard.seed = SecretSeed();
+  options.gateway = config.grpc && GrpcGateway::IsBuilt();
   options.mesh.huge_pages = config.huge_pages;
   for (const int cpu : config.ingress_cpus) {
     options.mesh.producer_numa_node.push_back(topology.NodeOf(cpu));
@@ -101,6 +135,23 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
   auto appliance = Appliance::Create(options, clock_, networks);
   if (!appliance) return std::unexpected(appliance.error());
   appliance_ = *std::move(appliance);
+  return {};
+}
+
+// Its core shares the control plane's first processor with gRPC's threads, so it sleeps when there
+// is nothing to do, whatever the other cores do.
+Result<void> Daemon::MakeGateway(const Config& config) {
+  if (!config.grpc || !GrpcGateway::IsBuilt()) return {};
+  GatewayOptions options;
+  options.huge_pages = config.huge_pages;
+  auto gateway = GatewayCore::Create(options, clock_, appliance_->TakeGatewayPort());
+  if (!gateway) return std::unexpected(gateway.error());
+  gateway_ = *std::move(gateway);
+  gateway_->AddCounters("gateway", &appliance_->counters());
+  auto core = CoreOn(config.control_cpus.front(), config);
+  if (!core) return std::unexpected(core.error());
+  gateway_runner_ = (*core)->runner.get();
+  gateway_runner_->AddPoll([gateway = gateway_.get()] { return gateway->Poll(); });
   return {};
 }
 
@@ -125,7 +176,10 @@ Result<Daemon::Core*> Daemon::CoreOn(int cpu, const Config& config) {
     sleeper = {.wait = [bell](int64_t timeout_ns) { bell->Wait(timeout_ns); },
                .wake = [bell] { bell->Wake(); }};
   }
-  core->runner = std::make_unique<CoreRunner>("cpu" + std::to_string(cpu), config.idle, clock_,
+  const bool shared = ingress == config.ingress_cpus.end() &&
+                      std::ranges::find(config.shard_cpus, cpu) == config.shard_cpus.end();
+  core->runner = std::make_unique<CoreRunner>("cpu" + std::to_string(cpu),
+                                              shared ? IdleStrategy::kSleep : config.idle, clock_,
                                               std::move(sleeper));
   cores_.push_back(std::move(core));
   return cores_.back().get();
@@ -152,6 +206,7 @@ Result<void> Daemon::MakeCores(const Config& config) {
     Shard* shard = &appliance_->shard(i);
     (*core)->runner->AddPoll([shard] { return shard->Poll(); });
   }
+  if (auto made = MakeGateway(config); !made) return made;
   for (const auto& core : cores_) {
     for (const auto& peer : cores_) {
       if (peer != core) core->runner->AddPeer(peer->runner.get());
@@ -187,6 +242,19 @@ Result<void> Daemon::StartThreads() {
   return {};
 }
 
+// Once the gateway core polls: what a client asks is answered from the first call on.
+Result<void> Daemon::StartGrpc(const Config& config) {
+  if (gateway_ == nullptr) return {};
+  GrpcOptions options;
+  options.endpoint = *config.grpc;
+  options.cpus = config.control_cpus;
+  auto door = gateway_->OpenDoor([runner = gateway_runner_] { runner->WakeIfSleeping(); });
+  auto grpc = GrpcGateway::Start(options, std::move(door), clock_, &appliance_->counters());
+  if (!grpc) return std::unexpected(grpc.error());
+  grpc_ = *std::move(grpc);
+  return {};
+}
+
 void Daemon::RunCore(const Core& core, std::atomic<int>* started, std::atomic<bool>* failed) {
   pthread_setname_np(pthread_self(), core.runner->name().c_str());
   bool sound = PinThisThread(core.cpu).has_value();
@@ -213,6 +281,8 @@ bool Daemon::ServeUntil(const std::atomic<bool>& stop) {
   }
   const int64_t deadline_ns = clock_->MonotonicNs() + kDrainDeadlineNs;
   drain_.store(true);
+  for (const auto& core : cores_) core->runner->WakeIfSleeping();
+  if (grpc_ != nullptr) grpc_->Shutdown(kGrpcDrainNs);
   const auto all_drained = [&] {
     return std::ranges::all_of(drained_, [](const auto& flag) { return flag->load(); });
   };
@@ -226,6 +296,8 @@ bool Daemon::ServeUntil(const std::atomic<bool>& stop) {
 }
 
 void Daemon::Join() {
+  // Its calls are answered by a core that still runs.
+  grpc_.reset();
   for (const auto& core : cores_) core->runner->Stop();
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();

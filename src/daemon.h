@@ -8,6 +8,8 @@
 
 #include "src/appliance.h"
 #include "src/control/config.h"
+#include "src/control/gateway_core.h"
+#include "src/control/grpc_gateway.h"
 #include "src/core/doorbell.h"
 #include "src/core/result.h"
 #include "src/core/topology.h"
@@ -35,6 +37,8 @@ class Daemon {
   bool ServeUntil(const std::atomic<bool>& stop);
 
   const std::vector<Endpoint>& endpoints() const { return endpoints_; }
+  // Where gRPC is served; nullptr: nowhere.
+  const GrpcGateway* grpc() const { return grpc_.get(); }
 
  private:
   // What runs on one processor.
@@ -49,8 +53,10 @@ class Daemon {
   Result<void> MakeNetworks(const Config& config, std::vector<std::string>* notes);
   Result<void> MakeAppliance(const Config& config, const Topology& topology);
   Result<void> MakeCores(const Config& config);
+  Result<void> MakeGateway(const Config& config);
   Result<Core*> CoreOn(int cpu, const Config& config);
   Result<void> StartThreads();
+  Result<void> StartGrpc(const Config& config);
   void RunCore(const Core& core, std::atomic<int>* started, std::atomic<bool>* failed);
   bool Prefault();
   void Join();
@@ -59,10 +65,14 @@ class Daemon {
   std::vector<std::unique_ptr<Network>> networks_;
   std::vector<Endpoint> endpoints_;
   std::unique_ptr<Appliance> appliance_;
+  std::unique_ptr<GatewayCore> gateway_;  // nullptr: nothing needs it
+  CoreRunner* gateway_runner_ = nullptr;
   std::vector<std::unique_ptr<Core>> cores_;
   std::vector<std::thread> threads_;
   std::atomic<bool> drain_{false};
   std::vector<std::unique_ptr<std::atomic<bool>>> drained_;  // by ingress core
+  // Last: its threads use what stands above.
+  std::unique_ptr<GrpcGateway> grpc_;
 };
 
 }  // namespace engram

@@ -65,6 +65,9 @@ int Serve(Config config) {
   for (const Endpoint& endpoint : (*daemon)->endpoints()) {
     spdlog::info("listening on {}", endpoint.ToString());
   }
+  if (const GrpcGateway* grpc = (*daemon)->grpc(); grpc != nullptr) {
+    spdlog::info("grpc: serving engram.v1.EngramService at {}", grpc->endpoint().ToString());
+  }
   spdlog::info("ready");
   const bool drained = (*daemon)->ServeUntil(g_stop);
   if (!drained) spdlog::warn("some connections did not end in time and were cut");

@@ -57,7 +57,8 @@ LAYERS = (
     ("dataplane/", ("src/core/", "dataplane/")),
     ("src/control/", ("src/", "index/", "dataplane/", "engram/v1/")),
     ("src/", ("src/", "index/", "dataplane/")),
-    ("tools/", ("src/core/", "tools/", "dataplane/frame_")),
+    ("tools/", ("src/core/", "src/control/config_", "src/control/core_map.", "tools/",
+                "dataplane/frame_")),
 )
 FREE_DIRS = ("tests/", "perf/")
 ENGINE_DIRS = ("src/core/", "index/", "dataplane/")

@@ -2,42 +2,141 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "src/control/core_map.h"
 #include "src/core/huge_page_arena.h"
 #include "src/core/network.h"
+#include "src/core/observation.h"
 #include "src/core/topology.h"
 #include "src/core_runner.h"
 
+// What an operator may set, read and checked once, then passed down. Meaning, default and unit of
+// each field stand in config/engram.toml.
+
 namespace engram {
 
-// What an operator may set, read and checked once, then passed down. Each field stands with its
-// meaning and default in config/engram.toml.
-struct Config {
-  std::vector<Endpoint> listen = {{.host = "127.0.0.1", .port = 7654}};
-  std::string data_directory = "./engram-data";
+// When an observation is acknowledged.
+enum class Durability : uint8_t {
+  kFsync,     // on stable storage
+  kInterval,  // written; flushed from time to time
+  kMemory,    // visible; written when there is time
+};
 
-  // Processors, as in /proc/cpuinfo. Empty: chosen from the machine.
+// [index]: how graphs are built and searched. See HnswBuildParams for m to keep_pruned.
+struct IndexConfig {
+  uint32_t default_ef = 128;
+  uint32_t m = 16;
+  uint32_t ef_construction = 100;
+  double alpha = 1.0;
+  bool extend_candidates = false;
+  bool keep_pruned = true;
+  // Of spaces that do not say otherwise.
+  Precision precision = Precision::kF32;
+  Traversal traversal = Traversal::kInt8;
+  uint32_t partitions = 1;
+  uint64_t grow_partition_at = 250'000;  // observations of a space on one shard; 0: never
+  uint32_t max_partitions = 0;           // 0: as many as there are shards
+};
+
+// [limits].
+struct LimitsConfig {
+  uint32_t queue_capacity = 10'000;          // observations, of one shard
+  uint32_t global_queue_capacity = 100'000;  // observations, of all shards together
+  uint32_t min_batch_size = 10;              // observations
+  uint32_t max_batch_size = 500;             // observations
+  double high_priority_ratio = 0.1;          // of queue_capacity
+  // Shares of a queue's capacity.
+  double batch_growth_threshold = 0.5;
+  double backpressure_threshold = 0.8;
+  double overload_threshold = 0.9;
+  uint32_t idle_timeout_s = 300;
+  uint32_t cleanup_interval_s = 60;
+  uint32_t max_sessions = 10'000;     // of one shard
+  uint32_t recall_batch = 10;         // results
+  uint32_t max_spaces = 10'000;       // of all shards
+  uint32_t max_connections = 10'000;  // of one ingress core
+};
+
+// [[space]].
+struct SpaceConfig {
+  std::string name;
+  uint32_t dimension = 0;                 // 0: that of its first observation
+  Metric metric = Metric::kUnspecified;   // kUnspecified: cosine
+  Precision precision = Precision::kF32;  // where the file is silent: index.precision
+  uint32_t partitions = 1;                // where the file is silent: index.partitions
+  Durability durability = Durability::kFsync;
+  uint64_t ttl_s = 0;               // 0: for ever
+  uint64_t quota_observations = 0;  // 0: no bound of its own
+  uint64_t quota_mib = 0;           // 0: no bound of its own
+  std::vector<std::string> filter_keys;
+};
+
+// Where the fields stood, for messages about how they fit together.
+struct ConfigSource {
+  std::string name;                  // of the file; empty: there was none
+  std::map<std::string, int> lines;  // "cores.shard" to its line, also "cores"
+
+  // The first of `fields` that was written, else the first.
+  std::string_view FieldOf(const std::vector<std::string_view>& fields) const;
+  // Its line, else that of its section; 0: neither was written.
+  int LineOf(const std::vector<std::string_view>& fields) const;
+};
+
+struct Config {
+  // [listen]
+  std::vector<Endpoint> listen = {{.host = "127.0.0.1", .port = 7654}};
+  std::optional<Endpoint> grpc = Endpoint{.host = "127.0.0.1", .port = 50051};
+  NetworkBackend network_backend = NetworkBackend::kAuto;
+  // [data]
+  std::string data_directory = "./engram-data";
+  // [cores]: processors, as in /proc/cpuinfo. Empty ones are PlanCores' to fill.
+  std::vector<int> control_cpus;
   std::vector<int> ingress_cpus;
   std::vector<int> shard_cpus;
-  std::vector<int> control_cpus;
+  std::vector<int> recall_cpus;
+  std::vector<int> sockets;
   IdleStrategy idle = IdleStrategy::kHybrid;
-
-  NetworkBackend network_backend = NetworkBackend::kAuto;
-  uint32_t max_connections = 10'000;  // of one ingress core
-
+  CoreMode core_mode = CoreMode::kAuto;
+  // [memory]
   HugePagePolicy huge_pages = HugePagePolicy::kAuto;
   size_t memory_limit_mib = 0;  // of all shards together; 0: three quarters of the machine's
 
-  uint32_t default_ef = 128;
-  uint32_t hnsw_m = 16;
-  uint32_t hnsw_ef_construction = 100;
+  IndexConfig index;
+  LimitsConfig limits;
+  std::vector<SpaceConfig> spaces;
+
+  ConfigSource source;
 };
 
-// Fills in the processors that the configuration leaves open. Up to three of them: ingress and
-// shard run to completion on the first, control on the last. From four on: one for control, one for
-// ingress, the others are shards. Errors: kInvalidArgument naming a processor that is not there.
+// One thing that is wrong with a configuration.
+struct ConfigFault {
+  int line = 0;         // 0: it stands nowhere
+  std::string field;    // "cores.shard"
+  std::string message;  // what is wrong, with the value; what to write instead
+
+  // "FILE:LINE: field: message", without the parts that there are not.
+  std::string ToString(const std::string& file) const;
+};
+// In the order of the file, a line each.
+std::string JoinFaults(std::vector<ConfigFault> faults, const std::string& file);
+
+CoreRequest CoreRequestOf(const Config& config);
+
+// How the fields fit together; single fields are the loader's to check. With a topology, `config`
+// is checked as it would run there, with the cores that PlanCores chooses.
+std::vector<ConfigFault> CheckConfig(const Config& config, const Topology* topology);
+
+// Fills in the processors that the configuration leaves open (see PlanCoreMap). Errors:
+// kInvalidArgument with every fault of the core map, a line each.
 Result<void> PlanCores(const Topology& topology, Config* config);
+
+// The fields that were set to something other than the default and that this version does not
+// honour yet, by name; config/engram.toml says what happens instead.
+std::vector<std::string> FieldsNotHonoured(const Config& config);
 
 }  // namespace engram

@@ -20,8 +20,9 @@ enum class PageKind : uint8_t {
 std::string_view PageKindName(PageKind kind);
 
 enum class HugePagePolicy : uint8_t {
-  kAuto,  // hugetlb where the whole reserve fits, else transparent, else plain
-  kOff,   // plain pages
+  kAuto,         // hugetlb where the whole reserve fits, else transparent, else plain
+  kOff,          // plain pages
+  kTransparent,  // never hugetlb, which sets pages aside for the whole reserve at once
 };
 
 struct ArenaOptions {

@@ -25,6 +25,27 @@ Metric MetricOfName(std::string_view name) {
   return Metric::kUnspecified;
 }
 
+std::string_view PrecisionName(Precision precision) {
+  switch (precision) {
+    case Precision::kF32:
+      return "f32";
+    case Precision::kBf16:
+      return "bf16";
+    case Precision::kInt8:
+      return "int8";
+    case Precision::kUnspecified:
+      break;
+  }
+  return "unspecified";
+}
+
+Precision PrecisionOfName(std::string_view name) {
+  for (const Precision precision : {Precision::kF32, Precision::kBf16, Precision::kInt8}) {
+    if (PrecisionName(precision) == name) return precision;
+  }
+  return Precision::kUnspecified;
+}
+
 bool IsValidSpaceName(std::string_view name) {
   if (name.empty() || name.size() > kMaxSpaceNameBytes) return false;
   return std::ranges::all_of(name, [](char c) {

@@ -30,6 +30,18 @@ std::string_view MetricName(Metric metric);
 // kUnspecified for a name that is not one of cosine, ip, l2.
 Metric MetricOfName(std::string_view name);
 
+// How a space keeps its vectors. The values are stored: unchangeable.
+enum class Precision : uint8_t { kUnspecified = 0, kF32 = 1, kBf16 = 2, kInt8 = 3 };
+std::string_view PrecisionName(Precision precision);
+// kUnspecified for a name that is not one of f32, bf16, int8.
+Precision PrecisionOfName(std::string_view name);
+
+// What a space's graph is walked with.
+enum class Traversal : uint8_t {
+  kInt8,   // int8 codes; what is found is compared again with the vectors as they are kept
+  kExact,  // the vectors as they are kept
+};
+
 // The lane on which a session's observations travel. The values are sent: unchangeable.
 enum class Priority : uint8_t { kNormal = 0, kHigh = 1 };
 
@@ -43,21 +55,33 @@ enum class ObservationOp : uint8_t {
 // 1 to 64 of [a-z0-9_-].
 bool IsValidSpaceName(std::string_view name);
 
-// One neighbour in a recall's answer; id and payload follow, then zeros up to a multiple of 8.
-// The same bytes travel from shard to ingress core and from there to the client.
+// Who wrote an observation's payload, so that who reads it knows its form. The values are stored:
+// unchangeable.
+enum class PayloadKind : uint8_t {
+  kOpaque = 0,   // the client's own bytes
+  kEpisode = 1,  // an engram.v1.Episode without its embedding, id and time
+  kMemory = 2,   // an engram.v1.Memory without its embedding and id
+};
+
+// One neighbour in a recall's answer. Behind it: its vector where that was asked for
+// (vector_dimension float32 numbers), id, payload, then zeros up to a multiple of 8. The same bytes
+// travel from shard to producer and from there to the client.
 struct HitHeader {
-  uint32_t hit_bytes;      // this header, id, payload and padding
-  float score;             // see Metric
+  uint32_t hit_bytes;      // this header, vector, id, payload and padding
+  float score;             // see Metric; 0 where nothing was compared
   int64_t when_ns;         // as the client gave it, nanoseconds since 1970
+  uint64_t stamp;          // its commit stamp (commit_stamp.h)
   float confidence;        // as the client gave it
   uint32_t payload_bytes;  // 0 when there is none or it was not asked for
   uint16_t id_bytes;
-  uint16_t flags;  // kHitPayloadOmitted
-  uint32_t reserved;
+  uint8_t flags;  // kHitPayloadOmitted
+  PayloadKind payload_kind;
+  uint16_t vector_dimension;  // 0 when it was not asked for
+  uint16_t reserved;
 };
-static_assert(sizeof(HitHeader) == 32);
+static_assert(sizeof(HitHeader) == 40);
 // The payload did not fit in the answer's bound (kMaxResultPayloadBytes in all).
-inline constexpr uint16_t kHitPayloadOmitted = 1;
+inline constexpr uint8_t kHitPayloadOmitted = 1;
 inline constexpr size_t kMaxResultPayloadBytes = size_t{1} << 20;
 
 // One space as its shard sees it; the name follows, then zeros up to a multiple of 8.

@@ -61,7 +61,13 @@ enum class RefusalEffect : uint8_t {
   X(70, kNoSession, "no_session", kAnswers, "this connection's hello asked for no session")       \
   X(71, kSessionSpaceMismatch, "session_space_mismatch", kCloses,                                 \
     "the session belongs to another space")                                                       \
-  X(72, kBusy, "busy", kAnswers, "one such request of this connection is still under way")
+  X(72, kBusy, "busy", kAnswers, "one such request of this connection is still under way")        \
+  X(73, kMergesFull, "merges_full", kAnswers,                                                     \
+    "too many recalls over several partitions are under way; ask again")                          \
+  X(74, kDeadlinePassed, "deadline_passed", kAnswers, "the request's deadline passed")            \
+  X(75, kCancelled, "cancelled", kAnswers, "whoever asked has gone")                              \
+  X(76, kSnapshotTooOld, "snapshot_too_old", kAnswers,                                            \
+    "what lived at that time is no longer kept; take a later snapshot")
 
 enum class RefusalReason : uint16_t {
   kNone = 0,
@@ -71,7 +77,7 @@ enum class RefusalReason : uint16_t {
 };
 
 // Codes are below this; a counter per code is an array of this size.
-inline constexpr size_t kRefusalCodes = 73;
+inline constexpr size_t kRefusalCodes = 77;
 
 struct RefusalInfo {
   RefusalReason reason = RefusalReason::kNone;

@@ -1,14 +1,18 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 #include <vector>
 
+#include "src/core/commit_stamp.h"
 #include "src/core/ids.h"
 #include "src/core/observation.h"
 #include "src/core/refusal_reason.h"
 #include "src/core/slot_slab.h"
+#include "src/core/space_catalogue.h"
 #include "src/core/spsc_ring.h"
 
 // What travels between a producer core (ingress, later the gateway) and a shard core.
@@ -28,7 +32,15 @@ enum class Lane : uint8_t {
 };
 inline constexpr size_t kLanes = 3;
 
-enum class RequestKind : uint8_t { kHello = 1, kObserve, kRecall, kDetach, kIntrospect };
+enum class RequestKind : uint8_t {
+  kHello = 1,
+  kObserve,
+  kRecall,
+  kDetach,
+  kIntrospect,
+  kGet,     // observations by id
+  kScroll,  // all observations, a page at a time
+};
 
 // Names a connection of a producer to the shards, which only hand it back. 0: none.
 using Origin = uint64_t;
@@ -36,6 +48,34 @@ using Origin = uint64_t;
 // Every slot begins with a request of one of the kinds below.
 struct RequestHeader {
   RequestKind kind;
+  // The one byte that the producer may still write once the slot was pushed (CancelRequest):
+  // whoever asked has gone. Recalls, gets and scrolls end with kCancelled; an observation that was
+  // not taken yet is not taken.
+  uint8_t cancelled = 0;
+  // On the monotonic clock; past it the request is answered with kDeadlinePassed. 0: none.
+  int64_t deadline_ns = 0;
+};
+
+inline void CancelRequest(std::byte* slot) {
+  auto* header = reinterpret_cast<RequestHeader*>(slot);
+  std::atomic_ref<uint8_t>(header->cancelled).store(1, std::memory_order_relaxed);
+}
+inline bool IsCancelled(const RequestHeader& header) {
+  return std::atomic_ref<uint8_t>(const_cast<uint8_t&>(header.cancelled))
+             .load(std::memory_order_relaxed) != 0;
+}
+
+// The space that a request names.
+struct SpaceName {
+  uint8_t bytes = 0;
+  std::array<char, kMaxSpaceNameBytes> text{};
+
+  SpaceName() = default;
+  // At most kMaxSpaceNameBytes.
+  explicit SpaceName(std::string_view name) : bytes(static_cast<uint8_t>(name.size())) {
+    name.copy(text.data(), text.size());
+  }
+  std::string_view view() const { return {text.data(), bytes}; }
 };
 
 // Opens or resumes a session, or, without a session, asks what the space is.
@@ -44,7 +84,6 @@ struct HelloRequest {
   RequestHeader header{RequestKind::kHello};
   bool wants_session = true;
   Metric metric = Metric::kUnspecified;
-  uint8_t space_bytes = 0;
   uint16_t dimension = 0;  // 0: whatever the space has, or its first observation brings
   Origin origin = 0;
   SessionId session;  // 0: a new one
@@ -52,10 +91,12 @@ struct HelloRequest {
   uint32_t session_slot = 0;  // names the session to its shard; only with wants_session
   Sequence last_sequence = 0;
   uint64_t credit = 0;  // sequences that may be sent beyond last_sequence
-  std::array<char, kMaxSpaceNameBytes> space{};
+  SpaceName space;
 };
 
 // One observation. The vector (as received) lies at kRequestBodyOffset, then id, then payload.
+// Without a session (0) it stands alone: no sequence, no credit, and the space is named. It then
+// goes to the shard that owns the id (SpaceCatalogue).
 struct ObserveRequest {
   RequestHeader header{RequestKind::kObserve};
   ObservationOp op = ObservationOp::kUpsert;
@@ -64,15 +105,19 @@ struct ObserveRequest {
   uint16_t dimension = 0;
   uint16_t space_dimension = 0;  // answer: what the space has, when reason is kWrongDimension
   uint16_t id_bytes = 0;
+  PayloadKind payload_kind = PayloadKind::kOpaque;
+  bool existed = false;  // answer, without a session: there was an observation with this id
   uint32_t payload_bytes = 0;
   uint32_t session_slot = 0;
   SessionId session;
-  Sequence sequence = 0;
+  Sequence sequence = 0;  // without a session: the producer's own number, handed back
+  CommitStamp stamp = 0;  // answer, without a session
   Origin origin = 0;
   int64_t when_ns = 0;
   int64_t received_ns = 0;  // producer's monotonic clock
   float confidence = 0;
   float scale = 1;  // of an int8 vector
+  SpaceName space;  // without a session
 };
 
 // One recall. The query vector (as received) lies at kRequestBodyOffset.
@@ -80,7 +125,7 @@ struct RecallRequest {
   RequestHeader header{RequestKind::kRecall};
   VectorDtype dtype = VectorDtype::kNone;
   bool with_payload = false;
-  uint8_t space_bytes = 0;
+  bool with_vector = false;
   uint16_t dimension = 0;
   uint32_t k = 0;
   uint32_t ef = 0;  // 0: the shard's default
@@ -88,7 +133,34 @@ struct RecallRequest {
   Origin origin = 0;
   uint64_t request_id = 0;
   int64_t received_ns = 0;
-  std::array<char, kMaxSpaceNameBytes> space{};
+  CommitStamp snapshot = kNoStamp;  // what lived at this stamp; kNoStamp: what lives now
+  SpaceName space;
+};
+
+// One observation by its id, which lies at kRequestBodyOffset. Answered like a recall, with at most
+// one hit. Goes to every shard that may hold the id.
+struct GetRequest {
+  RequestHeader header{RequestKind::kGet};
+  bool with_payload = true;
+  bool with_vector = false;
+  uint16_t id_bytes = 0;
+  Origin origin = 0;
+  uint64_t request_id = 0;
+  SpaceName space;
+};
+
+// A page of a partition's observations, in the order of a hash of their ids: each that lives from
+// the first page to the last comes once, also if it is updated meanwhile. Answered like a recall,
+// with about `limit` hits.
+struct ScrollRequest {
+  RequestHeader header{RequestKind::kScroll};
+  bool with_payload = true;
+  bool with_vector = false;
+  uint16_t limit = 100;  // 1 to kMaxRecallResults
+  Origin origin = 0;
+  uint64_t request_id = 0;
+  uint64_t cursor = 0;  // 0: from the start. Answer: where the next page begins, 0: that was all
+  SpaceName space;
 };
 
 // The connection that held a session is gone; the session stays for a resume.
@@ -110,11 +182,14 @@ inline constexpr size_t kRequestBodyOffset = 192;  // A multiple of a cache line
 static_assert(sizeof(HelloRequest) <= kRequestBodyOffset);
 static_assert(sizeof(ObserveRequest) <= kRequestBodyOffset);
 static_assert(sizeof(RecallRequest) <= kRequestBodyOffset);
+static_assert(sizeof(GetRequest) <= kRequestBodyOffset);
+static_assert(sizeof(ScrollRequest) <= kRequestBodyOffset);
 
 enum class CompletionKind : uint8_t {
   kHello = 1,       // slot: the HelloRequest with its answer
   kObserve,         // slot given back; accepted when reason is kNone
   kRecallDone,      // slot given back; the results came before, or reason says why there are none
+                    // (recall, get, scroll)
   kDetach,          // slot given back
   kResults,         // result_slot: a batch of hits; more of them may follow
   kRecords,         // result_slot: a batch of space records; more of them may follow
@@ -148,8 +223,40 @@ struct ResultBatch {
   bool last = false;  // nothing follows for this request from this shard
 };
 static_assert(sizeof(ResultBatch) == 8);
-// Holds any one hit: 32 + 256 + 65,536 bytes and padding.
-inline constexpr size_t kResultSlotBytes = size_t{66} * 1024;
+// Holds any one hit: header, vector, id, payload and padding.
+inline constexpr size_t kResultSlotBytes = size_t{81} * 1024;
+static_assert(kResultSlotBytes >= sizeof(ResultBatch) + sizeof(HitHeader) +
+                                      kMaxDimension * sizeof(float) + kMaxIdBytes +
+                                      kMaxPayloadBytes + 7);
+
+// What one shard says to another about an observation that it took as its session's home and that
+// the other owns, or once owned. The slot stays with the home shard until kDone came back, so the
+// request is read where the producer put it.
+struct PeerMessage {
+  enum class Kind : uint8_t {
+    kStore,   // home to owner: store or delete, as the request says, with this stamp
+    kRetire,  // home to an earlier owner: whatever it has of that id is superseded by this stamp
+    kDone,    // back: it is visible
+  };
+  Kind kind = Kind::kStore;
+  Lane lane = Lane::kNormal;  // with `ticket`: what the home shard finds its entry by
+  bool existed = false;       // kDone: there was an observation with this id
+  ProducerId producer;
+  SlotId slot = kNoSlot;
+  uint32_t space = 0;  // index in the SpaceCatalogue
+  uint64_t ticket = 0;
+  CommitStamp stamp = kNoStamp;
+};
+
+// A shard's rings to and from one other shard.
+// alignas: the handles inside are written with every operation and must not share a line with those
+// of another core.
+struct alignas(kFalseSharingBytes) PeerLink {
+  SpscRing<PeerMessage>::Producer requests_out;
+  SpscRing<PeerMessage>::Consumer requests_in;
+  SpscRing<PeerMessage>::Producer done_out;
+  SpscRing<PeerMessage>::Consumer done_in;
+};
 
 // The producer's end of the rings to and from one shard.
 // alignas: the handles inside are written with every operation and must not share a line with those
@@ -170,11 +277,14 @@ struct alignas(kFalseSharingBytes) ShardLink {
   const SlotSlab* producer_slab = nullptr;
 };
 
-// All that a shard has of the mesh: one link a producer, and the slab for its answers.
+// All that a shard has of the mesh: one link a producer, one a shard, and the slab for its answers.
 struct ShardPort {
   ShardId shard;
   std::vector<ShardLink> producers;
+  std::vector<PeerLink> peers;  // by shard; the shard's own place is empty
   SlotSlab* result_slab = nullptr;
+  StampBoard* stamps = nullptr;         // where it publishes; of all shards
+  SpaceCatalogue* catalogue = nullptr;  // of all cores
 };
 
 }  // namespace engram

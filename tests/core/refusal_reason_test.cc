@@ -70,6 +70,8 @@ TEST(RefusalReasonTest, CodesOnTheWireStayWhatTheyAre) {
   EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(40)).name, "queue_full");
   EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(60)).name, "sequence_gap");
   EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(71)).name, "session_space_mismatch");
+  EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(73)).name, "merges_full");
+  EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(75)).name, "cancelled");
 }
 
 // kWaits promises that the same number may be sent again; kConsumes that it may not.

@@ -4,10 +4,11 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <cstdlib>
+#include <cstdint>
 #include <set>
 #include <string>
 #include <thread>
+#include <vector>
 
 namespace engram {
 namespace {
@@ -48,31 +49,69 @@ TEST(TopologyTest, LeavesOutWhatTheProcessMayNotUse) {
     ASSERT_TRUE(narrowed.has_value());
     ASSERT_EQ(narrowed->cpus.size(), 1u);
     EXPECT_EQ(narrowed->cpus[0].os_index, first);
+    // But remembers that they are there.
+    ASSERT_FALSE(narrowed->forbidden.empty());
+    EXPECT_GT(narrowed->forbidden[0].os_index, first);
+    EXPECT_EQ(narrowed->Find(narrowed->forbidden[0].os_index), nullptr);
   }).join();
 }
 
-// hwloc lists hyperthreads side by side, which on most servers are numbered far apart: with N
-// processors, core 0 has 0 and N / 2.
-TEST(TopologyTest, SortsProcessorsThatHwlocListsOtherwise) {
-  const cpu_set_t allowed = AllowedNow();
-  int count = 0;
-  while (CPU_ISSET(count, &allowed)) ++count;
-  if (count < 4) GTEST_SKIP() << "needs processors 0 to 3";
-  const int cores = count / 2;
-  std::string indexes;
-  for (int core = 0; core < cores; ++core) {
-    indexes += (core == 0 ? "" : ",") + std::to_string(core) + "," + std::to_string(core + cores);
-  }
-  const std::string synthetic =
-      "pack:1 core:" + std::to_string(cores) + " pu:2(indexes=" + indexes + ")";
-  ASSERT_EQ(setenv("HWLOC_SYNTHETIC", synthetic.c_str(), 1), 0);
+TEST(TopologyTest, KnowsItsNodesCachesAndNics) {
   const Result<Topology> topology = DiscoverTopology();
-  unsetenv("HWLOC_SYNTHETIC");
+  ASSERT_TRUE(topology.has_value());
+  std::set<int> nodes;
+  uint64_t bytes = 0;
+  for (const NumaNode& node : topology->nodes) {
+    EXPECT_TRUE(nodes.insert(node.os_index).second);
+    bytes += node.memory_bytes;
+  }
+  EXPECT_GT(bytes, uint64_t{64} << 20);
+  for (const Cpu& cpu : topology->cpus) {
+    EXPECT_TRUE(nodes.contains(cpu.numa_node));
+    EXPECT_LT(cpu.l3_index, static_cast<int>(topology->l3_bytes.size()));
+  }
+  for (const Nic& nic : topology->nics) {
+    EXPECT_FALSE(nic.name.empty());
+    EXPECT_TRUE(nic.numa_node == -1 || nodes.contains(nic.numa_node)) << nic.name;
+  }
+}
+
+TEST(SyntheticTopologyTest, IsTheMachineDescribed) {
+  const Result<Topology> topology = SyntheticTopology(
+      "pack:2 [numa(memory=4GiB)] l3:2(size=8MiB) core:3 pu:2(indexes=2*12:12*1)");
   ASSERT_TRUE(topology.has_value()) << topology.error().message;
-  ASSERT_EQ(static_cast<int>(topology->cpus.size()), 2 * cores);
+  ASSERT_EQ(topology->cpus.size(), 24u);
+  // hwloc lists hyperthreads side by side, which on most servers are numbered far apart.
   EXPECT_TRUE(std::ranges::is_sorted(topology->cpus, {}, &Cpu::os_index));
-  EXPECT_EQ(topology->cpus[0].core_index, topology->cpus[static_cast<size_t>(cores)].core_index);
-  EXPECT_NE(topology->cpus[0].core_index, topology->cpus[1].core_index);
+  EXPECT_TRUE(topology->forbidden.empty()) << "what this process may use does not matter";
+  for (const Cpu& cpu : topology->cpus) {
+    const int core = cpu.os_index % 12;
+    EXPECT_EQ(cpu.core_index, core);
+    EXPECT_EQ(cpu.socket_index, core / 6);
+    EXPECT_EQ(cpu.numa_node, core / 6);
+    EXPECT_EQ(cpu.l3_index, core / 3);
+  }
+  EXPECT_EQ(topology->l3_bytes, std::vector<uint64_t>(4, uint64_t{8} << 20));
+  ASSERT_EQ(topology->nodes.size(), 2u);
+  EXPECT_EQ(topology->nodes[1].os_index, 1);
+  EXPECT_EQ(topology->nodes[1].memory_bytes, uint64_t{4} << 30);
+}
+
+TEST(SyntheticTopologyTest, WithoutCoresEachProcessorIsOne) {
+  const Result<Topology> topology = SyntheticTopology("pack:1 pu:4");
+  ASSERT_TRUE(topology.has_value()) << topology.error().message;
+  std::set<int> cores;
+  for (const Cpu& cpu : topology->cpus) cores.insert(cpu.core_index);
+  EXPECT_EQ(cores.size(), 4u);
+}
+
+TEST(SyntheticTopologyTest, WordsThatAreNoMachine) {
+  for (const char* words : {"", "many cores", "pack:-1", "core:0"}) {
+    const Result<Topology> topology = SyntheticTopology(words);
+    ASSERT_FALSE(topology.has_value()) << words;
+    EXPECT_EQ(topology.error().code, ErrorCode::kInvalidArgument);
+    EXPECT_NE(topology.error().message.find('"' + std::string(words) + '"'), std::string::npos);
+  }
 }
 
 TEST(TopologyTest, PinsToEachProcessor) {

@@ -16,6 +16,7 @@
 
 #include "src/core/clock.h"
 #include "src/core/hash.h"
+#include "src/core/session_id.h"
 #include "src/core/shard_port.h"
 
 namespace engram {
@@ -74,7 +75,8 @@ class FakeShard {
   std::function<RefusalReason(const ObserveRequest&, std::string_view id)> judge;
   RefusalReason hello_refusal = RefusalReason::kNone;
   RefusalReason recall_refusal = RefusalReason::kNone;
-  std::vector<Batch> hits{Batch{}};
+  // Forwarded as they are where one partition answers; to be merged they have to be real ones.
+  std::vector<Batch> hits{Batch{.body = {}, .count = 0}};
   std::vector<Batch> records{Batch{.body = {}, .count = 0}};
 
   void SetHeld(RequestKind kind, bool value) { held[static_cast<size_t>(kind)] = value; }
@@ -84,6 +86,9 @@ class FakeShard {
   void Notify(size_t producer, CompletionKind kind, Origin origin, uint64_t credit_sequence = 0) {
     Complete(producer, {.kind = kind, .origin = origin, .credit_sequence = credit_sequence});
   }
+
+  // Says up to which stamp it is complete.
+  void PublishStamp(CommitStamp complete) { port_.stamps->Publish(port_.shard, complete); }
 
   // What it has seen.
   ShardId shard() const { return port_.shard; }
@@ -182,8 +187,11 @@ class FakeShard {
         return true;
       case RequestKind::kIntrospect:
         return AnswerIntrospect(waiting);
+      case RequestKind::kGet:
+      case RequestKind::kScroll:
+        break;
     }
-    CHECK(false, "a request of a kind that is not in shard_port.h");
+    CHECK(false, "a request that no ingress core makes");
     return true;
   }
 
@@ -198,17 +206,18 @@ class FakeShard {
 
   RefusalReason OpenSession(size_t producer, HelloRequest* hello) {
     if (hello_refusal != RefusalReason::kNone) return hello_refusal;
-    const std::string name(hello->space.data(), hello->space_bytes);
+    const std::string name(hello->space.view());
     if (!hello->wants_session && !spaces_.contains(name)) return RefusalReason::kNone;
     const auto [place, made] = spaces_.try_emplace(name);
     Space& space = place->second;
     if (made && hello->metric != Metric::kUnspecified) space.metric = hello->metric;
     if (made) space.dimension = hello->dimension;
+    CHECK(port_.catalogue->FindOrAdd(name, space.metric) != nullptr, "there is room for spaces");
     hello->metric = space.metric;
     hello->dimension = space.dimension;
     if (!hello->wants_session) return RefusalReason::kNone;
     if (hello->session.value() == 0) {
-      hello->session = SessionId(random_.Next() | 1);
+      hello->session = MakeSessionId(random_.Next(), port_.shard, next_slot_);
       sessions_[hello->session.value()] = {.space = name, .slot = next_slot_++};
     }
     const auto found = sessions_.find(hello->session.value());

@@ -75,6 +75,8 @@ TEST(FrameFormatTest, TypesAndFlagsHaveTheirNumbers) {
   EXPECT_EQ(kFrameFlagMore, 1);
   EXPECT_EQ(kFrameFlagPingAnswer, 1);
   EXPECT_EQ(kFrameFlagWithPayload, 1);
+  EXPECT_EQ(kFrameFlagWithVector, 2);
+  EXPECT_EQ(kFrameFlagSnapshot, 4);
   EXPECT_EQ(kFeatureNoSession, 1u);
   EXPECT_EQ(kNakFlagConsumed, 1);
   EXPECT_EQ(kNakFlagClosing, 2);
@@ -158,8 +160,8 @@ TEST(FrameFormatTest, BodiesLieAsThePageSays) {
   EXPECT_EQ(BytesIn(recall),
             WireWriter().U32(0x01020304).U32(0x05060708).U16(0x090A).U8(3).U8(0).F32(2).Take());
 
-  EXPECT_EQ(BytesIn(ResultBody{.count = 0x0102, .metric = Metric::kCosine}),
-            WireWriter().U16(0x0102).U8(1).U8(0).U32(0).Take());
+  EXPECT_EQ(BytesIn(ResultBody{.count = 0x0102, .metric = Metric::kCosine, .snapshot = 0x0304}),
+            WireWriter().U16(0x0102).U8(1).U8(0).U32(0).U64(0x0304).Take());
   EXPECT_EQ(BytesIn(IntrospectBody{.what = IntrospectWhat::kStatus}), WireWriter().U8(2).Take());
   EXPECT_EQ(BytesIn(IntrospectionBody{.count = 0x0102, .what = IntrospectWhat::kStatus}),
             WireWriter().U16(0x0102).U8(2).U8(0).U32(0).Take());
@@ -167,20 +169,26 @@ TEST(FrameFormatTest, BodiesLieAsThePageSays) {
   HitHeader hit{.hit_bytes = 0x01020304,
                 .score = 0.5F,
                 .when_ns = 7,
+                .stamp = 0x1112131415161718,
                 .confidence = 0.25F,
                 .payload_bytes = 0x05060708,
                 .id_bytes = 0x090A,
                 .flags = 1,
+                .payload_kind = PayloadKind::kMemory,
+                .vector_dimension = 0x0B0C,
                 .reserved = 0};
   EXPECT_EQ(BytesIn(hit), WireWriter()
                               .U32(0x01020304)
                               .F32(0.5F)
                               .U64(7)
+                              .U64(0x1112131415161718)
                               .F32(0.25F)
                               .U32(0x05060708)
                               .U16(0x090A)
-                              .U16(1)
-                              .U32(0)
+                              .U8(1)
+                              .U8(2)
+                              .U16(0x0B0C)
+                              .U16(0)
                               .Take());
 }
 

@@ -582,13 +582,16 @@ TEST_F(IngestCoreTest, ResultsAreForwardedBatchByBatch) {
     EXPECT_EQ(results[i].session, client.session());
     EXPECT_EQ(WireNumber(results[i].body, 0, 2), h().shard().hits[i].count);
     EXPECT_EQ(WireNumber(results[i].body, 2, 1), 3u);  // the fake shard's metric
-    EXPECT_EQ(WireText(std::span(results[i].body).subspan(8)), bodies[i]);
+    EXPECT_EQ(WireNumber(results[i].body, 8, 8), 0u);  // no snapshot was asked for
+    EXPECT_EQ(WireText(std::span(results[i].body).subspan(16)), bodies[i]);
   }
   ASSERT_EQ(h().shard().recalls().size(), 1u);
   const RecallRequest& request = h().shard().recalls()[0];
   EXPECT_TRUE(request.with_payload);
   EXPECT_EQ(request.k, 10u);
-  EXPECT_EQ(std::string(request.space.data(), request.space_bytes), "default");
+  EXPECT_FALSE(request.with_vector);
+  EXPECT_EQ(request.snapshot, kNoStamp);
+  EXPECT_EQ(request.space.view(), "default");
   EXPECT_EQ(h().counted(IngestCounter::kRecallsAnswered), 1u);
 }
 
@@ -1240,7 +1243,7 @@ TEST_F(IngestCoreTest, AReaderThatStopsBelowTheLimitIsRefusedToo) {
   for (size_t taken = 0; taken < 66'000;) {
     h().Step();
     client.Receive();
-    taken = client.leftover() + client.Of(kWireResult).size() * 60'040;
+    taken = client.leftover() + client.Of(kWireResult).size() * 60'048;
   }
   h().Settle();
   for (int i = 0; i < 12; ++i) {
@@ -1286,7 +1289,7 @@ TEST_F(IngestCoreTest, TenConnectionsToTenSpacesKeepTheirOrder) {
     ASSERT_EQ(session.settled.size(), 20u);
     for (size_t n = 0; n < 20; ++n) EXPECT_EQ(session.settled[n].id, "id-" + std::to_string(n + 1));
     // Each lives where the router says.
-    const ShardId home = ShardRouter(3).HomeOf(session.space);
+    const ShardId home = SpaceCatalogue::RankShards(session.space, 3, 1)[0];
     EXPECT_TRUE(h().shard(home.value()).sessions().contains(clients_[i].session()));
   }
 }

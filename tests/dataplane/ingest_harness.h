@@ -16,10 +16,18 @@
 
 namespace engram {
 
+// What a fake shard answers.
+inline FakeShard::Batch HitBatch(const std::vector<WireHit>& hits) {
+  FakeShard::Batch batch{.body = {}, .count = static_cast<uint16_t>(hits.size())};
+  for (const WireHit& hit : hits) batch.body += WireText(HitBytesOf(hit));
+  return batch;
+}
+
 struct HarnessOptions {
   IngestOptions ingest = {};
   SimulatedNetworkOptions network = {};
   uint16_t shards = 1;
+  uint16_t partitions = 1;  // of a new space
   uint32_t lane_capacity = 64;
   uint32_t recall_lane_capacity = 64;
   uint64_t seed = 1;
@@ -31,7 +39,8 @@ class IngestHarness {
   explicit IngestHarness(HarnessOptions options = {})
       : options_(Prepared(options)),
         network_(&clock_, options_.seed, options_.network),
-        mesh_(MakeMesh(options_)) {
+        spaces_(1000, options_.shards, options_.shards, {.partitions = options_.partitions}),
+        mesh_(MakeMesh(options_, &spaces_)) {
     ProducerPort port = mesh_->TakeProducer(ProducerId(0));
     slab_ = port.slab;
     for (uint16_t s = 0; s < options_.shards; ++s) {
@@ -85,7 +94,7 @@ class IngestHarness {
   }
   bool IsClean() const {
     bool clean = core_->open_connections() == 0 && slab_->free_slots() == slab_->total_slots() &&
-                 core_->free_partial_blocks() == partial_blocks_;
+                 core_->free_partial_blocks() == partial_blocks_ && core_->merges_in_flight() == 0;
     for (const auto& shard : shards_) {
       clean = clean && shard->free_result_slots() == shard->total_result_slots() &&
               shard->unanswered() == 0;
@@ -105,6 +114,7 @@ class IngestHarness {
   size_t shards() const { return shards_.size(); }
   const SlotSlab& slab() const { return *slab_; }
   CounterCatalogue& catalogue() { return catalogue_; }
+  SpaceCatalogue& spaces() { return spaces_; }
   uint64_t refused(RefusalReason reason) const { return core_->refusals(reason).Read(); }
   uint64_t counted(IngestCounter which) const { return core_->counter(which).Read(); }
 
@@ -114,14 +124,15 @@ class IngestHarness {
     options.ingest.huge_pages = HugePagePolicy::kOff;
     return options;
   }
-  static std::unique_ptr<RingMesh> MakeMesh(const HarnessOptions& options) {
+  static std::unique_ptr<RingMesh> MakeMesh(const HarnessOptions& options, SpaceCatalogue* spaces) {
     auto mesh = RingMesh::Create({.producers = 1,
                                   .shards = options.shards,
                                   .lane_capacity = options.lane_capacity,
                                   .recall_lane_capacity = options.recall_lane_capacity,
                                   .huge_pages = HugePagePolicy::kOff,
                                   .producer_numa_node = {},
-                                  .shard_numa_node = {}});
+                                  .shard_numa_node = {},
+                                  .catalogue = spaces});
     CHECK(mesh.has_value(), "the mesh was made");
     return std::make_unique<RingMesh>(*std::move(mesh));
   }
@@ -129,6 +140,7 @@ class IngestHarness {
   HarnessOptions options_;
   SimulatedClock clock_;
   SimulatedNetwork network_;
+  SpaceCatalogue spaces_;
   std::unique_ptr<RingMesh> mesh_;
   CounterCatalogue catalogue_;
   SlotSlab* slab_ = nullptr;

@@ -218,6 +218,7 @@ uint64_t RunProgram(uint64_t seed) {
   HarnessOptions options;
   options.seed = seed;
   options.shards = static_cast<uint16_t>(1 + random.Below(3));
+  options.partitions = static_cast<uint16_t>(1 + random.Below(options.shards));
   options.lane_capacity = 16;
   options.recall_lane_capacity = 8;
   options.ingest.max_recalls = 3;
@@ -235,7 +236,8 @@ uint64_t RunProgram(uint64_t seed) {
     FakeShard& shard = harness.shard(s);
     shard.max_delay_ns = static_cast<int64_t>(random.Below(2 * kNanosPerMilli));
     shard.credit = 10 + random.Below(40);
-    shard.hits = {{"hit", 1}, {std::string(3000, 'h'), 1}};
+    shard.hits = {HitBatch({{.id = "hit", .stamp = s}}),
+                  HitBatch({{.id = std::to_string(s), .payload = std::string(3000, 'h')}})};
     shard.judge = [&random](const ObserveRequest& request, std::string_view) {
       if (IsRefusedByShard(request.sequence)) return RefusalReason::kBadDtype;
       return random.Below(30) == 0 ? RefusalReason::kBacklogFull : RefusalReason::kNone;

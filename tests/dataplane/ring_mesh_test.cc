@@ -9,8 +9,15 @@
 namespace engram {
 namespace {
 
+// Only handed on.
+SpaceCatalogue* Spaces() {
+  static SpaceCatalogue spaces(10, 3, 3, {});
+  return &spaces;
+}
+
 RingMesh MakeMesh(MeshOptions options) {
   options.huge_pages = HugePagePolicy::kOff;
+  options.catalogue = Spaces();
   auto mesh = RingMesh::Create(options);
   EXPECT_TRUE(mesh.has_value());
   return *std::move(mesh);
@@ -21,6 +28,7 @@ constexpr MeshOptions Small() {
           .shards = 3,
           .lane_capacity = 16,
           .recall_lane_capacity = 8,
+          .peer_capacity = 4,
           .producer_numa_node = {},
           .shard_numa_node = {}};
 }
@@ -66,6 +74,60 @@ TEST(RingMeshTest, EveryPairHasItsOwnRings) {
   for (const ProducerPort& port : producers) slabs.insert(port.slab);
   for (const ShardPort& port : shards) slabs.insert(port.result_slab);
   EXPECT_EQ(slabs.size(), 5u);
+}
+
+TEST(RingMeshTest, EveryOrderedPairOfShardsHasItsOwnRings) {
+  RingMesh mesh = MakeMesh(Small());
+  std::vector<ShardPort> shards;
+  for (uint16_t s = 0; s < 3; ++s) shards.push_back(mesh.TakeShard(ShardId(s)));
+  for (uint16_t from = 0; from < 3; ++from) {
+    ASSERT_EQ(shards[from].peers.size(), 3u);
+    EXPECT_FALSE(shards[from].peers[from].requests_out) << "a shard has no ring to itself";
+    for (uint16_t to = 0; to < 3; ++to) {
+      if (from == to) continue;
+      PeerLink& link = shards[from].peers[to];
+      PeerMessage message;
+      message.ticket = uint64_t{10} * from + to;
+      ASSERT_TRUE(link.requests_out.TryPush(message));
+      message.ticket += 100;
+      ASSERT_TRUE(link.done_out.TryPush(message));
+    }
+  }
+  for (uint16_t from = 0; from < 3; ++from) {
+    for (uint16_t to = 0; to < 3; ++to) {
+      if (from == to) continue;
+      PeerLink& link = shards[to].peers[from];
+      const auto request = link.requests_in.TryPop();
+      ASSERT_TRUE(request.has_value());
+      EXPECT_EQ(request->ticket, 10u * from + to);
+      EXPECT_FALSE(link.requests_in.TryPop().has_value());
+      const auto done = link.done_in.TryPop();
+      ASSERT_TRUE(done.has_value());
+      EXPECT_EQ(done->ticket, 100u + 10 * from + to);
+      EXPECT_FALSE(link.done_in.TryPop().has_value());
+    }
+  }
+}
+
+// A home shard that keeps no more under way than the ring of requests holds gets every answer.
+TEST(RingMeshTest, AnswersHaveMoreRoomThanRequests) {
+  RingMesh mesh = MakeMesh(Small());
+  ShardPort home = mesh.TakeShard(ShardId(0));
+  ShardPort owner = mesh.TakeShard(ShardId(1));
+  EXPECT_EQ(home.peers[1].requests_out.capacity(), 4u);
+  EXPECT_GT(owner.peers[0].done_out.capacity(), home.peers[1].requests_out.capacity());
+}
+
+TEST(RingMeshTest, AllCoresShareTheBoardAndTheCatalogue) {
+  RingMesh mesh = MakeMesh(Small());
+  const ProducerPort producer = mesh.TakeProducer(ProducerId(1));
+  const ShardPort shard = mesh.TakeShard(ShardId(2));
+  EXPECT_EQ(producer.catalogue, Spaces());
+  EXPECT_EQ(shard.catalogue, Spaces());
+  ASSERT_EQ(producer.stamps, shard.stamps);
+  EXPECT_EQ(producer.stamps->shards(), 3u);
+  shard.stamps->Publish(ShardId(2), 1234);
+  EXPECT_EQ(producer.stamps->CompleteUpTo(ShardId(2), 0), 1234u);
 }
 
 TEST(RingMeshTest, CapacitiesAreThoseAskedFor) {

@@ -199,14 +199,65 @@ inline WireBytes RecallBodyOf(const WireRecall& recall) {
   body.U32(recall.k).U32(recall.ef).U16(recall.dimension).U8(recall.dtype).U8(0);
   return body.F32(recall.scale).Raw(recall.vector).Take();
 }
-inline WireBytes RecallBytes(uint64_t request_id, const WireRecall& recall,
-                             bool with_payload = false) {
-  return MakeFrame(kWireRecall,
-                   {.flags = static_cast<uint16_t>(with_payload ? 1 : 0), .sequence = request_id},
-                   RecallBodyOf(recall));
+// `flags`: 1 with payload, 2 with vector, 4 at a snapshot.
+inline WireBytes RecallBytes(uint64_t request_id, const WireRecall& recall, uint16_t flags = 0) {
+  return MakeFrame(kWireRecall, {.flags = flags, .sequence = request_id}, RecallBodyOf(recall));
 }
 inline WireBytes IntrospectBytes(uint64_t request_id, uint8_t what) {
   return MakeFrame(kWireIntrospect, {.sequence = request_id}, WireWriter().U8(what).Take());
+}
+
+// One hit of a result.
+struct WireHit {
+  std::string id = {};
+  float score = 0;
+  uint64_t stamp = 0;
+  std::string payload = {};
+  uint8_t flags = 0;
+  std::vector<float> vector = {};
+  int64_t when_ns = 0;
+  float confidence = 1;
+  uint8_t payload_kind = 0;
+
+  bool operator==(const WireHit&) const = default;
+};
+inline WireBytes HitBytesOf(const WireHit& hit) {
+  const size_t used = 40 + 4 * hit.vector.size() + hit.id.size() + hit.payload.size();
+  const size_t padded = (used + 7) / 8 * 8;
+  WireWriter out;
+  out.U32(padded).F32(hit.score).U64(static_cast<uint64_t>(hit.when_ns)).U64(hit.stamp);
+  out.F32(hit.confidence).U32(hit.payload.size()).U16(hit.id.size()).U8(hit.flags);
+  out.U8(hit.payload_kind).U16(hit.vector.size()).U16(0);
+  for (const float value : hit.vector) out.F32(value);
+  return out.Text(hit.id).Text(hit.payload).Zeros(padded - used).Take();
+}
+inline float WireFloat(std::span<const std::byte> bytes, size_t offset) {
+  const auto bits = static_cast<uint32_t>(WireNumber(bytes, offset, 4));
+  float value = 0;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+// All hits that lie one behind the other in `bytes`.
+inline std::vector<WireHit> ParseHits(std::span<const std::byte> bytes) {
+  std::vector<WireHit> hits;
+  while (!bytes.empty()) {
+    WireHit hit{.score = WireFloat(bytes, 4),
+                .stamp = WireNumber(bytes, 16, 8),
+                .flags = static_cast<uint8_t>(WireNumber(bytes, 34, 1)),
+                .when_ns = static_cast<int64_t>(WireNumber(bytes, 8, 8)),
+                .confidence = WireFloat(bytes, 24),
+                .payload_kind = static_cast<uint8_t>(WireNumber(bytes, 35, 1))};
+    size_t offset = 40;
+    for (size_t i = 0; i < WireNumber(bytes, 36, 2); ++i, offset += 4) {
+      hit.vector.push_back(WireFloat(bytes, offset));
+    }
+    const size_t id_bytes = WireNumber(bytes, 32, 2);
+    hit.id = WireText(bytes.subspan(offset, id_bytes));
+    hit.payload = WireText(bytes.subspan(offset + id_bytes, WireNumber(bytes, 28, 4)));
+    bytes = bytes.subspan(WireNumber(bytes, 0, 4));
+    hits.push_back(std::move(hit));
+  }
+  return hits;
 }
 
 // A frame of the server's, taken apart.

@@ -19,24 +19,31 @@ struct TestHit {
   std::string id;
   float score = 0;
   std::string payload = {};
-  uint16_t flags = 0;
+  uint8_t flags = 0;
+  std::vector<float> vector = {};
+  uint64_t stamp = 0;
 };
 
 Bytes ResultOf(const std::vector<TestHit>& hits) {
   ResultBody body;
   body.count = static_cast<uint16_t>(hits.size());
   body.metric = Metric::kCosine;
+  body.snapshot = 4711;
   Bytes bytes = ScriptedPeer::ToBytes(BytesOf(body));
   for (const TestHit& hit : hits) {
     HitHeader header = {};
     header.hit_bytes =
-        static_cast<uint32_t>(PadTo8(sizeof(HitHeader) + hit.id.size() + hit.payload.size()));
+        static_cast<uint32_t>(PadTo8(sizeof(HitHeader) + hit.vector.size() * sizeof(float) +
+                                     hit.id.size() + hit.payload.size()));
     header.score = hit.score;
     header.payload_bytes = static_cast<uint32_t>(hit.payload.size());
     header.id_bytes = static_cast<uint16_t>(hit.id.size());
     header.flags = hit.flags;
+    header.stamp = hit.stamp;
+    header.vector_dimension = static_cast<uint16_t>(hit.vector.size());
     const size_t start = bytes.size();
     AppendBytes(bytes, BytesOf(header));
+    AppendBytes(bytes, std::as_bytes(std::span(hit.vector)));
     AppendBytes(bytes, BytesOf(std::string_view(hit.id)));
     AppendBytes(bytes, BytesOf(std::string_view(hit.payload)));
     bytes.resize(start + header.hit_bytes);
@@ -245,6 +252,38 @@ TEST_F(EngramClientTest, RecallCarriesItsFields) {
   EXPECT_EQ(frame->body.size(), sizeof(RecallBody) + 8);
 }
 
+TEST_F(EngramClientTest, RecallAsksForVectorsAndASnapshotByFlags) {
+  Greet();
+  RecallStream stream(&connection_);
+  stream.Send({.vector = vector_});
+  stream.Send({.vector = vector_, .with_vector = true});
+  stream.Send({.vector = vector_, .at_snapshot = true});
+  ASSERT_TRUE(connection_.Flush().has_value());
+  for (const uint16_t flags : {uint16_t{0}, kFrameFlagWithVector, kFrameFlagSnapshot}) {
+    const auto frame = peer_.NextFrame();
+    ASSERT_TRUE(frame.has_value());
+    EXPECT_EQ(frame->header.flags, flags);
+  }
+}
+
+TEST_F(EngramClientTest, AHitHasItsVectorAndStamp) {
+  Greet();
+  RecallStream stream(&connection_);
+  const uint64_t request = stream.Send({.vector = vector_, .k = 2, .with_vector = true});
+  peer_.Send(FrameType::kResult, 0, request,
+             ResultOf({{"a", 1, "payload", 0, {0.5f, -2}, 99}, {"b", 0, "", 0, {}, 100}}));
+  const auto answer = stream.AwaitAnswer(kTimeoutNs);
+  ASSERT_TRUE(answer.has_value()) << MessageOf(answer);
+  EXPECT_EQ(answer->snapshot, 4711u);
+  ASSERT_EQ(answer->hits.size(), 2u);
+  EXPECT_EQ(answer->hits[0].id, "a");
+  EXPECT_EQ(answer->hits[0].payload, "payload");
+  EXPECT_EQ(answer->hits[0].vector, (std::vector<float>{0.5f, -2}));
+  EXPECT_EQ(answer->hits[0].stamp, 99u);
+  EXPECT_TRUE(answer->hits[1].vector.empty());
+  EXPECT_EQ(answer->hits[1].stamp, 100u);
+}
+
 TEST_F(EngramClientTest, AnswersInPiecesAndOutOfOrderAreJoined) {
   Greet();
   RecallStream stream(&connection_);
@@ -330,7 +369,7 @@ TEST_F(EngramClientTest, HostileResultsAreCaught) {
   // Lengths inside the hit that its bytes do not hold.
   const auto with_header = [&](auto change) {
     HitHeader header = {};
-    header.hit_bytes = 40;
+    header.hit_bytes = 48;
     header.id_bytes = 1;
     change(header);
     Bytes body(good.begin(), good.begin() + sizeof(ResultBody));
@@ -342,6 +381,7 @@ TEST_F(EngramClientTest, HostileResultsAreCaught) {
   for (const Bytes& body : {with_header([](HitHeader& hit) { hit.hit_bytes = 0; }),
                             with_header([](HitHeader& hit) { hit.hit_bytes = 1'000; }),
                             with_header([](HitHeader& hit) { hit.id_bytes = 500; }),
+                            with_header([](HitHeader& hit) { hit.vector_dimension = 2; }),
                             with_header([](HitHeader& hit) { hit.payload_bytes = UINT32_MAX; })}) {
     EXPECT_NE(error_of(body, 1).find("hit's length"), std::string::npos);
   }

@@ -80,6 +80,8 @@ class Machine {
     HarnessOptions options;
     options.seed = choice;
     options.shards = 1 + choice % 2;
+    options.partitions = (choice & 8) != 0 ? options.shards : 1;
+    options.ingest.max_merges = 2;
     options.lane_capacity = 8;
     options.recall_lane_capacity = 4;
     options.ingest.partial_frame_bytes = 4 * 4096;
@@ -162,7 +164,7 @@ class Machine {
     const std::array<float, 3> query{value, value, value};
     WireRecall recall = F32Recall(std::span(query).first((choice & 2) != 0 ? 3 : 2));
     if ((choice & 12) == 12) recall.k = 0;
-    return RecallBytes(choice, recall);
+    return RecallBytes(choice, recall, choice >> 5);
   }
   WireBytes RawFrame(Place* place) {
     const uint8_t type = program_->Byte();
@@ -262,8 +264,11 @@ class Machine {
         shard->recall_refusal = reason;
         break;
       case 2:
-        shard->hits.assign(1 + (choice >> 6),
-                           {std::string(size_t{program_->Byte()} * 100, 'h'), 1});
+        shard->hits.assign(
+            1 + (choice >> 6),
+            HitBatch({{.id = std::string(1 + (choice >> 4 & 3), 'i'),
+                       .stamp = choice,
+                       .payload = std::string(size_t{program_->Byte()} * 100, 'h')}}));
         break;
       default:
         if (!shard->sessions().empty()) {

@@ -40,41 +40,65 @@ TestVectors ClusteredVectors(size_t count, uint32_t dimension, size_t clusters, 
 }
 
 GraphFixture::GraphFixture(Metric metric, uint32_t dimension, const HnswBuildParams& params,
-                           size_t arena_bytes)
+                           size_t arena_bytes, Precision precision)
     : arena(MakeArena(arena_bytes)),
       heap(&arena),
-      vectors(&heap, dimension),
+      format(precision, metric, dimension),
+      vectors(&heap, format.row_bytes()),
       graph(&heap, params),
       linker(&heap, params),
+      sweep(&heap, params),
       scratch(&heap),
-      distance(DistanceFunction(metric)),
-      metric_(metric),
-      query_(&heap, dimension) {
+      query_(&heap, format.row_bytes()) {
   CHECK(query_.Reserve(1), "room for the query");
+}
+
+void GraphFixture::Encode(std::span<const float> vector, std::byte* row) const {
+  std::vector<float> numbers(vector.begin(), vector.end());
+  if (format.metric() == Metric::kCosine) NormaliseInPlace(numbers.data(), numbers.size());
+  format.Encode(numbers.data(), row);
 }
 
 NodeId GraphFixture::Store(std::span<const float> vector) {
   const NodeId node = stored++;
   CHECK(vectors.Reserve(stored) && scratch.Reserve(stored), "room for a node");
-  std::copy(vector.begin(), vector.end(), vectors.Row(node));
-  if (metric_ == Metric::kCosine) NormaliseInPlace(vectors.Row(node), vectors.dimension());
+  Encode(vector, vectors.Row(node));
   return node;
 }
 
+SearchTarget GraphFixture::TargetOf(NodeId node) const {
+  SearchTarget target = Target();
+  target.query = vectors.Row(node);
+  return target;
+}
+
+SearchTarget GraphFixture::Target() const {
+  return {&graph, &vectors, format.distance(), format.padded_dimension(), nullptr};
+}
+
+SearchTarget GraphFixture::Target(std::span<const float> query) {
+  Encode(query, query_.Row(0));
+  SearchTarget target = Target();
+  target.query = query_.Row(0);
+  return target;
+}
+
 void GraphFixture::Link(NodeId node, uint32_t budget) {
-  CHECK(linker.Begin(&graph, &vectors, distance, node), "room for links");
+  CHECK(linker.Begin(&graph, Target(), node), "room for links");
   while (!linker.Step(budget)) {
   }
 }
 
-void GraphFixture::Build(const TestVectors& data, uint32_t budget) {
-  for (size_t i = 0; i < data.size(); ++i) Link(Store(data[i]), budget);
+void GraphFixture::Sweep(std::span<const NodeId> nodes, uint32_t budget,
+                         const std::function<void()>& after_slice) {
+  CHECK(sweep.Begin(&graph, Target(), nodes), "room for a sweep");
+  after_slice();
+  while (!sweep.Step(budget)) after_slice();
+  after_slice();
 }
 
-const float* GraphFixture::Prepare(std::span<const float> query) {
-  std::copy(query.begin(), query.end(), query_.Row(0));
-  if (metric_ == Metric::kCosine) NormaliseInPlace(query_.Row(0), query_.dimension());
-  return query_.Row(0);
+void GraphFixture::Build(const TestVectors& data, uint32_t budget) {
+  for (size_t i = 0; i < data.size(); ++i) Link(Store(data[i]), budget);
 }
 
 std::vector<Neighbour> GraphFixture::Search(std::span<const float> query, uint32_t k, uint32_t ef) {
@@ -84,15 +108,15 @@ std::vector<Neighbour> GraphFixture::Search(std::span<const float> query, uint32
 std::vector<Neighbour> GraphFixture::Search(std::span<const float> query, uint32_t k, uint32_t ef,
                                             const std::function<bool(NodeId)>& is_live) {
   std::vector<Neighbour> out(k);
-  out.resize(SearchGraph(graph, vectors, distance, Prepare(query), k, ef, is_live, &scratch, out));
+  out.resize(SearchGraph(Target(query), k, ef, is_live, &scratch, out));
   return out;
 }
 
 std::vector<Neighbour> GraphFixture::ExactSearch(std::span<const float> query, uint32_t k) {
-  const float* prepared = Prepare(query);
+  const SearchTarget target = Target(query);
   std::vector<Neighbour> all;
   for (NodeId node = 0; node < stored; ++node) {
-    all.push_back({distance(prepared, vectors.Row(node), vectors.padded_dimension()), node});
+    if (graph.IsLinked(node)) all.push_back({target.DistanceTo(node), node});
   }
   std::sort(all.begin(), all.end(), [](const Neighbour& a, const Neighbour& b) {
     return std::pair(a.distance, a.node) < std::pair(b.distance, b.node);

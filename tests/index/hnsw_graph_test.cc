@@ -109,7 +109,50 @@ TEST_F(HnswGraphTest, CatchesADegreeBeyondItsLimit) {
     if (link == kNoNode) link = filler++;
   }
   list.data()[list.size()] = 200;
-  ExpectViolation("node 7 has a link beyond its degree on level 0");
+  ExpectViolation("node 7 has too many links");
+}
+
+TEST_F(HnswGraphTest, CatchesAListThatEndsInAHole) {
+  for (NodeId node = 0;; ++node) {
+    const std::span<NodeId> list = Peer::List(&graph_, node, 0);
+    const auto end = std::find(list.begin(), list.end(), kNoNode);
+    if (end == list.end()) continue;
+    *end = HnswGraph::kHole;
+    break;
+  }
+  ExpectViolation("has a list that ends in a hole on level 0");
+}
+
+// What stays keeps its place, so that a reader in the list misses nothing.
+TEST_F(HnswGraphTest, EditingAListMovesNoLink) {
+  const std::span<NodeId> list = Peer::List(&graph_, 7, 0);
+  std::vector<NodeId> before(list.begin(), list.end());
+  const uint32_t degree = graph_.Degree(7, 0);
+  ASSERT_GE(degree, 4u);
+  const NodeId gone = list[1];
+  std::vector<NodeId> wanted;
+  for (const NodeId link : list) {
+    if (link != kNoNode && link != gone) wanted.push_back(link);
+  }
+  graph_.EditLinks(7, 0, wanted);
+  EXPECT_EQ(list[1], HnswGraph::kHole);
+  for (uint32_t place = 0; place < degree; ++place) {
+    if (place != 1) {
+      EXPECT_EQ(list[place], before[place]);
+    }
+  }
+  EXPECT_EQ(graph_.Degree(7, 0), degree - 1);
+  // The next link goes into the hole; one taken from the end leaves none.
+  ASSERT_TRUE(graph_.AppendLink(7, 0, gone));
+  EXPECT_EQ(std::vector<NodeId>(list.begin(), list.end()), before);
+  wanted.assign({list[0]});
+  graph_.EditLinks(7, 0, wanted);
+  EXPECT_EQ(list[1], kNoNode);
+  // All is replaced at once.
+  wanted.assign({100, 101, 102});
+  graph_.EditLinks(7, 0, wanted);
+  EXPECT_EQ(graph_.Degree(7, 0), 3u);
+  for (const NodeId link : wanted) EXPECT_TRUE(graph_.HasLink(7, 0, link));
 }
 
 TEST_F(HnswGraphTest, CatchesALevelThatDoesNotFitTheLists) {
@@ -129,7 +172,7 @@ TEST_F(HnswGraphTest, CatchesAnEntryPointThatIsNotLinked) {
 
 TEST_F(HnswGraphTest, CatchesAMiscount) {
   ++Peer::LinkedCount(&graph_);
-  ExpectViolation("600 nodes are linked, 601 are counted");
+  ExpectViolation("600 nodes are linked and 0 doomed, 601 and 0 are counted");
 }
 
 TEST_F(HnswGraphTest, CatchesALostLinkOfTheTree) {
@@ -215,8 +258,9 @@ TEST(HnswGraphStorageTest, ASpentHeapRefusesANodeAndKeepsTheGraphSound) {
   uint32_t refused = 0;
   std::vector<float> value(1);
   for (NodeId node = 0; refused == 0 && fixture.vectors.Reserve(node + 1); ++node) {
-    fixture.vectors.Row(node)[0] = static_cast<float>(node * 7919 % 104729);
-    if (!fixture.linker.Begin(&fixture.graph, &fixture.vectors, fixture.distance, node)) {
+    value[0] = static_cast<float>(node * 7919 % 104729);
+    fixture.Encode(value, fixture.vectors.Row(node));
+    if (!fixture.linker.Begin(&fixture.graph, fixture.Target(), node)) {
       ++refused;
       EXPECT_FALSE(fixture.linker.active());
       EXPECT_FALSE(fixture.graph.IsLinked(node));

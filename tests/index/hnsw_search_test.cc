@@ -234,8 +234,7 @@ TEST(HnswSearchTest, SlicesGiveTheSameAnswer) {
   GraphSearch<AllLive> search;
   for (NodeId q = 0; q < 20; ++q) {
     const std::vector<Neighbour> whole = fixture.Search(data[q], 10, 50);
-    search.Begin({&fixture.graph, &fixture.vectors, fixture.distance, fixture.vectors.Row(q)}, 10,
-                 50, &fixture.scratch);
+    search.Begin(fixture.TargetOf(q), 10, 50, &fixture.scratch);
     size_t slices = 1;
     for (;; ++slices) {
       const uint64_t before = fixture.scratch.distances;
@@ -259,8 +258,7 @@ TEST(HnswSearchTest, ACrowdOfRetiredNodesDoesNotOverrunTheCandidates) {
   ASSERT_TRUE(small.Reserve(data.size()));
   std::vector<Neighbour> out(8);
   const size_t found = SearchGraph(
-      fixture.graph, fixture.vectors, fixture.distance, fixture.vectors.Row(0), 8, 8,
-      [](NodeId node) { return node % 500 == 7; }, &small, out);
+      fixture.TargetOf(0), 8, 8, [](NodeId node) { return node % 500 == 7; }, &small, out);
   EXPECT_GT(found, 0u);
   for (size_t i = 0; i < found; ++i) EXPECT_EQ(out[i].node % 500, 7u);
 }
@@ -273,8 +271,7 @@ TEST(HnswSearchTest, TheScratchMayGrowWhileASearchIsUnderWay) {
     bool operator()(NodeId) const { return true; }
   };
   GraphSearch<AllLive> search;
-  search.Begin({&fixture.graph, &fixture.vectors, fixture.distance, fixture.vectors.Row(0)}, 300,
-               300, &fixture.scratch);
+  search.Begin(fixture.TargetOf(0), 300, 300, &fixture.scratch);
   size_t room = fixture.scratch.capacity();
   for (int slice = 0; !search.Step(1); ++slice) {
     if (slice % 30 != 0 || slice > 150) continue;
@@ -299,8 +296,7 @@ TEST(HnswSearchTest, VisitedMarksComeRound) {
   const auto search = [](const GraphFixture& where, SearchScratch* scratch) {
     std::vector<Neighbour> out(20);
     const auto live = [](NodeId) { return true; };
-    out.resize(SearchGraph(where.graph, where.vectors, where.distance, where.vectors.Row(0), 20, 20,
-                           live, scratch, out));
+    out.resize(SearchGraph(where.TargetOf(0), 20, 20, live, scratch, out));
     return out.size();
   };
   for (const int between : {65'533, 65'534, 65'535}) {

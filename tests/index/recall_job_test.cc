@@ -23,7 +23,7 @@ class RecallRig {
  public:
   explicit RecallRig(Metric metric)
       : memory_(size_t{256} << 20),
-        space("rig", metric, 0, &memory_.heap, kBuild, 5),
+        space("rig", TestSpaceOptions(metric, 0, kBuild, 5), &memory_.heap, &epochs_),
         model(metric),
         job(&memory_.heap),
         linker_(&memory_.heap, kBuild) {}
@@ -32,13 +32,18 @@ class RecallRig {
            const std::string& payload = "") {
     const auto when_ns = static_cast<int64_t>(model.entries().size());
     const RefusalReason reason =
-        space.Upsert({.id = id,
-                      .payload = BytesOf(payload),
-                      .dtype = VectorDtype::kF32,
-                      .dimension = static_cast<uint32_t>(vector.size()),
-                      .vector = reinterpret_cast<const std::byte*>(vector.data()),
-                      .when_ns = when_ns,
-                      .confidence = 0.25F});
+        space
+            .Upsert({.id = id,
+                     .payload = BytesOf(payload),
+                     .payload_kind = PayloadKind::kOpaque,
+                     .dtype = VectorDtype::kF32,
+                     .dimension = static_cast<uint32_t>(vector.size()),
+                     .scale = 1,
+                     .vector = reinterpret_cast<const std::byte*>(vector.data()),
+                     .when_ns = when_ns,
+                     .confidence = 0.25F},
+                    static_cast<CommitStamp>(when_ns + 1))
+            .reason;
     ASSERT_EQ(reason, RefusalReason::kNone);
     model.entries()[id] = {vector, payload, when_ns, 0.25F};
   }
@@ -66,6 +71,7 @@ class RecallRig {
 
  private:
   TestHeap memory_;
+  ReaderEpochs epochs_{1};
 
  public:
   Space space;
@@ -126,7 +132,8 @@ TEST(RecallJobTest, FewerThanKAreAllThatThereAre) {
 
 TEST(RecallJobTest, AnEmptySpaceGivesOneEmptyLastBatch) {
   TestHeap memory(size_t{8} << 20);
-  const Space space("empty", Metric::kCosine, 2, &memory.heap, kBuild, 1);
+  ReaderEpochs epochs(1);
+  const Space space("empty", TestSpaceOptions(Metric::kCosine, 2, kBuild), &memory.heap, &epochs);
   RecallJob job(&memory.heap);
   const RecallAnswer answer = RunRecall(space, &job, std::vector<float>{1, 2}, {.k = 10});
   EXPECT_EQ(answer.reason, RefusalReason::kNone);

@@ -71,18 +71,21 @@ class ShardRig {
     options.memory_limit_bytes = size_t{256} << 20;
     options.huge_pages = HugePagePolicy::kOff;
     options.build = {.M = 4, .M0 = 8, .ef_construction = 12};
+    options.snapshot_keep_ns = 0;
     options.seed = 1;
     return options;
   }
 
   explicit ShardRig(const ShardOptions& options = SmallOptions(), uint16_t producers = 1,
-                    uint32_t lane_capacity = 256) {
+                    uint32_t lane_capacity = 256, uint32_t max_spaces = 10'000)
+      : catalogue_(max_spaces, 1, 1, SpaceSettings{}) {
     auto made = RingMesh::Create({.producers = producers,
                                   .shards = 1,
                                   .lane_capacity = lane_capacity,
                                   .huge_pages = HugePagePolicy::kOff,
                                   .producer_numa_node = {},
-                                  .shard_numa_node = {}});
+                                  .shard_numa_node = {},
+                                  .catalogue = &catalogue_});
     CHECK(made.has_value(), "the test's mesh");
     mesh_.emplace(*std::move(made));
     for (uint16_t p = 0; p < producers; ++p) {
@@ -105,8 +108,7 @@ class ShardRig {
     hello->dimension = params.dimension;
     hello->session = params.session;
     hello->origin = origin;
-    hello->space_bytes = static_cast<uint8_t>(space.size());
-    std::memcpy(hello->space.data(), space.data(), space.size());
+    hello->space = SpaceName(space);
     Push(producer, Lane::kRecall, slot);
     return slot;
   }
@@ -191,13 +193,12 @@ class ShardRig {
     auto* request = new (bytes) RecallRequest;
     request->dtype = VectorDtype::kF32;
     request->with_payload = params.with_payload;
-    request->space_bytes = static_cast<uint8_t>(space.size());
+    request->space = SpaceName(space);
     request->dimension = static_cast<uint16_t>(query.size());
     request->k = params.k;
     request->ef = params.ef;
     request->origin = 1;
     request->request_id = ++last_request_id_;
-    std::memcpy(request->space.data(), space.data(), space.size());
     std::memcpy(bytes + kRequestBodyOffset, query.data(), query.size() * sizeof(float));
     Push(producer, Lane::kRecall, slot);
     return last_request_id_;
@@ -256,6 +257,7 @@ class ShardRig {
   SimulatedClock clock;
 
  private:
+  SpaceCatalogue catalogue_;
   std::optional<RingMesh> mesh_;
   std::vector<ProducerPort> ports_;
 

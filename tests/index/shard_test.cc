@@ -192,9 +192,7 @@ TEST(ShardTest, UnknownSessionsAreExpired) {
 }
 
 TEST(ShardTest, SpacesAreLimited) {
-  ShardOptions options = ShardRig::SmallOptions();
-  options.max_spaces = 2;
-  ShardRig rig(options);
+  ShardRig rig(ShardRig::SmallOptions(), 1, 256, 2);
   rig.Open(0, 1, "a");
   rig.Open(0, 2, "b");
   EXPECT_EQ(rig.Hello(0, 3, "c").first, RefusalReason::kSpaceLimit);
@@ -466,6 +464,7 @@ TEST(ShardTest, AFullMemoryRefusesClearlyAndRecallsAndDeletesGoOn) {
   for (int i = 0; i < 20; ++i) {
     EXPECT_EQ(rig.Observe(&session, Remove(std::to_string(i))).reason, kNone);
   }
+  rig.Settle();
   for (int i = 0; i < 20; ++i) {
     EXPECT_EQ(rig.Observe(&session, Upsert("new" + std::to_string(i), {0, 0}, payload)).reason,
               kNone);
@@ -481,7 +480,7 @@ TEST(ShardTest, AFullMemoryRefusesClearlyAndRecallsAndDeletesGoOn) {
 // it does.
 TEST(ShardTest, ABacklogIsRefusedWithATimeAndTakenLater) {
   ShardOptions options = ShardRig::SmallOptions();
-  options.unlinked_limit_bytes = size_t{5'000} * 64;
+  options.unlinked_limit_bytes = size_t{5'000} * 128;
   options.max_credit = 100;
   ShardRig rig(options);
   RigSession session = rig.Open(0, 1, "s", {.metric = Metric::kL2});
@@ -534,7 +533,8 @@ class ShardCreditTest : public testing::TestWithParam<CreditCase> {};
 TEST_P(ShardCreditTest, WhoKeepsToItsCreditIsNeverRefusedAndAlwaysGoesOn) {
   const CreditCase& param = GetParam();
   ShardOptions options = ShardRig::SmallOptions();
-  options.unlinked_limit_bytes = param.limit_nodes * PaddedDimension(param.dimension) * 4;
+  options.unlinked_limit_bytes =
+      param.limit_nodes * VectorFormat(Precision::kInt8, Metric::kL2, param.dimension).row_bytes();
   options.max_credit = param.max_credit;
   ShardRig rig(options, param.producers);
   SplitMix64 random(static_cast<uint64_t>(param.sessions));
@@ -636,7 +636,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 TEST(ShardTest, CreditIsAnnouncedWhenLinkingFreesRoom) {
   ShardOptions options = ShardRig::SmallOptions();
-  options.unlinked_limit_bytes = size_t{4'200} * 64;
+  options.unlinked_limit_bytes = size_t{4'200} * 128;
   options.max_credit = 64;
   ShardRig rig(options);
   RigSession session = rig.Open(0, 1, "s", {.metric = Metric::kL2});
@@ -670,7 +670,7 @@ TEST(ShardTest, CreditIsAnnouncedWhenLinkingFreesRoom) {
 // first must still hear of it.
 TEST(ShardTest, CreditIsAnnouncedAlsoWhenDeletesFreeTheRoom) {
   ShardOptions options = ShardRig::SmallOptions();
-  options.unlinked_limit_bytes = size_t{4'200} * 64;
+  options.unlinked_limit_bytes = size_t{4'200} * 128;
   options.max_credit = 6'000;
   ShardRig rig(options, 1, 8'192);
   RigSession eager = rig.Open(0, 1, "s", {.metric = Metric::kL2});
@@ -725,7 +725,7 @@ TEST(ShardTest, CreditIsAnnouncedAlsoWhenDeletesFreeTheRoom) {
 // must be said later.
 TEST(ShardTest, CreditThatCouldNotBeAnnouncedIsAnnouncedLater) {
   ShardOptions options = ShardRig::SmallOptions();
-  options.unlinked_limit_bytes = size_t{4'200} * 64;
+  options.unlinked_limit_bytes = size_t{4'200} * 128;
   options.max_credit = 64;
   ShardRig rig(options, 1, 8'192);
   RigSession session = rig.Open(0, 1, "s", {.metric = Metric::kL2});
@@ -770,7 +770,7 @@ TEST(ShardTest, CreditThatCouldNotBeAnnouncedIsAnnouncedLater) {
 // sessions could gather all of the room each, one after the other.
 TEST(ShardTest, AResumedSessionIsGivenItsShareAnew) {
   ShardOptions options = ShardRig::SmallOptions();
-  options.unlinked_limit_bytes = size_t{5'000} * 64;
+  options.unlinked_limit_bytes = size_t{5'000} * 128;
   options.max_credit = 5'000;
   ShardRig rig(options);
   std::vector<RigSession> sessions;

@@ -7,12 +7,15 @@
 #include <cstdint>
 #include <iterator>
 #include <limits>
+#include <map>
 #include <memory>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "index/hnsw_linker.h"
+#include "index/hnsw_sweep.h"
 #include "index/recall_job.h"
 #include "src/core/hash.h"
 #include "tests/index/space_testing.h"
@@ -28,38 +31,54 @@ constexpr HnswBuildParams kBuild{.M = 8, .M0 = 16, .ef_construction = 40};
 class SpaceRig {
  public:
   SpaceRig(Metric metric, uint32_t dimension, size_t arena_bytes)
+      : SpaceRig(TestSpaceOptions(metric, dimension, kBuild, 77), arena_bytes) {}
+  SpaceRig(const SpaceOptions& options, size_t arena_bytes)
       : memory(arena_bytes),
         other_memory(size_t{64} << 20),
-        space(std::make_unique<Space>("rig", metric, dimension, &memory.heap, kBuild, 77)),
-        model(metric),
+        space(std::make_unique<Space>("rig", options, &memory.heap, &epochs)),
+        model(options.metric),
         linker(&other_memory.heap, kBuild),
+        sweep(&other_memory.heap, kBuild),
         job(&other_memory.heap) {}
 
   RefusalReason Upsert(const std::string& id, VectorDtype dtype, const std::vector<float>& vector,
                        const std::string& payload = "", int64_t when_ns = 1,
                        float confidence = 0.5F) {
     const std::vector<std::byte> bytes = EncodeVector(dtype, vector);
-    const RefusalReason reason = space->Upsert({.id = id,
-                                                .payload = BytesOf(payload),
-                                                .dtype = dtype,
-                                                .dimension = static_cast<uint32_t>(vector.size()),
-                                                .scale = kQuarterScale,
-                                                .vector = bytes.data(),
-                                                .when_ns = when_ns,
-                                                .confidence = confidence});
+    const bool was_there = model.entries().contains(id);
+    const auto [reason, existed] = space->Upsert({.id = id,
+                                                  .payload = BytesOf(payload),
+                                                  .payload_kind = PayloadKind::kOpaque,
+                                                  .dtype = dtype,
+                                                  .dimension = static_cast<uint32_t>(vector.size()),
+                                                  .scale = kQuarterScale,
+                                                  .vector = bytes.data(),
+                                                  .when_ns = when_ns,
+                                                  .confidence = confidence},
+                                                 ++stamp);
+    space->SetHorizon(stamp - std::min(stamp, keep));
     if (reason == RefusalReason::kNone) {
+      EXPECT_EQ(existed, was_there) << id;
       model.entries()[id] = {vector, payload, when_ns, confidence};
     }
     return reason;
   }
   bool Delete(const std::string& id) {
     const bool was_there = model.entries().erase(id) > 0;
-    EXPECT_EQ(space->Delete(id), was_there) << id;
+    EXPECT_EQ(space->Delete(id, ++stamp, false).existed, was_there) << id;
+    space->SetHorizon(stamp - std::min(stamp, keep));
     return was_there;
   }
 
-  // One slice; begins the next node where none is under way. False when there is nothing to link.
+  // One slice of upkeep, as the shard does it; begins the next node or sweep where none is under
+  // way. False when there is nothing to do.
   bool Link(uint32_t distances) {
+    if (!linker.active() && !sweep.active()) space->Reclaim(64);
+    if (!linker.active() && !sweep.active() && space->WantsSweep()) space->BeginSweep(&sweep);
+    if (sweep.active() && (sweep.repairing_tree() || !linker.active())) {
+      if (sweep.Step(distances)) space->FinishSweep(sweep);
+      return true;
+    }
     if (!linker.active()) {
       const NodeId node = space->NextToLink();
       if (node == kNoNode || !space->BeginLinking(&linker, node)) return false;
@@ -74,12 +93,8 @@ class SpaceRig {
   // Id of the live node that is being linked; empty when there is none.
   std::string LinkingId() const {
     if (!linker.active()) return "";
-    for (size_t i = 0; i < space->unlinked_count(); ++i) {
-      if (space->UnlinkedAt(i) == linker.node()) {
-        return std::string(space->Get(linker.node()).id);
-      }
-    }
-    return "";
+    const std::string id(space->Get(linker.node()).id);
+    return space->FindLive(id) == linker.node() ? id : "";
   }
 
   RecallAnswer Recall(const std::vector<float>& query, const RecallParams& params) {
@@ -105,10 +120,14 @@ class SpaceRig {
 
   TestHeap memory;
   TestHeap other_memory;
+  ReaderEpochs epochs{1};
   std::unique_ptr<Space> space;
   SpaceModel model;
   HnswLinker linker;
+  HnswSweep sweep;
   RecallJob job;
+  CommitStamp stamp = 1'000;
+  CommitStamp keep = 0;  // of the past, for snapshots
 };
 
 std::string RandomId(SplitMix64* random, uint64_t ids) {
@@ -156,7 +175,8 @@ TEST_P(SpacePropertyTest, ASmallSpaceIsItsModelAfterEveryStep) {
     }
     ASSERT_FALSE(rig.space->has_graph());
     ASSERT_EQ(rig.space->NextToLink(), kNoNode);
-    ASSERT_EQ(rig.space->retired(), 0u) << "what was never linked leaves no trace";
+    rig.space->Reclaim(1'000);
+    ASSERT_LE(rig.space->retired(), 128 + 3 * rig.space->live()) << "what is gone gives its place";
     if (rig.space->dimension() != 0) {
       const auto k = static_cast<uint32_t>(1 + random.Below(20));
       ASSERT_NO_FATAL_FAILURE(
@@ -168,7 +188,7 @@ TEST_P(SpacePropertyTest, ASmallSpaceIsItsModelAfterEveryStep) {
     }
   }
   ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
-  EXPECT_LE(rig.space->node_count(), 151u) << "places of unlinked nodes are used again";
+  EXPECT_LE(rig.space->node_count(), 64u + 3 * 151) << "places of unlinked nodes are used again";
   rig.space.reset();
   EXPECT_EQ(rig.memory.heap.live_bytes(), 0u);
 }
@@ -231,6 +251,7 @@ TEST_P(GraphSpaceTest, ALinkedSpaceNeverShowsWhatIsGoneAndFindsTheRest) {
   }
   EXPECT_GT(changed_while_linking, 100);
   EXPECT_GT(rig.space->linked(), 1'000u);
+  EXPECT_LT(rig.space->node_count(), 12'000u) << "places of swept nodes are used again";
   rig.LinkAll();
   EXPECT_EQ(rig.space->unlinked_count(), 0u);
   ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
@@ -247,6 +268,10 @@ TEST_P(GraphSpaceTest, ALinkedSpaceNeverShowsWhatIsGoneAndFindsTheRest) {
   while (!rig.model.entries().empty()) rig.Delete(rig.AnyId(&random));
   ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
   EXPECT_TRUE(rig.Recall(QuarterVector(&random, kDimension), {.k = 10, .ef = 400}).hits.empty());
+  rig.LinkAll();
+  rig.space->Reclaim(100'000);
+  EXPECT_EQ(rig.space->retired(), 0u) << "all of it was swept";
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
   ASSERT_EQ(upsert("again"), RefusalReason::kNone);
   EXPECT_EQ(rig.Recall(QuarterVector(&random, kDimension), {.k = 10, .ef = 400}).hits.size(), 1u);
   rig.space.reset();
@@ -271,12 +296,10 @@ TEST(SpaceTest, ARefusalForMemoryLeavesEverythingAsItWas) {
         rig.Delete(id);
         continue;
       }
-      const uint32_t dimension_before = rig.space->dimension();
       const RefusalReason reason =
           rig.Upsert(id, VectorDtype::kF32, vector, RandomPayload(&random), step, 1);
       if (reason == RefusalReason::kNone) continue;
       ASSERT_EQ(reason, RefusalReason::kMemoryFull);
-      ASSERT_EQ(rig.space->dimension(), dimension_before);
       ++refused;
       ASSERT_NO_FATAL_FAILURE(rig.ExpectSound()) << left << " bytes, step " << step;
       if (rig.space->dimension() != 0) {
@@ -325,7 +348,6 @@ TEST(SpaceTest, AnotherDimensionIsRefusedAndChangesNothing) {
   EXPECT_EQ(rig.space->dimension(), 0u);
   ASSERT_EQ(rig.Upsert("a", VectorDtype::kF32, {1, 2, 3}, "payload"), RefusalReason::kNone);
   EXPECT_EQ(rig.space->dimension(), 3u);
-  EXPECT_EQ(rig.space->padded_dimension(), 16u);
   EXPECT_EQ(rig.Upsert("a", VectorDtype::kF32, {1, 2}), RefusalReason::kWrongDimension);
   EXPECT_EQ(rig.Upsert("b", VectorDtype::kF32, {1, 2, 3, 4}), RefusalReason::kWrongDimension);
   EXPECT_EQ(rig.Recall({1, 2}, {}).reason, RefusalReason::kWrongDimension);
@@ -382,13 +404,13 @@ TEST(SpaceTest, AnInt8VectorWhoseProductOverflowsIsRefused) {
     for (const int8_t number : {int8_t{127}, int8_t{-128}}) {
       const int8_t numbers[2] = {0, number};
       const auto* vector = reinterpret_cast<const std::byte*>(numbers);
-      ObservationRef observation{.id = "b",
-                                 .payload = {},
-                                 .dtype = VectorDtype::kInt8,
-                                 .dimension = 2,
-                                 .scale = 1e37F,
-                                 .vector = vector};
-      EXPECT_EQ(rig.space->Upsert(observation), RefusalReason::kNotFinite);
+      ObservationRef observation;
+      observation.id = "b";
+      observation.dtype = VectorDtype::kInt8;
+      observation.dimension = 2;
+      observation.scale = 1e37F;
+      observation.vector = vector;
+      EXPECT_EQ(rig.space->Upsert(observation, ++rig.stamp).reason, RefusalReason::kNotFinite);
       RecallRequest request;
       request.dtype = VectorDtype::kInt8;
       request.dimension = 2;
@@ -396,11 +418,12 @@ TEST(SpaceTest, AnInt8VectorWhoseProductOverflowsIsRefused) {
       request.scale = 1e37F;
       EXPECT_EQ(rig.job.Begin(*rig.space, request, vector, 64), RefusalReason::kNotFinite);
       observation.scale = 1e36F;
-      EXPECT_EQ(rig.space->Upsert(observation), RefusalReason::kNone);
-      EXPECT_TRUE(rig.space->Delete("b"));
+      EXPECT_EQ(rig.space->Upsert(observation, ++rig.stamp).reason, RefusalReason::kNone);
+      EXPECT_TRUE(rig.space->Delete("b", ++rig.stamp, false).existed);
       observation.scale = std::numeric_limits<float>::denorm_min();
-      EXPECT_EQ(rig.space->Upsert(observation), RefusalReason::kNone) << "tiny is not zero";
-      EXPECT_TRUE(rig.space->Delete("b"));
+      EXPECT_EQ(rig.space->Upsert(observation, ++rig.stamp).reason, RefusalReason::kNone)
+          << "tiny is not zero";
+      EXPECT_TRUE(rig.space->Delete("b", ++rig.stamp, false).existed);
     }
     ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
   }
@@ -439,37 +462,41 @@ TEST(SpaceTest, SquaresThatOverflowComeLastUnderL2) {
 
 TEST(SpaceTest, DeletesOfUnknownIdsDoNothingAlsoInAnEmptySpace) {
   SpaceRig rig(Metric::kL2, 0, size_t{8} << 20);
-  EXPECT_FALSE(rig.space->Delete("a"));
+  EXPECT_FALSE(rig.space->Delete("a", ++rig.stamp, false).existed);
   EXPECT_EQ(rig.memory.heap.live_bytes(), 0u) << "a space takes nothing before it holds something";
   ASSERT_EQ(rig.Upsert("a", VectorDtype::kF32, {1}), RefusalReason::kNone);
-  EXPECT_FALSE(rig.space->Delete("b"));
-  EXPECT_FALSE(rig.space->Delete("A"));
-  EXPECT_FALSE(rig.space->Delete(std::string_view("a\0", 2)));
+  EXPECT_FALSE(rig.space->Delete("b", ++rig.stamp, false).existed);
+  EXPECT_FALSE(rig.space->Delete("A", ++rig.stamp, false).existed);
+  EXPECT_FALSE(rig.space->Delete(std::string_view("a\0", 2), ++rig.stamp, false).existed);
   EXPECT_TRUE(rig.Delete("a"));
-  EXPECT_FALSE(rig.space->Delete("a"));
+  EXPECT_FALSE(rig.space->Delete("a", ++rig.stamp, false).existed);
   ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
 }
 
 // Ids of one space say nothing about those of another, also where they share a heap.
 TEST(SpaceTest, TwoSpacesOfOneHeapDoNotMeet) {
   TestHeap memory(size_t{8} << 20);
-  const auto upsert = [](Space* space, float value) {
-    return space->Upsert({.id = "same",
-                          .payload = {},
-                          .dtype = VectorDtype::kF32,
-                          .dimension = 1,
-                          .vector = reinterpret_cast<const std::byte*>(&value)});
+  ReaderEpochs epochs(1);
+  CommitStamp stamp = 1;
+  const auto upsert = [&](Space* space, float value) {
+    ObservationRef observation;
+    observation.id = "same";
+    observation.dtype = VectorDtype::kF32;
+    observation.dimension = 1;
+    observation.vector = reinterpret_cast<const std::byte*>(&value);
+    return space->Upsert(observation, ++stamp).reason;
   };
+  const SpaceOptions options = TestSpaceOptions(Metric::kL2, 0, kBuild);
   {
-    Space first("first", Metric::kL2, 0, &memory.heap, kBuild, 1);
+    Space first("first", options, &memory.heap, &epochs);
     {
-      Space second("second", Metric::kL2, 0, &memory.heap, kBuild, 1);
+      Space second("second", options, &memory.heap, &epochs);
       ASSERT_EQ(upsert(&first, 1), RefusalReason::kNone);
       const size_t before = memory.heap.live_bytes();
       ASSERT_EQ(upsert(&second, 2), RefusalReason::kNone);
-      EXPECT_TRUE(first.Delete("same"));
+      EXPECT_TRUE(first.Delete("same", ++stamp, false).existed);
       EXPECT_EQ(second.live(), 1u);
-      EXPECT_FALSE(first.Delete("same"));
+      EXPECT_FALSE(first.Delete("same", ++stamp, false).existed);
       ASSERT_EQ(upsert(&first, 1), RefusalReason::kNone);
       EXPECT_GT(memory.heap.live_bytes(), before);
     }
@@ -479,10 +506,121 @@ TEST(SpaceTest, TwoSpacesOfOneHeapDoNotMeet) {
   EXPECT_EQ(memory.heap.live_bytes(), 0u);
 }
 
-TEST(SpaceTest, NodesInBytesCountsPaddedRows) {
+TEST(SpaceTest, NodesInBytesCountsRowsThatAreScanned) {
   TestHeap memory(size_t{8} << 20);
-  EXPECT_EQ(Space("a", Metric::kL2, 1, &memory.heap, kBuild, 1).NodesInBytes(640), 10u);
-  EXPECT_EQ(Space("a", Metric::kL2, 17, &memory.heap, kBuild, 1).NodesInBytes(640), 5u);
+  ReaderEpochs epochs(1);
+  SpaceOptions options = TestSpaceOptions(Metric::kL2, 17, kBuild);
+  options.traversal = Traversal::kExact;
+  EXPECT_EQ(Space("a", options, &memory.heap, &epochs).NodesInBytes(640), 5u);
+  options.traversal = Traversal::kInt8;
+  EXPECT_EQ(Space("a", options, &memory.heap, &epochs).NodesInBytes(640), 5u);
+  options.dimension = 768;
+  EXPECT_EQ(Space("a", options, &memory.heap, &epochs).NodesInBytes(8'320), 10u);
+}
+
+// Of two versions the later stamp stands, whichever comes first.
+TEST(SpaceTest, TheLaterStampWins) {
+  SpaceRig rig(Metric::kL2, 1, size_t{8} << 20);
+  const auto upsert = [&](float value, CommitStamp stamp) {
+    ObservationRef observation;
+    observation.id = "a";
+    observation.dtype = VectorDtype::kF32;
+    observation.dimension = 1;
+    observation.vector = reinterpret_cast<const std::byte*>(&value);
+    const StoreOutcome outcome = rig.space->Upsert(observation, stamp);
+    EXPECT_EQ(outcome.reason, RefusalReason::kNone);
+    return outcome.existed;
+  };
+  const auto value = [&] {
+    const RecallAnswer answer = rig.Recall({0}, {.k = 5, .with_vector = true});
+    return answer.hits.size() == 1 ? answer.hits[0].vector[0] : -1.0F;
+  };
+  EXPECT_FALSE(upsert(1, 500));
+  EXPECT_TRUE(upsert(2, 400));
+  EXPECT_EQ(value(), 1.0F);
+  EXPECT_TRUE(upsert(3, 600));
+  EXPECT_EQ(value(), 3.0F);
+  // A delete of an earlier stamp changes nothing; one of a later stamp keeps out what was stamped
+  // before it, until it is certain that nothing of that kind is under way.
+  rig.space->Delete("a", 550, true);
+  EXPECT_EQ(value(), 3.0F);
+  EXPECT_TRUE(rig.space->Delete("a", 700, true).existed);
+  EXPECT_FALSE(upsert(4, 650));
+  EXPECT_EQ(value(), -1.0F);
+  EXPECT_TRUE(rig.space->has_tombstones());
+  EXPECT_FALSE(upsert(5, 800));
+  EXPECT_EQ(value(), 5.0F);
+  EXPECT_FALSE(rig.space->Delete("b", 900, true).existed) << "also of an id that is not there yet";
+  ASSERT_TRUE(rig.space->CheckInvariants().has_value());
+  rig.space->ForgetTombstones(899);
+  EXPECT_TRUE(rig.space->has_tombstones());
+  rig.space->ForgetTombstones(900);
+  EXPECT_FALSE(rig.space->has_tombstones());
+  EXPECT_EQ(rig.space->live(), 1u);
+  ASSERT_TRUE(rig.space->CheckInvariants().has_value());
+}
+
+// A recall at a snapshot sees what lived then, back to the horizon.
+TEST(SpaceTest, ASnapshotSeesWhatLivedThen) {
+  SpaceRig rig(Metric::kL2, 2, size_t{64} << 20);
+  rig.keep = 100;
+  SplitMix64 random(5);
+  std::vector<std::pair<CommitStamp, SpaceModel>> history;
+  for (int step = 0; step < 400; ++step) {
+    const std::string id = "id" + std::to_string(random.Below(40));
+    if (random.Below(4) == 0) {
+      rig.Delete(id);
+    } else {
+      rig.Upsert(id, VectorDtype::kF32, QuarterVector(&random, 2));
+    }
+    history.emplace_back(rig.stamp, rig.model);
+    const size_t back = random.Below(std::min<size_t>(history.size(), rig.keep));
+    const auto& [snapshot, model] = history[history.size() - 1 - back];
+    const std::vector<float> query = QuarterVector(&random, 2);
+    const RecallAnswer answer = rig.Recall(query, {.k = 50, .snapshot = snapshot});
+    ASSERT_NO_FATAL_FAILURE(model.ExpectExact(answer.hits, query, 50, false)) << step;
+    rig.space->Reclaim(100);
+    if (step > 200) {
+      EXPECT_EQ(rig.Recall(query, {.snapshot = rig.stamp - 150}).reason,
+                RefusalReason::kSnapshotTooOld);
+    }
+  }
+  EXPECT_LT(rig.space->node_count(), 300u) << "what is past the horizon gives its place";
+}
+
+// Every id once, whatever comes and goes between the pages.
+TEST(SpaceTest, AScrollVisitsWhatStaysExactlyOnce) {
+  SpaceRig rig(Metric::kL2, 1, size_t{64} << 20);
+  SplitMix64 random(7);
+  for (int i = 0; i < 3'000; ++i) {
+    rig.Upsert("stays" + std::to_string(i), VectorDtype::kF32, {static_cast<float>(i)});
+  }
+  std::map<std::string, int> seen;
+  uint64_t cursor = 0;
+  int pages = 0;
+  do {
+    std::vector<NodeId> nodes;
+    rig.space->Scroll(&cursor, 100, &nodes);
+    EXPECT_GE(nodes.size(), cursor == 0 ? 0u : 100u);
+    EXPECT_LE(nodes.size(), 110u);
+    for (const NodeId node : nodes) ++seen[std::string(rig.space->Get(node).id)];
+    for (int i = 0; i < 100; ++i) {
+      const std::string number = std::to_string(random.Below(3'000));
+      rig.Upsert("stays" + number, VectorDtype::kF32, {1});
+      rig.Upsert("comes" + number, VectorDtype::kF32, {2});
+      rig.Delete("comes" + std::to_string(random.Below(3'000)));
+    }
+    ++pages;
+  } while (cursor != 0);
+  EXPECT_GT(pages, 25);
+  int stayed = 0;
+  for (const auto& [id, times] : seen) {
+    EXPECT_LE(times, 2) << id;
+    if (!id.starts_with("stays")) continue;
+    EXPECT_EQ(times, 1) << id;
+    ++stayed;
+  }
+  EXPECT_EQ(stayed, 3'000);
 }
 
 }  // namespace

@@ -19,9 +19,11 @@
 #include "index/space.h"
 #include "src/core/arena_heap.h"
 #include "src/core/check.h"
+#include "src/core/commit_stamp.h"
 #include "src/core/hash.h"
 #include "src/core/huge_page_arena.h"
 #include "src/core/observation.h"
+#include "src/core/reader_epochs.h"
 #include "src/core/shard_port.h"
 
 // What the tests of spaces, recalls and the shard share: vectors in every dtype, an exact model of
@@ -108,9 +110,17 @@ struct Hit {
   float score = 0;
   int64_t when_ns = 0;
   float confidence = 0;
+  CommitStamp stamp = kNoStamp;
+  std::vector<float> vector = {};
   bool payload_omitted = false;
   bool operator==(const Hit&) const = default;
 };
+
+inline std::vector<float> VectorAt(const std::byte* from, size_t dimension) {
+  std::vector<float> vector(dimension);
+  std::memcpy(vector.data(), from, dimension * sizeof(float));
+  return vector;
+}
 
 // Appends the hits of one result slot.
 inline ResultBatch ReadBatch(const std::byte* slot, std::vector<Hit>* hits) {
@@ -121,8 +131,9 @@ inline ResultBatch ReadBatch(const std::byte* slot, std::vector<Hit>* hits) {
   for (uint16_t i = 0; i < batch.count; ++i) {
     HitHeader header;
     std::memcpy(&header, from, sizeof(header));
-    const auto* text = reinterpret_cast<const char*>(from + sizeof(header));
-    const size_t used = sizeof(header) + header.id_bytes + header.payload_bytes;
+    const size_t vector_bytes = header.vector_dimension * sizeof(float);
+    const auto* text = reinterpret_cast<const char*>(from + sizeof(header) + vector_bytes);
+    const size_t used = sizeof(header) + vector_bytes + header.id_bytes + header.payload_bytes;
     EXPECT_EQ(header.hit_bytes, PadTo8(used));
     EXPECT_EQ(header.reserved, 0u);
     for (size_t n = used; n < header.hit_bytes; ++n) EXPECT_EQ(from[n], std::byte{0});
@@ -131,6 +142,8 @@ inline ResultBatch ReadBatch(const std::byte* slot, std::vector<Hit>* hits) {
                      .score = header.score,
                      .when_ns = header.when_ns,
                      .confidence = header.confidence,
+                     .stamp = header.stamp,
+                     .vector = VectorAt(from + sizeof(header), header.vector_dimension),
                      .payload_omitted = (header.flags & kHitPayloadOmitted) != 0});
     from += header.hit_bytes;
   }
@@ -138,10 +151,23 @@ inline ResultBatch ReadBatch(const std::byte* slot, std::vector<Hit>* hits) {
   return batch;
 }
 
+// The options of a test's space.
+inline SpaceOptions TestSpaceOptions(Metric metric, uint32_t dimension,
+                                     const HnswBuildParams& build, uint64_t hash_seed = 1) {
+  return {.metric = metric,
+          .precision = Precision::kF32,
+          .traversal = Traversal::kInt8,
+          .dimension = dimension,
+          .build = build,
+          .hash_seed = hash_seed};
+}
+
 struct RecallParams {
   uint32_t k = 10;
   uint32_t ef = 0;
   bool with_payload = false;
+  bool with_vector = false;
+  CommitStamp snapshot = kNoStamp;
   VectorDtype dtype = VectorDtype::kF32;
   uint32_t slice = UINT32_MAX;           // distances
   size_t slot_bytes = kResultSlotBytes;  // the largest slot
@@ -161,6 +187,8 @@ inline RecallAnswer RunRecall(const Space& space, RecallJob* job, std::span<cons
   RecallRequest request;
   request.dtype = params.dtype;
   request.with_payload = params.with_payload;
+  request.with_vector = params.with_vector;
+  request.snapshot = params.snapshot;
   request.dimension = static_cast<uint16_t>(query.size());
   request.k = params.k;
   request.ef = params.ef;

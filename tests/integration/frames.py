@@ -28,6 +28,7 @@ F32, F16, BF16, INT8 = 1, 2, 3, 4
 SPACES, STATUS = 1, 2
 CONSUMED, CLOSED = 1, 2  # flags of nak
 PAYLOAD_LEFT_OUT = 1     # flag of a hit
+WITH_PAYLOAD, WITH_VECTOR, SNAPSHOT = 1, 2, 4  # flags of recall
 
 # Refusals that the tests ask for, by the codes of the table that FORMAT.md names.
 REASONS = {
@@ -38,6 +39,7 @@ REASONS = {
     "bad_confidence": 27, "bad_operation": 28, "sequence_gap": 60, "session_expired": 61,
     "fenced": 62, "bad_space_id": 65, "metric_mismatch": 66, "dimension_mismatch": 67,
     "unknown_space": 68, "bad_recall": 69, "no_session": 70, "session_space_mismatch": 71,
+    "merges_full": 73,
 }
 REASON_NAMES = {code: name for name, code in REASONS.items()}
 
@@ -173,7 +175,8 @@ HelloAck = collections.namedtuple(
                 "max_recalls")
 Nak = collections.namedtuple(
     "Nak", "name reason refused_type flags retry_after_ms expected text sequence session")
-Hit = collections.namedtuple("Hit", "id score when_ns confidence payload flags")
+Hit = collections.namedtuple(
+    "Hit", "id score when_ns confidence payload flags stamp payload_kind vector")
 Space = collections.namedtuple(
     "Space", "name shard dimension metric observations linked unlinked retired resident_bytes")
 
@@ -221,25 +224,27 @@ def decode_nak(got):
 
 
 def decode_result(got):
-    """(metric, hits) of one frame of an answer."""
-    count, metric, zero, zeros = struct.unpack_from("<HBBI", got.body)
+    """(metric, snapshot, hits) of one frame of an answer."""
+    count, metric, zero, zeros, snapshot = struct.unpack_from("<HBBIQ", got.body)
     require(zero == 0 and zeros == 0, "result's zero fields are zero")
-    hits, at = [], 8
+    hits, at = [], 16
     for _ in range(count):
-        require(at + 32 <= len(got.body), "a hit is within its frame")
-        hit_bytes, score, when_ns, confidence, payload_bytes, id_bytes, flags, zero = (
-            struct.unpack_from("<IfqfIHHI", got.body, at))
-        used = 32 + id_bytes + payload_bytes
+        require(at + 40 <= len(got.body), "a hit is within its frame")
+        (hit_bytes, score, when_ns, stamp, confidence, payload_bytes, id_bytes, flags, kind,
+         dimension, zero) = struct.unpack_from("<IfqQfIHBBHH", got.body, at)
+        used = 40 + 4 * dimension + id_bytes + payload_bytes
         require(zero == 0 and flags in (0, PAYLOAD_LEFT_OUT), "hit's flags and zero field")
+        require(kind in (0, 1, 2), f"payload_kind {kind}")
         require(hit_bytes == used + (-used % 8), f"hit_bytes {hit_bytes}, used {used}")
-        rest = got.body[at + 32:at + hit_bytes]
-        require(len(rest) == hit_bytes - 32, "a hit is within its frame")
+        require(at + hit_bytes <= len(got.body), "a hit is within its frame")
+        vector = struct.unpack_from(f"<{dimension}f", got.body, at + 40)
+        rest = got.body[at + 40 + 4 * dimension:at + hit_bytes]
         require(not any(rest[id_bytes + payload_bytes:]), "padding is zeros")
         hits.append(Hit(rest[:id_bytes], score, when_ns, confidence,
-                        rest[id_bytes:id_bytes + payload_bytes], flags))
+                        rest[id_bytes:id_bytes + payload_bytes], flags, stamp, kind, vector))
         at += hit_bytes
     require(at == len(got.body), "hits fill the frame")
-    return metric, hits
+    return metric, snapshot, hits
 
 
 def decode_spaces(got):
@@ -286,6 +291,7 @@ class Client:
         self.naks = []
         self.hello_ack = None
         self.last_request = 0
+        self.last_snapshot = 0
 
     def __enter__(self):
         return self
@@ -384,23 +390,31 @@ class Client:
         self.wait_acked(self.send_observe(records))
         return self.naks[seen:]
 
-    def recall(self, vector, k=10, *, payload=False, **fields):
+    def recall(self, vector, k=10, **fields):
         """All hits of one recall, over as many frames as there are."""
-        return [hit for _, hits in self.recall_frames(vector, k, payload=payload, **fields)
-                for hit in hits]
+        return [hit for _, hits in self.recall_frames(vector, k, **fields) for hit in hits]
 
-    def recall_frames(self, vector, k=10, *, payload=False, **fields):
-        """The answer's frames: (metric, hits) each."""
+    def recall_frames(self, vector, k=10, *, payload=False, with_vector=False, snapshot=False,
+                      **fields):
+        """The answer's frames: (metric, hits) each. last_snapshot is what they named."""
         self.last_request += 1
-        self.send(frame(RECALL, recall_body(vector, k, **fields), flags=int(payload),
+        flags = payload * WITH_PAYLOAD + with_vector * WITH_VECTOR + snapshot * SNAPSHOT
+        self.send(frame(RECALL, recall_body(vector, k, **fields), flags=flags,
                         session=self.session, sequence=self.last_request))
         frames = []
+        snapshots = set()
         while True:
             got = self.wait_for(RESULT)
             require(got.sequence == self.last_request, "the answer's request id")
-            frames.append(decode_result(got))
+            metric, at_stamp, hits = decode_result(got)
+            frames.append((metric, hits))
+            snapshots.add(at_stamp)
             if not got.flags & 1:
-                return frames
+                break
+        require(len(snapshots) == 1, "the frames of one answer name one snapshot")
+        self.last_snapshot = snapshots.pop()
+        require((self.last_snapshot != 0) == snapshot, "a snapshot where it was asked for")
+        return frames
 
     def introspect(self, what):
         """Space records, or the status text."""

@@ -140,7 +140,7 @@ class HostileConnectionsTest(daemon.DaemonCase):
             ended = set()
             while len(ended) < granted:
                 got = client.wait_for(frames.RESULT)
-                hits[got.sequence] += len(frames.decode_result(got)[1])
+                hits[got.sequence] += len(frames.decode_result(got)[2])
                 if not got.flags & 1:
                     ended.add(got.sequence)
             self.assertEqual(set(hits.values()), {1000})

@@ -26,23 +26,23 @@ class ConfigurationTest(unittest.TestCase):
         self.assert_refused(
             '[listen]\ntpc = "127.0.0.1:0"\nbackend = "carrier pigeon"\n'
             '[memory]\nlimit_mib = "much"\n[index]\nm = 1\n[clouds]\nnumber = 9\n',
-            r"engram\.toml:2: listen\.tpc: unknown key; config/engram\.toml",
-            r'engram\.toml:3: listen\.backend: "carrier pigeon" is not one of .*"io_uring"',
-            r"engram\.toml:5: memory\.limit_mib: expected a whole number from",
-            r"engram\.toml:7: index\.m: expected a whole number from",
-            r"engram\.toml:8: clouds: unknown section; known sections: .*listen")
+            r"engram\.toml:2: listen\.tpc: unknown field; did you mean tcp\?",
+            r'engram\.toml:3: listen\.backend: "carrier pigeon" is not known; write .*"io_uring"',
+            r'engram\.toml:5: memory\.limit_mib: "much" is no whole number; write',
+            r"engram\.toml:7: index\.m: 1 is out of range; write a whole number from",
+            r"engram\.toml:8: clouds: unknown section; there are .*listen")
 
     def test_each_field_says_what_it_expects(self):
         for text, pattern in (
-                ("[listen]\ntcp = 7654\n", r"listen\.tcp: expected a string"),
+                ("[listen]\ntcp = 7654\n", r"listen\.tcp: 7654 is no address in quotes"),
                 ('[listen]\ntcp = "here"\n', r"listen\.tcp: .*PORT"),
                 ('[listen]\ntcp = "127.0.0.1:65536"\n', r"listen\.tcp: "),
-                ("[listen]\nmax_connections = 0\n", r"listen\.max_connections: expected"),
-                ("[data]\ndirectory = 1\n", r"data\.directory: expected a string"),
+                ("[limits]\nmax_connections = 0\n", r"limits\.max_connections: 0 is out of range"),
+                ("[data]\ndirectory = 1\n", r"data\.directory: 1 is no text"),
                 ("[cores]\ningress = 0\n", r"cores\.ingress: "),
                 ('[cores]\nidle = "snooze"\n', r"cores\.idle: .*\"sleep\""),
                 ('[memory]\nhuge_pages = "always"\n', r"memory\.huge_pages: .*\"off\""),
-                ("[index]\ndefault_ef = 0\n", r"index\.default_ef: expected"),
+                ("[index]\ndefault_ef = 0\n", r"index\.default_ef: 0 is out of range"),
                 ("listen = 5\n", r"listen: "),
                 ("[listen\n", r"engram\.toml:1: ")):
             with self.subTest(text):
@@ -65,8 +65,10 @@ class ConfigurationTest(unittest.TestCase):
     def test_the_documented_configuration_is_taken_and_says_the_defaults(self):
         """Every field that config/engram.toml shows, also those behind a '#', is a known one."""
         text = (daemon.ROOT / "config" / "engram.toml").read_text()
-        text = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.M)
-        text = text.replace("127.0.0.1:7654", "127.0.0.1:0").replace("8192", "512")
+        # A third processor, for recall, may not be there, and socket 0 need not be ours.
+        text = re.sub(r"^# (?!recall|sockets)(\w+ = |\[\[space\]\])", r"\1", text, flags=re.M)
+        text = re.sub(r"^(tcp|grpc) = .*", r'\1 = "127.0.0.1:0"', text, flags=re.M)
+        text = text.replace("8192", "512")
         if len(os.sched_getaffinity(0)) < 2:
             self.skipTest("needs two processors")
         first, second = sorted(os.sched_getaffinity(0))[:2]
@@ -80,8 +82,8 @@ class ConfigurationTest(unittest.TestCase):
 class MachineTest(unittest.TestCase):
 
     def settings(self, directory, **more):
-        return daemon.toml({"listen.tcp": "127.0.0.1:0", "data.directory": str(directory),
-                            "memory.limit_mib": 512, **more})
+        return daemon.toml({"listen.tcp": "127.0.0.1:0", "listen.grpc": "",
+                            "data.directory": str(directory), "memory.limit_mib": 512, **more})
 
     def test_the_port_is_taken(self):
         with socket.create_server(("127.0.0.1", 0)) as holder, \

@@ -40,7 +40,7 @@ class Simulation {
     appliance_options.ingest.max_connections = 64;
     appliance_options.ingest.partial_frame_bytes = 1 << 20;
     appliance_options.shard.memory_limit_bytes = size_t{64} << 20;
-    appliance_options.shard.max_spaces = 64;
+    appliance_options.max_spaces = 64;
     appliance_options.shard.max_sessions = 256;
     appliance_options.shard.seed = options.seed;
     appliance_options.mesh.lane_capacity = options.lane_capacity;

@@ -231,7 +231,8 @@ void SimClient::TakeResult(const FrameHeader& header, std::span<const std::byte>
   float last_score = std::numeric_limits<float>::infinity();
   for (uint16_t i = 0; i < result.count; ++i) {
     const auto hit = LoadAs<HitHeader>(next);
-    const std::string id(reinterpret_cast<const char*>(next + sizeof(HitHeader)), hit.id_bytes);
+    const std::byte* id_at = next + sizeof(HitHeader) + hit.vector_dimension * sizeof(float);
+    const std::string id(reinterpret_cast<const char*>(id_at), hit.id_bytes);
     const float order = options_.metric == Metric::kL2 ? -hit.score : hit.score;
     if (order > last_score) Violation("hits out of order");
     last_score = order;

@@ -7,6 +7,7 @@
 
 #include "src/core/observation.h"
 #include "src/core/result.h"
+#include "src/core/topology.h"
 #include "src/core/vector_dtype.h"
 #include "tools/clients/cpp/engram_client.h"
 
@@ -57,6 +58,8 @@ struct RecallOptions {
   std::string space;
   uint32_t k = 10;
   uint32_t ef = 0;  // 0: the server's default
+  bool at_snapshot = false;
+  bool with_vector = false;
 };
 int RunRecallQuality(const ServerOptions& server, const RecallOptions& options);
 int RunRecallText(const ServerOptions& server, const RecallOptions& options);
@@ -86,6 +89,22 @@ int RunStatus(const ServerOptions& server);
 int RunSpaces(const ServerOptions& server);
 int RunPing(const ServerOptions& server);
 
+// These need no daemon.
+struct ConfigOptions {
+  bool show = false;      // print the whole of it; else check it
+  std::string file;       // empty: the built-in defaults
+  std::string synthetic;  // machine to check against, in hwloc's words; empty: this one
+  bool json = false;
+};
+int RunConfig(const ConfigOptions& options);
+
+struct TopologyOptions {
+  bool suggest = false;
+  std::string synthetic;  // machine to draw, in hwloc's words; empty: this one
+  bool json = false;
+};
+int RunTopology(const TopologyOptions& options);
+
 // For the commands ------------------------------------------------------------------------------
 
 inline constexpr int64_t kAnswerTimeoutNs = 30'000'000'000;
@@ -99,6 +118,9 @@ std::expected<Connection, int> OpenConnection(const ServerOptions& server,
 
 // The same for a connection that only recalls and introspects.
 std::expected<Connection, int> OpenReader(const ServerOptions& server, const std::string& space);
+
+// The machine that hwloc's words describe; this one when there are none.
+Result<Topology> TopologyOf(const std::string& synthetic);
 
 // For JSON: `value` with `places` decimals, and 0 for what is no number.
 double Rounded(double value, int places);

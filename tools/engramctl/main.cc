@@ -108,6 +108,9 @@ CLI::App* AddRecall(CLI::App& app, ServerOptions& server, RecallOptions& options
       ->capture_default_str();
   recall->add_option("--ef", options.ef, "Candidates kept while searching; default: the server's")
       ->check(CLI::Range(1u, kMaxEf));
+  recall->add_flag("--snapshot", options.at_snapshot,
+                   "Recall what lived at one moment in all partitions of the space");
+  recall->add_flag("--with-vector", options.with_vector, "Have the vectors returned too");
   recall
       ->add_option("--data", options.data,
                    "Base vectors: ties with the k-th true neighbour are then found by exact scores")
@@ -121,6 +124,37 @@ CLI::App* AddRecall(CLI::App& app, ServerOptions& server, RecallOptions& options
   recall->add_option("--warmup", options.warmup, "Queries sent before the clock starts")
       ->check(CLI::Range(uint64_t{0}, kRateMax));
   return recall;
+}
+
+void AddSyntheticOption(CLI::App* command, std::string& synthetic) {
+  command->add_option("--synthetic", synthetic,
+                      "Another machine, in hwloc's words: \"pack:2 [numa] l3:1 core:16 pu:2\"");
+}
+
+// `config check` and `config show`.
+CLI::App* AddConfig(CLI::App& app, ConfigOptions& options) {
+  CLI::App* config = app.add_subcommand("config", "Check a configuration file, or show all of it");
+  config->require_subcommand(1);
+  CLI::App* check = config->add_subcommand("check", "Say everything that is wrong with a file");
+  check->add_option("file", options.file, "The TOML file")->required();
+  CLI::App* show = config->add_subcommand(
+      "show", "Print what engramd would run with: every field, and the core map it would choose");
+  show->add_option("file", options.file, "The TOML file; default: the built-in defaults");
+  show->callback([&options] { options.show = true; });
+  for (CLI::App* command : {check, show}) {
+    AddSyntheticOption(command, options.synthetic);
+    command->add_flag("--json", options.json, "Print one line of JSON for programs");
+  }
+  return config;
+}
+
+CLI::App* AddTopology(CLI::App& app, TopologyOptions& options) {
+  CLI::App* topology = app.add_subcommand("topology", "Draw the machine, or suggest a core map");
+  topology->add_flag("--suggest", options.suggest,
+                     "Also print the section [cores] for it, with the reasons");
+  AddSyntheticOption(topology, options.synthetic);
+  topology->add_flag("--json", options.json, "Print one line of JSON for programs");
+  return topology;
 }
 
 int Run(int argc, char** argv) {
@@ -166,6 +200,10 @@ int Run(int argc, char** argv) {
   AddSpaceOption(remove, delete_options.space);
   remove->add_option("ids", delete_options.ids, "Ids")->required();
 
+  ConfigOptions config_options;
+  const CLI::App* config = AddConfig(app, config_options);
+  TopologyOptions topology_options;
+  const CLI::App* topology = AddTopology(app, topology_options);
   try {
     app.parse(argc, argv);
     if (recall->parsed() && recall_options.queries.empty() && recall_options.text.empty()) {
@@ -185,6 +223,8 @@ int Run(int argc, char** argv) {
   if (ping->parsed()) return RunPing(server);
   if (encode->parsed()) return RunEncode(encode_options);
   if (put->parsed()) return RunPut(server, put_options);
+  if (config->parsed()) return RunConfig(config_options);
+  if (topology->parsed()) return RunTopology(topology_options);
   return RunDelete(server, delete_options);
 }
 

@@ -83,8 +83,11 @@ class QueryRunner {
     const uint64_t query = number % queries_.rows();
     queries_.ReadRow(query, vector_);
     const int64_t at_ns = clock_.MonotonicNs();
-    const uint64_t request = stream_.Send(
-        {.vector = vector_, .k = options_.k, .ef = options_.ef, .with_payload = false});
+    const uint64_t request = stream_.Send({.vector = vector_,
+                                           .k = options_.k,
+                                           .ef = options_.ef,
+                                           .with_vector = options_.with_vector,
+                                           .at_snapshot = options_.at_snapshot});
     sent_[request] = {query, at_ns};
   }
 
@@ -274,7 +277,12 @@ int RunRecallText(const ServerOptions& server, const RecallOptions& options) {
   auto connection = OpenReader(server, options.space);
   if (!connection) return connection.error();
   RecallStream stream(&*connection);
-  stream.Send({.vector = vector, .k = options.k, .ef = options.ef, .with_payload = true});
+  stream.Send({.vector = vector,
+               .k = options.k,
+               .ef = options.ef,
+               .with_payload = true,
+               .with_vector = options.with_vector,
+               .at_snapshot = options.at_snapshot});
   const Result<RecallAnswer> answer = stream.AwaitAnswer(kAnswerTimeoutNs);
   if (!answer) return ReportError(answer.error());
   if (answer->refusal) {
@@ -289,9 +297,12 @@ int RunRecallText(const ServerOptions& server, const RecallOptions& options) {
       neighbours.push_back({{"rank", i + 1},
                             {"score", Rounded(static_cast<double>(hit.score), 6)},
                             {"id", hit.id},
+                            {"stamp", hit.stamp},
                             {"text", hit.payload}});
+      if (options.with_vector) neighbours.back()["vector"] = hit.vector;
     }
-    const nlohmann::json report = {{"text", options.text}, {"neighbours", neighbours}};
+    nlohmann::json report = {{"text", options.text}, {"neighbours", neighbours}};
+    if (options.at_snapshot) report["snapshot"] = answer->snapshot;
     // A payload is any bytes; JSON is UTF-8.
     std::printf("%s\n",
                 report.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).c_str());

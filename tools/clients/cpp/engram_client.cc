@@ -430,21 +430,29 @@ Result<void> AddHits(std::span<const std::byte> body, uint32_t k, RecallAnswer& 
   if (body.size() < sizeof(ResultBody)) return FailGrammar("a result is too short");
   const auto result = LoadAs<ResultBody>(body.data());
   answer.metric = result.metric;
+  answer.snapshot = result.snapshot;
   std::span<const std::byte> rest = body.subspan(sizeof(ResultBody));
   for (uint32_t i = 0; i < result.count; ++i) {
     if (answer.hits.size() >= k) return FailGrammar("a result has more hits than were asked for");
     if (rest.size() < sizeof(HitHeader)) return FailGrammar("a result ends within a hit");
     const auto header = LoadAs<HitHeader>(rest.data());
-    const size_t used = sizeof(HitHeader) + size_t{header.id_bytes} + header.payload_bytes;
+    const size_t vector_bytes = header.vector_dimension * sizeof(float);
+    const size_t used =
+        sizeof(HitHeader) + vector_bytes + size_t{header.id_bytes} + header.payload_bytes;
     if (header.hit_bytes > rest.size() || header.hit_bytes < used) {
       return FailGrammar("a hit's length does not hold what it says");
     }
-    const auto* text = reinterpret_cast<const char*>(rest.data() + sizeof(HitHeader));
+    const std::byte* vector = rest.data() + sizeof(HitHeader);
+    const auto* text = reinterpret_cast<const char*>(vector + vector_bytes);
     RecallHit hit;
+    hit.vector.resize(header.vector_dimension);
+    if (vector_bytes > 0) std::memcpy(hit.vector.data(), vector, vector_bytes);
     hit.id.assign(text, header.id_bytes);
     hit.score = header.score;
     hit.confidence = header.confidence;
     hit.when_ns = header.when_ns;
+    hit.stamp = header.stamp;
+    hit.payload_kind = header.payload_kind;
     hit.payload.assign(text + header.id_bytes, header.payload_bytes);
     hit.payload_omitted = (header.flags & kHitPayloadOmitted) != 0;
     answer.hits.push_back(std::move(hit));
@@ -464,8 +472,10 @@ uint64_t RecallStream::Send(const RecallQuery& query) {
   body.ef = query.ef;
   body.dimension = static_cast<uint16_t>(query.vector.size());
   body.dtype = VectorDtype::kF32;
-  connection_->BeginFrame(FrameType::kRecall, query.with_payload ? kFrameFlagWithPayload : 0,
-                          request);
+  const int flags = (query.with_payload ? kFrameFlagWithPayload : 0) |
+                    (query.with_vector ? kFrameFlagWithVector : 0) |
+                    (query.at_snapshot ? kFrameFlagSnapshot : 0);
+  connection_->BeginFrame(FrameType::kRecall, static_cast<uint16_t>(flags), request);
   connection_->Append(BytesOf(body));
   connection_->Append(std::as_bytes(query.vector));
   connection_->EndFrame();

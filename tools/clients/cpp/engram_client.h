@@ -164,6 +164,8 @@ struct RecallQuery {
   uint32_t k = 10;
   uint32_t ef = 0;  // 0: the server's default
   bool with_payload = false;
+  bool with_vector = false;
+  bool at_snapshot = false;  // what lived at one stamp in all of the space's partitions
 };
 
 struct RecallHit {
@@ -171,13 +173,17 @@ struct RecallHit {
   float score = 0;
   float confidence = 0;
   int64_t when_ns = 0;
+  uint64_t stamp = 0;  // when it was taken: rises from each update of an id to the next
+  PayloadKind payload_kind = PayloadKind::kOpaque;
   std::string payload;
   bool payload_omitted = false;  // it was asked for and did not fit in the answer
+  std::vector<float> vector;     // empty where it was not asked for
 };
 
 struct RecallAnswer {
   uint64_t request = 0;
   Metric metric = Metric::kUnspecified;
+  uint64_t snapshot = 0;           // the stamp at which the hits lived, where that was asked for
   std::vector<RecallHit> hits;     // nearest first
   std::optional<Refusal> refusal;  // then there are no hits
 };

@@ -1,0 +1,171 @@
+// Recalls of an ingress core (see ingest_core.h): to the partitions of a space, and back as one
+// answer.
+//
+// 1. PushRecall gives every partition a slot with the recall, or none.
+// 2. The one partition of a space that has no more answers with the connection's origin, and its
+//    batches are forwarded as they come (ForwardHits). This is the usual case.
+// 3. Several answer with the origin of a merge (TakePartition), which copies their batches; so does
+//    one where the answer names a snapshot.
+// 4. When all have answered, SendMerged sends the merge as fast as the client reads.
+
+#include "dataplane/ingest_core.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "src/core/check.h"
+
+namespace engram {
+
+bool IngestCore::TakeRecall(Connection& connection, const FrameHeader& header,
+                            std::span<const std::byte> body) {
+  RecallView view;
+  RefusalReason reason = DecodeRecall(body, &view);
+  if (reason == RefusalReason::kBadFrame) {
+    return RefuseAndClose(connection, reason, header.type, header.sequence);
+  }
+  counters_[IngestCounter::kRecallsReceived].Add(1);
+  if (reason == RefusalReason::kNone) reason = PushRecall(connection, view, header);
+  if (reason == RefusalReason::kWrongDimension) {
+    CountNak(reason);
+    SendNak(network_, connection.id, reason,
+            {.refused_type = header.type,
+             .session = connection.session.value(),
+             .sequence = header.sequence,
+             .has_numbers = connection.rules.dimension != 0,
+             .got = view.body.dimension,
+             .wanted = connection.rules.dimension});
+  } else if (reason != RefusalReason::kNone) {
+    RefuseRequest(connection, reason, header.type, header.sequence);
+  }
+  if (connection.recalls_in_flight >= options_.max_recalls) PauseReceiving(connection);
+  return true;
+}
+
+RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& view,
+                                     const FrameHeader& header) {
+  const SpaceEntry* entry = EntryOf(connection);
+  request_shards_.clear();
+  if (entry == nullptr) {
+    request_shards_.push_back(port_.catalogue->FirstShard(connection.space.view()));
+  } else {
+    const uint16_t partitions = entry->partitions();
+    for (uint16_t p = 0; p < partitions; ++p) request_shards_.push_back(entry->ShardOf(p));
+  }
+  const size_t partitions = request_shards_.size();
+  const size_t slot_bytes = SlotBytesFor(view.body);
+  RefusalReason reason = AcquireForEach(request_shards_, slot_bytes);
+  if (reason != RefusalReason::kNone) return reason;
+  std::byte* first = port_.slab->At(request_slots_[0]);
+  reason = AdmitRecall(view, connection.rules, first);
+  RecallMerger::MergeId merge = RecallMerger::kNone;
+  const bool at_snapshot = (header.flags & kFrameFlagSnapshot) != 0;
+  if (reason == RefusalReason::kNone && (partitions > 1 || at_snapshot)) {
+    merge = merger_->Begin(static_cast<uint16_t>(partitions), view.body.k);
+    if (merge == RecallMerger::kNone) reason = RefusalReason::kMergesFull;
+  }
+  if (reason != RefusalReason::kNone) {
+    ReleaseForEach(partitions);
+    return reason;
+  }
+  auto* request = reinterpret_cast<RecallRequest*>(first);
+  request->with_payload = (header.flags & kFrameFlagWithPayload) != 0;
+  request->with_vector = (header.flags & kFrameFlagWithVector) != 0;
+  request->space = connection.space;
+  request->origin = OriginOf(connection);
+  request->request_id = header.sequence;
+  request->received_ns = now_ns_;
+  if (at_snapshot) request->snapshot = SnapshotOver(request_shards_);
+  if (merge != RecallMerger::kNone) {
+    merged_[merge] = {.origin = request->origin,
+                      .request_id = request->request_id,
+                      .snapshot = request->snapshot};
+    request->origin = kMergeOrigin | merge;
+  }
+  // The first goes last: from then on its slot is the shard's.
+  for (size_t i = partitions; i-- > 0;) {
+    if (i > 0) std::memcpy(port_.slab->At(request_slots_[i]), first, slot_bytes);
+    const bool pushed = LaneOf(request_shards_[i], Lane::kRecall).TryPush(request_slots_[i]);
+    CHECK(pushed, "the ring had room");
+  }
+  ++connection.recalls_in_flight;
+  return RefusalReason::kNone;
+}
+
+// The latest stamp up to which all of `shards` are complete.
+CommitStamp IngestCore::SnapshotOver(std::span<const ShardId> shards) const {
+  const int64_t unix_ns = clock_->WallNs();
+  CommitStamp snapshot = kOpenStamp;
+  for (const ShardId shard : shards) {
+    snapshot = std::min(snapshot, port_.stamps->CompleteUpTo(shard, unix_ns));
+  }
+  return std::max(snapshot, kNoStamp + 1);
+}
+
+void IngestCore::FinishRecall(Connection& connection, RefusalReason reason, uint64_t request_id) {
+  --connection.recalls_in_flight;
+  counters_[IngestCounter::kRecallsAnswered].Add(1);
+  if (reason != RefusalReason::kNone) {
+    RefuseRequest(connection, reason, FrameType::kRecall, request_id);
+  }
+}
+
+void IngestCore::ForwardHits(Connection& connection, ShardId shard, const Completion& completion) {
+  const std::byte* slot = port_.shards[shard.value()].result_slab->At(completion.result_slot);
+  const auto batch = LoadAs<ResultBatch>(slot);
+  SendResult(network_, connection.id, connection.session.value(), completion.sequence,
+             {.count = batch.count, .metric = batch.metric}, !batch.last,
+             {slot + sizeof(ResultBatch), batch.body_bytes});
+  if (network_->SendBacklog(connection.id) > options_.send_pause_bytes) {
+    PauseReceiving(connection);
+  }
+}
+
+// What one partition answers. Where the connection has gone, its answers are only counted.
+void IngestCore::TakePartition(ShardId shard, const Completion& completion) {
+  const auto merge = static_cast<RecallMerger::MergeId>(completion.origin);
+  if (completion.kind == CompletionKind::kResults) {
+    if (FindOrigin(merged_[merge].origin) == nullptr) return;
+    const SlotSlab& slab = *port_.shards[shard.value()].result_slab;
+    merger_->Add(merge, {slab.At(completion.result_slot), slab.SlotBytes(completion.result_slot)});
+    return;
+  }
+  CHECK(completion.kind == CompletionKind::kRecallDone, "a merge is of recalls");
+  if (merger_->FinishPartition(merge, completion.reason)) sendable_.push_back(merge);
+}
+
+// Returns the merges that came to their end.
+int IngestCore::SendMerged() {
+  return static_cast<int>(std::erase_if(sendable_, [this](RecallMerger::MergeId merge) {
+    const MergedRecall& recall = merged_[merge];
+    Connection* connection = FindOrigin(recall.origin);
+    if (connection != nullptr) {
+      if (connection->state != State::kClosing && !SendMerge(*connection, merge)) return false;
+      FinishRecall(*connection, merger_->reason(merge), recall.request_id);
+      if (connection->state == State::kSettling) FinishSettling(*connection);
+    }
+    merger_->Release(merge);
+    return true;
+  }));
+}
+
+// False while the client has to read first: an answer may be larger than the backlog at which the
+// network gives a connection up.
+bool IngestCore::SendMerge(Connection& connection, RecallMerger::MergeId merge) {
+  // Between two frames nothing is in the scratch buffer.
+  const std::span<std::byte> buffer = std::span(scratch_).first(kResultSlotBytes);
+  bool done = merger_->reason(merge) != RefusalReason::kNone;
+  while (!done && network_->SendBacklog(connection.id) <= options_.send_pause_bytes) {
+    const size_t bytes = merger_->Emit(merge, buffer);
+    CHECK(bytes > 0, "an answer has a last batch");
+    const auto batch = LoadAs<ResultBatch>(buffer.data());
+    SendResult(network_, connection.id, connection.session.value(), merged_[merge].request_id,
+               {.count = batch.count, .metric = batch.metric, .snapshot = merged_[merge].snapshot},
+               !batch.last, buffer.subspan(sizeof(ResultBatch), batch.body_bytes));
+    done = batch.last;
+  }
+  if (network_->SendBacklog(connection.id) > options_.send_pause_bytes) PauseReceiving(connection);
+  return done;
+}
+
+}  // namespace engram

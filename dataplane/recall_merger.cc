@@ -1,0 +1,277 @@
+#include "dataplane/recall_merger.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <string_view>
+#include <utility>
+
+#include "src/core/check.h"
+#include "src/core/hash.h"
+#include "src/core/vector_dtype.h"
+
+namespace engram {
+
+namespace {
+
+// One partition's largest answer. Twice that in blocks holds it however its batches fall, as any
+// two neighbouring blocks are together at least half full.
+constexpr size_t kMaxAnswerBytes =
+    kMaxRecallResults *
+        PadTo8(sizeof(HitHeader) + kMaxDimension * sizeof(float) + kMaxIdBytes + 7) +
+    kMaxResultPayloadBytes;
+
+HitHeader HeaderOf(const std::byte* hit) {
+  HitHeader header;
+  std::memcpy(&header, hit, sizeof(header));
+  return header;
+}
+
+// Of header and vector: where the id begins.
+size_t IdOffsetOf(const HitHeader& header) {
+  return sizeof(HitHeader) + header.vector_dimension * sizeof(float);
+}
+
+std::string_view IdOf(const std::byte* hit) {
+  const HitHeader header = HeaderOf(hit);
+  return {reinterpret_cast<const char*>(hit + IdOffsetOf(header)), header.id_bytes};
+}
+
+// What a client can do about it decides: nothing, change the request, ask again.
+int SeverityOf(RefusalReason reason) {
+  switch (DescribeRefusal(reason).effect) {
+    case RefusalEffect::kCloses:
+      return 3;
+    case RefusalEffect::kConsumes:
+    case RefusalEffect::kAnswers:
+      return 2;
+    case RefusalEffect::kWaits:
+      break;
+  }
+  return 1;
+}
+
+size_t TablePlaces(size_t hits) { return std::bit_ceil(2 * std::max<size_t>(hits, 1)); }
+
+}  // namespace
+
+Result<std::unique_ptr<RecallMerger>> RecallMerger::Create(uint32_t merges, uint16_t max_partitions,
+                                                           HugePagePolicy huge_pages) {
+  CHECK(merges > 0 && max_partitions > 0, "a merger merges");
+  const size_t answer_bytes = 2 * max_partitions * kMaxAnswerBytes;
+  const size_t pool_bytes =
+      std::min(merges * answer_bytes, std::max(answer_bytes, kUsualPoolBytes));
+  const size_t blocks = (pool_bytes + kBlockBytes - 1) / kBlockBytes;
+  // Reserved huge pages would be set aside for the largest answers that nobody may ever ask for.
+  auto arena = HugePageArena::Create({.reserve_bytes = blocks * kBlockBytes,
+                                      .huge_pages = huge_pages == HugePagePolicy::kAuto
+                                                        ? HugePagePolicy::kTransparent
+                                                        : HugePagePolicy::kOff});
+  if (!arena) return std::unexpected(arena.error());
+  return std::unique_ptr<RecallMerger>(
+      new RecallMerger(merges, max_partitions, static_cast<uint32_t>(blocks), *std::move(arena)));
+}
+
+RecallMerger::RecallMerger(uint32_t merges, uint16_t max_partitions, uint32_t blocks,
+                           HugePageArena arena)
+    : max_partitions_(max_partitions),
+      max_blocks_(blocks),
+      arena_(std::move(arena)),
+      pool_(arena_.Allocate(blocks * kBlockBytes, kCacheLineBytes)),
+      merges_(merges),
+      blocks_(blocks),
+      orders_(
+          std::make_unique_for_overwrite<const std::byte*[]>(size_t{merges} * kMaxRecallResults)),
+      found_(std::make_unique_for_overwrite<Found[]>(size_t{max_partitions} * kMaxRecallResults)),
+      by_id_(std::make_unique_for_overwrite<uint32_t[]>(
+          TablePlaces(size_t{max_partitions} * kMaxRecallResults))) {
+  CHECK(pool_ != nullptr, "the arena was made for the pool");
+  free_blocks_.reserve(blocks);
+  free_merges_.reserve(merges);
+  for (uint32_t id = merges; id > 0; --id) free_merges_.push_back(id - 1);
+}
+
+RecallMerger::MergeId RecallMerger::Begin(uint16_t partitions, uint32_t k) {
+  CHECK(partitions > 0 && partitions <= max_partitions_, "partitions out of range");
+  CHECK(k > 0 && k <= kMaxRecallResults, "k out of range");
+  if (free_merges_.empty()) return kNone;
+  const MergeId id = free_merges_.back();
+  free_merges_.pop_back();
+  merges_[id] = Merge();
+  merges_[id].in_use = true;
+  merges_[id].partitions = partitions;
+  merges_[id].waiting = partitions;
+  merges_[id].k = k;
+  return id;
+}
+
+void RecallMerger::Add(MergeId id, std::span<const std::byte> batch) {
+  Merge& merge = merges_[id];
+  CHECK(merge.in_use && merge.waiting > 0, "a batch comes before its partition is done");
+  ResultBatch head;
+  CHECK(batch.size() >= sizeof(head), "a batch begins with its header");
+  std::memcpy(&head, batch.data(), sizeof(head));
+  CHECK(head.body_bytes <= batch.size() - sizeof(head), "a batch lies within its slot");
+  if (merge.metric == Metric::kUnspecified) merge.metric = head.metric;
+  if (head.body_bytes == 0 || merge.reason != RefusalReason::kNone) return;
+  std::byte* room = TakeRoom(&merge, head.body_bytes);
+  if (room == nullptr) {
+    NoteReason(&merge, RefusalReason::kMergesFull);
+    return;
+  }
+  std::memcpy(room, batch.data() + sizeof(head), head.body_bytes);
+  merge.hits += head.count;
+  CHECK(merge.hits <= merge.partitions * kMaxRecallResults, "a partition answers with k hits");
+}
+
+bool RecallMerger::FinishPartition(MergeId id, RefusalReason reason) {
+  Merge& merge = merges_[id];
+  CHECK(merge.in_use && merge.waiting > 0, "a partition is done once");
+  if (reason == RefusalReason::kUnknownSpace) {
+    ++merge.unknown;
+  } else {
+    NoteReason(&merge, reason);
+  }
+  --merge.waiting;
+  if (merge.waiting > 0) return false;
+  if (merge.unknown == merge.partitions) merge.reason = RefusalReason::kUnknownSpace;
+  if (merge.reason == RefusalReason::kNone) MakeOrder(id);
+  return true;
+}
+
+size_t RecallMerger::Emit(MergeId id, std::span<std::byte> out) {
+  Merge& merge = merges_[id];
+  CHECK(merge.in_use && merge.waiting == 0, "an answer is whole before it is handed out");
+  if (merge.emitted_last || merge.reason != RefusalReason::kNone) return 0;
+  ResultBatch batch;
+  batch.metric = merge.metric;
+  size_t bytes = sizeof(batch);
+  for (; merge.emitted < merge.kept; ++merge.emitted, ++batch.count) {
+    const std::byte* hit = OrderOf(id)[merge.emitted];
+    HitHeader header = HeaderOf(hit);
+    size_t used = IdOffsetOf(header) + header.id_bytes;
+    if (merge.payload_sent + header.payload_bytes > kMaxResultPayloadBytes) {
+      header.payload_bytes = 0;
+      header.flags |= kHitPayloadOmitted;
+    }
+    used += header.payload_bytes;
+    header.hit_bytes = static_cast<uint32_t>(PadTo8(used));
+    if (bytes + header.hit_bytes > out.size()) break;
+    std::memcpy(&out[bytes], &header, sizeof(header));
+    std::memcpy(&out[bytes] + sizeof(header), hit + sizeof(header), used - sizeof(header));
+    std::memset(&out[bytes] + used, 0, header.hit_bytes - used);
+    bytes += header.hit_bytes;
+    merge.payload_sent += header.payload_bytes;
+  }
+  CHECK(batch.count > 0 || merge.kept == 0, "a batch has room for any one hit");
+  batch.body_bytes = static_cast<uint32_t>(bytes - sizeof(batch));
+  batch.last = merge.emitted == merge.kept;
+  merge.emitted_last = batch.last;
+  std::memcpy(out.data(), &batch, sizeof(batch));
+  return bytes;
+}
+
+void RecallMerger::Release(MergeId id) {
+  Merge& merge = merges_[id];
+  CHECK(merge.in_use && merge.waiting == 0, "a merge ends when every partition is done");
+  for (uint32_t block = merge.first_block; block != kNoBlock; block = blocks_[block].next) {
+    free_blocks_.push_back(block);
+  }
+  merge.in_use = false;
+  free_merges_.push_back(id);
+}
+
+// Room behind what the merge has, in its last block or a new one. nullptr when there is none.
+std::byte* RecallMerger::TakeRoom(Merge* merge, size_t bytes) {
+  CHECK(bytes <= kBlockBytes, "a batch fits a block");
+  if (merge->last_block == kNoBlock ||
+      blocks_[merge->last_block].used_bytes + bytes > kBlockBytes) {
+    uint32_t block = kNoBlock;
+    if (!free_blocks_.empty()) {
+      block = free_blocks_.back();
+      free_blocks_.pop_back();
+    } else if (blocks_used_ < max_blocks_) {
+      block = blocks_used_++;
+    } else {
+      return nullptr;
+    }
+    blocks_[block] = Block();
+    (merge->last_block == kNoBlock ? merge->first_block : blocks_[merge->last_block].next) = block;
+    merge->last_block = block;
+  }
+  Block& block = blocks_[merge->last_block];
+  std::byte* room = BlockAt(merge->last_block) + block.used_bytes;
+  block.used_bytes += static_cast<uint32_t>(bytes);
+  return room;
+}
+
+void RecallMerger::MakeOrder(MergeId id) {
+  Merge& merge = merges_[id];
+  const std::span<Found> found = Gather(merge);
+  const size_t alive = Supersede(found);
+  merge.kept = static_cast<uint32_t>(std::min<size_t>(merge.k, alive));
+  const auto before = [](const Found& a, const Found& b) {
+    if (a.distance != b.distance) return a.distance < b.distance;
+    if (a.stamp != b.stamp) return a.stamp < b.stamp;
+    return IdOf(a.hit) < IdOf(b.hit);
+  };
+  std::partial_sort(found.begin(), found.begin() + merge.kept,
+                    found.begin() + static_cast<ptrdiff_t>(alive), before);
+  for (uint32_t i = 0; i < merge.kept; ++i) OrderOf(id)[i] = found[i].hit;
+}
+
+std::span<RecallMerger::Found> RecallMerger::Gather(const Merge& merge) {
+  uint32_t count = 0;
+  for (uint32_t block = merge.first_block; block != kNoBlock; block = blocks_[block].next) {
+    const std::byte* hit = BlockAt(block);
+    const std::byte* end = hit + blocks_[block].used_bytes;
+    while (hit < end) {
+      const HitHeader header = HeaderOf(hit);
+      CHECK(header.hit_bytes >= sizeof(header) && count < merge.hits, "a batch is whole hits");
+      found_[count++] = {.distance = merge.metric == Metric::kL2 ? header.score : -header.score,
+                         .superseded = false,
+                         .stamp = header.stamp,
+                         .hit = hit};
+      hit += header.hit_bytes;
+    }
+  }
+  CHECK(count == merge.hits, "a batch says how many hits it has");
+  return {found_.get(), count};
+}
+
+// Of the hits with one id only the one of the latest stamp stays. Returns how many stay; they are
+// moved to the front.
+size_t RecallMerger::Supersede(std::span<Found> found) {
+  const size_t places = TablePlaces(found.size());
+  std::fill_n(by_id_.get(), places, 0U);
+  for (uint32_t i = 0; i < found.size(); ++i) {
+    const std::string_view id = IdOf(found[i].hit);
+    size_t place = HashString(id, 0) & (places - 1);
+    while (by_id_[place] != 0 && IdOf(found[by_id_[place] - 1].hit) != id) {
+      place = (place + 1) & (places - 1);
+    }
+    if (by_id_[place] != 0) {
+      Found& other = found[by_id_[place] - 1];
+      if (found[i].stamp <= other.stamp) {
+        found[i].superseded = true;
+        continue;
+      }
+      other.superseded = true;
+    }
+    by_id_[place] = i + 1;
+  }
+  const auto end = std::ranges::partition(found, [](const Found& f) { return !f.superseded; });
+  return found.size() - end.size();
+}
+
+void RecallMerger::NoteReason(Merge* merge, RefusalReason reason) {
+  if (reason == RefusalReason::kNone) return;
+  const auto rank = [](RefusalReason r) {
+    return std::pair(-SeverityOf(r), static_cast<uint16_t>(r));
+  };
+  if (merge->reason == RefusalReason::kNone || rank(reason) < rank(merge->reason)) {
+    merge->reason = reason;
+  }
+}
+
+}  // namespace engram

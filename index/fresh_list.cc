@@ -1,0 +1,72 @@
+#include "index/fresh_list.h"
+
+#include <algorithm>
+#include <bit>
+#include <utility>
+
+#include "src/core/check.h"
+
+namespace engram {
+
+namespace {
+
+constexpr size_t kLeastCapacity = 64;
+
+}  // namespace
+
+FreshList::~FreshList() {
+  while (oldest_retired_ != nullptr) {
+    FreeRun(std::exchange(oldest_retired_, oldest_retired_->next_retired));
+  }
+  if (Run* run = run_.load(std::memory_order_relaxed); run != nullptr) FreeRun(run);
+}
+
+// For twice what it begins with, so that each node is copied about once.
+FreshList::Run* FreshList::NewRun(size_t nodes) {
+  const size_t capacity = std::bit_ceil(std::max(kLeastCapacity, nodes * 2));
+  std::byte* block = heap_->Allocate(RunBytes(capacity));
+  if (block == nullptr) return nullptr;
+  bytes_ += RunBytes(capacity);
+  return new (block)
+      Run{.capacity = capacity, .head = 0, .tail = 0, .next_retired = nullptr, .retired_in = 0};
+}
+
+void FreshList::FreeRun(Run* run) {
+  bytes_ -= RunBytes(run->capacity);
+  heap_->Free(reinterpret_cast<std::byte*>(run), RunBytes(run->capacity));
+}
+
+void FreshList::Retire(Run* run) {
+  run->retired_in = epochs_->Close();
+  (newest_retired_ == nullptr ? oldest_retired_ : newest_retired_->next_retired) = run;
+  newest_retired_ = run;
+  Reclaim();
+}
+
+void FreshList::Reclaim() {
+  while (oldest_retired_ != nullptr && epochs_->Passed(oldest_retired_->retired_in)) {
+    FreeRun(std::exchange(oldest_retired_, oldest_retired_->next_retired));
+  }
+  if (oldest_retired_ == nullptr) newest_retired_ = nullptr;
+}
+
+void FreshList::Append(NodeId node) {
+  Run* run = run_.load(std::memory_order_relaxed);
+  const size_t tail = run == nullptr ? 0 : run->tail.load(std::memory_order_relaxed);
+  CHECK(run != nullptr && tail < run->capacity, "Reserve comes before Append");
+  run->places()[tail] = node;
+  run->tail.store(tail + 1, std::memory_order_release);
+}
+
+NodeId FreshList::first() const {
+  const Snapshot all = TakeSnapshot();
+  return all.size() == 0 ? kNoNode : all[0];
+}
+
+void FreshList::PopFirst() {
+  CHECK(size() > 0, "the list has a first node");
+  Run* run = run_.load(std::memory_order_relaxed);
+  run->head.store(run->head.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+}
+
+}  // namespace engram

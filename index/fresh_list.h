@@ -1,0 +1,121 @@
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+#include "src/core/arena_heap.h"
+#include "src/core/ids.h"
+#include "src/core/reader_epochs.h"
+
+namespace engram {
+
+// The nodes of a space that the graph does not know yet, in the order in which they came: appended
+// at the end, taken from the front, scanned by readers of other cores meanwhile.
+//
+// Nodes lie in a run of places that is written once from front to back. Where it is full, what is
+// left is copied to a new run; the old one stays as it is until no reader can be in it.
+//
+// Thread safety: writing is the owner core's alone. A reader that is inside the epochs takes a
+// Snapshot and scans it; its places never change.
+// Invariants: a snapshot has every node that was in the list when it was taken.
+class FreshList {
+ private:
+  struct Run {
+    size_t capacity;
+    std::atomic<size_t> head;  // first place that is in the list
+    std::atomic<size_t> tail;  // one beyond the last
+    Run* next_retired;
+    ReaderEpochs::Epoch retired_in;
+
+    NodeId* places() { return reinterpret_cast<NodeId*>(this + 1); }
+    const NodeId* places() const { return reinterpret_cast<const NodeId*>(this + 1); }
+  };
+
+ public:
+  // `heap` and `epochs` outlive the list. Takes memory from the first Reserve on.
+  FreshList(ArenaHeap* heap, ReaderEpochs* epochs) : heap_(heap), epochs_(epochs) {}
+  FreshList(const FreshList&) = delete;
+  FreshList& operator=(const FreshList&) = delete;
+  ~FreshList();
+
+  // ---- For readers ----
+
+  class Snapshot {
+   public:
+    size_t size() const { return size_; }
+    NodeId operator[](size_t place) const { return first_[place]; }
+
+   private:
+    friend class FreshList;
+    const NodeId* first_ = nullptr;
+    size_t size_ = 0;
+  };
+  Snapshot TakeSnapshot() const {
+    Snapshot snapshot;
+    const Run* run = run_.load(std::memory_order_acquire);
+    if (run == nullptr) return snapshot;
+    const size_t head = run->head.load(std::memory_order_acquire);
+    const size_t tail = run->tail.load(std::memory_order_acquire);
+    snapshot.first_ = run->places() + head;
+    snapshot.size_ = tail - head;
+    return snapshot;
+  }
+
+  // ---- For the owner core ----
+
+  // Makes sure that the next Append finds room. Where a new run is begun, nodes for which
+  // `keep(node)` is false are left out of it, and `drop(node)` is told. False when the heap is
+  // spent; nothing has changed then.
+  template <typename Keep, typename Drop>
+  bool Reserve(Keep&& keep, Drop&& drop) {
+    Run* old = run_.load(std::memory_order_relaxed);
+    if (old != nullptr && old->tail.load(std::memory_order_relaxed) < old->capacity) return true;
+    const Snapshot left = TakeSnapshot();
+    size_t kept = 0;
+    for (size_t i = 0; i < left.size(); ++i) kept += static_cast<size_t>(keep(left[i]));
+    Run* run = NewRun(kept);
+    if (run == nullptr) return false;
+    size_t filled = 0;
+    for (size_t i = 0; i < left.size(); ++i) {
+      if (keep(left[i])) {
+        run->places()[filled++] = left[i];
+      } else {
+        drop(left[i]);
+      }
+    }
+    run->tail.store(filled, std::memory_order_relaxed);
+    run_.store(run, std::memory_order_release);
+    if (old != nullptr) Retire(old);
+    return true;
+  }
+  // There is room (Reserve).
+  void Append(NodeId node);
+  // kNoNode when the list is empty.
+  NodeId first() const;
+  // Takes the first one out.
+  void PopFirst();
+  size_t size() const { return TakeSnapshot().size(); }
+  size_t bytes() const { return bytes_; }
+  // Gives back the runs that no reader can be in.
+  void Reclaim();
+
+ private:
+  static size_t RunBytes(size_t capacity) { return sizeof(Run) + capacity * sizeof(NodeId); }
+  Run* NewRun(size_t nodes);
+  void Retire(Run* run);
+  void FreeRun(Run* run);
+
+  // Constant after construction.
+  ArenaHeap* heap_;
+  ReaderEpochs* epochs_;
+  // Published to other cores.
+  std::atomic<Run*> run_{nullptr};
+  // Owner core only.
+  size_t bytes_ = 0;
+  Run* oldest_retired_ = nullptr;
+  Run* newest_retired_ = nullptr;
+};
+
+}  // namespace engram

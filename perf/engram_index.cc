@@ -1,0 +1,142 @@
+#include "perf/engram_index.h"
+
+#include <array>
+#include <charconv>
+#include <cstring>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "index/hnsw_linker.h"
+#include "index/recall_job.h"
+#include "src/core/arena_heap.h"
+#include "src/core/check.h"
+#include "src/core/huge_page_arena.h"
+#include "src/core/observation.h"
+#include "src/core/reader_epochs.h"
+#include "src/core/shard_port.h"
+
+namespace engram {
+
+namespace {
+
+// As the shard slices linking between observations, and recalls.
+constexpr uint32_t kLinkSliceDistances = 256;
+constexpr uint32_t kRecallSliceDistances = 1024;
+// Beside its vectors and links, what a row may take with the rounding of blocks, and what a space
+// takes in any case.
+constexpr size_t kRowOverheadBytes = 1024;
+constexpr size_t kFixedBytes = size_t{256} << 20;
+
+size_t ArenaBytes(const SpaceOptions& options, size_t capacity) {
+  // As f32 and as int8, whatever is kept of them.
+  const size_t vector_bytes = size_t{options.dimension} * (sizeof(float) + 1);
+  const size_t link_bytes = size_t{2} * options.build.M0 * sizeof(NodeId);
+  return kFixedBytes + capacity * (vector_bytes + link_bytes + kRowOverheadBytes) * 5 / 4;
+}
+
+HugePageArena MakeArena(size_t bytes) {
+  auto arena = HugePageArena::Create({.reserve_bytes = bytes});
+  CHECK(arena.has_value(), "memory for the index");
+  return *std::move(arena);
+}
+
+class EngramIndex final : public ComparedIndex {
+ public:
+  EngramIndex(const SpaceOptions& options, size_t capacity)
+      : arena_(MakeArena(ArenaBytes(options, capacity))),
+        heap_(&arena_),
+        space_("compared", options, &heap_, &epochs_),
+        linker_(&heap_, options.build),
+        job_(&heap_),
+        slot_(kResultSlotBytes) {
+    (void)arena_.PrefaultAhead(arena_.reserve_bytes(), arena_.reserve_bytes());
+  }
+
+  void Insert(const VectorSet& base, size_t first, size_t last) override {
+    for (size_t row = first; row < last; ++row) {
+      Store(base, row);
+      LinkAll();
+    }
+  }
+
+  size_t linked() const override { return space_.linked(); }
+
+  void Recall(const VectorSet& queries, size_t first, size_t last, uint32_t k, uint32_t ef,
+              int64_t* rows) override {
+    RecallRequest request;
+    request.dtype = VectorDtype::kF32;
+    request.dimension = static_cast<uint16_t>(queries.dimension());
+    request.k = k;
+    request.ef = ef;
+    for (size_t query = first; query < last; ++query) {
+      const RefusalReason reason = job_.Begin(space_, request, queries.Bytes(query), ef);
+      CHECK(reason == RefusalReason::kNone, "a recall was refused");
+      while (!job_.Search(kRecallSliceDistances)) {
+      }
+      int64_t* const end = rows + k;
+      while (!EmitBatch(&rows)) {
+      }
+      while (rows != end) *rows++ = -1;
+    }
+  }
+
+  uint64_t bytes() const override { return space_.resident_bytes(); }
+
+ private:
+  void Store(const VectorSet& base, size_t row) {
+    std::array<char, 24> id;
+    const auto id_end = std::to_chars(id.data(), id.data() + id.size(), row).ptr;
+    ObservationRef observation;
+    observation.id = std::string_view(id.data(), static_cast<size_t>(id_end - id.data()));
+    observation.dtype = VectorDtype::kF32;
+    observation.dimension = base.dimension();
+    observation.vector = base.Bytes(row);
+    const StoreOutcome outcome = space_.Upsert(observation, ++stamp_);
+    CHECK(outcome.reason == RefusalReason::kNone && !outcome.existed, "a row was refused");
+  }
+
+  void LinkAll() {
+    for (;;) {
+      const NodeId node = space_.NextToLink();
+      if (node == kNoNode) return;
+      CHECK(space_.BeginLinking(&linker_, node), "memory for linking");
+      while (!linker_.Step(kLinkSliceDistances)) {
+      }
+      space_.FinishLinking(node);
+    }
+  }
+
+  // Writes one batch of hits and reads its ids back. True when it was the last.
+  bool EmitBatch(int64_t** rows) {
+    const bool last = job_.EmitBatch(std::span(slot_).first(job_.NextBatchBytes(slot_.size())));
+    ResultBatch batch;
+    std::memcpy(&batch, slot_.data(), sizeof(batch));
+    const std::byte* from = slot_.data() + sizeof(batch);
+    for (uint16_t i = 0; i < batch.count; ++i) {
+      HitHeader header;
+      std::memcpy(&header, from, sizeof(header));
+      const auto* id = reinterpret_cast<const char*>(from + sizeof(header));
+      std::from_chars(id, id + header.id_bytes, *(*rows)++);
+      from += header.hit_bytes;
+    }
+    return last;
+  }
+
+  HugePageArena arena_;
+  ArenaHeap heap_;
+  ReaderEpochs epochs_{1};
+  Space space_;
+  HnswLinker linker_;
+  RecallJob job_;
+  std::vector<std::byte> slot_;
+  CommitStamp stamp_ = kNoStamp;
+};
+
+}  // namespace
+
+std::unique_ptr<ComparedIndex> MakeEngramIndex(const SpaceOptions& options, size_t capacity) {
+  return std::make_unique<EngramIndex>(options, capacity);
+}
+
+}  // namespace engram

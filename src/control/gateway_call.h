@@ -1,0 +1,102 @@
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "src/core/commit_stamp.h"
+#include "src/core/observation.h"
+#include "src/core/refusal_reason.h"
+#include "src/core/shard_port.h"
+
+namespace engram {
+
+enum class CallKind : uint8_t {
+  kObserve,     // store or remove one observation
+  kRecall,      // the nearest to a vector
+  kGet,         // observations by id
+  kScroll,      // a page of a space
+  kIntrospect,  // every shard's spaces
+};
+
+// What the calling thread asks. The views point into what the call owns.
+struct GatewayQuestion {
+  CallKind kind = CallKind::kObserve;
+  bool with_payload = true;
+  bool with_vector = false;
+  bool snapshot_isolation = false;
+  SpaceName space;
+  int64_t deadline_ns = 0;        // on the monotonic clock; 0: none
+  std::span<const float> vector;  // kObserve (upsert), kRecall: 1 to kMaxDimension numbers
+  std::string_view id;            // kObserve: 1 to kMaxIdBytes
+  std::string_view payload;       // kObserve: up to kMaxPayloadBytes
+  PayloadKind payload_kind = PayloadKind::kOpaque;
+  ObservationOp op = ObservationOp::kUpsert;
+  int64_t when_ns = 0;
+  float confidence = 1;
+  uint32_t k = 0;                     // kRecall: 1 to kMaxRecallResults
+  uint32_t ef = 0;                    // kRecall: up to kMaxEf; 0: the shard's default
+  std::vector<std::string_view> ids;  // kGet
+  uint16_t partition = 0;             // kScroll: where the page begins
+  uint64_t cursor = 0;                // kScroll: and there in that partition
+  uint16_t limit = 0;                 // kScroll: 1 to kMaxRecallResults
+};
+
+// What the gateway core found.
+struct GatewayAnswer {
+  RefusalReason reason = RefusalReason::kNone;
+  uint32_t retry_after_ms = 0;
+  uint16_t space_dimension = 0;  // with kWrongDimension
+  Metric metric = Metric::kUnspecified;
+  bool existed = false;             // kObserve
+  CommitStamp stamp = kNoStamp;     // kObserve
+  CommitStamp snapshot = kNoStamp;  // kRecall with snapshot_isolation
+  // kRecall: best first. kGet, kScroll: in any order; an id that moved may be there twice, and the
+  // later stamp counts. Hits as in HitHeader.
+  std::vector<std::byte> hits;
+  uint32_t hit_count = 0;
+  bool scroll_ended = true;  // kScroll: else the next page begins at:
+  uint16_t next_partition = 0;
+  uint64_t next_cursor = 0;
+  std::vector<std::byte> records;  // kIntrospect: SpaceRecords of all shards
+};
+
+// One call of a client on its way through the gateway core: the question goes in with the inbox,
+// the answer comes back by Answered. A transport derives from it.
+//
+// Thread safety: question is the transport's until Submit and read-only afterwards; answer is the
+// gateway core's until Answered. A count of references keeps a call for commands that are still in
+// the inbox: the transport holds one from the beginning and gives it back when it is through.
+class GatewayCall {
+ public:
+  GatewayCall() = default;
+  GatewayCall(const GatewayCall&) = delete;
+  GatewayCall& operator=(const GatewayCall&) = delete;
+
+  // From the gateway core's thread, once for a call that was submitted. The call may be gone when
+  // it returns.
+  virtual void Answered() = 0;
+
+  void AddReference() { references_.fetch_add(1, std::memory_order_relaxed); }
+  void DropReference() {
+    if (references_.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
+  }
+
+  GatewayQuestion question;
+  GatewayAnswer answer;
+
+ protected:
+  virtual ~GatewayCall() = default;
+
+ private:
+  friend class GatewayCore;
+  static constexpr uint32_t kNotUnderWay = UINT32_MAX;
+
+  std::atomic<uint32_t> references_{1};
+  uint32_t place_ = kNotUnderWay;  // in the gateway core's table; its own
+};
+
+}  // namespace engram

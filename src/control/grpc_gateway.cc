@@ -1,0 +1,418 @@
+#include "src/control/grpc_gateway.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <utility>
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/generic/async_generic_service.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/resource_quota.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
+
+#include "engram/v1/service.grpc.pb.h"
+#include "src/control/grpc_status.h"
+#include "src/control/memory_calls.h"
+
+namespace engram {
+
+namespace {
+
+constexpr const char* kServiceName = "engram.v1.EngramService";
+// A deadline further away than this is none.
+constexpr auto kLongestDeadline = std::chrono::hours(24 * 365);
+// At the end calls are refused with UNAVAILABLE, which clients take as a word to try again
+// elsewhere, for this long before the server goes: what reaches gRPC later it breaks off as
+// CANCELLED.
+constexpr auto kRefusing = std::chrono::milliseconds(100);
+// Then, for answers that are on their way out.
+constexpr auto kLastWords = std::chrono::milliseconds(500);
+
+std::string NotServed(std::string_view method) {
+  return std::string(method) +
+         " is not served: this appliance serves Engram's streaming API, of which this version has "
+         "Remember, Recall, Forget and Introspect";
+}
+
+// Counts the calls that are not through, so that the end can wait for them.
+//
+// Thread safety: any thread may call anything.
+class CallCount {
+ public:
+  // False once Close was called: the call is not taken.
+  [[nodiscard]] bool Enter() {
+    if ((state_.fetch_add(kCall) & kClosed) == 0) return true;
+    Leave();
+    return false;
+  }
+  void Leave() {
+    if (state_.fetch_sub(kCall) - kCall != kClosed) return;
+    const std::lock_guard lock(mutex_);
+    none_left_.notify_all();
+  }
+  void Close() { state_.fetch_or(kClosed); }
+  // After Close: waits until all have left. False when `timeout` passed before.
+  bool WaitForNone(std::chrono::nanoseconds timeout) {
+    std::unique_lock lock(mutex_);
+    return none_left_.wait_for(lock, timeout, [this] { return state_.load() == kClosed; });
+  }
+
+ private:
+  static constexpr uint64_t kClosed = 1;
+  static constexpr uint64_t kCall = 2;
+
+  std::atomic<uint64_t> state_{0};
+  std::mutex mutex_;
+  std::condition_variable none_left_;
+};
+
+// What every call needs of its surroundings; lives as long as the server.
+struct CallContext {
+  GatewayDoor door;
+  Clock* clock;
+  const CounterCatalogue* counters;
+  CallCount calls;
+};
+
+// The call's deadline on our monotonic clock; 0: none.
+int64_t DeadlineNs(const grpc::CallbackServerContext& context, int64_t now_ns) {
+  const auto now = std::chrono::system_clock::now();
+  const auto deadline = context.deadline();
+  if (deadline > now + kLongestDeadline) return 0;
+  const auto left = std::chrono::duration_cast<std::chrono::nanoseconds>(deadline - now).count();
+  return std::max<int64_t>(now_ns + left, 1);
+}
+
+// The one space that the metadata names; several must agree.
+std::expected<std::string_view, CallError> SpaceOfMetadata(
+    const grpc::CallbackServerContext& context) {
+  std::string_view name;
+  const auto [begin, end] = context.client_metadata().equal_range("x-memory-space");
+  for (auto entry = begin; entry != end; ++entry) {
+    const std::string_view value(entry->second.data(), entry->second.size());
+    if (!name.empty() && value != name) {
+      return std::unexpected(CallError{CallFault::kInvalidArgument,
+                                       "x-memory-space: given twice with different values; "
+                                       "expected one space"});
+    }
+    name = value;
+  }
+  return name;
+}
+
+grpc::Status StatusOf(const CallError& error) {
+  return {error.fault == CallFault::kUnimplemented ? grpc::StatusCode::UNIMPLEMENTED
+                                                   : grpc::StatusCode::INVALID_ARGUMENT,
+          error.message};
+}
+
+// One unary call from its arrival to its answer. gRPC's thread makes it, checks the request and
+// submits it; the gateway core's thread fills in the response; OnDone, from gRPC again, ends it.
+template <typename Request, typename Response>
+class UnaryCall : public grpc::ServerUnaryReactor, public GatewayCall {
+ public:
+  UnaryCall(CallContext* context, const Request* request, Response* response)
+      : context_(context), request_(request), response_(response) {}
+
+  void Begin(const grpc::CallbackServerContext& grpc_context) {
+    began_ns_ = context_->clock->MonotonicNs();
+    counted_ = context_->calls.Enter();
+    if (!counted_) {
+      Finish({grpc::StatusCode::UNAVAILABLE,
+              std::string(DescribeRefusal(RefusalReason::kShuttingDown).text)});
+      return;
+    }
+    const Asked asked = AskAll(grpc_context);
+    if (!asked) {
+      Finish(StatusOf(asked.error()));
+      return;
+    }
+    question.deadline_ns = DeadlineNs(grpc_context, began_ns_);
+    // Answered may come before Submit returns, from the other thread.
+    if (!context_->door.Submit(this)) {
+      Finish(BusyStatus("inbox_full: too many calls wait at the gateway",
+                        context_->door.RetryAfterMs()));
+    }
+  }
+
+  void Answered() override {
+    if (answer.reason != RefusalReason::kNone) {
+      Finish(RefusalStatus(answer.reason, RefusalMessage(question, answer, vector_field()),
+                           answer.retry_after_ms));
+      return;
+    }
+    Tell();
+    Finish(grpc::Status::OK);
+  }
+
+  void OnCancel() override { context_->door.Cancel(this); }
+  void OnDone() override {
+    if (counted_) context_->calls.Leave();
+    DropReference();
+  }
+
+ protected:
+  virtual Asked Ask() = 0;
+  virtual void Tell() = 0;
+  virtual std::string_view vector_field() const { return "vector"; }
+
+  CallContext* const context_;
+  const Request* const request_;
+  Response* const response_;
+  int64_t began_ns_ = 0;
+
+ private:
+  bool counted_ = false;
+
+  Asked AskAll(const grpc::CallbackServerContext& grpc_context) {
+    const auto metadata = SpaceOfMetadata(grpc_context);
+    if (!metadata) return std::unexpected(metadata.error());
+    const auto space = SpaceOfCall(request_->memory_space_id(), *metadata);
+    if (!space) return std::unexpected(space.error());
+    question.space = *space;
+    return Ask();
+  }
+};
+
+class RememberCall final : public UnaryCall<v1::RememberRequest, v1::RememberResponse> {
+ public:
+  using UnaryCall::UnaryCall;
+
+ private:
+  Asked Ask() override {
+    return AskRemember(*request_, context_->clock->WallNs(), &text_, &question);
+  }
+  void Tell() override { TellRemember(question, answer, response_); }
+  std::string_view vector_field() const override {
+    return request_->has_memory() ? "memory.embedding" : "episode.embedding";
+  }
+
+  CallText text_;
+};
+
+class RecallCall final : public UnaryCall<v1::RecallRequest, v1::RecallResponse> {
+ public:
+  using UnaryCall::UnaryCall;
+
+ private:
+  Asked Ask() override { return AskRecall(*request_, &limits_, &question); }
+  void Tell() override {
+    TellRecall(question, answer, limits_, context_->clock->MonotonicNs() - began_ns_, response_);
+  }
+  std::string_view vector_field() const override { return "cue.embedding.vector"; }
+
+  RecallLimits limits_;
+};
+
+class ForgetCall final : public UnaryCall<v1::ForgetRequest, v1::ForgetResponse> {
+ public:
+  using UnaryCall::UnaryCall;
+
+ private:
+  Asked Ask() override { return AskForget(*request_, &question); }
+  void Tell() override { TellForget(answer, response_); }
+};
+
+class IntrospectCall final : public UnaryCall<v1::IntrospectRequest, v1::IntrospectResponse> {
+ public:
+  using UnaryCall::UnaryCall;
+
+ private:
+  Asked Ask() override {
+    AskIntrospect(&question);
+    return {};
+  }
+  void Tell() override {
+    TellIntrospect(*request_, question, answer, *context_->counters, response_);
+  }
+};
+
+// A stream that ends as it begins.
+template <typename Reactor>
+class RefusedStream final : public Reactor {
+ public:
+  explicit RefusedStream(std::string_view method) {
+    this->Finish({grpc::StatusCode::UNIMPLEMENTED, NotServed(method)});
+  }
+  void OnDone() override { delete this; }
+};
+
+class EngramService final : public v1::EngramService::CallbackService {
+ public:
+  explicit EngramService(CallContext* context) : context_(context) {}
+
+  grpc::ServerUnaryReactor* Remember(grpc::CallbackServerContext* context,
+                                     const v1::RememberRequest* request,
+                                     v1::RememberResponse* response) override {
+    return Begin<RememberCall>(context, request, response);
+  }
+  grpc::ServerUnaryReactor* Recall(grpc::CallbackServerContext* context,
+                                   const v1::RecallRequest* request,
+                                   v1::RecallResponse* response) override {
+    return Begin<RecallCall>(context, request, response);
+  }
+  grpc::ServerUnaryReactor* Forget(grpc::CallbackServerContext* context,
+                                   const v1::ForgetRequest* request,
+                                   v1::ForgetResponse* response) override {
+    return Begin<ForgetCall>(context, request, response);
+  }
+  grpc::ServerUnaryReactor* Introspect(grpc::CallbackServerContext* context,
+                                       const v1::IntrospectRequest* request,
+                                       v1::IntrospectResponse* response) override {
+    return Begin<IntrospectCall>(context, request, response);
+  }
+
+  grpc::ServerBidiReactor<v1::ObservationRequest, v1::ObservationResponse>* ObserveStream(
+      grpc::CallbackServerContext*) override {
+    return new RefusedStream<
+        grpc::ServerBidiReactor<v1::ObservationRequest, v1::ObservationResponse>>("ObserveStream");
+  }
+  grpc::ServerBidiReactor<v1::ObservationRequest, v1::ObservationResponse>* MemoryStream(
+      grpc::CallbackServerContext*) override {
+    return new RefusedStream<
+        grpc::ServerBidiReactor<v1::ObservationRequest, v1::ObservationResponse>>("MemoryStream");
+  }
+  grpc::ServerWriteReactor<v1::StreamingRecallResponse>* RecallStream(
+      grpc::CallbackServerContext*, const v1::StreamingRecallRequest*) override {
+    return new RefusedStream<grpc::ServerWriteReactor<v1::StreamingRecallResponse>>("RecallStream");
+  }
+  grpc::ServerWriteReactor<v1::StreamResponse>* Stream(grpc::CallbackServerContext*,
+                                                       const v1::StreamRequest*) override {
+    return new RefusedStream<grpc::ServerWriteReactor<v1::StreamResponse>>("Stream");
+  }
+
+ private:
+  template <typename Call, typename Request, typename Response>
+  grpc::ServerUnaryReactor* Begin(const grpc::CallbackServerContext* context,
+                                  const Request* request, Response* response) {
+    auto* call = new Call(context_, request, response);
+    call->Begin(*context);
+    return call;
+  }
+
+  CallContext* const context_;
+};
+
+// Engram's other calls, and any that nobody knows.
+class OtherCalls final : public grpc::CallbackGenericService {
+  grpc::ServerGenericBidiReactor* CreateReactor(
+      grpc::GenericCallbackServerContext* context) override {
+    return new RefusedStream<grpc::ServerGenericBidiReactor>(context->method());
+  }
+};
+
+// While it lives, threads that this thread starts run on `cpus`.
+class ThreadsOn {
+ public:
+  explicit ThreadsOn(const std::vector<int>& cpus) {
+    restore_ = sched_getaffinity(0, sizeof(before_), &before_) == 0;
+    cpu_set_t wanted;
+    CPU_ZERO(&wanted);
+    for (const int cpu : cpus) CPU_SET(static_cast<size_t>(cpu), &wanted);
+    if (!cpus.empty()) pinned_ = sched_setaffinity(0, sizeof(wanted), &wanted) == 0;
+  }
+  ~ThreadsOn() {
+    if (restore_) sched_setaffinity(0, sizeof(before_), &before_);
+  }
+  ThreadsOn(const ThreadsOn&) = delete;
+  ThreadsOn& operator=(const ThreadsOn&) = delete;
+  bool pinned() const { return pinned_; }
+
+ private:
+  cpu_set_t before_{};
+  bool restore_ = false;
+  bool pinned_ = true;
+};
+
+class GrpcServer final : public GrpcGateway {
+ public:
+  GrpcServer(const GrpcOptions& options, GatewayDoor door, Clock* clock,
+             const CounterCatalogue* counters)
+      : endpoint_(options.endpoint),
+        context_{.door = std::move(door), .clock = clock, .counters = counters, .calls = {}},
+        service_(&context_) {}
+  ~GrpcServer() override { Shutdown(0); }
+
+  Result<void> Listen(const GrpcOptions& options) {
+    const ThreadsOn threads(options.cpus);
+    if (!threads.pinned()) {
+      return Fail(ErrorCode::kInvalidArgument,
+                  "cores.control: gRPC's threads could not be pinned there; choose processors that "
+                  "this process may use");
+    }
+    grpc::EnableDefaultHealthCheckService(true);
+    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+    grpc::ServerBuilder builder;
+    int port = 0;
+    builder.AddListeningPort(endpoint_.ToString(), grpc::InsecureServerCredentials(), &port);
+    builder.RegisterService(&service_);
+    builder.RegisterCallbackGenericService(&other_calls_);
+    builder.SetMaxReceiveMessageSize(options.max_request_bytes);
+    // A scroll with embeddings is as large as it is.
+    builder.SetMaxSendMessageSize(-1);
+    builder.SetResourceQuota(grpc::ResourceQuota("gateway").Resize(options.memory_bytes));
+    builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, options.max_calls_of_connection);
+    // Else a second daemon would share the port and get some of the calls.
+    builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+    // Only reflection is served by threads that wait; one is enough.
+    builder.SetSyncServerOption(grpc::ServerBuilder::NUM_CQS, 1);
+    builder.SetSyncServerOption(grpc::ServerBuilder::MIN_POLLERS, 1);
+    builder.SetSyncServerOption(grpc::ServerBuilder::MAX_POLLERS, 1);
+    server_ = builder.BuildAndStart();
+    if (server_ == nullptr || port == 0) {
+      return Fail(ErrorCode::kAlreadyExists,
+                  "listen.grpc: cannot listen on " + endpoint_.ToString() +
+                      ": another program has it, or this machine has no such address. Choose "
+                      "another, or \"\" to switch gRPC off");
+    }
+    endpoint_.port = static_cast<uint16_t>(port);
+    server_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
+    return {};
+  }
+
+  const Endpoint& endpoint() const override { return endpoint_; }
+
+  void Shutdown(int64_t timeout_ns) override {
+    if (server_ == nullptr) return;
+    server_->GetHealthCheckService()->Shutdown();
+    context_.calls.Close();
+    context_.calls.WaitForNone(std::chrono::nanoseconds(timeout_ns));
+    std::this_thread::sleep_for(kRefusing);
+    // What is left are calls that are being told so, streams without end such as health's Watch,
+    // and calls that took too long. Returns at once where there are none.
+    server_->Shutdown(std::chrono::system_clock::now() + kLastWords);
+    server_.reset();
+  }
+
+ private:
+  Endpoint endpoint_;
+  CallContext context_;
+  EngramService service_;
+  OtherCalls other_calls_;
+  std::unique_ptr<grpc::Server> server_;
+};
+
+}  // namespace
+
+bool GrpcGateway::IsBuilt() { return true; }
+
+Result<std::unique_ptr<GrpcGateway>> GrpcGateway::Start(const GrpcOptions& options,
+                                                        GatewayDoor door, Clock* clock,
+                                                        const CounterCatalogue* counters) {
+  auto server = std::make_unique<GrpcServer>(options, std::move(door), clock, counters);
+  if (auto listening = server->Listen(options); !listening) {
+    return std::unexpected(listening.error());
+  }
+  return server;
+}
+
+}  // namespace engram

@@ -1,0 +1,71 @@
+#pragma once
+
+#include <cstdint>
+#include <expected>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "engram/v1/service.pb.h"
+#include "src/control/gateway_call.h"
+#include "src/core/counters.h"
+
+// Engram's unary calls: Ask... checks a request and makes the gateway core's question of it,
+// Tell... makes the response of the answer. No transport here: gRPC today, JSON later.
+
+namespace engram {
+
+enum class CallFault : uint8_t {
+  kInvalidArgument,
+  kUnimplemented,
+};
+// Why a request is not taken.
+struct CallError {
+  CallFault fault = CallFault::kInvalidArgument;
+  std::string message;  // names field, value and what was expected
+};
+using Asked = std::expected<void, CallError>;
+
+// What a question's views point into, where that is not the request.
+struct CallText {
+  std::string id;
+  std::string payload;
+};
+
+// What is done to a recall's hits after the index found them.
+struct RecallLimits {
+  float least_similarity = 0;
+  bool has_least_similarity = false;
+  float least_confidence = 0;
+  bool with_metadata = false;
+};
+
+// The space of a call: what the request says, else what the metadata x-memory-space says (empty: it
+// is not there), else `default`.
+std::expected<SpaceName, CallError> SpaceOfCall(std::string_view request,
+                                                std::string_view metadata);
+
+// Each fills in all of `question` but space and deadline. The request, `text` and `question` live
+// as long as the call. `now_unix_ns` is when the request was received.
+Asked AskRemember(const v1::RememberRequest& request, int64_t now_unix_ns, CallText* text,
+                  GatewayQuestion* question);
+Asked AskRecall(const v1::RecallRequest& request, RecallLimits* limits, GatewayQuestion* question);
+Asked AskForget(const v1::ForgetRequest& request, GatewayQuestion* question);
+void AskIntrospect(GatewayQuestion* question);
+
+// Each takes an answer without a refusal.
+void TellRemember(const GatewayQuestion& question, const GatewayAnswer& answer,
+                  v1::RememberResponse* response);
+void TellRecall(const GatewayQuestion& question, const GatewayAnswer& answer,
+                const RecallLimits& limits, int64_t took_ns, v1::RecallResponse* response);
+void TellForget(const GatewayAnswer& answer, v1::ForgetResponse* response);
+void TellIntrospect(const v1::IntrospectRequest& request, const GatewayQuestion& question,
+                    const GatewayAnswer& answer, const CounterCatalogue& counters,
+                    v1::IntrospectResponse* response);
+
+// What a refusal means for this question, for a person. `vector_field` is the name of the field
+// that the question's vector came from.
+std::string RefusalMessage(const GatewayQuestion& question, const GatewayAnswer& answer,
+                           std::string_view vector_field);
+
+}  // namespace engram

@@ -1,0 +1,142 @@
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "src/core/ids.h"
+#include "src/core/observation.h"
+
+namespace engram {
+
+// What an operator says of a space beforehand; 0 and kUnspecified leave it open.
+struct SpaceSettings {
+  Metric metric = Metric::kUnspecified;
+  Precision precision = Precision::kUnspecified;
+  uint16_t dimension = 0;
+  uint16_t partitions = 0;
+};
+
+// One memory space, as all cores know it.
+//
+// Invariants: name, index, metric, precision and shards never change; dimension goes from 0 to its
+// value once; partitions only grows, by doubling.
+class SpaceEntry {
+ public:
+  std::string_view name() const { return {name_.data(), name_bytes_}; }
+  uint32_t index() const { return index_; }
+  Metric metric() const { return metric_; }
+  Precision precision() const { return precision_; }
+  // 0 until the first observation.
+  uint16_t dimension() const { return dimension_.load(std::memory_order_acquire); }
+  // Settles the dimension (not 0) if it is open. False when it is another one.
+  bool FixDimension(uint16_t dimension);
+
+  uint16_t partitions() const { return partitions_.load(std::memory_order_acquire); }
+  // Partitions that the space began with: ids were never placed by fewer.
+  uint16_t first_partitions() const { return first_partitions_; }
+  // From `from` to twice as many. False when that is more than max_partitions() or someone else did
+  // it first.
+  bool Grow(uint16_t from);
+  uint16_t max_partitions() const { return static_cast<uint16_t>(shards_.size()); }
+
+  // Where partition `partition` lives. Which partition an id is of: PartitionOf(hash, partitions).
+  ShardId ShardOf(uint16_t partition) const { return shards_[partition]; }
+  // The home of a new session: the partitions in turn.
+  ShardId NextHome() {
+    return shards_[sessions_dealt_.fetch_add(1, std::memory_order_relaxed) % partitions()];
+  }
+
+ private:
+  friend class SpaceCatalogue;
+
+  std::array<char, kMaxSpaceNameBytes> name_{};
+  uint8_t name_bytes_ = 0;
+  uint32_t index_ = 0;
+  Metric metric_ = Metric::kUnspecified;
+  Precision precision_ = Precision::kUnspecified;
+  uint16_t first_partitions_ = 1;
+  std::span<const ShardId> shards_;  // by partition, all that there may ever be
+  std::atomic<uint16_t> dimension_{0};
+  std::atomic<uint16_t> partitions_{1};
+  std::atomic<uint32_t> sessions_dealt_{0};
+};
+
+// The partition that owns an id, by the hash of the id. With twice as many partitions an id stays
+// or moves to one place, so those that ever owned it are PartitionOf(hash, p) for p = first, 2
+// first,
+// ... partitions.
+constexpr uint16_t PartitionOf(uint64_t id_hash, uint16_t partitions) {
+  return static_cast<uint16_t>((id_hash >> 32) % partitions);
+}
+
+// Every memory space by name: what it is and where it lives. Read on each hello and each recall,
+// written when a space is made.
+//
+// Thread safety: any core may call anything. Find and At do not wait; FindOrAdd locks where it
+// adds, for a microsecond or so. Takes all its memory at construction. Invariants: entries never
+// move and are never removed, so a pointer to one stays good as long as the catalogue; an entry is
+// complete before its place in the table is published.
+class SpaceCatalogue {
+ public:
+  // `max_partitions` of a space, 1 to `shards`; `defaults` for spaces that were not configured, its
+  // own gaps being filled with cosine, f32 and one partition. `seed` keeps clients from choosing
+  // names that collide.
+  SpaceCatalogue(uint32_t max_spaces, uint16_t shards, uint16_t max_partitions,
+                 const SpaceSettings& defaults, uint64_t seed = 0);
+
+  // Before the cores start: what the configuration says of a space; its gaps are filled from the
+  // defaults. It exists from then on. nullptr when there are max_spaces already. The name is valid
+  // and new, partitions are at most max_partitions().
+  SpaceEntry* Configure(std::string_view name, const SpaceSettings& settings);
+
+  // nullptr when there is none.
+  SpaceEntry* Find(std::string_view name) const;
+  // `index` is below size().
+  SpaceEntry* At(uint32_t index) const;
+  // Adds it with `metric` (kUnspecified: the default) if it is not there. One that is there stays
+  // as it is, so the caller compares the metric. nullptr when there are max_spaces already. The
+  // name is valid.
+  SpaceEntry* FindOrAdd(std::string_view name, Metric metric);
+  uint32_t size() const { return size_.load(std::memory_order_acquire); }
+  uint32_t max_spaces() const { return max_spaces_; }
+  uint16_t shards() const { return shards_; }
+  // Of any one space.
+  uint16_t max_partitions() const { return max_partitions_; }
+
+  // Hash of an observation's id for PartitionOf: the same on every core and after every start.
+  static uint64_t HashOfId(std::string_view id);
+
+  // The shards in the order in which `space` takes them, by rendezvous hashing (Thaler and
+  // Ravishankar 1998): each shard draws a number from the space's name and its own, the highest
+  // comes first. So when a shard is added, only what moves to it moves. The first `count` of them.
+  static std::vector<ShardId> RankShards(std::string_view space, uint16_t shards, uint16_t count);
+  // The first of them: where a space's first partition lives, also before the space is made.
+  ShardId FirstShard(std::string_view space) const;
+
+ private:
+  uint32_t FirstPlaceOf(std::string_view name) const;
+  SpaceEntry* AddLocked(std::string_view name, const SpaceSettings& settings);
+
+  // Constant after construction.
+  const uint32_t max_spaces_;
+  const uint16_t shards_;
+  const uint16_t max_partitions_;
+  const uint64_t seed_;
+  const uint32_t mask_;  // of the table, which is at most half full
+  SpaceSettings defaults_;
+  const std::unique_ptr<SpaceEntry[]> entries_;   // by index
+  const std::unique_ptr<ShardId[]> shard_lists_;  // max_partitions_ of each entry
+
+  // Written under mutex_, read by anyone.
+  const std::unique_ptr<std::atomic<uint32_t>[]> table_;  // index + 1; 0: nothing
+  std::atomic<uint32_t> size_{0};
+  std::mutex mutex_;
+};
+
+}  // namespace engram

@@ -1,0 +1,248 @@
+#include "src/control/memory_calls.h"
+
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "src/control/memory_codec.h"
+
+// Every message of a wrong request is also in tests/integration/grpc_test.py, over the wire. Here:
+// what questions look like, and what answers become.
+
+namespace engram {
+namespace {
+
+void AddHit(std::string_view id, float score, float confidence, uint64_t stamp,
+            GatewayAnswer* answer) {
+  HitHeader header{};
+  header.score = score;
+  header.confidence = confidence;
+  header.stamp = stamp;
+  header.id_bytes = static_cast<uint16_t>(id.size());
+  header.hit_bytes = static_cast<uint32_t>(PadTo8(sizeof(header) + id.size()));
+  const size_t at = answer->hits.size();
+  answer->hits.resize(at + header.hit_bytes);
+  std::memcpy(&answer->hits[at], &header, sizeof(header));
+  std::memcpy(&answer->hits[at + sizeof(header)], id.data(), id.size());
+  ++answer->hit_count;
+}
+
+std::vector<std::string> IdsOf(const v1::RecallResponse& response) {
+  std::vector<std::string> ids;
+  for (const v1::Memory& memory : response.memories()) ids.push_back(memory.id());
+  return ids;
+}
+
+TEST(MemoryCallsTest, TheSpaceOfACall) {
+  EXPECT_EQ(SpaceOfCall("", "")->view(), "default");
+  EXPECT_EQ(SpaceOfCall("a", "")->view(), "a");
+  EXPECT_EQ(SpaceOfCall("", "b")->view(), "b");
+  EXPECT_EQ(SpaceOfCall("c", "c")->view(), "c");
+  EXPECT_EQ(SpaceOfCall("c", "d").error().message,
+            "x-memory-space: \"d\"; the request's memory_space_id is \"c\"");
+  EXPECT_FALSE(SpaceOfCall("A", ""));
+  EXPECT_TRUE(SpaceOfCall(std::string(64, 'x'), ""));
+  EXPECT_EQ(SpaceOfCall(std::string(65, 'x'), "").error().message,
+            "memory_space_id: \"" + std::string(64, 'x') + "...\"; expected 1 to 64 of [a-z0-9_-]");
+}
+
+TEST(MemoryCallsTest, AnEpisodesQuestion) {
+  v1::RememberRequest request;
+  request.mutable_episode()->add_embedding(1);
+  request.mutable_episode()->add_embedding(2);
+  request.mutable_episode()->set_what("text");
+  CallText text;
+  GatewayQuestion question;
+  ASSERT_TRUE(AskRemember(request, 77, &text, &question));
+  EXPECT_EQ(question.kind, CallKind::kObserve);
+  EXPECT_EQ(question.op, ObservationOp::kUpsert);
+  EXPECT_EQ(question.id.size(), 32u);
+  EXPECT_EQ(question.when_ns, 77);
+  EXPECT_EQ(question.confidence, 0.7F);
+  EXPECT_EQ(question.vector.size(), 2u);
+  EXPECT_EQ(question.payload_kind, PayloadKind::kEpisode);
+  EXPECT_EQ(question.payload, PayloadOf(request.episode()));
+  const std::string first(question.id);
+  ASSERT_TRUE(AskRemember(request, 77, &text, &question));
+  EXPECT_NE(question.id, first);
+}
+
+TEST(MemoryCallsTest, ThePayloadMayBe64KiBAndNoMore) {
+  v1::RememberRequest request;
+  request.mutable_memory()->add_embedding(1);
+  CallText text;
+  GatewayQuestion question;
+  // Tag and length of the content take 4 bytes.
+  request.mutable_memory()->set_content(std::string(kMaxPayloadBytes - 4, 'x'));
+  EXPECT_TRUE(AskRemember(request, 0, &text, &question));
+  EXPECT_EQ(question.payload.size(), kMaxPayloadBytes);
+  request.mutable_memory()->mutable_content()->push_back('x');
+  EXPECT_FALSE(AskRemember(request, 0, &text, &question));
+}
+
+TEST(MemoryCallsTest, ARecallsThresholdsAreAppliedToWhatWasFound) {
+  v1::RecallRequest request;
+  request.mutable_cue()->mutable_embedding()->add_vector(1);
+  request.mutable_cue()->mutable_embedding()->set_similarity_threshold(0.5F);
+  request.mutable_cue()->mutable_threshold()->set_value(0.3F);
+  request.set_include_metadata(true);
+  RecallLimits limits;
+  GatewayQuestion question;
+  ASSERT_TRUE(AskRecall(request, &limits, &question));
+  EXPECT_EQ(question.k, 10u);
+  GatewayAnswer answer;
+  answer.metric = Metric::kCosine;
+  answer.snapshot = 5;
+  AddHit("good", 0.8F, 0.5F, 1, &answer);
+  AddHit("unsure", 0.7F, 0.4F, 1, &answer);  // 0.28
+  AddHit("just", 0.5F, 0.6F, 1, &answer);    // 0.3, in float a little more
+  AddHit("far", 0.4F, 1, 1, &answer);
+  v1::RecallResponse response;
+  TellRecall(question, answer, limits, 3'500'000, &response);
+  EXPECT_EQ(IdsOf(response), (std::vector<std::string>{"good", "just"}));
+  EXPECT_FLOAT_EQ(response.memories(0).confidence().value(), 0.4F);
+  EXPECT_FLOAT_EQ(response.memories(0).activation(), 0.8F);
+  EXPECT_FLOAT_EQ(response.recall_confidence().value(), 0.4F);
+  EXPECT_EQ(response.metadata().total_activated(), 4);
+  EXPECT_EQ(response.metadata().above_threshold(), 2);
+  EXPECT_FLOAT_EQ(response.metadata().avg_activation(), 0.65F);
+  EXPECT_EQ(response.metadata().recall_time_ms(), 3);
+  EXPECT_EQ(response.snapshot_sequence(), 5u);
+}
+
+TEST(MemoryCallsTest, NegativeSimilarityIsNoActivation) {
+  v1::RecallRequest request;
+  request.mutable_cue()->mutable_embedding()->add_vector(1);
+  RecallLimits limits;
+  GatewayQuestion question;
+  ASSERT_TRUE(AskRecall(request, &limits, &question));
+  GatewayAnswer answer;
+  answer.metric = Metric::kCosine;
+  AddHit("opposite", -0.5F, 0.5F, 1, &answer);
+  v1::RecallResponse response;
+  TellRecall(question, answer, limits, 0, &response);
+  ASSERT_EQ(response.memories_size(), 1) << "no threshold, nothing is left out";
+  EXPECT_EQ(response.memories(0).activation(), 0);
+  EXPECT_EQ(response.memories(0).confidence().value(), 0);
+  EXPECT_FALSE(response.has_metadata());
+}
+
+// While a space grows an id may be in two partitions.
+TEST(MemoryCallsTest, OfTwoHitsWithOneIdTheLaterStampCounts) {
+  v1::RecallRequest request;
+  for (const char* id : {"b", "nobody", "a"}) request.add_ids(id);
+  RecallLimits limits;
+  GatewayQuestion question;
+  ASSERT_TRUE(AskRecall(request, &limits, &question));
+  EXPECT_EQ(question.kind, CallKind::kGet);
+  GatewayAnswer answer;
+  AddHit("a", 0, 0.25F, 7, &answer);
+  AddHit("b", 0, 0.5F, 7, &answer);
+  AddHit("a", 0, 0.75F, 9, &answer);
+  AddHit("a", 0, 1, 8, &answer);
+  v1::RecallResponse response;
+  TellRecall(question, answer, limits, 0, &response);
+  EXPECT_EQ(IdsOf(response), (std::vector<std::string>{"b", "a"}));
+  EXPECT_EQ(response.memories(1).confidence().value(), 0.75F);
+}
+
+TEST(MemoryCallsTest, AScrollsCursorLeadsToTheNextPage) {
+  v1::RecallRequest request;
+  request.mutable_scroll();
+  RecallLimits limits;
+  for (const uint64_t cursor : {uint64_t{0}, uint64_t{1}, UINT64_MAX}) {
+    GatewayQuestion question;
+    request.mutable_scroll()->clear_cursor();
+    ASSERT_TRUE(AskRecall(request, &limits, &question));
+    EXPECT_EQ(question.limit, 100);
+    GatewayAnswer answer;
+    answer.scroll_ended = false;
+    answer.next_partition = 255;
+    answer.next_cursor = cursor;
+    v1::RecallResponse response;
+    TellRecall(question, answer, limits, 0, &response);
+    request.mutable_scroll()->set_cursor(response.next_cursor());
+    ASSERT_TRUE(AskRecall(request, &limits, &question));
+    EXPECT_EQ(question.partition, 255);
+    EXPECT_EQ(question.cursor, cursor);
+  }
+  for (const char* bad :
+       {".", "1", "1.", ".1", "1.1 ", "-1.1", "10000.1", "1.1g", "1.10000000000000000", "1.1.1"}) {
+    GatewayQuestion question;
+    request.mutable_scroll()->set_cursor(bad);
+    EXPECT_FALSE(AskRecall(request, &limits, &question)) << bad;
+  }
+}
+
+TEST(MemoryCallsTest, IntrospectAddsUpTheSpacesPartitions) {
+  GatewayQuestion question;
+  AskIntrospect(&question);
+  question.space = SpaceName("mine");
+  GatewayAnswer answer;
+  const auto add = [&answer](uint16_t shard, std::string_view name, uint64_t linked,
+                             uint64_t unlinked) {
+    SpaceRecord record{};
+    record.shard = shard;
+    record.dimension = 3;
+    record.name_bytes = static_cast<uint8_t>(name.size());
+    record.observations = linked + unlinked;
+    record.linked = linked;
+    record.unlinked = unlinked;
+    record.record_bytes = static_cast<uint32_t>(PadTo8(sizeof(record) + name.size()));
+    const size_t at = answer.records.size();
+    answer.records.resize(at + record.record_bytes);
+    std::memcpy(&answer.records[at], &record, sizeof(record));
+    std::memcpy(&answer.records[at + sizeof(record)], name.data(), name.size());
+  };
+  add(0, "mine", 75, 25);
+  add(0, "other", 0, 300);
+  add(1, "mine", 0, 7);
+  Counter counter;
+  counter.Add(11);
+  const CounterCatalogue counters = {{"shard0", "recalls", &counter},
+                                     {"shard1", "recalls", &counter},
+                                     {"shard2", "recalls", &counter}};
+  v1::IntrospectRequest request;
+  request.set_include_health(true);
+  request.set_include_statistics(true);
+  v1::IntrospectResponse response;
+  TellIntrospect(request, question, answer, counters, &response);
+  EXPECT_EQ(response.statistics().total_memories(), 107);
+  EXPECT_EQ(response.metrics().at("space.observations"), 107);
+  EXPECT_EQ(response.metrics().at("space.partitions"), 2);
+  EXPECT_EQ(response.metrics().at("shard1.recalls"), 11);
+  EXPECT_EQ(response.health().components().size(), 4u);
+  EXPECT_FLOAT_EQ(response.health().components().at("shard0").performance(), 75.0F / 400);
+  EXPECT_EQ(response.health().components().at("shard1").performance(), 1) << "scanned, no graph";
+  EXPECT_EQ(response.health().components().at("shard2").performance(), 1);
+  EXPECT_EQ(response.active_processes_size(), 1);
+
+  response.Clear();
+  request.add_metrics("shard1.recalls");
+  TellIntrospect(request, question, answer, counters, &response);
+  EXPECT_EQ(response.metrics().size(), 1u);
+  EXPECT_EQ(response.metrics_snapshot_json(), "{\"shard1.recalls\":11}");
+}
+
+TEST(MemoryCallsTest, ARefusalSaysWhatIsWrongWithTheVector) {
+  const std::vector<float> vector = {1, std::numeric_limits<float>::quiet_NaN(), 3};
+  GatewayQuestion question;
+  question.space = SpaceName("x");
+  question.vector = vector;
+  GatewayAnswer answer;
+  answer.reason = RefusalReason::kWrongDimension;
+  answer.space_dimension = 768;
+  EXPECT_EQ(RefusalMessage(question, answer, "episode.embedding"),
+            "episode.embedding: 3 values; the space \"x\" has dimension 768");
+  answer.reason = RefusalReason::kNotFinite;
+  EXPECT_EQ(RefusalMessage(question, answer, "v"), "v[1]: nan; expected finite numbers");
+  answer.reason = RefusalReason::kBacklogFull;
+  EXPECT_EQ(RefusalMessage(question, answer, "v"),
+            "backlog_full: the space has too many unlinked observations");
+}
+
+}  // namespace
+}  // namespace engram
