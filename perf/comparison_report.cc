@@ -140,7 +140,7 @@ std::optional<double> BytesPerVector(const ComparisonSubject& subject, const Con
 
 Json Describe(const ComparisonSubject& subject, const Contender& contender) {
   Json described = SettingOf(&contender);
-  described["linked"] = contender.index->linked();
+  described["linked"] = contender.Linked();
   described["linked_inserts_per_s"] = Rounded(contender.InsertsPerSecond(), 1);
   described["bytes_per_vector"] = Rounded(BytesPerVector(subject, contender), 1);
   for (const Tenth& tenth : TenthsOf(subject, contender)) {

@@ -44,15 +44,17 @@ void TakeTurns(std::vector<Contender>* contenders, size_t time, Turn turn) {
 
 }  // namespace
 
-std::optional<double> Contender::InsertsPerSecond() const {
+size_t Contender::Linked() const {
   size_t linked = 0;
+  for (const Chunk& chunk : chunks) linked += chunk.linked;
+  return linked;
+}
+
+std::optional<double> Contender::InsertsPerSecond() const {
   double seconds = 0;
-  for (const Chunk& chunk : chunks) {
-    linked += chunk.linked;
-    seconds += chunk.seconds;
-  }
-  if (linked == 0) return std::nullopt;
-  return static_cast<double>(linked) / seconds;
+  for (const Chunk& chunk : chunks) seconds += chunk.seconds;
+  if (Linked() == 0) return std::nullopt;
+  return static_cast<double>(Linked()) / seconds;
 }
 
 MachineShare MeasureInserts(const ComparisonOptions& options, const VectorSet& base,

@@ -31,7 +31,9 @@ struct Contender {
   std::vector<Chunk> chunks{};
   RecallCurve curve{};
 
-  // Rows linked a second, all of them; nothing while nothing was linked.
+  // Rows that the chunks linked.
+  size_t Linked() const;
+  // The same a second; nothing while nothing was linked.
   std::optional<double> InsertsPerSecond() const;
 };
 

@@ -34,9 +34,9 @@ IntegerField Integer(T* to, int64_t min, int64_t max) {
 
 // `first`: the enumerator that the first name stands for; the others follow it.
 template <typename T>
-ChoiceField Choice(T* to, T first, std::vector<std::string_view> names) {
+ChoiceField Choice(T* to, T first, std::initializer_list<std::string_view> names) {
   const size_t count = names.size();
-  return {.names = std::move(names),
+  return {.names = names,
           .get =
               [to, first, count] {
                 return *to < first ? count : static_cast<size_t>(*to) - static_cast<size_t>(first);

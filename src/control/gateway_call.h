@@ -73,6 +73,8 @@ struct GatewayAnswer {
 class GatewayCall {
  public:
   GatewayCall() = default;
+  // DropReference's to call.
+  virtual ~GatewayCall() = default;
   GatewayCall(const GatewayCall&) = delete;
   GatewayCall& operator=(const GatewayCall&) = delete;
 
@@ -87,9 +89,6 @@ class GatewayCall {
 
   GatewayQuestion question;
   GatewayAnswer answer;
-
- protected:
-  virtual ~GatewayCall() = default;
 
  private:
   friend class GatewayCore;

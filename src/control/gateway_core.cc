@@ -24,6 +24,14 @@ constexpr int64_t kRateWindowNs = 50 * kNanosPerMilli;
 constexpr uint16_t kLeastRequestsPerCall = 16;
 // Of the slots of a size, kept for observations of high priority (DESIGN: 10 % of room).
 constexpr uint32_t kKeepFreePercent = 10;
+// A scroll asks a shard for so many observations at a time that all their payloads fit its answer,
+// and ends a page that has grown to so many bytes: one more answer and the page is still below the
+// 4 MiB that gRPC's clients take unless told otherwise.
+constexpr uint32_t kScrollStep = kMaxResultPayloadBytes / kMaxPayloadBytes;
+constexpr size_t kScrollPageBytes = size_t{2} << 20;
+static_assert(kScrollPageBytes + kScrollStep * (kMaxPayloadBytes + kMaxDimension * sizeof(float) +
+                                                kMaxIdBytes + sizeof(HitHeader) + 8) <
+              size_t{4} << 20);
 static_assert(std::has_single_bit(kMaxShards));
 static_assert(kLeastRequestsPerCall > std::bit_width(kMaxShards),
               "one id may be in as many partitions as a space has doubled");
@@ -316,7 +324,8 @@ RefusalReason GatewayCore::PushScroll(Place* place, uint16_t partition, uint64_t
   Address(*place, request);
   request->with_payload = question.with_payload;
   request->with_vector = question.with_vector;
-  request->limit = static_cast<uint16_t>(question.limit - place->call->answer.hit_count);
+  request->limit =
+      static_cast<uint16_t>(std::min(question.limit - place->call->answer.hit_count, kScrollStep));
   request->cursor = cursor;
   place->partition = partition;
   Send(place, shard, Lane::kRecall, slot);
@@ -436,7 +445,10 @@ void GatewayCore::ContinueScroll(Place* place) {
   }
   answer.scroll_ended = place->partition >= place->space->partitions();
   answer.next_partition = place->partition;
-  if (answer.scroll_ended || answer.hit_count >= place->call->question.limit) return;
+  if (answer.scroll_ended || answer.hit_count >= place->call->question.limit ||
+      answer.hits.size() >= kScrollPageBytes) {
+    return;
+  }
   NoteReason(place, PushScroll(place, place->partition, answer.next_cursor), 0);
 }
 

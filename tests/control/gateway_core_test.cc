@@ -307,6 +307,32 @@ TEST(GatewayCoreTest, AScrollHandsOutEveryObservationOnce) {
   }
 }
 
+TEST(GatewayCoreTest, AScrollsPageEndsBeforeItIsTooLargeForAnAnswer) {
+  Rig rig;
+  constexpr int kCount = 150;
+  for (int i = 0; i < kCount; ++i) {
+    TestCall* call = rig.Remember(IdOf(i), {1});
+    call->payload.assign(30'000, 'x');
+    call->question.payload = call->payload;
+    rig.DoWell(call);
+  }
+  std::set<std::string> seen;
+  int pages = 0;
+  TestCall* page = rig.DoWell(rig.Scroll(1000));
+  for (;; ++pages) {
+    EXPECT_LT(page->answer.hits.size(), size_t{4} << 20);
+    for (const Found& found : FoundIn(page->answer)) {
+      EXPECT_EQ(found.payload.size(), 30'000u);
+      seen.insert(found.id);
+    }
+    if (page->answer.scroll_ended) break;
+    page = rig.DoWell(rig.Scroll(1000, page->answer.next_partition, page->answer.next_cursor));
+  }
+  EXPECT_EQ(seen.size(), size_t{kCount});
+  EXPECT_EQ(pages, 2) << "4.5 MB, and 2 MiB a page";
+  rig.ExpectIdle();
+}
+
 TEST(GatewayCoreTest, AScrollPassesPartitionsThatDoNotKnowTheSpace) {
   Rig rig;
   rig.DoWell(rig.Remember("only", {1}));
