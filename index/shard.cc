@@ -1,7 +1,6 @@
 #include "index/shard.h"
 
 #include <algorithm>
-#include <cstring>
 #include <string>
 #include <utility>
 
@@ -14,8 +13,6 @@ namespace {
 
 constexpr size_t kObservationBatch = 64;
 constexpr int kRequestsPerPoll = 64;
-// A recall's slice: some 100 to 200 us of distances at 768-d.
-constexpr uint32_t kRecallSliceDistances = 1024;
 // A link's slice, with and without observations coming in.
 constexpr uint32_t kBusyLinkDistances = 64;
 constexpr uint32_t kIdleLinkDistances = 256;
@@ -48,6 +45,10 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, HugePage
       space_of_entry_(port_.catalogue->max_spaces(), kNoNode),
       sessions_(options.max_sessions, options.session_idle_timeout_ns,
                 MixBits(options.seed + port_.shard.value() + 1), port_.shard),
+      ledger_(port_.catalogue->max_partitions() > 1 ? options.max_forwards : 1,
+              port_.catalogue->shards()),
+      asked_(port_.catalogue->shards()),
+      held_(port_.catalogue->shards()),
       linker_(&heap_, options.build),
       sweep_(&heap_, options.build),
       recall_(&heap_),
@@ -55,6 +56,7 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, HugePage
   const uint32_t max_spaces = port_.catalogue->max_spaces();
   spaces_.reserve(max_spaces);
   entries_.reserve(max_spaces);
+  partition_of_.reserve(max_spaces);
   attached_.reserve(max_spaces);
   announced_links_.reserve(max_spaces);
   upkeep_queued_.reserve(max_spaces);
@@ -63,29 +65,51 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, HugePage
   counters_[ShardCounter::kMemoryLimitBytes].Set(arena_->reserve_bytes());
 }
 
+// What the shard publishes of its stamps (see StampBoard): while it polls the clock as it was
+// before, so that what it takes now is later; between two polls nothing is under way but its
+// forwards.
 int Shard::Poll() {
+  const auto publish = [this](CommitStamp complete) {
+    port_.stamps->Publish(port_.shard, ledger_.empty() ? complete : ledger_.OldestStamp() - 1);
+  };
+  publish(StampBefore(clock_->WallNs()));
   now_ns_ = clock_->MonotonicNs();
   unix_ns_ = clock_->WallNs();
+  const int work = Round();
+  publish(kOpenStamp);
+  return work;
+}
+
+int Shard::Round() {
   first_producer_ = (first_producer_ + 1) % port_.producers.size();
   int work = TakeResultReturns();
+  work += TakePeerAnswers();
   work += ServeRequests();
   if (answering_ != Answering::kNothing) return work;
+  work += SendWaiting();
+  work += TakePeerRequests();
   const int observations = TakeObservations(Lane::kHigh) + TakeObservations(Lane::kNormal);
   work += observations;
   work += Upkeep(observations > 0);
   counters_[ShardCounter::kMemoryUsedBytes].Set(heap_.live_bytes());
+  counters_[ShardCounter::kForwardsUnderWay].Set(ledger_.size());
   return work;
 }
 
 bool Shard::Idle() const {
-  if (answering_ != Answering::kNothing) return false;
+  if (answering_ != Answering::kNothing || !ledger_.empty()) return false;
+  for (size_t s = 0; s < port_.peers.size(); ++s) {
+    if (held_[s] || (s != port_.shard.value() && port_.peers[s].requests_in.Depth() > 0)) {
+      return false;
+    }
+  }
   return std::ranges::all_of(port_.producers, [](const ShardLink& link) {
     return std::ranges::all_of(link.lanes, [](const auto& lane) { return lane.Depth() == 0; });
   });
 }
 
 // ---------------------------------------------------------------------------------------------
-// Requests: hellos, recalls, introspection
+// Requests: hellos; what is answered in batches is in shard_answers.cc
 
 int Shard::TakeResultReturns() {
   int work = 0;
@@ -108,26 +132,6 @@ int Shard::ServeRequests() {
     ++work;
   }
   return work;
-}
-
-int Shard::ContinueAnswer() {
-  if (answering_ == Answering::kSearching) {
-    if (const RefusalReason reason = JudgeAnswer(); reason != RefusalReason::kNone) {
-      FinishAnswer(CompletionKind::kRecallDone, reason);
-      return 1;
-    }
-    const uint64_t before = recall_.distances();
-    bool ready = false;
-    do {
-      ready = recall_.Search(kRecallSliceDistances);
-    } while (!ready && recall_.distances() - before < kRecallSliceDistances);
-    counters_[ShardCounter::kRecallDistances].Add(recall_.distances() - before);
-    if (!ready) return 1;
-    answering_ = Answering::kEmitting;
-  }
-  if (answering_ == Answering::kEmitting) return EmitHits();
-  if (answering_ == Answering::kIntrospecting) return EmitSpaceRecords();
-  return 0;
 }
 
 bool Shard::TakeNextRequest() {
@@ -217,6 +221,7 @@ uint32_t Shard::FindOrMakeSpace(SpaceEntry* entry) {
                              .hash_seed = MixBits(hash_seed_ + entry->index())};
   spaces_.push_back(std::make_unique<Space>(std::string(entry->name()), options, &heap_, &epochs_));
   entries_.push_back(entry);
+  partition_of_.push_back(entry->PartitionIn(port_.shard));
   attached_.push_back(0);
   announced_links_.push_back(0);
   upkeep_queued_.push_back(false);
@@ -246,8 +251,8 @@ RefusalReason Shard::AttachSession(size_t producer, uint32_t space, HelloRequest
   }
   hello->session = session->id;
   hello->session_slot = sessions_.PlaceOf(*session);
-  hello->last_sequence = session->last_sequence;
-  hello->credit = CreditOf(session) - session->last_sequence;
+  hello->last_sequence = session->told_sequence;
+  hello->credit = CreditOf(session) - session->told_sequence;
   counters_[ShardCounter::kSessions].Set(sessions_.size());
   return RefusalReason::kNone;
 }
@@ -265,156 +270,6 @@ void Shard::DetachSession(size_t producer, SlotId slot) {
   Complete(producer, {.kind = CompletionKind::kDetach, .slot = slot, .origin = request->origin});
 }
 
-template <typename Request>
-const Request* Shard::BeginAnswer(size_t producer, SlotId slot) {
-  const auto* request =
-      reinterpret_cast<const Request*>(port_.producers[producer].producer_slab->At(slot));
-  answer_producer_ = producer;
-  answer_slot_ = slot;
-  answer_origin_ = request->origin;
-  answer_id_ = request->request_id;
-  return request;
-}
-
-// Whether whoever asked still wants the answer.
-RefusalReason Shard::JudgeAnswer() const {
-  const auto* header = reinterpret_cast<const RequestHeader*>(
-      port_.producers[answer_producer_].producer_slab->At(answer_slot_));
-  if (IsCancelled(*header)) return RefusalReason::kCancelled;
-  if (header->deadline_ns != 0 && now_ns_ > header->deadline_ns) {
-    return RefusalReason::kDeadlinePassed;
-  }
-  return RefusalReason::kNone;
-}
-
-void Shard::BeginRecall(size_t producer, SlotId slot) {
-  const auto* request = BeginAnswer<RecallRequest>(producer, slot);
-  counters_[ShardCounter::kRecalls].Add(1);
-  const uint32_t space = FindSpaceIndex(request->space.view());
-  RefusalReason reason = JudgeAnswer();
-  if (reason == RefusalReason::kNone) reason = RefusalReason::kUnknownSpace;
-  if (reason == RefusalReason::kUnknownSpace && space != kNoNode &&
-      spaces_[space]->dimension() != 0) {
-    const auto* vector = reinterpret_cast<const std::byte*>(request) + kRequestBodyOffset;
-    reason = recall_.Begin(*spaces_[space], *request, vector, options_.default_ef);
-  }
-  if (reason == RefusalReason::kNone) {
-    answering_ = Answering::kSearching;
-  } else {
-    FinishAnswer(CompletionKind::kRecallDone, reason);
-  }
-}
-
-void Shard::BeginGet(size_t producer, SlotId slot) {
-  const auto* request = BeginAnswer<GetRequest>(producer, slot);
-  const uint32_t space = FindSpaceIndex(request->space.view());
-  if (space == kNoNode) {
-    FinishAnswer(CompletionKind::kRecallDone, RefusalReason::kUnknownSpace);
-    return;
-  }
-  const auto* id = reinterpret_cast<const char*>(request) + kRequestBodyOffset;
-  const NodeId node = spaces_[space]->FindLive({id, request->id_bytes});
-  listed_.clear();
-  if (node != kNoNode) listed_.push_back(node);
-  recall_.BeginListing(*spaces_[space], listed_, request->with_payload, request->with_vector);
-  answering_ = Answering::kEmitting;
-}
-
-void Shard::BeginScroll(size_t producer, SlotId slot) {
-  const auto* asked = BeginAnswer<ScrollRequest>(producer, slot);
-  // The answer's part of the request.
-  auto* request = const_cast<ScrollRequest*>(asked);
-  const uint32_t space = FindSpaceIndex(request->space.view());
-  if (space == kNoNode) {
-    FinishAnswer(CompletionKind::kRecallDone, RefusalReason::kUnknownSpace);
-    return;
-  }
-  listed_.clear();
-  const size_t limit = std::clamp<size_t>(request->limit, 1, kMaxRecallResults);
-  spaces_[space]->Scroll(&request->cursor, limit, &listed_);
-  recall_.BeginListing(*spaces_[space], listed_, request->with_payload, request->with_vector);
-  answering_ = Answering::kEmitting;
-}
-
-void Shard::BeginIntrospection(size_t producer, SlotId slot) {
-  BeginAnswer<IntrospectRequest>(producer, slot);
-  introspected_ = 0;
-  answering_ = Answering::kIntrospecting;
-}
-
-// As many batches as there are result slots; the rest in a later round.
-int Shard::EmitHits() {
-  int work = 0;
-  for (bool last = false; !last;) {
-    const SlotId slot = port_.result_slab->Acquire(recall_.NextBatchBytes(kResultSlotBytes));
-    if (slot == kNoSlot) return work;
-    last = recall_.EmitBatch({port_.result_slab->At(slot), port_.result_slab->SlotBytes(slot)});
-    Complete(answer_producer_, {.kind = CompletionKind::kResults,
-                                .result_slot = slot,
-                                .origin = answer_origin_,
-                                .sequence = answer_id_});
-    ++work;
-  }
-  FinishAnswer(CompletionKind::kRecallDone, RefusalReason::kNone);
-  return work;
-}
-
-int Shard::EmitSpaceRecords() {
-  int work = 0;
-  for (bool last = false; !last;) {
-    const SlotId slot = port_.result_slab->Acquire(kResultSlotBytes);
-    if (slot == kNoSlot) return work;
-    std::byte* bytes = port_.result_slab->At(slot);
-    ResultBatch batch;
-    size_t used = sizeof(ResultBatch);
-    constexpr size_t kRecordRoom = PadTo8(sizeof(SpaceRecord) + kMaxSpaceNameBytes);
-    while (introspected_ < spaces_.size() && used + kRecordRoom <= kResultSlotBytes) {
-      used += WriteSpaceRecord(*spaces_[introspected_], bytes + used);
-      ++introspected_;
-      ++batch.count;
-    }
-    batch.body_bytes = static_cast<uint32_t>(used - sizeof(ResultBatch));
-    batch.last = last = introspected_ == spaces_.size();
-    std::memcpy(bytes, &batch, sizeof(batch));
-    Complete(answer_producer_, {.kind = CompletionKind::kRecords,
-                                .result_slot = slot,
-                                .origin = answer_origin_,
-                                .sequence = answer_id_});
-    ++work;
-  }
-  FinishAnswer(CompletionKind::kIntrospectDone, RefusalReason::kNone);
-  return work;
-}
-
-size_t Shard::WriteSpaceRecord(const Space& space, std::byte* to) const {
-  const size_t used = sizeof(SpaceRecord) + space.name().size();
-  const SpaceRecord record{.record_bytes = static_cast<uint32_t>(PadTo8(used)),
-                           .shard = port_.shard.value(),
-                           .dimension = static_cast<uint16_t>(space.dimension()),
-                           .metric = space.metric(),
-                           .name_bytes = static_cast<uint8_t>(space.name().size()),
-                           .reserved = 0,
-                           .reserved2 = 0,
-                           .observations = space.live(),
-                           .linked = space.linked(),
-                           .unlinked = space.unlinked_count(),
-                           .retired = space.retired(),
-                           .resident_bytes = space.resident_bytes()};
-  std::memcpy(to, &record, sizeof(record));
-  std::memcpy(to + sizeof(record), space.name().data(), space.name().size());
-  std::memset(to + used, 0, record.record_bytes - used);
-  return record.record_bytes;
-}
-
-void Shard::FinishAnswer(CompletionKind kind, RefusalReason reason) {
-  answering_ = Answering::kNothing;
-  Complete(answer_producer_, {.kind = kind,
-                              .reason = reason,
-                              .slot = answer_slot_,
-                              .origin = answer_origin_,
-                              .sequence = answer_id_});
-}
-
 // ---------------------------------------------------------------------------------------------
 // Observations
 
@@ -426,139 +281,175 @@ int Shard::TakeObservations(Lane lane) {
     const size_t count = link.lanes[static_cast<size_t>(lane)].PopBatch(batch_);
     for (size_t n = 0; n < count; ++n) {
       if (n + 1 < count) __builtin_prefetch(link.producer_slab->At(batch_[n + 1]));
-      Complete(producer, TakeObservation(producer, batch_[n]));
+      TakeObservation(producer, batch_[n]);
     }
     work += static_cast<int>(count);
   }
   return work;
 }
 
-Completion Shard::TakeObservation(size_t producer, SlotId slot) {
-  std::byte* bytes = port_.producers[producer].producer_slab->At(slot);
-  auto* request = reinterpret_cast<ObserveRequest*>(bytes);
-  const std::byte* body = bytes + kRequestBodyOffset;
-  if (request->session.value() == 0) return TakeAlone(request, body, slot);
+void Shard::TakeObservation(size_t producer, SlotId slot) {
+  auto* request =
+      reinterpret_cast<ObserveRequest*>(port_.producers[producer].producer_slab->At(slot));
   Completion completion{.kind = CompletionKind::kObserve,
                         .slot = slot,
                         .origin = request->origin,
                         .sequence = request->sequence};
+  if (request->session.value() == 0) {
+    TakeAlone(producer, request, completion);
+    return;
+  }
   Session* session = sessions_.At(request->session_slot, request->session);
-  if (session == nullptr) {
-    completion.reason = RefusalReason::kSessionExpired;
-  } else if (session->origin != 0 &&
-             (session->origin != request->origin || session->producer.value() != producer)) {
-    completion.reason = RefusalReason::kFenced;
+  completion.reason = JudgeSession(session, producer, *request);
+  if (completion.reason != RefusalReason::kNone) {
+    Refuse(producer, completion);
   } else if (request->sequence <= session->last_sequence) {
     completion.repeated = true;
-  } else if (request->sequence != session->last_sequence + 1) {
-    completion.reason = RefusalReason::kSequenceGap;
+    QueueAnswer(session, producer, completion);
   } else {
-    TakeInSession(session, request, body, &completion);
+    TakeInSession(session, producer, request, completion);
   }
-  if (completion.reason != RefusalReason::kNone &&
-      DescribeRefusal(completion.reason).effect != RefusalEffect::kConsumes) {
-    counters_[ShardCounter::kObservationsRefused].Add(1);
+}
+
+// Why the observation cannot be taken now, whatever it is; kNone for the next one and for repeats.
+RefusalReason Shard::JudgeSession(const Session* session, size_t producer,
+                                  const ObserveRequest& request) const {
+  if (session == nullptr) return RefusalReason::kSessionExpired;
+  if (session->origin != 0 &&
+      (session->origin != request.origin || session->producer.value() != producer)) {
+    return RefusalReason::kFenced;
   }
-  return completion;
+  if (request.sequence > session->last_sequence + 1) return RefusalReason::kSequenceGap;
+  // Its answer would have to wait for earlier ones.
+  if (session->first_forward != 0 && ledger_.room() == 0) return RefusalReason::kQueueFull;
+  return RefusalReason::kNone;
+}
+
+void Shard::Refuse(size_t producer, const Completion& completion) {
+  counters_[ShardCounter::kObservationsRefused].Add(1);
+  Complete(producer, completion);
 }
 
 // Without a session: the space is named, and the answer goes into the slot.
-Completion Shard::TakeAlone(ObserveRequest* request, const std::byte* body, SlotId slot) {
-  Completion completion{.kind = CompletionKind::kObserve,
-                        .slot = slot,
-                        .origin = request->origin,
-                        .sequence = request->sequence};
-  StoreOutcome outcome;
+void Shard::TakeAlone(size_t producer, ObserveRequest* request, Completion completion) {
+  Taken taken;
   SpaceEntry* entry = port_.catalogue->FindOrAdd(request->space.view(), Metric::kUnspecified);
   if (IsCancelled(request->header)) {
-    outcome.reason = RefusalReason::kCancelled;
+    taken.outcome.reason = RefusalReason::kCancelled;
   } else if (request->header.deadline_ns != 0 && now_ns_ > request->header.deadline_ns) {
-    outcome.reason = RefusalReason::kDeadlinePassed;
+    taken.outcome.reason = RefusalReason::kDeadlinePassed;
   } else if (entry == nullptr) {
-    outcome.reason = RefusalReason::kSpaceLimit;
+    taken.outcome.reason = RefusalReason::kSpaceLimit;
   } else {
     const uint32_t space = FindOrMakeSpace(entry);
-    outcome = Store(space, *request, body, false);
-    request->space_dimension = static_cast<uint16_t>(spaces_[space]->dimension());
+    taken = Take(space, nullptr, *request, false);
+    request->space_dimension = entry->dimension();
     completion.retry_after_ms = RetryAfterMs(*spaces_[space]);
   }
-  request->existed = outcome.existed;
-  request->stamp = stamp_clock_.last();
-  completion.reason = outcome.reason;
-  if (outcome.reason != RefusalReason::kNone) {
-    counters_[ShardCounter::kObservationsRefused].Add(1);
+  completion.reason = taken.outcome.reason;
+  if (taken.ticket != 0) {
+    BeginForward(taken.ticket, producer, *request, completion);
+    return;
+  }
+  request->existed = taken.outcome.existed;
+  request->stamp = taken.stamp;
+  if (completion.reason != RefusalReason::kNone) {
+    Refuse(producer, completion);
   } else {
     receive_to_visible_.Record(now_ns_ - request->received_ns);
+    Complete(producer, completion);
   }
-  return completion;
 }
 
-// The next observation of a session. Only what was stored, or refused for good, moves the session's
+// The next observation of a session. Only what was taken, or refused for good, moves the session's
 // last sequence.
-void Shard::TakeInSession(Session* session, ObserveRequest* request, const std::byte* body,
-                          Completion* completion) {
-  const Space& space = *spaces_[session->space];
+void Shard::TakeInSession(Session* session, size_t producer, ObserveRequest* request,
+                          Completion completion) {
   const bool in_credit = request->sequence <= session->granted_sequence;
-  completion->reason = Store(session->space, *request, body, in_credit).reason;
-  if (completion->reason == RefusalReason::kNone) {
-    session->last_sequence = request->sequence;
-    receive_to_visible_.Record(now_ns_ - request->received_ns);
-  } else if (HasEffect(completion->reason, RefusalEffect::kConsumes)) {
-    session->last_sequence = request->sequence;
-    request->space_dimension = static_cast<uint16_t>(space.dimension());
-    counters_[ShardCounter::kObservationsSkipped].Add(1);
-  } else {
-    completion->retry_after_ms = RetryAfterMs(space);
-  }
+  const Taken taken = Take(session->space, session, *request, in_credit);
+  completion.reason = taken.outcome.reason;
+  const bool consumed = HasEffect(completion.reason, RefusalEffect::kConsumes);
   session->last_active_ns = now_ns_;
-  completion->credit_sequence = CreditOf(session);
+  if (completion.reason != RefusalReason::kNone && !consumed) {
+    completion.retry_after_ms = RetryAfterMs(*spaces_[session->space]);
+    completion.credit_sequence = CreditOf(session);
+    Refuse(producer, completion);
+    return;
+  }
+  session->last_sequence = request->sequence;
+  if (consumed) {
+    request->space_dimension = entries_[session->space]->dimension();
+    counters_[ShardCounter::kObservationsSkipped].Add(1);
+  }
+  completion.credit_sequence = CreditOf(session);
+  if (taken.ticket != 0) {
+    BeginForward(taken.ticket, producer, *request, completion);
+    return;
+  }
+  if (!consumed) receive_to_visible_.Record(now_ns_ - request->received_ns);
+  QueueAnswer(session, producer, completion);
 }
 
-StoreOutcome Shard::Store(uint32_t space, const ObserveRequest& request, const std::byte* body,
+ObservationRef Shard::ObservationIn(const ObserveRequest& request) {
+  const auto* vector = reinterpret_cast<const std::byte*>(&request) + kRequestBodyOffset;
+  const std::byte* id = vector + VectorBytes(request.dtype, request.dimension);
+  return {.id = {reinterpret_cast<const char*>(id), request.id_bytes},
+          .payload = {id + request.id_bytes, request.payload_bytes},
+          .payload_kind = request.payload_kind,
+          .dtype = request.dtype,
+          .dimension = request.dimension,
+          .scale = request.scale,
+          .vector = vector,
+          .when_ns = request.when_ns,
+          .confidence = request.confidence};
+}
+
+// In this shard. A refusal changes nothing.
+StoreOutcome Shard::Store(uint32_t space, const ObserveRequest& request, CommitStamp stamp,
                           bool in_credit) {
-  if (request.op == ObservationOp::kSkip) return {.reason = request.skip_reason};
-  const std::byte* id = body + VectorBytes(request.dtype, request.dimension);
-  const std::string_view id_text(reinterpret_cast<const char*>(id), request.id_bytes);
+  Space& target = *spaces_[space];
+  const ObservationRef observation = ObservationIn(request);
+  // With one partition there is one home, and nothing earlier under way from another.
+  const bool several_homes = entries_[space]->partitions() > 1;
+  StoreOutcome outcome;
   if (request.op == ObservationOp::kDelete) {
-    const StoreOutcome outcome =
-        spaces_[space]->Delete(id_text, stamp_clock_.Next(unix_ns_), false);
-    if (outcome.existed) {
-      counters_[ShardCounter::kObservationsDeleted].Add(1);
-      QueueForUpkeep(space);
-    }
+    outcome = target.Delete(observation.id, stamp, several_homes);
+    if (outcome.reason != RefusalReason::kNone) return outcome;
+    if (outcome.existed) counters_[ShardCounter::kObservationsDeleted].Add(1);
+    if (outcome.existed || several_homes) QueueForUpkeep(space);
     return outcome;
   }
-  return StoreVector(space,
-                     {.id = id_text,
-                      .payload = {id + request.id_bytes, request.payload_bytes},
-                      .payload_kind = request.payload_kind,
-                      .dtype = request.dtype,
-                      .dimension = request.dimension,
-                      .scale = request.scale,
-                      .vector = body,
-                      .when_ns = request.when_ns,
-                      .confidence = request.confidence},
-                     in_credit);
-}
-
-StoreOutcome Shard::StoreVector(uint32_t space, const ObservationRef& observation, bool in_credit) {
-  Space& target = *spaces_[space];
-  if (!in_credit && target.has_graph() &&
-      target.unlinked_count() >= 2 * target.NodesInBytes(options_.unlinked_limit_bytes)) {
-    return {.reason = RefusalReason::kBacklogFull};
-  }
-  // Another shard may have settled the space's dimension.
-  if (entries_[space]->dimension() != 0 && entries_[space]->dimension() != observation.dimension) {
-    return {.reason = RefusalReason::kWrongDimension};
-  }
+  if (!HasRoom(space, in_credit)) return {.reason = RefusalReason::kBacklogFull};
+  outcome.reason = FixDimension(space, observation);
+  if (outcome.reason != RefusalReason::kNone) return outcome;
   // What recalls need comes first, so that they go on when the memory is full.
   if (!recall_.Reserve(target.node_count() + 1)) return {.reason = RefusalReason::kMemoryFull};
-  const StoreOutcome outcome = target.Upsert(observation, stamp_clock_.Next(unix_ns_));
+  outcome = target.Upsert(observation, stamp, several_homes);
   if (outcome.reason != RefusalReason::kNone) return outcome;
-  entries_[space]->FixDimension(static_cast<uint16_t>(observation.dimension));
   counters_[ShardCounter::kObservationsStored].Add(1);
-  if (outcome.existed || target.has_graph()) QueueForUpkeep(space);
+  if (outcome.existed || several_homes || target.has_graph()) QueueForUpkeep(space);
+  GrowIfFull(space);
   return outcome;
+}
+
+// Whether the space may take one more vector before it is linked. Within credit always.
+bool Shard::HasRoom(uint32_t space, bool in_credit) const {
+  const Space& target = *spaces_[space];
+  return in_credit || !target.has_graph() ||
+         target.unlinked_count() < 2 * target.NodesInBytes(options_.unlinked_limit_bytes);
+}
+
+// The first vector that is none of the refused ones settles the dimension, for all shards.
+RefusalReason Shard::FixDimension(uint32_t space, const ObservationRef& observation) {
+  SpaceEntry& entry = *entries_[space];
+  if (entry.dimension() == observation.dimension) return RefusalReason::kNone;
+  if (entry.dimension() == 0) {
+    const RefusalReason reason = spaces_[space]->Judge(observation);
+    if (reason != RefusalReason::kNone) return reason;
+  }
+  return entry.FixDimension(static_cast<uint16_t>(observation.dimension))
+             ? RefusalReason::kNone
+             : RefusalReason::kWrongDimension;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -588,7 +479,11 @@ bool Shard::BeginUpkeep() {
       static_cast<CommitStamp>(std::max<int64_t>(unix_ns_ - options_.snapshot_keep_ns, 0)));
   const NodeId node = space.NextToLink();
   // What a sweep took out is on no linker's way once the linker was free after it.
-  const bool more = !sweep_.active() && space.Reclaim(kReclaimBatch);
+  bool more = !sweep_.active() && space.Reclaim(kReclaimBatch);
+  if (space.has_tombstones()) {
+    ForgetTombstones(&space);
+    more = more || space.has_tombstones();
+  }
   if (!sweep_.active() && space.WantsSweep() && space.BeginSweep(&sweep_)) {
     sweeping_space_ = index;
     return true;
@@ -656,7 +551,8 @@ uint64_t Shard::CreditOf(Session* session) {
   const uint64_t limit = space.NodesInBytes(options_.unlinked_limit_bytes);
   // Before there is a graph nothing waits for it, and no link would bring the credit back.
   const uint64_t waiting = space.has_graph() ? space.unlinked_count() : 0;
-  const uint64_t room = limit - std::min(limit, waiting);
+  uint64_t room = limit - std::min(limit, waiting);
+  if (entries_[session->space]->partitions() > 1) room = std::min(room, ledger_.room());
   const uint64_t sharers = std::max(attached_[session->space], uint32_t{1});
   const uint64_t share = std::min<uint64_t>(options_.max_credit, (room + sharers - 1) / sharers);
   session->granted_sequence = std::max(session->granted_sequence, session->last_sequence + share);
@@ -724,6 +620,9 @@ std::string_view ShardCounterName(ShardCounter counter) {
        "observations_skipped",
        "observations_refused",
        "observations_linked",
+       "observations_forwarded",
+       "forwards_under_way",
+       "spaces_grown",
        "recalls",
        "recall_distances",
        "link_distances",

@@ -4,9 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string_view>
 #include <vector>
 
+#include "index/forward_ledger.h"
 #include "index/hnsw_linker.h"
 #include "index/hnsw_params.h"
 #include "index/hnsw_sweep.h"
@@ -46,6 +48,11 @@ struct ShardOptions {
   int64_t snapshot_keep_ns = kNanosPerSecond;
   // Cores other than the shard's that may recall at a time.
   uint32_t readers = 1;
+  // Observations of a space in this shard from which on the space grows to twice as many
+  // partitions; 0: never.
+  uint64_t grow_partition_at = 250'000;
+  // Observations that may be under way to the shards that own them.
+  uint32_t max_forwards = 8'192;
   // Secret; draws session ids and hash seeds. The same seed gives the same run.
   uint64_t seed = 0;
 };
@@ -56,6 +63,9 @@ enum class ShardCounter : uint8_t {
   kObservationsSkipped,  // refused as invalid, their sequence settled
   kObservationsRefused,  // for lack of room, or by a rule of sessions
   kObservationsLinked,
+  kObservationsForwarded,  // to the shard that owns them; that one counts them as stored
+  kForwardsUnderWay,
+  kSpacesGrown,
   kRecalls,
   kRecallDistances,
   kLinkDistances,
@@ -71,8 +81,12 @@ std::string_view ShardCounterName(ShardCounter counter);
 
 // One shard core: the spaces that live here, their sessions, and every recall of them.
 //
-// A Poll serves, in this order: what is left of a recall; the recall lanes of all producers; high
-// and normal observations, a batch each; a slice of upkeep (linking, sweeping, giving back).
+// A Poll serves, in this order: what other shards answer; what is left of a recall; the recall
+// lanes of all producers; what other shards ask; high and normal observations, a batch each; a
+// slice of upkeep (linking, sweeping, giving back).
+//
+// An observation of a space with several partitions is stored by the shard that owns its id, and
+// answered by the home shard of its session (shard_partitions.cc).
 //
 // Thread safety: the shard core's alone; counters and histograms may be read by others, and
 // PrefaultAhead is the control plane's.
@@ -107,8 +121,12 @@ class Shard {
   // A request that answers in batches and is under way.
   enum class Answering : uint8_t { kNothing, kSearching, kEmitting, kIntrospecting };
 
+  // A recall's slice: some 100 to 200 us of distances at 768-d.
+  static constexpr uint32_t kRecallSliceDistances = 1024;
+
   Shard(const ShardOptions& options, Clock* clock, ShardPort port, HugePageArena arena);
 
+  int Round();
   int TakeResultReturns();
   int ServeRequests();
   int ContinueAnswer();
@@ -132,13 +150,44 @@ class Shard {
   void FinishAnswer(CompletionKind kind, RefusalReason reason);
 
   int TakeObservations(Lane lane);
-  Completion TakeObservation(size_t producer, SlotId slot);
-  Completion TakeAlone(ObserveRequest* request, const std::byte* body, SlotId slot);
-  void TakeInSession(Session* session, ObserveRequest* request, const std::byte* body,
-                     Completion* completion);
-  StoreOutcome Store(uint32_t space, const ObserveRequest& request, const std::byte* body,
+  void TakeObservation(size_t producer, SlotId slot);
+  RefusalReason JudgeSession(const Session* session, size_t producer,
+                             const ObserveRequest& request) const;
+  void TakeAlone(size_t producer, ObserveRequest* request, Completion completion);
+  void TakeInSession(Session* session, size_t producer, ObserveRequest* request,
+                     Completion completion);
+  StoreOutcome Store(uint32_t space, const ObserveRequest& request, CommitStamp stamp,
                      bool in_credit);
-  StoreOutcome StoreVector(uint32_t space, const ObservationRef& observation, bool in_credit);
+  bool HasRoom(uint32_t space, bool in_credit) const;
+  RefusalReason FixDimension(uint32_t space, const ObservationRef& observation);
+  static ObservationRef ObservationIn(const ObserveRequest& request);
+  void Refuse(size_t producer, const Completion& completion);
+
+  // What became of an observation that its home takes.
+  struct Taken {
+    StoreOutcome outcome;
+    CommitStamp stamp = kNoStamp;
+    uint64_t ticket = 0;  // of the forward that answers it later; 0: it is visible
+  };
+  Taken Take(uint32_t space, Session* session, const ObserveRequest& request, bool in_credit);
+  RefusalReason JudgeForward(uint32_t space, const ObserveRequest& request);
+  void BeginForward(uint64_t ticket, size_t producer, const ObserveRequest& request,
+                    const Completion& completion);
+  void QueueAnswer(Session* session, size_t producer, const Completion& completion);
+  void StepForward(uint64_t ticket);
+  bool NextTarget(Forward* forward) const;
+  bool Tell(uint64_t ticket);
+  bool Send(uint64_t ticket);
+  bool RetireHere(Forward* forward);
+  StoreOutcome Retire(uint32_t space, std::string_view id, CommitStamp stamp);
+  void AnswerForward(const Forward& forward);
+  int TakePeerAnswers();
+  int SendWaiting();
+  int TakePeerRequests();
+  bool TakePeerRequest(ShardId home, const PeerMessage& message);
+  bool MayForward(uint32_t space) const { return entries_[space]->max_partitions() > 1; }
+  void GrowIfFull(uint32_t space);
+  void ForgetTombstones(Space* space) const;
   int Upkeep(bool busy);
   bool BeginUpkeep();
   void StepSweep(uint32_t distances);
@@ -167,6 +216,7 @@ class Shard {
   const uint64_t hash_seed_;
   std::vector<std::unique_ptr<Space>> spaces_;
   std::vector<SpaceEntry*> entries_;       // by space
+  std::vector<uint16_t> partition_of_;     // by space: the one that this shard holds
   std::vector<uint32_t> space_of_entry_;   // by index in the catalogue; kNoNode: none here
   std::vector<uint32_t> attached_;         // by space: sessions with a connection
   std::vector<uint64_t> announced_links_;  // by space: links made since credit was announced
@@ -174,6 +224,9 @@ class Shard {
   std::vector<uint32_t> upkeep_queue_;     // spaces with something to do, served in turn
   size_t upkeep_turn_ = 0;
   ShardSessions sessions_;
+  ForwardLedger ledger_;
+  std::vector<uint32_t> asked_;                   // by shard: messages that it has not answered
+  std::vector<std::optional<PeerMessage>> held_;  // by shard: what it asked and cannot be done yet
   HnswLinker linker_;
   HnswSweep sweep_;
   uint32_t linking_space_ = 0;

@@ -60,9 +60,10 @@ uint32_t ShardSessions::FreePlace(int64_t now_ns) {
   if (used_ < sessions_.size()) return used_++;
   Session* oldest = nullptr;
   for (Session& session : sessions_) {
-    if (session.id.value() == 0 || session.origin != 0 ||
-        now_ns - session.last_active_ns < idle_timeout_ns_)
+    if (session.id.value() == 0 || session.origin != 0 || session.first_forward != 0 ||
+        now_ns - session.last_active_ns < idle_timeout_ns_) {
       continue;
+    }
     if (oldest == nullptr || session.last_active_ns < oldest->last_active_ns) oldest = &session;
   }
   if (oldest == nullptr) return static_cast<uint32_t>(sessions_.size());

@@ -17,16 +17,21 @@ struct Session {
   uint32_t space = 0;             // index of the space in the shard
   ProducerId producer;            // of the connection that holds it
   Origin origin = 0;              // that connection; 0: none, the session may be resumed
-  Sequence last_sequence = 0;     // settled: stored, or refused for good
+  Sequence last_sequence = 0;     // taken: stored, under way to its owner, or refused for good
+  Sequence told_sequence = 0;     // of those, the last that was answered
   uint64_t granted_sequence = 0;  // the client may send up to this one
   int64_t last_active_ns = 0;
+  // Tickets in the ForwardLedger; 0: all that was taken is answered.
+  uint64_t first_forward = 0;
+  uint64_t last_forward = 0;
 };
 
 // The sessions of a shard, in memory. A session's id names its place here (session_id.h), so
 // finding one is one comparison; ids cannot be guessed, also not from other ids.
 //
 // Thread safety: the shard's alone. Takes no memory after construction.
-// Invariants: at most `max_sessions`; attached sessions are never evicted.
+// Invariants: at most `max_sessions`; attached sessions, and those with forwards under way, are never
+// evicted.
 class ShardSessions {
  public:
   static constexpr uint32_t kMaxSessions = kMaxSessionPlaces;

@@ -44,6 +44,7 @@ Space::Space(std::string name, const SpaceOptions& options, ArenaHeap* heap, Rea
 
 Space::~Space() {
   for (uint32_t node = 0; node < node_count(); ++node) FreeText(&nodes_[node]);
+  if (superseded_ != nullptr) heap_->FreeArray(superseded_, kSupersededKept);
 }
 
 void Space::FixDimension(uint32_t dimension) {
@@ -84,7 +85,8 @@ RefusalReason Space::Judge(const ObservationRef& observation) const {
                     numbers.data());
 }
 
-StoreOutcome Space::Upsert(const ObservationRef& observation, CommitStamp stamp) {
+StoreOutcome Space::Upsert(const ObservationRef& observation, CommitStamp stamp,
+                           bool several_homes) {
   if (dimension() != 0 && observation.dimension != dimension()) {
     return {.reason = RefusalReason::kWrongDimension};
   }
@@ -92,12 +94,15 @@ StoreOutcome Space::Upsert(const ObservationRef& observation, CommitStamp stamp)
   const RefusalReason reason = DecodeInto(observation.dtype, observation.scale, observation.vector,
                                           observation.dimension, numbers.data());
   if (reason != RefusalReason::kNone) return {.reason = reason};
+  if (dimension() == 0) FixDimension(observation.dimension);
   const uint64_t hash = HashOf(observation.id);
   const NodeId old = FindId(hash, observation.id);
   const bool existed = old != kNoNode && nodes_[old].state != NodeState::kTombstone;
-  if (old != kNoNode && Load(stamps_[old].begin) >= stamp) return {.existed = existed};
+  if (old != kNoNode && Load(stamps_[old].begin) >= stamp) {
+    StoreLate(observation, true, numbers.data(), hash, old, stamp);
+    return {.existed = existed, .later = Load(stamps_[old].begin)};
+  }
 
-  if (dimension() == 0) FixDimension(observation.dimension);
   const NodeId node = TakeNode();
   if (node == kNoNode) return {.reason = RefusalReason::kMemoryFull};
   if (!WriteText(&nodes_[node], observation) || !ReserveFresh() ||
@@ -116,27 +121,88 @@ StoreOutcome Space::Upsert(const ObservationRef& observation, CommitStamp stamp)
   if (old != kNoNode) {
     ids_.Replace(hash, old, node);
     EndVersion(old, stamp);
+    if (several_homes) NoteSuperseded(hash, old);
   }
   Advance(stamp);
-  if (unlinked_ > kGraphFrom) has_graph_ = true;
+  if (unlinked_ > options_.graph_from) has_graph_ = true;
   return {.existed = existed};
 }
 
-StoreOutcome Space::Delete(std::string_view id, CommitStamp stamp, bool keep_tombstone) {
+StoreOutcome Space::Delete(std::string_view id, CommitStamp stamp, bool several_homes) {
   const uint64_t hash = HashOf(id);
   const NodeId old = FindId(hash, id);
   if (old != kNoNode && Load(stamps_[old].begin) >= stamp) {
-    return {.existed = nodes_[old].state != NodeState::kTombstone};
+    ObservationRef id_alone;
+    id_alone.id = id;
+    StoreLate(id_alone, false, nullptr, hash, old, stamp);
+    return {.existed = nodes_[old].state != NodeState::kTombstone,
+            .later = Load(stamps_[old].begin)};
   }
   const bool existed = old != kNoNode && nodes_[old].state != NodeState::kTombstone;
-  if (keep_tombstone) {
+  if (several_homes) {
     if (!MakeTombstone(hash, id, stamp, old)) return {.reason = RefusalReason::kMemoryFull};
   } else if (old != kNoNode) {
     ids_.Erase(hash, old);
   }
-  if (old != kNoNode) EndVersion(old, stamp);
+  if (old != kNoNode) {
+    EndVersion(old, stamp);
+    if (several_homes) NoteSuperseded(hash, old);
+  }
   Advance(stamp);
   return {.existed = existed};
+}
+
+void Space::NoteSuperseded(uint64_t hash, NodeId node) {
+  if (superseded_ == nullptr) {
+    superseded_ = heap_->AllocateArray<Superseded>(kSupersededKept);
+    if (superseded_ == nullptr) return;  // Only a recall of a snapshot in the past could tell.
+  }
+  superseded_[superseded_count_++ % kSupersededKept] = {hash, node};
+}
+
+// What came after a later one, `latest`, had been stored. Nothing that lives changes; but a snapshot
+// between the two stamps sees this one, and no longer what was there before it.
+// 1. Among the versions of the id that are remembered: the one that lived at the stamp, and the stamp
+//    at which the next one, or a tombstone, follows.
+// 2. The former ends here.
+// 3. An upsert is stored as a version that has ended. Where memory is short it is left out: only a
+//    recall of such a snapshot could tell.
+void Space::StoreLate(const ObservationRef& observation, bool is_upsert, const float* numbers,
+                      uint64_t hash, NodeId latest, CommitStamp stamp) {
+  CommitStamp next = Load(stamps_[latest].begin);
+  if (next == stamp) return;
+  const uint64_t kept = std::min<uint64_t>(superseded_count_, kSupersededKept);
+  for (uint64_t i = 0; i < kept; ++i) {
+    const auto [other_hash, node] = superseded_[i];
+    if (other_hash != hash || node == latest || nodes_[node].state == NodeState::kFree ||
+        IdOf(node) != observation.id) {
+      continue;
+    }
+    const CommitStamp begin = Load(stamps_[node].begin);
+    if (begin == stamp) return;
+    if (begin > stamp) {
+      next = std::min(next, begin);
+    } else if (Load(stamps_[node].end) > stamp) {
+      next = std::min(next, Load(stamps_[node].end));
+      Store(&stamps_[node].end, stamp);
+    }
+  }
+  if (!is_upsert) return;
+  const NodeId node = TakeNode();
+  if (node == kNoNode) return;
+  if (!WriteText(&nodes_[node], observation) || !ReserveFresh()) {
+    FreeNode(node);
+    return;
+  }
+  code_format_->Encode(numbers, codes_->Row(node));
+  if (exact_) exact_format_->Encode(numbers, exact_->Row(node));
+  Store(&stamps_[node].begin, stamp);
+  Store(&stamps_[node].end, next);
+  nodes_[node].state = NodeState::kEnded;
+  fresh_.Append(node);
+  ++retired_;
+  NoteSuperseded(hash, node);
+  Advance(stamp);
 }
 
 bool Space::MakeTombstone(uint64_t hash, std::string_view id, CommitStamp stamp, NodeId old) {
@@ -173,13 +239,13 @@ void Space::ForgetTombstones(CommitStamp complete) {
   }
 }
 
-// The stamp of an end is never before what a recall of now may have begun with: the version that it
-// has seen stays visible to it. Out of the later ones' results at once.
+// Ends at exactly the stamp at which what supersedes it begins, so that every snapshot has one of
+// them. Within one shard's stamps that is after whatever a recall of now began with, so what it has
+// seen stays visible to it.
 void Space::EndVersion(NodeId node, CommitStamp stamp) {
   Node& stored = nodes_[node];
   if (stored.state == NodeState::kTombstone) return;
-  const CommitStamp after_now = latest_stamp_.load(std::memory_order_relaxed) + 1;
-  Store(&stamps_[node].end, std::max(stamp, after_now));
+  Store(&stamps_[node].end, stamp);
   --live_;
   ++retired_;
   switch (stored.state) {
@@ -284,11 +350,10 @@ NodeId Space::NextToLink() {
     if (IsPast(node)) {
       fresh_.PopFirst();
       PutInLine(node);
-    } else if (!has_graph_) {
+    } else if (!has_graph_ || unlinked_ == 0 || !ReserveFresh()) {
       return kNoNode;
-    } else if (ReserveFresh()) {  // Still wanted: it goes to the end.
-      fresh_.PopFirst();
-      fresh_.Append(node);
+    } else {
+      fresh_.MoveFirstToEnd();  // Still wanted; those behind it need not wait for the horizon.
     }
   }
   return kNoNode;
@@ -324,10 +389,14 @@ bool Space::BeginSweep(HnswSweep* sweep) {
   if (first_sweepable_ == kNoNode) {
     first_sweepable_ = std::exchange(first_retired_, kNoNode);
     sweep_end_ = latest_stamp();
-    sweep_epoch_ = epochs_->Close();
+    sweep_epoch_ = kNoEpoch;
   }
-  // Recalls of snapshots before these were updated or deleted may still have to find them.
-  if (horizon() < sweep_end_ || !epochs_->Passed(sweep_epoch_)) return false;
+  // Recalls of snapshots before these were updated or deleted may still have to find them. Whoever
+  // enters once the horizon is past all of them is refused such a snapshot, so the epoch is closed
+  // then and not before.
+  if (horizon() < sweep_end_) return false;
+  if (sweep_epoch_ == kNoEpoch) sweep_epoch_ = epochs_->Close();
+  if (!epochs_->Passed(sweep_epoch_)) return false;
   const uint64_t most = std::max<uint64_t>(graph_.linked_count() / kMostSweepShare, 1);
   std::array<NodeId, HnswSweep::kMaxBatch> batch;
   size_t count = 0;

@@ -52,20 +52,25 @@ struct StoredObservation {
   CommitStamp stamp = kNoStamp;
 };
 
-// What became of an upsert or a delete. Where a later stamp was there already nothing changed, and
-// that is no refusal.
+// What became of an upsert or a delete. Where a later stamp was there already nothing that lives has
+// changed, and that is no refusal.
 struct StoreOutcome {
   RefusalReason reason = RefusalReason::kNone;
-  bool existed = false;  // there was a live observation with this id
+  bool existed = false;          // there was a live observation with this id
+  CommitStamp later = kNoStamp;  // the stamp that was there already
 };
 
 struct SpaceOptions {
+  // Nodes from which on a graph pays: below that a scan takes well under a millisecond.
+  static constexpr uint32_t kGraphFrom = 4'096;
+
   Metric metric = Metric::kCosine;
   Precision precision = Precision::kF32;
   Traversal traversal = Traversal::kInt8;
   uint32_t dimension = 0;  // 0: that of the first observation
   HnswBuildParams build;
-  uint64_t hash_seed = 0;  // secret
+  uint64_t hash_seed = 0;            // secret
+  uint32_t graph_from = kGraphFrom;  // more unlinked nodes than this begin the graph
 };
 
 // The observations of one memory space in one shard: vectors, ids, payloads, and the graph over
@@ -89,8 +94,7 @@ struct SpaceOptions {
 // one is open.
 class Space {
  public:
-  // Nodes from which on a graph pays: below that a scan takes well under a millisecond.
-  static constexpr uint32_t kGraphFrom = 4'096;
+  static constexpr uint32_t kGraphFrom = SpaceOptions::kGraphFrom;
 
   // `heap` and `epochs` outlive the space.
   Space(std::string name, const SpaceOptions& options, ArenaHeap* heap, ReaderEpochs* epochs);
@@ -143,11 +147,13 @@ class Space {
   // Stores the observation with a stamp, in place of what has its id and an earlier one. kNone,
   // kWrongDimension, kZeroVector, kNotFinite (an int8 vector's product) or kMemoryFull; nothing has
   // changed then. The first observation that is not refused for its vector settles the dimension.
-  StoreOutcome Upsert(const ObservationRef& observation, CommitStamp stamp);
-  // Ends what has this id and an earlier stamp. `keep_tombstone`: an upsert with an earlier stamp
-  // may still come (from another home shard) and must lose; ForgetTombstones ends that. kNone or
-  // kMemoryFull.
-  StoreOutcome Delete(std::string_view id, CommitStamp stamp, bool keep_tombstone);
+  // `several_homes`: an observation with an earlier stamp may still come, from another home shard.
+  // Recalls of the snapshots between will see it.
+  StoreOutcome Upsert(const ObservationRef& observation, CommitStamp stamp,
+                      bool several_homes = false);
+  // Ends what has this id and an earlier stamp. `several_homes`: likewise, and as it must lose a
+  // tombstone is kept, until ForgetTombstones. kNone or kMemoryFull.
+  StoreOutcome Delete(std::string_view id, CommitStamp stamp, bool several_homes);
   // Whether Upsert would refuse the vector, and why.
   RefusalReason Judge(const ObservationRef& observation) const;
   // What ended at `horizon` or before is no longer kept for recalls of earlier snapshots. Rises.
@@ -227,6 +233,8 @@ class Space {
     CommitStamp end;
   };
 
+  static constexpr ReaderEpochs::Epoch kNoEpoch = 0;
+
   // It ended, and no recall may ask for it any more.
   bool IsPast(NodeId node) const {
     return Load(stamps_[node].end) <= horizon_.load(std::memory_order_relaxed);
@@ -250,6 +258,9 @@ class Space {
   void ListRetired(NodeId node);
   void PutInLine(NodeId node);
   void FreeNode(NodeId node);
+  void NoteSuperseded(uint64_t hash, NodeId node);
+  void StoreLate(const ObservationRef& observation, bool is_upsert, const float* numbers,
+                 uint64_t hash, NodeId latest, CommitStamp stamp);
   bool MakeTombstone(uint64_t hash, std::string_view id, CommitStamp stamp, NodeId old);
   void Advance(CommitStamp stamp);
   uint64_t HashOf(std::string_view id) const;
@@ -285,11 +296,11 @@ class Space {
   IdMap ids_;
   NodeId first_free_ = kNoNode;
   // Retired nodes in the graph; those that a sweep may take once the horizon has passed sweep_end_
-  // and no reader of sweep_epoch_ is inside.
+  // and then no reader of sweep_epoch_, closed at that time, is inside.
   NodeId first_retired_ = kNoNode;
   NodeId first_sweepable_ = kNoNode;
   CommitStamp sweep_end_ = kNoStamp;
-  ReaderEpochs::Epoch sweep_epoch_ = 0;
+  ReaderEpochs::Epoch sweep_epoch_ = kNoEpoch;
   uint32_t retired_linked_ = 0;  // in both
   // Out of everything; those of `closing_` once no reader of closing_epoch_ is inside.
   NodeId first_waiting_ = kNoNode;
@@ -299,6 +310,14 @@ class Space {
   NodeId first_tombstone_ = kNoNode;
   NodeId last_tombstone_ = kNoNode;
   uint64_t tombstones_ = 0;
+  // With several homes: a ring of the versions and tombstones that were superseded last.
+  static constexpr size_t kSupersededKept = 1'024;
+  struct Superseded {
+    uint64_t hash;
+    NodeId node;
+  };
+  Superseded* superseded_ = nullptr;
+  uint64_t superseded_count_ = 0;  // ever
   uint64_t live_ = 0;
   uint64_t unlinked_ = 0;
   uint64_t retired_ = 0;

@@ -32,15 +32,17 @@ class SimulatedClock final : public Clock {
  public:
   explicit SimulatedClock(int64_t start_ns = kNanosPerSecond) : now_ns_(start_ns) {}
   int64_t MonotonicNs() override { return now_ns_; }
-  int64_t WallNs() override { return kWallOffsetNs + now_ns_; }
+  int64_t WallNs() override { return wall_offset_ns_ + now_ns_; }
   void AdvanceNs(int64_t step_ns) {
     CHECK(step_ns >= 0, "time does not go back");
     now_ns_ += step_ns;
   }
+  // Someone sets the clock on the wall, forth or back.
+  void StepWallNs(int64_t step_ns) { wall_offset_ns_ += step_ns; }
 
  private:
-  static constexpr int64_t kWallOffsetNs = 1'700'000'000 * kNanosPerSecond;
   int64_t now_ns_;
+  int64_t wall_offset_ns_ = 1'700'000'000 * kNanosPerSecond;
 };
 
 }  // namespace engram

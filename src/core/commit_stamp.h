@@ -23,6 +23,11 @@ inline constexpr uint16_t kMaxShards = 1u << kStampShardBits;
 inline constexpr CommitStamp kNoStamp = 0;             // before every observation
 inline constexpr CommitStamp kOpenStamp = UINT64_MAX;  // the end of what still lives
 
+// Before any that a shard draws from then on.
+constexpr CommitStamp StampBefore(int64_t unix_ns) {
+  return (static_cast<CommitStamp>(unix_ns) >> kStampShardBits << kStampShardBits) - 1;
+}
+
 constexpr int64_t UnixNsOf(CommitStamp stamp) {
   return static_cast<int64_t>(stamp >> kStampShardBits << kStampShardBits);
 }
@@ -42,7 +47,7 @@ class StampClock {
     last_ = std::max(now, last_ + kStep);
     return last_;
   }
-  // The last one drawn, or a later one that was seen (a restart, another shard).
+  // The last one drawn.
   CommitStamp last() const { return last_; }
 
  private:
@@ -69,7 +74,7 @@ class StampBoard {
   CommitStamp CompleteUpTo(ShardId shard, int64_t unix_ns) const {
     const CommitStamp complete = lines_[shard.value()].complete.load(std::memory_order_seq_cst);
     if (complete != kOpenStamp) return complete;
-    return (static_cast<CommitStamp>(unix_ns) >> kStampShardBits << kStampShardBits) - 1;
+    return StampBefore(unix_ns);
   }
   uint16_t shards() const { return static_cast<uint16_t>(lines_.size()); }
 

@@ -239,12 +239,12 @@ struct PeerMessage {
     kDone,    // back: it is visible
   };
   Kind kind = Kind::kStore;
-  Lane lane = Lane::kNormal;  // with `ticket`: what the home shard finds its entry by
-  bool existed = false;       // kDone: there was an observation with this id
+  bool existed = false;  // kDone: there was an observation with this id
   ProducerId producer;
   SlotId slot = kNoSlot;
-  uint32_t space = 0;  // index in the SpaceCatalogue
-  uint64_t ticket = 0;
+  uint32_t space = 0;   // index in the SpaceCatalogue
+  uint64_t ticket = 0;  // what the home shard finds its forward by
+  // kDone: that of what the shard has of the id, where it is a later one; else kNoStamp.
   CommitStamp stamp = kNoStamp;
 };
 

@@ -1,5 +1,6 @@
 #include "src/core/space_catalogue.h"
 
+#include <algorithm>
 #include <bit>
 
 #include "src/core/check.h"
@@ -56,6 +57,11 @@ bool SpaceEntry::Grow(uint16_t from) {
   if (uint32_t{from} * 2 > max_partitions()) return false;
   return partitions_.compare_exchange_strong(from, static_cast<uint16_t>(from * 2),
                                              std::memory_order_acq_rel);
+}
+
+uint16_t SpaceEntry::PartitionIn(ShardId shard) const {
+  const auto found = std::ranges::find(shards_, shard);
+  return found == shards_.end() ? kNoPartition : static_cast<uint16_t>(found - shards_.begin());
 }
 
 SpaceCatalogue::SpaceCatalogue(uint32_t max_spaces, uint16_t shards, uint16_t max_partitions,

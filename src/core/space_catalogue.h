@@ -47,6 +47,9 @@ class SpaceEntry {
 
   // Where partition `partition` lives. Which partition an id is of: PartitionOf(hash, partitions).
   ShardId ShardOf(uint16_t partition) const { return shards_[partition]; }
+  // The partition that lives in `shard`, also while there are fewer; kNoPartition: none ever does.
+  static constexpr uint16_t kNoPartition = UINT16_MAX;
+  uint16_t PartitionIn(ShardId shard) const;
   // The home of a new session: the partitions in turn.
   ShardId NextHome() {
     return shards_[sessions_dealt_.fetch_add(1, std::memory_order_relaxed) % partitions()];

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -24,6 +25,7 @@ namespace engram {
 // A client's session as its connection knows it.
 struct RigSession {
   size_t producer = 0;
+  size_t shard = 0;
   Origin origin = 0;
   std::string space{};
   SessionId id{};
@@ -39,6 +41,7 @@ struct HelloParams {
   Metric metric = Metric::kUnspecified;
   uint16_t dimension = 0;
   SessionId session{};
+  size_t shard = 0;
 };
 
 struct Observation {
@@ -47,6 +50,14 @@ struct Observation {
   std::vector<float> vector{};
   std::string payload{};
   RefusalReason skip_reason = RefusalReason::kNone;
+};
+
+// Shards and the partitions of each space.
+struct RigShards {
+  uint16_t shards = 1;
+  uint16_t partitions = 1;
+  uint16_t max_partitions = 1;
+  uint32_t peer_capacity = 16;
 };
 
 struct RigRecord {
@@ -63,7 +74,7 @@ struct RigAnswer {
   RefusalReason reason = RefusalReason::kNone;
 };
 
-// One shard, and the test as all of its ingress cores.
+// Shards, usually one, and the test as all of their ingress cores.
 class ShardRig {
  public:
   static ShardOptions SmallOptions() {
@@ -77,11 +88,17 @@ class ShardRig {
   }
 
   explicit ShardRig(const ShardOptions& options = SmallOptions(), uint16_t producers = 1,
-                    uint32_t lane_capacity = 256, uint32_t max_spaces = 10'000)
-      : catalogue_(max_spaces, 1, 1, SpaceSettings{}) {
+                    uint32_t lane_capacity = 256, uint32_t max_spaces = 10'000,
+                    const RigShards& layout = {})
+      : catalogue_(max_spaces, layout.shards, layout.max_partitions,
+                   {.metric = Metric::kUnspecified,
+                    .precision = Precision::kUnspecified,
+                    .dimension = 0,
+                    .partitions = layout.partitions}) {
     auto made = RingMesh::Create({.producers = producers,
-                                  .shards = 1,
+                                  .shards = layout.shards,
                                   .lane_capacity = lane_capacity,
+                                  .peer_capacity = layout.peer_capacity,
                                   .huge_pages = HugePagePolicy::kOff,
                                   .producer_numa_node = {},
                                   .shard_numa_node = {},
@@ -92,9 +109,14 @@ class ShardRig {
       ports_.push_back(mesh_->TakeProducer(ProducerId(p)));
       outstanding_.emplace_back();
     }
-    auto created = Shard::Create(options, &clock, mesh_->TakeShard(ShardId(0)));
-    CHECK(created.has_value(), "the test's shard");
-    shard = *std::move(created);
+    for (uint16_t s = 0; s < layout.shards; ++s) {
+      ShardPort port = mesh_->TakeShard(ShardId(s));
+      stamps = port.stamps;
+      auto created = Shard::Create(options, &clock, std::move(port));
+      CHECK(created.has_value(), "the test's shard");
+      shards.push_back(*std::move(created));
+    }
+    shard = shards[0].get();
   }
 
   // ---- Requests ----
@@ -109,7 +131,7 @@ class ShardRig {
     hello->session = params.session;
     hello->origin = origin;
     hello->space = SpaceName(space);
-    Push(producer, Lane::kRecall, slot);
+    Push(producer, Lane::kRecall, slot, params.shard);
     return slot;
   }
   // Waits for the answer.
@@ -125,6 +147,7 @@ class ShardRig {
     const auto [reason, answer] = Hello(producer, origin, space, params);
     EXPECT_EQ(reason, RefusalReason::kNone) << DescribeRefusal(reason).name;
     return {.producer = producer,
+            .shard = params.shard,
             .origin = origin,
             .space = space,
             .id = answer.session,
@@ -139,12 +162,15 @@ class ShardRig {
     request->session_slot = session.slot;
     request->session = session.id;
     request->origin = session.origin;
-    Push(session.producer, Lane::kRecall, slot);
+    Push(session.producer, Lane::kRecall, slot, session.shard);
     return slot;
   }
   void Detach(const RigSession& session) { (void)Await(session.producer, PushDetach(session)); }
 
-  bool LaneFull(const RigSession& session) { return LaneOf(session.producer, session.lane).Full(); }
+  bool LaneFull(const RigSession& session) {
+    return LaneOf(session.producer, session.lane, session.shard).Full();
+  }
+  // Without a session (RigSession with id 0) the space of `session` is named.
   SlotId PushObserve(const RigSession& session, Sequence sequence, const Observation& observation) {
     const size_t vector_bytes = observation.vector.size() * sizeof(float);
     const SlotId slot =
@@ -161,6 +187,7 @@ class ShardRig {
     request->session_slot = session.slot;
     request->session = session.id;
     request->sequence = sequence;
+    request->space = SpaceName(session.space);
     request->origin = session.origin;
     request->received_ns = clock.MonotonicNs();
     std::byte* to = bytes + kRequestBodyOffset;
@@ -168,8 +195,15 @@ class ShardRig {
                      to);
     to = std::ranges::copy(BytesOf(observation.id), to).out;
     std::ranges::copy(BytesOf(observation.payload), to);
-    Push(session.producer, session.lane, slot);
+    Push(session.producer, session.lane, slot, session.shard);
     return slot;
+  }
+  // Without a session, to the shard that `session` names; the answer is in the request.
+  std::pair<Completion, ObserveRequest> ObserveAlone(const RigSession& session,
+                                                     const Observation& observation) {
+    const Completion completion =
+        Await(session.producer, PushObserve(session, ++last_request_id_, observation));
+    return {completion, last_observe_};
   }
   // Sends the session's next observation and waits for its completion.
   Completion Observe(RigSession* session, const Observation& observation) {
@@ -187,7 +221,7 @@ class ShardRig {
   }
 
   uint64_t PushRecall(size_t producer, const std::string& space, const std::vector<float>& query,
-                      const RecallParams& params = {}) {
+                      const RecallParams& params = {}, size_t at_shard = 0) {
     const SlotId slot = Take(producer, kRequestBodyOffset + query.size() * sizeof(float));
     std::byte* bytes = ports_[producer].slab->At(slot);
     auto* request = new (bytes) RecallRequest;
@@ -197,15 +231,16 @@ class ShardRig {
     request->dimension = static_cast<uint16_t>(query.size());
     request->k = params.k;
     request->ef = params.ef;
+    request->snapshot = params.snapshot;
     request->origin = 1;
     request->request_id = ++last_request_id_;
     std::memcpy(bytes + kRequestBodyOffset, query.data(), query.size() * sizeof(float));
-    Push(producer, Lane::kRecall, slot);
+    Push(producer, Lane::kRecall, slot, at_shard);
     return last_request_id_;
   }
   RigAnswer Recall(const std::string& space, const std::vector<float>& query,
-                   const RecallParams& params = {}) {
-    const uint64_t id = PushRecall(0, space, query, params);
+                   const RecallParams& params = {}, size_t at_shard = 0) {
+    const uint64_t id = PushRecall(0, space, query, params, at_shard);
     EXPECT_TRUE(PollUntil([&] { return answers[id].done; }));
     return answers[id];
   }
@@ -218,12 +253,17 @@ class ShardRig {
     return last_request_id_;
   }
 
-  // ---- The shard's turn, and what comes back ----
+  // ---- The shards' turns, and what comes back ----
 
   int Poll() {
     clock.AdvanceNs(10'000);
+    int work = 0;
+    for (size_t s = 0; s < shards.size(); ++s) work += PollShard(s);
+    return work;
+  }
+  int PollShard(size_t which) {
     const uint64_t before = AllocationCount();
-    const int work = shard->Poll();
+    const int work = shards[which]->Poll();
     poll_allocations += AllocationCount() - before;
     if (!hold_completions) Drain();
     return work;
@@ -238,23 +278,37 @@ class ShardRig {
   }
   // Until nothing waits, linking included.
   void Settle() {
-    EXPECT_TRUE(PollUntil([&] { return shard->Idle() && Poll() == 0; }, 1'000'000));
+    const auto idle = [](const auto& each) { return each->Idle(); };
+    EXPECT_TRUE(
+        PollUntil([&] { return std::ranges::all_of(shards, idle) && Poll() == 0; }, 1'000'000));
   }
   void Drain() {
     for (size_t producer = 0; producer < ports_.size(); ++producer) {
-      while (const auto completion = ports_[producer].shards[0].completions.TryPop()) {
-        Take(producer, *completion);
+      for (size_t from = 0; from < shards.size(); ++from) {
+        while (const auto completion = ports_[producer].shards[from].completions.TryPop()) {
+          Take(producer, from, *completion);
+        }
       }
     }
   }
   void ReturnHeldResults() {
-    for (const auto& [producer, slot] : held_results) ReturnResult(producer, slot);
+    for (const HeldResult& held : held_results) {
+      ReturnResult(held.producer, held.shard, held.slot);
+    }
     held_results.clear();
   }
+  const HelloRequest& last_hello() const { return last_hello_; }
   size_t outstanding(size_t producer) const { return outstanding_[producer].size(); }
-  uint64_t counter(ShardCounter which) const { return shard->counter(which).Read(); }
+  uint64_t counter(ShardCounter which, size_t of = 0) const {
+    return shards[of]->counter(which).Read();
+  }
+  SpaceEntry* entry(const std::string& space) { return catalogue_.Find(space); }
+  SpaceEntry* MakeSpace(const std::string& space, Metric metric) {
+    return catalogue_.FindOrAdd(space, metric);
+  }
 
   SimulatedClock clock;
+  const StampBoard* stamps = nullptr;
 
  private:
   SpaceCatalogue catalogue_;
@@ -262,26 +316,32 @@ class ShardRig {
   std::vector<ProducerPort> ports_;
 
  public:
-  std::unique_ptr<Shard> shard;
+  std::vector<std::unique_ptr<Shard>> shards;
+  Shard* shard = nullptr;  // the first
   // Everything that came back, in order.
   std::vector<std::pair<size_t, Completion>> completions;
   std::map<uint64_t, RigAnswer> answers;
   bool hold_completions = false;
   bool hold_results = false;
-  std::vector<std::pair<size_t, SlotId>> held_results;
+  struct HeldResult {
+    size_t producer;
+    size_t shard;
+    SlotId slot;
+  };
+  std::vector<HeldResult> held_results;
   uint64_t poll_allocations = 0;
 
  private:
-  SpscRing<SlotId>::Producer& LaneOf(size_t producer, Lane lane) {
-    return ports_[producer].shards[0].lanes[static_cast<size_t>(lane)];
+  SpscRing<SlotId>::Producer& LaneOf(size_t producer, Lane lane, size_t to) {
+    return ports_[producer].shards[to].lanes[static_cast<size_t>(lane)];
   }
   SlotId Take(size_t producer, size_t bytes) {
     const SlotId slot = ports_[producer].slab->Acquire(bytes);
     CHECK(slot != kNoSlot, "the test keeps to its slots");
     return slot;
   }
-  void Push(size_t producer, Lane lane, SlotId slot) {
-    CHECK(LaneOf(producer, lane).TryPush(slot), "the test keeps to its lanes");
+  void Push(size_t producer, Lane lane, SlotId slot, size_t to = 0) {
+    CHECK(LaneOf(producer, lane, to).TryPush(slot), "the test keeps to its lanes");
     CHECK(outstanding_[producer].insert(slot).second, "a slot is pushed once");
   }
   Completion Await(size_t producer, SlotId slot) {
@@ -298,12 +358,13 @@ class ShardRig {
     EXPECT_TRUE(came) << "no completion";
     return found.value_or(Completion{});
   }
-  void ReturnResult(size_t producer, SlotId slot) {
-    CHECK(ports_[producer].shards[0].result_returns.TryPush(slot), "a ring for every result slot");
+  void ReturnResult(size_t producer, size_t from, SlotId slot) {
+    CHECK(ports_[producer].shards[from].result_returns.TryPush(slot),
+          "a ring for every result slot");
   }
-  void Take(size_t producer, const Completion& completion) {
+  void Take(size_t producer, size_t from, const Completion& completion) {
     completions.emplace_back(producer, completion);
-    if (completion.result_slot != kNoSlot) TakeResult(producer, completion);
+    if (completion.result_slot != kNoSlot) TakeResult(producer, from, completion);
     if (completion.kind == CompletionKind::kRecallDone ||
         completion.kind == CompletionKind::kIntrospectDone) {
       EXPECT_FALSE(answers[completion.sequence].done) << "an answer ends once";
@@ -317,14 +378,15 @@ class ShardRig {
           *reinterpret_cast<const HelloRequest*>(ports_[producer].slab->At(completion.slot));
     }
     if (completion.kind == CompletionKind::kObserve) {
-      last_space_dimension =
-          reinterpret_cast<const ObserveRequest*>(ports_[producer].slab->At(completion.slot))
-              ->space_dimension;
+      last_observe_ =
+          *reinterpret_cast<const ObserveRequest*>(ports_[producer].slab->At(completion.slot));
+      last_space_dimension = last_observe_.space_dimension;
     }
     ports_[producer].slab->Release(completion.slot);
   }
-  void TakeResult(size_t producer, const Completion& completion) {
-    const std::byte* slot = ports_[producer].shards[0].result_slab->At(completion.result_slot);
+  void TakeResult(size_t producer, size_t from_shard, const Completion& completion) {
+    const std::byte* slot =
+        ports_[producer].shards[from_shard].result_slab->At(completion.result_slot);
     RigAnswer& answer = answers[completion.sequence];
     EXPECT_FALSE(answer.done) << "nothing follows the end";
     if (completion.kind == CompletionKind::kResults) {
@@ -346,14 +408,15 @@ class ShardRig {
       answer.lasts.push_back(batch.last);
     }
     if (hold_results) {
-      held_results.emplace_back(producer, completion.result_slot);
+      held_results.push_back({producer, from_shard, completion.result_slot});
     } else {
-      ReturnResult(producer, completion.result_slot);
+      ReturnResult(producer, from_shard, completion.result_slot);
     }
   }
 
   std::vector<std::set<SlotId>> outstanding_;  // by producer
   HelloRequest last_hello_;
+  ObserveRequest last_observe_;
   uint64_t last_request_id_ = 0;
 
  public:

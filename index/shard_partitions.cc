@@ -1,0 +1,305 @@
+// Observations of spaces with several partitions (see shard.h; DESIGN, principles 5 and 6).
+//
+// 1. Take: the home shard of a session takes its observations in their order. What the owner of the
+//    id must not refuse is judged first: the vector, the dimension. Then it draws the stamp.
+// 2. The home stores it where it owns the id itself; else it asks the owner (kStore), which answers
+//    when it is visible. An owner that has no room lets the request wait: there are no refusals
+//    between shards. The home's ledger fills, and it refuses its clients.
+// 3. Where the space has grown the id may lie with a shard that owned it when there were fewer
+//    partitions. Each of those is told to end what it has with an earlier stamp (kRetire), and
+//    keeps a tombstone, in case an earlier one is under way to it. How many there are is read again
+//    after each answer.
+// 4. One of those may have a later stamp: then the owner is told to end what was just stored.
+// 5. The client is answered, in the order of its session.
+//
+// Why of two observations with one id the later stamp stands, wherever the two homes sent them: let
+// s be the earlier stamp, stored in p, and t the later one, stored in q. If t's home tells p, it
+// ends s, or its tombstone meets it. Else t's home knew fewer partitions than s's, and s's home
+// tells q. If t is there, the answer says so, and step 4 ends s. If it is not there yet, then by
+// the time that t's home has its answer from q it sees as many partitions as s's home did, and step
+// 3 goes on to p. Tombstones are kept until no home has anything earlier under way (StampBoard).
+
+#include <algorithm>
+
+#include "index/shard.h"
+#include "src/core/check.h"
+
+namespace engram {
+
+namespace {
+
+constexpr size_t kPeerBatch = 64;
+
+}  // namespace
+
+// 1. and 2.
+Shard::Taken Shard::Take(uint32_t space, Session* session, const ObserveRequest& request,
+                         bool in_credit) {
+  Taken taken;
+  if (request.op == ObservationOp::kSkip) {
+    taken.outcome.reason = request.skip_reason;
+    return taken;
+  }
+  taken.stamp = stamp_clock_.Next(unix_ns_);
+  const SpaceEntry& entry = *entries_[space];
+  uint64_t id_hash = 0;
+  ShardId owner = port_.shard;
+  bool has_moved = false;
+  if (MayForward(space)) {
+    id_hash = SpaceCatalogue::HashOfId(ObservationIn(request).id);
+    const uint16_t partition = PartitionOf(id_hash, entry.partitions());
+    owner = entry.ShardOf(partition);
+    has_moved = partition != PartitionOf(id_hash, entry.first_partitions());
+  }
+  const bool is_here = owner == port_.shard;
+  if ((!is_here || has_moved) && ledger_.room() == 0) {
+    taken.outcome.reason = RefusalReason::kQueueFull;
+    return taken;
+  }
+  if (is_here) {
+    taken.outcome = Store(space, request, taken.stamp, in_credit);
+    if (!has_moved) return taken;
+  } else if (request.op == ObservationOp::kUpsert) {
+    taken.outcome.reason = JudgeForward(space, request);
+  }
+  if (taken.outcome.reason != RefusalReason::kNone) return taken;
+  taken.ticket = ledger_.Add(session);
+  Forward& forward = ledger_.At(taken.ticket);
+  forward.step = is_here ? Forward::Step::kRetire : Forward::Step::kStore;
+  forward.is_upsert = request.op == ObservationOp::kUpsert;
+  forward.existed = taken.outcome.existed;
+  forward.later = taken.outcome.later;
+  forward.owner = owner;
+  forward.target = owner;
+  forward.space = entry.index();
+  forward.next_partitions = entry.first_partitions();
+  forward.id_hash = id_hash;
+  forward.stamp = taken.stamp;
+  return taken;
+}
+
+// All that an owner would refuse an upsert for, but for room.
+RefusalReason Shard::JudgeForward(uint32_t space, const ObserveRequest& request) {
+  const ObservationRef observation = ObservationIn(request);
+  const RefusalReason reason = spaces_[space]->Judge(observation);
+  return reason == RefusalReason::kNone ? FixDimension(space, observation) : reason;
+}
+
+void Shard::BeginForward(uint64_t ticket, size_t producer, const ObserveRequest& request,
+                         const Completion& completion) {
+  Forward& forward = ledger_.At(ticket);
+  forward.producer = ProducerId(static_cast<uint16_t>(producer));
+  forward.received_ns = request.received_ns;
+  forward.completion = completion;
+  if (forward.step == Forward::Step::kRetire) {
+    StepForward(ticket);
+    return;
+  }
+  counters_[ShardCounter::kObservationsForwarded].Add(1);
+  Tell(ticket);
+}
+
+// The answer to what needs no other shard, after the session's earlier ones.
+void Shard::QueueAnswer(Session* session, size_t producer, const Completion& completion) {
+  if (session->first_forward == 0) {
+    session->told_sequence = std::max(session->told_sequence, completion.sequence);
+    Complete(producer, completion);
+    return;
+  }
+  Forward& forward = ledger_.At(ledger_.Add(session));
+  forward.producer = ProducerId(static_cast<uint16_t>(producer));
+  forward.completion = completion;
+}
+
+// 3. to 5., as far as it goes without another answer.
+void Shard::StepForward(uint64_t ticket) {
+  Forward& forward = ledger_.At(ticket);
+  while (NextTarget(&forward)) {
+    if (!Tell(ticket) || forward.target != port_.shard) return;
+  }
+  ledger_.Finish(ticket, [this](const Forward& done) { AnswerForward(done); });
+}
+
+// Which shard is told next; false when all were. An id stays with its partition or moves to a later
+// one as they double, so an owner that comes again follows itself.
+bool Shard::NextTarget(Forward* forward) const {
+  const SpaceEntry& entry = *port_.catalogue->At(forward->space);
+  if (forward->step == Forward::Step::kStore) forward->step = Forward::Step::kRetire;
+  if (forward->step == Forward::Step::kLose) return false;
+  while (forward->next_partitions <= entry.partitions()) {
+    const uint32_t partitions = forward->next_partitions;
+    forward->next_partitions *= 2;
+    const uint16_t partition = PartitionOf(forward->id_hash, static_cast<uint16_t>(partitions));
+    if (partitions > entry.first_partitions() &&
+        partition == PartitionOf(forward->id_hash, static_cast<uint16_t>(partitions / 2))) {
+      continue;
+    }
+    forward->target = entry.ShardOf(partition);
+    if (forward->target != forward->owner) return true;
+  }
+  if (!forward->is_upsert || forward->later <= forward->stamp) return false;
+  forward->step = Forward::Step::kLose;
+  forward->target = forward->owner;
+  return true;
+}
+
+// Tells the target, or does it where that is this shard. False when it has to wait in the line.
+bool Shard::Tell(uint64_t ticket) {
+  Forward& forward = ledger_.At(ticket);
+  const ShardId target = forward.target;
+  const bool is_first = !forward.waits_to_send && ledger_.FirstInLine(target) == 0;
+  if (is_first || ledger_.FirstInLine(target) == ticket) {
+    if (target == port_.shard ? RetireHere(&forward) : Send(ticket)) {
+      if (forward.waits_to_send) ledger_.LeaveLine(target);
+      return true;
+    }
+  }
+  if (!forward.waits_to_send) ledger_.Line(target, ticket);
+  return false;
+}
+
+bool Shard::Send(uint64_t ticket) {
+  const Forward& forward = ledger_.At(ticket);
+  const size_t to = forward.target.value();
+  PeerLink& link = port_.peers[to];
+  // As many answers fit the ring back.
+  if (asked_[to] >= link.requests_out.capacity()) return false;
+  const bool is_store = forward.step == Forward::Step::kStore;
+  const bool pushed = link.requests_out.TryPush(
+      {.kind = is_store ? PeerMessage::Kind::kStore : PeerMessage::Kind::kRetire,
+       .existed = false,
+       .producer = forward.producer,
+       .slot = forward.completion.slot,
+       .space = forward.space,
+       .ticket = ticket,
+       .stamp = forward.step == Forward::Step::kLose ? forward.later : forward.stamp});
+  CHECK(pushed, "no more messages are under way than the ring has room for");
+  ++asked_[to];
+  return true;
+}
+
+// False where there is no memory for the tombstone.
+bool Shard::RetireHere(Forward* forward) {
+  const std::byte* slot =
+      port_.producers[forward->producer.value()].producer_slab->At(forward->completion.slot);
+  const ObservationRef observation = ObservationIn(*reinterpret_cast<const ObserveRequest*>(slot));
+  const CommitStamp stamp = forward->step == Forward::Step::kLose ? forward->later : forward->stamp;
+  const StoreOutcome outcome =
+      Retire(FindOrMakeSpace(port_.catalogue->At(forward->space)), observation.id, stamp);
+  if (outcome.reason != RefusalReason::kNone) return false;
+  forward->existed |= outcome.existed;
+  forward->later = std::max(forward->later, outcome.later);
+  return true;
+}
+
+StoreOutcome Shard::Retire(uint32_t space, std::string_view id, CommitStamp stamp) {
+  const StoreOutcome outcome = spaces_[space]->Delete(id, stamp, true);
+  QueueForUpkeep(space);
+  return outcome;
+}
+
+void Shard::AnswerForward(const Forward& forward) {
+  if (forward.session != nullptr) {
+    Sequence& told = forward.session->told_sequence;
+    told = std::max(told, forward.completion.sequence);
+  } else {
+    auto* request = reinterpret_cast<ObserveRequest*>(
+        port_.producers[forward.producer.value()].producer_slab->At(forward.completion.slot));
+    request->existed = forward.existed;
+    request->stamp = forward.stamp;
+  }
+  // What only waited for its turn was visible, or nothing, before.
+  if (forward.stamp != kNoStamp) receive_to_visible_.Record(now_ns_ - forward.received_ns);
+  Complete(forward.producer.value(), forward.completion);
+}
+
+int Shard::TakePeerAnswers() {
+  int work = 0;
+  for (size_t s = 0; s < port_.peers.size(); ++s) {
+    if (s == port_.shard.value()) continue;
+    for (size_t n = 0; n < kPeerBatch; ++n) {
+      const auto answer = port_.peers[s].done_in.TryPop();
+      if (!answer) break;
+      --asked_[s];
+      Forward& forward = ledger_.At(answer->ticket);
+      forward.existed |= answer->existed;
+      forward.later = std::max(forward.later, answer->stamp);
+      StepForward(answer->ticket);
+      ++work;
+    }
+  }
+  return work;
+}
+
+// What waits for a shard that had enough to do, or here for memory.
+int Shard::SendWaiting() {
+  int work = 0;
+  for (uint16_t s = 0; s < asked_.size(); ++s) {
+    const ShardId shard(s);
+    for (uint64_t ticket = ledger_.FirstInLine(shard); ticket != 0 && Tell(ticket);
+         ticket = ledger_.FirstInLine(shard)) {
+      if (shard == port_.shard) StepForward(ticket);
+      ++work;
+    }
+  }
+  return work;
+}
+
+int Shard::TakePeerRequests() {
+  int work = 0;
+  for (uint16_t s = 0; s < port_.peers.size(); ++s) {
+    if (s == port_.shard.value()) continue;
+    for (size_t n = 0; n < kPeerBatch; ++n) {
+      if (!held_[s]) held_[s] = port_.peers[s].requests_in.TryPop();
+      if (!held_[s] || !TakePeerRequest(ShardId(s), *held_[s])) break;
+      held_[s].reset();
+      ++work;
+    }
+  }
+  return work;
+}
+
+// False when it has to wait for room.
+bool Shard::TakePeerRequest(ShardId home, const PeerMessage& message) {
+  const auto& request = *reinterpret_cast<const ObserveRequest*>(
+      port_.producers[message.producer.value()].producer_slab->At(message.slot));
+  const uint32_t space = FindOrMakeSpace(port_.catalogue->At(message.space));
+  const StoreOutcome outcome = message.kind == PeerMessage::Kind::kStore
+                                   ? Store(space, request, message.stamp, false)
+                                   : Retire(space, ObservationIn(request).id, message.stamp);
+  if (outcome.reason != RefusalReason::kNone) {
+    CHECK(outcome.reason == RefusalReason::kMemoryFull ||
+              outcome.reason == RefusalReason::kBacklogFull,
+          "the home has judged it");
+    return false;
+  }
+  PeerMessage answer = message;
+  answer.kind = PeerMessage::Kind::kDone;
+  answer.existed = outcome.existed;
+  answer.stamp = outcome.later;
+  const bool pushed = port_.peers[home.value()].done_out.TryPush(answer);
+  CHECK(pushed, "the ring has room for every answer");
+  return true;
+}
+
+// A partition of the newest half that is full doubles them: the older half keeps what it had, so it
+// would go on being full.
+void Shard::GrowIfFull(uint32_t space) {
+  const uint64_t limit = options_.grow_partition_at;
+  if (limit == 0 || spaces_[space]->live() < limit) return;
+  SpaceEntry& entry = *entries_[space];
+  const uint16_t partitions = entry.partitions();
+  if (partition_of_[space] < partitions / 2) return;
+  if (entry.Grow(partitions)) counters_[ShardCounter::kSpacesGrown].Add(1);
+}
+
+// Those that no home has anything earlier under way for.
+void Shard::ForgetTombstones(Space* space) const {
+  CommitStamp complete = kOpenStamp;
+  for (uint16_t s = 0; s < port_.stamps->shards(); ++s) {
+    complete = std::min(complete, port_.stamps->CompleteUpTo(ShardId(s), unix_ns_));
+  }
+  space->ForgetTombstones(complete);
+}
+
+}  // namespace engram

@@ -1,0 +1,752 @@
+// Spaces of several partitions: eight shards stepped in one thread, in any order.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "src/core/hash.h"
+#include "tests/index/shard_rig.h"
+
+namespace engram {
+namespace {
+
+constexpr RefusalReason kNone = RefusalReason::kNone;
+constexpr uint16_t kShards = 8;
+constexpr size_t kNoShard = SIZE_MAX;
+const std::string kSpace = "s";
+
+Observation Upsert(const std::string& id, float x = 1, std::string payload = "") {
+  return {.id = id, .vector = {x, 1}, .payload = std::move(payload)};
+}
+Observation Remove(const std::string& id) { return {.op = ObservationOp::kDelete, .id = id}; }
+std::string IdAt(uint64_t i) { return "id" + std::to_string(i); }
+
+ShardOptions Options(uint64_t grow_partition_at = 0, uint32_t max_forwards = 256) {
+  ShardOptions options = ShardRig::SmallOptions();
+  options.memory_limit_bytes = size_t{64} << 20;
+  options.grow_partition_at = grow_partition_at;
+  options.max_forwards = max_forwards;
+  return options;
+}
+
+class PartitionRig : public ShardRig {
+ public:
+  explicit PartitionRig(uint16_t partitions, const ShardOptions& options = Options(),
+                        uint16_t max_partitions = kShards, uint16_t producers = 1)
+      : ShardRig(options, producers, 256, 16,
+                 {.shards = kShards,
+                  .partitions = partitions,
+                  .max_partitions = max_partitions,
+                  .peer_capacity = 4}) {
+    MakeSpace(kSpace, Metric::kL2);
+  }
+  SpaceEntry& space() { return *entry(kSpace); }
+  size_t OwnerOf(const std::string& id) {
+    return space().ShardOf(PartitionOf(SpaceCatalogue::HashOfId(id), space().partitions())).value();
+  }
+  size_t ShardOfPartition(uint16_t partition) { return space().ShardOf(partition).value(); }
+  // The i-th id that `shard` owns, or that some other one owns.
+  std::string IdOwnedBy(size_t owner, int nth = 0) {
+    for (uint64_t i = 0;; ++i) {
+      if (OwnerOf(IdAt(i)) == owner && nth-- == 0) return IdAt(i);
+    }
+  }
+  RigSession OpenAt(size_t home, size_t producer = 0, SessionId session = {}) {
+    return Open(producer, /*origin=*/100 + producer, kSpace, {.session = session, .shard = home});
+  }
+  static RigSession AloneAt(size_t home) {
+    RigSession nobody;
+    nobody.shard = home;
+    nobody.space = kSpace;
+    nobody.origin = 1;
+    return nobody;
+  }
+  // Every live version of `id`, by shard.
+  std::map<size_t, StoredObservation> LiveOf(const std::string& id) {
+    std::map<size_t, StoredObservation> found;
+    for (size_t s = 0; s < kShards; ++s) {
+      const Space* part = shards[s]->FindSpace(kSpace);
+      if (part == nullptr) continue;
+      if (const NodeId node = part->FindLive(id); node != kNoNode) found[s] = part->Get(node);
+    }
+    return found;
+  }
+  // The one shard that holds it; kNoShard: none or several.
+  size_t HolderOf(const std::string& id) {
+    const auto found = LiveOf(id);
+    return found.size() == 1 ? found.begin()->first : kNoShard;
+  }
+  std::string PayloadOf(const std::string& id) {
+    const auto found = LiveOf(id);
+    if (found.size() != 1) return "held " + std::to_string(found.size()) + " times";
+    const auto payload = found.begin()->second.payload;
+    return {reinterpret_cast<const char*>(payload.data()), payload.size()};
+  }
+  void ExpectSound() {
+    for (const auto& each : shards) {
+      const Result<void> sound = each->CheckInvariants();
+      EXPECT_TRUE(sound.has_value()) << (sound ? "" : sound.error().message);
+    }
+  }
+  // Once all is settled nothing is kept of what was superseded.
+  void ExpectNothingLeft() {
+    Settle();
+    ExpectSound();
+    for (const auto& each : shards) {
+      EXPECT_EQ(each->counter(ShardCounter::kForwardsUnderWay).Read(), 0u);
+      const Space* part = each->FindSpace(kSpace);
+      if (part != nullptr) {
+        EXPECT_FALSE(part->has_tombstones());
+      }
+    }
+    for (size_t p = 0; p < 1; ++p) EXPECT_EQ(outstanding(p), 0u);
+  }
+  std::vector<uint64_t> AnsweredSequences() {
+    std::vector<uint64_t> sequences;
+    for (const auto& [producer, completion] : completions) {
+      if (completion.kind == CompletionKind::kObserve) sequences.push_back(completion.sequence);
+    }
+    return sequences;
+  }
+  void PollAllBut(size_t which, int rounds = 8) {
+    for (int i = 0; i < rounds; ++i) {
+      clock.AdvanceNs(10'000);
+      for (size_t s = 0; s < kShards; ++s) {
+        if (s != which) PollShard(s);
+      }
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Owners
+
+TEST(ShardPartitionsTest, EveryObservationIsStoredByTheOwnerOfItsId) {
+  PartitionRig rig(4);
+  RigSession session = rig.OpenAt(rig.ShardOfPartition(1));
+  std::map<size_t, int> held;
+  for (uint64_t i = 0; i < 100; ++i) {
+    EXPECT_EQ(rig.Observe(&session, Upsert(IdAt(i), static_cast<float>(i))).reason, kNone);
+    EXPECT_EQ(rig.HolderOf(IdAt(i)), rig.OwnerOf(IdAt(i))) << "visible once it is answered";
+    ++held[rig.OwnerOf(IdAt(i))];
+  }
+  EXPECT_EQ(held.size(), 4u);
+  EXPECT_EQ(rig.counter(ShardCounter::kObservationsForwarded, session.shard),
+            100u - static_cast<uint64_t>(held[session.shard]));
+  for (uint64_t i = 0; i < 100; i += 2) {
+    EXPECT_EQ(rig.Observe(&session, Remove(IdAt(i))).reason, kNone);
+    EXPECT_TRUE(rig.LiveOf(IdAt(i)).empty());
+  }
+  for (uint64_t i = 1; i < 100; i += 2) {
+    const std::vector<float> query{static_cast<float>(i), 1};
+    const RigAnswer answer = rig.Recall(kSpace, query, {.k = 1}, rig.OwnerOf(IdAt(i)));
+    ASSERT_EQ(answer.hits.size(), 1u);
+    EXPECT_EQ(answer.hits[0].id, IdAt(i));
+  }
+  rig.ExpectNothingLeft();
+}
+
+TEST(ShardPartitionsTest, RefusalsThatUseUpANumberComeFromTheHome) {
+  PartitionRig rig(4);
+  RigSession session = rig.OpenAt(rig.ShardOfPartition(0));
+  const size_t other = rig.ShardOfPartition(2);
+  const std::string id = rig.IdOwnedBy(other);
+  Observation wrong = Upsert(id);
+  EXPECT_EQ(rig.Observe(&session, Upsert(rig.IdOwnedBy(rig.ShardOfPartition(3)))).reason, kNone);
+  wrong.vector = {1, 2, 3};
+  EXPECT_EQ(rig.Observe(&session, wrong).reason, RefusalReason::kWrongDimension);
+  EXPECT_EQ(rig.last_space_dimension, 2u);
+  EXPECT_EQ(rig.Observe(&session, Upsert(id)).reason, kNone);
+  EXPECT_EQ(session.next, 4u);
+  // Where nobody has fixed the dimension a refused vector does not.
+  rig.MakeSpace("cosine", Metric::kCosine);
+  RigSession cosine = rig.Open(0, 7, "cosine", {.shard = rig.ShardOfPartition(0)});
+  Observation zero = Upsert("z");
+  zero.vector = {0, 0, 0};
+  for (int i = 0; i < 8; ++i) {
+    zero.id = IdAt(static_cast<uint64_t>(i));
+    EXPECT_EQ(rig.Observe(&cosine, zero).reason, RefusalReason::kZeroVector);
+  }
+  EXPECT_EQ(rig.entry("cosine")->dimension(), 0u);
+  EXPECT_EQ(rig.Observe(&cosine, Upsert("a")).reason, kNone);
+  EXPECT_EQ(rig.entry("cosine")->dimension(), 2u);
+  rig.ExpectNothingLeft();
+}
+
+// Would catch two shards that each take the first observation, of different dimensions.
+TEST(ShardPartitionsTest, OneDimensionForAllShards) {
+  for (int order = 0; order < 2; ++order) {
+    PartitionRig rig(2, Options(), 2, 2);
+    const size_t a = rig.ShardOfPartition(0);
+    const size_t b = rig.ShardOfPartition(1);
+    RigSession first = rig.OpenAt(a, 0);
+    RigSession second = rig.OpenAt(b, 1);
+    Observation two = Upsert(rig.IdOwnedBy(a));
+    Observation three = Upsert(rig.IdOwnedBy(b));
+    three.vector = {1, 2, 3};
+    rig.PushObserve(first, 1, two);
+    rig.PushObserve(second, 1, three);
+    rig.completions.clear();
+    rig.PollShard(order == 0 ? a : b);
+    rig.PollShard(order == 0 ? b : a);
+    rig.Settle();
+    ASSERT_EQ(rig.completions.size(), 2u);
+    EXPECT_EQ(rig.completions[0].second.reason, kNone);
+    EXPECT_EQ(rig.completions[1].second.reason, RefusalReason::kWrongDimension);
+    EXPECT_EQ(rig.space().dimension(), order == 0 ? 2u : 3u);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// The order of a session
+
+TEST(ShardPartitionsTest, AnswersComeInTheOrderOfTheSession) {
+  PartitionRig rig(4);
+  const size_t home = rig.ShardOfPartition(0);
+  const size_t slow = rig.ShardOfPartition(1);
+  const size_t quick = rig.ShardOfPartition(2);
+  RigSession session = rig.OpenAt(home);
+  rig.completions.clear();
+  rig.PushObserve(session, 1, Upsert(rig.IdOwnedBy(home)));
+  rig.PushObserve(session, 2, Upsert(rig.IdOwnedBy(slow)));
+  rig.PushObserve(session, 3, Upsert(rig.IdOwnedBy(quick)));
+  rig.PushObserve(session, 4, Upsert(rig.IdOwnedBy(home, 1)));
+  rig.PushObserve(session, 5, {.op = ObservationOp::kSkip, .skip_reason = RefusalReason::kBadId});
+  rig.PushObserve(session, 3, Upsert(rig.IdOwnedBy(quick)));  // a repeat
+  rig.PushObserve(session, 6, Upsert(rig.IdOwnedBy(slow, 1)));
+  rig.PushObserve(session, 9, Upsert("gap"));
+  rig.PollAllBut(slow);
+  EXPECT_EQ(rig.AnsweredSequences(), (std::vector<uint64_t>{1, 9})) << "2 is not visible yet";
+  EXPECT_EQ(rig.HolderOf(rig.IdOwnedBy(quick)), quick);
+  const CommitStamp before = rig.stamps->CompleteUpTo(ShardId(static_cast<uint16_t>(home)), 0);
+  EXPECT_LT(before, rig.LiveOf(rig.IdOwnedBy(quick)).begin()->second.stamp);
+  rig.Settle();
+  EXPECT_EQ(rig.AnsweredSequences(), (std::vector<uint64_t>{1, 9, 2, 3, 4, 5, 3, 6}));
+  std::map<uint64_t, RefusalReason> reasons;
+  int repeats = 0;
+  for (const auto& [producer, completion] : rig.completions) {
+    repeats += static_cast<int>(completion.repeated);
+    reasons.emplace(completion.sequence, completion.reason);
+  }
+  EXPECT_EQ(repeats, 1);
+  EXPECT_EQ(reasons[5], RefusalReason::kBadId);
+  EXPECT_EQ(reasons[9], RefusalReason::kSequenceGap);
+  rig.ExpectNothingLeft();
+}
+
+TEST(ShardPartitionsTest, AResumedSessionIsToldOnlyWhatIsVisible) {
+  PartitionRig rig(4, Options(), kShards, 2);
+  const size_t home = rig.ShardOfPartition(0);
+  const size_t slow = rig.ShardOfPartition(1);
+  RigSession session = rig.OpenAt(home);
+  rig.PushObserve(session, 1, Upsert(rig.IdOwnedBy(home)));
+  rig.PushObserve(session, 2, Upsert(rig.IdOwnedBy(slow)));
+  rig.PushObserve(session, 3, Upsert(rig.IdOwnedBy(home, 1)));
+  rig.PollAllBut(slow);
+  rig.completions.clear();
+  const SlotId hello = rig.PushHello(1, 5, kSpace, {.session = session.id, .shard = home});
+  rig.PollAllBut(slow);
+  bool answered = false;
+  for (const auto& [producer, completion] : rig.completions) {
+    answered = answered || (producer == 1 && completion.slot == hello);
+  }
+  EXPECT_TRUE(answered);
+  EXPECT_EQ(rig.last_hello().last_sequence, 1u);
+  EXPECT_GT(rig.last_hello().credit, 2u);
+  RigSession again = session;
+  again.producer = 1;
+  again.origin = 5;
+  rig.PushObserve(again, 2, Upsert(rig.IdOwnedBy(slow)));
+  rig.PushObserve(again, 3, Upsert(rig.IdOwnedBy(home, 1)));
+  rig.PushObserve(again, 4, Upsert("four"));
+  rig.completions.clear();
+  rig.Settle();
+  std::vector<std::pair<size_t, uint64_t>> answers;
+  for (const auto& [producer, completion] : rig.completions) {
+    if (completion.kind != CompletionKind::kObserve) continue;
+    EXPECT_EQ(completion.reason, kNone);
+    EXPECT_EQ(completion.repeated, producer == 1 && completion.sequence < 4);
+    answers.emplace_back(producer, completion.sequence);
+  }
+  EXPECT_EQ(answers,
+            (std::vector<std::pair<size_t, uint64_t>>{{0, 2}, {0, 3}, {1, 2}, {1, 3}, {1, 4}}));
+  rig.ExpectNothingLeft();
+}
+
+TEST(ShardPartitionsTest, ASessionWithForwardsUnderWayIsNotEvicted) {
+  ShardOptions options = Options();
+  options.max_sessions = 1;
+  options.session_idle_timeout_ns = 0;
+  PartitionRig rig(4, options);
+  const size_t home = rig.ShardOfPartition(0);
+  const size_t slow = rig.ShardOfPartition(1);
+  RigSession session = rig.OpenAt(home);
+  rig.PushObserve(session, 1, Upsert(rig.IdOwnedBy(slow)));
+  rig.PollAllBut(slow);
+  rig.PushDetach(session);
+  rig.PollAllBut(slow);
+  rig.PushHello(0, 7, kSpace, {.shard = home});
+  rig.completions.clear();
+  rig.PollAllBut(slow);
+  ASSERT_EQ(rig.completions.size(), 1u);
+  EXPECT_EQ(rig.completions[0].second.reason, RefusalReason::kSessionLimit);
+  rig.Settle();
+  EXPECT_EQ(rig.Hello(0, 7, kSpace, {.shard = home}).first, kNone) << "once all is answered";
+}
+
+TEST(ShardPartitionsTest, AnOwnerWithoutRoomHoldsTheHomeBackAndLosesNothing) {
+  PartitionRig rig(4, Options(0, 8));
+  const size_t home = rig.ShardOfPartition(0);
+  const size_t slow = rig.ShardOfPartition(1);
+  RigSession session = rig.OpenAt(home);
+  rig.completions.clear();
+  for (int i = 0; i < 12; ++i) {
+    rig.PushObserve(session, static_cast<uint64_t>(i) + 1, Upsert(rig.IdOwnedBy(slow, i)));
+  }
+  rig.PollAllBut(slow);
+  EXPECT_EQ(rig.counter(ShardCounter::kForwardsUnderWay, home), 8u)
+      << "4 in the ring, 4 in the line";
+  ASSERT_EQ(rig.completions.size(), 4u);
+  EXPECT_EQ(rig.completions[0].second.reason, RefusalReason::kQueueFull);
+  EXPECT_EQ(rig.completions[0].second.sequence, 9u);
+  EXPECT_EQ(rig.completions[1].second.reason, RefusalReason::kSequenceGap);
+  // Others are served meanwhile, by shards that have room.
+  EXPECT_EQ(rig.Observe(&session, Upsert("x")).sequence, 1u);
+  rig.Settle();
+  for (int i = 8; i < 12; ++i) {
+    EXPECT_EQ(rig.ObserveAs(&session, static_cast<uint64_t>(i) + 1, Upsert(rig.IdOwnedBy(slow, i)))
+                  .reason,
+              kNone);
+  }
+  for (int i = 0; i < 12; ++i) EXPECT_EQ(rig.HolderOf(rig.IdOwnedBy(slow, i)), slow);
+  rig.ExpectNothingLeft();
+}
+
+TEST(ShardPartitionsTest, WithoutASessionTheAnswerSaysWhatWasThere) {
+  PartitionRig rig(4);
+  const size_t home = rig.ShardOfPartition(0);
+  const size_t owner = rig.ShardOfPartition(3);
+  const std::string id = rig.IdOwnedBy(owner);
+  for (const size_t at : {home, owner}) {
+    const auto [first, made] = rig.ObserveAlone(rig.AloneAt(at), Upsert(id));
+    EXPECT_EQ(first.reason, kNone);
+    EXPECT_FALSE(made.existed);
+    EXPECT_EQ(made.stamp, rig.LiveOf(id)[owner].stamp);
+    const auto [second, replaced] = rig.ObserveAlone(rig.AloneAt(at), Upsert(id, 2));
+    EXPECT_TRUE(replaced.existed);
+    EXPECT_GT(replaced.stamp, made.stamp);
+    EXPECT_TRUE(rig.ObserveAlone(rig.AloneAt(at), Remove(id)).second.existed);
+    EXPECT_FALSE(rig.ObserveAlone(rig.AloneAt(at), Remove(id)).second.existed);
+  }
+  rig.ExpectNothingLeft();
+}
+
+// ---------------------------------------------------------------------------------------------
+// Growth
+
+TEST(ShardPartitionsTest, ASpaceGrowsFromOneToFourWhileItIsFilled) {
+  PartitionRig rig(1, Options(50), 4);
+  RigSession session = rig.OpenAt(rig.ShardOfPartition(0));
+  std::map<std::string, size_t> held;
+  uint16_t most = 1;
+  for (uint64_t i = 0; i < 500; ++i) {
+    ASSERT_EQ(rig.Observe(&session, Upsert(IdAt(i))).reason, kNone);
+    held[IdAt(i)] = rig.HolderOf(IdAt(i));
+    ASSERT_NE(held[IdAt(i)], kNoShard);
+    EXPECT_GE(rig.space().partitions(), most);
+    most = rig.space().partitions();
+  }
+  EXPECT_EQ(most, 4u);
+  uint64_t grown = 0;
+  for (size_t s = 0; s < kShards; ++s) grown += rig.counter(ShardCounter::kSpacesGrown, s);
+  EXPECT_EQ(grown, 2u);
+  uint64_t not_at_owner = 0;
+  for (const auto& [id, holder] : held) {
+    EXPECT_EQ(rig.HolderOf(id), holder) << "what is older stays";
+    not_at_owner += static_cast<uint64_t>(holder != rig.OwnerOf(id));
+  }
+  EXPECT_GT(not_at_owner, 20u);
+  // An update goes to the owner and retires the old one; a delete finds it wherever it is.
+  for (uint64_t i = 0; i < 500; ++i) {
+    if (i % 3 == 0) {
+      ASSERT_EQ(rig.Observe(&session, Remove(IdAt(i))).reason, kNone);
+      EXPECT_TRUE(rig.LiveOf(IdAt(i)).empty()) << IdAt(i);
+    } else {
+      ASSERT_EQ(rig.Observe(&session, Upsert(IdAt(i), 2, "new")).reason, kNone);
+      EXPECT_EQ(rig.HolderOf(IdAt(i)), rig.OwnerOf(IdAt(i)));
+      EXPECT_EQ(rig.PayloadOf(IdAt(i)), "new");
+    }
+  }
+  rig.ExpectNothingLeft();
+}
+
+TEST(ShardPartitionsTest, ASpaceGrowsNoFurtherThanItMay) {
+  for (const uint64_t grow_at : {uint64_t{0}, uint64_t{10}}) {
+    PartitionRig rig(1, Options(grow_at), 2);
+    RigSession session = rig.OpenAt(rig.ShardOfPartition(0));
+    for (uint64_t i = 0; i < 100; ++i) (void)rig.Observe(&session, Upsert(IdAt(i)));
+    EXPECT_EQ(rig.space().partitions(), grow_at == 0 ? 1u : 2u);
+  }
+}
+
+// The home read the number of partitions before the space grew; another one, after it, has an
+// earlier or a later stamp; and the two meet at the old owner in either order.
+class GrowthRaceTest : public testing::TestWithParam<std::tuple<bool, bool, int>> {};
+
+TEST_P(GrowthRaceTest, TheLaterStampStands) {
+  const auto [late_home_is_later, other_ring_first, order] = GetParam();
+  PartitionRig rig(1, Options(), 2, 2);
+  const size_t old_owner = rig.ShardOfPartition(0);
+  const size_t new_owner = rig.ShardOfPartition(1);
+  // An id that moves.
+  std::string id;
+  for (uint64_t i = 0; id.empty(); ++i) {
+    if (PartitionOf(SpaceCatalogue::HashOfId(IdAt(i)), 2) == 1) id = IdAt(i);
+  }
+  size_t homes[2];
+  for (size_t s = 0, n = 0; n < 2; ++s) {
+    if (s != old_owner && s != new_owner) homes[n++] = s;
+  }
+  // A shard reads the rings of the others in their order.
+  if (other_ring_first) std::swap(homes[0], homes[1]);
+  RigSession before = rig.OpenAt(homes[0], 0);
+  RigSession after = rig.OpenAt(homes[1], 1);
+  // The clock is set back between the two, where the first is to have the later stamp.
+  if (!late_home_is_later) rig.clock.StepWallNs(1'000'000);
+  rig.PushObserve(before, 1, Upsert(id, 1, "before"));
+  rig.PollShard(homes[0]);
+  if (order == 4) rig.Settle();
+  rig.clock.StepWallNs(late_home_is_later ? 10'000 : -1'000'000);
+  ASSERT_TRUE(rig.space().Grow(1));
+  rig.PushObserve(after, 1, Upsert(id, 2, "after"));
+  rig.PollShard(homes[1]);
+  const std::vector<std::vector<size_t>> orders = {
+      {old_owner, homes[0], homes[0]},             // the first one is through
+      {new_owner, homes[1], old_owner, homes[1]},  // both at the old owner
+      {new_owner, homes[1], homes[1]},
+      {old_owner, new_owner, homes[1], old_owner, homes[0]},
+      {}};  // the first one was through before
+  for (const size_t s : orders[static_cast<size_t>(order)]) rig.PollShard(s);
+  rig.Settle();
+  EXPECT_EQ(rig.PayloadOf(id), late_home_is_later ? "after" : "before")
+      << "order " << order << ", later " << late_home_is_later;
+  rig.ExpectNothingLeft();
+}
+
+INSTANTIATE_TEST_SUITE_P(Orders, GrowthRaceTest,
+                         testing::Combine(testing::Bool(), testing::Bool(), testing::Range(0, 5)));
+
+// A retire may meet a store that is earlier and comes later.
+TEST(ShardPartitionsTest, ATombstoneMeetsWhatComesLate) {
+  PartitionRig rig(2, Options(), 2, 2);
+  const size_t owner = rig.ShardOfPartition(0);
+  const std::string id = rig.IdOwnedBy(owner);
+  size_t homes[2];
+  for (size_t s = 0, n = 0; n < 2; ++s) {
+    if (s != owner) homes[n++] = s;
+  }
+  RigSession writer = rig.OpenAt(homes[0], 0);
+  RigSession remover = rig.OpenAt(homes[1], 1);
+  rig.PushObserve(writer, 1, Upsert(id));
+  rig.PollShard(homes[0]);  // It has its stamp, and is on its way.
+  rig.clock.AdvanceNs(1'000);
+  rig.clock.StepWallNs(1'000);
+  // The remover's reaches the owner first: its ring is read first, or the other's is read later.
+  rig.PushObserve(remover, 1, Remove(id));
+  rig.PollShard(homes[1]);
+  rig.Settle();
+  EXPECT_TRUE(rig.LiveOf(id).empty());
+  rig.ExpectNothingLeft();
+}
+
+// ---------------------------------------------------------------------------------------------
+// Random programs
+
+// One operation on an id, in the order of stamps: (round in which its home took it, its place in
+// that round).
+struct Operation {
+  std::string id;
+  bool is_upsert = false;
+  std::string payload;
+  size_t client = 0;
+  Sequence sequence = 0;
+  uint64_t taken_round = 0;  // 0: not yet
+  int64_t taken_unix_ns = 0;
+  bool answered = false;
+  bool refused = false;
+};
+
+// Clients at different homes, each with a session or without, write the same few ids while the
+// space grows and shards are stepped in any order. The clock moves on between two steps, so the
+// order of the steps in which the homes took them is the order of the stamps.
+class PartitionProgram {
+ public:
+  explicit PartitionProgram(uint64_t seed)
+      : random_(seed), rig_(First(), ProgramOptions(), kShards, kClients) {
+    std::vector<size_t> homes(kShards);
+    for (size_t s = 0; s < kShards; ++s) homes[s] = s;
+    // The home of the first client holds the first partition.
+    std::swap(homes[0], homes[rig_.ShardOfPartition(0)]);
+    for (size_t c = 0; c < kClients; ++c) {
+      if (c > 0) std::swap(homes[c], homes[c + random_.Below(kShards - c)]);
+      clients_.push_back(PartitionRig::AloneAt(homes[c]));
+      clients_.back().producer = c;
+      clients_.back().origin = 100 + c;
+    }
+  }
+
+  void Run(int steps) {
+    for (int i = 0; i < steps && !testing::Test::HasFailure(); ++i) Step();
+    for (size_t s = 0; s < kShards; ++s) PollOne(s);  // The last ones are taken.
+    rig_.Settle();
+    TakeAnswers();
+    for (const Operation& operation : operations_) EXPECT_TRUE(operation.answered);
+    CheckEnd();
+    rig_.ExpectNothingLeft();
+  }
+  uint16_t partitions() { return rig_.space().partitions(); }
+  uint64_t snapshots_checked() const { return snapshots_checked_; }
+  uint64_t refusals() const { return refusals_; }
+
+ private:
+  static constexpr size_t kClients = 4;
+  static constexpr uint64_t kIds = 40;
+
+  uint16_t First() { return static_cast<uint16_t>(1 + random_.Below(3)); }
+  ShardOptions ProgramOptions() {
+    ShardOptions options = Options(random_.Below(2) == 0 ? 0 : 4 + random_.Below(8),
+                                   static_cast<uint32_t>(4 << random_.Below(4)));
+    options.snapshot_keep_ns = 2 * kNanosPerMilli;
+    return options;
+  }
+
+  void Step() {
+    const uint64_t choice = random_.Below(12);
+    if (choice < 4) {
+      Push(random_.Below(kClients));
+    } else if (choice == 4 && random_.Below(20) == 0) {
+      (void)rig_.space().Grow(rig_.space().partitions());
+    } else if (choice == 5) {
+      CheckSnapshot();
+    } else {
+      PollOne(random_.Below(kShards));
+    }
+  }
+
+  // With or without a session.
+  void Open(size_t client) {
+    is_open_[client] = true;
+    if (random_.Below(3) == 0) return;
+    for (size_t s = 0; s < kShards; ++s) PollOne(s);  // So that what waits is taken in its round.
+    clients_[client] = rig_.OpenAt(clients_[client].shard, client);
+    TakeAnswers();
+  }
+
+  // A space of one partition has one home.
+  void Push(size_t client) {
+    if (outstanding_[client] >= 6 || (client > 0 && rig_.space().partitions() == 1)) return;
+    if (!is_open_[client]) Open(client);
+    RigSession& session = clients_[client];
+    Operation operation{.id = IdAt(random_.Below(kIds)),
+                        .is_upsert = random_.Below(3) > 0,
+                        .payload = std::to_string(operations_.size()),
+                        .client = client,
+                        .sequence = session.next++};
+    rig_.PushObserve(
+        session, operation.sequence,
+        operation.is_upsert ? Upsert(operation.id, 1, operation.payload) : Remove(operation.id));
+    ++outstanding_[client];
+    operations_.push_back(operation);
+  }
+
+  void PollOne(size_t shard) {
+    ++round_;
+    rig_.clock.AdvanceNs(static_cast<int64_t>(50'000 + random_.Below(20'000)));
+    for (Operation& operation : operations_) {
+      if (operation.taken_round == 0 && clients_[operation.client].shard == shard) {
+        operation.taken_round = round_;
+        operation.taken_unix_ns = rig_.clock.WallNs();
+      }
+    }
+    rig_.PollShard(shard);
+    TakeAnswers();
+  }
+
+  void TakeAnswers() {
+    for (const auto& [producer, completion] : rig_.completions) {
+      if (completion.kind != CompletionKind::kObserve) continue;
+      const auto found = std::ranges::find_if(operations_, [&](const Operation& operation) {
+        return operation.client == producer && operation.sequence == completion.sequence &&
+               !operation.answered;
+      });
+      ASSERT_NE(found, operations_.end());
+      found->answered = true;
+      found->refused = completion.reason != kNone;
+      --outstanding_[producer];
+      refusals_ += static_cast<uint64_t>(found->refused);
+      // Whoever is refused begins there again; what it had sent after it meets a gap.
+      RigSession& session = clients_[producer];
+      if (!found->refused) {
+        CheckVisible(*found);
+      } else if (session.id.value() != 0) {
+        EXPECT_TRUE(completion.reason == RefusalReason::kQueueFull ||
+                    completion.reason == RefusalReason::kSequenceGap);
+        if (outstanding_[producer] == 0) session.next = LastTaken(producer) + 1;
+      }
+    }
+    rig_.completions.clear();
+  }
+
+  Sequence LastTaken(size_t client) const {
+    Sequence last = 0;
+    for (const Operation& operation : operations_) {
+      if (operation.client == client && !operation.refused) last = operation.sequence;
+    }
+    return last;
+  }
+
+  // Of the operations that may have had an effect, in the order of their stamps. Within a round
+  // they are those of one client, as they were pushed.
+  std::vector<const Operation*> OperationsOn(const std::string& id) const {
+    std::vector<const Operation*> found;
+    for (const Operation& operation : operations_) {
+      if (operation.id == id && operation.taken_round > 0 && !operation.refused) {
+        found.push_back(&operation);
+      }
+    }
+    std::ranges::stable_sort(found, {}, &Operation::taken_round);
+    return found;
+  }
+
+  // What was answered is there, or something later.
+  void CheckVisible(const Operation& answered) {
+    const std::vector<const Operation*> order = OperationsOn(answered.id);
+    const auto live = rig_.LiveOf(answered.id);
+    CommitStamp latest = kNoStamp;
+    std::string payload;
+    for (const auto& [shard, stored] : live) {
+      if (stored.stamp < latest) continue;
+      latest = stored.stamp;
+      payload.assign(reinterpret_cast<const char*>(stored.payload.data()), stored.payload.size());
+    }
+    bool reached = false;
+    for (const Operation* operation : order) {
+      reached = reached || operation == &answered;
+      if (!reached) continue;
+      if (operation->is_upsert ? payload == operation->payload : live.empty()) return;
+    }
+    ADD_FAILURE() << answered.id << ": operation " << answered.payload << " was answered, and "
+                  << (live.empty() ? "nothing" : payload) << " is there";
+  }
+
+  // The snapshot that a recall would be given now.
+  void CheckSnapshot() {
+    CommitStamp snapshot = kOpenStamp;
+    for (uint16_t s = 0; s < kShards; ++s) {
+      snapshot = std::min(snapshot, rig_.stamps->CompleteUpTo(ShardId(s), rig_.clock.WallNs()));
+    }
+    std::map<std::string, std::string> seen;
+    for (const auto& each : rig_.shards) {
+      const Space* part = each->FindSpace(kSpace);
+      if (part == nullptr) continue;
+      if (part->horizon() > snapshot) return;  // It would be refused.
+      for (NodeId node = 0; node < part->node_count(); ++node) {
+        if (!part->IsVisible(node, snapshot)) continue;
+        const StoredObservation stored = part->Get(node);
+        EXPECT_LE(stored.stamp, snapshot);
+        const std::string payload(reinterpret_cast<const char*>(stored.payload.data()),
+                                  stored.payload.size());
+        EXPECT_TRUE(seen.emplace(stored.id, payload).second)
+            << stored.id << " twice in a snapshot: " << payload;
+      }
+    }
+    // A round draws its stamps within 20 us of its clock.
+    ++snapshots_checked_;
+    for (uint64_t i = 0; i < kIds; ++i) {
+      const std::string id = IdAt(i);
+      std::vector<std::string> allowed = {""};
+      for (const Operation* operation : OperationsOn(id)) {
+        const auto from = static_cast<CommitStamp>(operation->taken_unix_ns);
+        if (from + 20'000 <= snapshot) allowed.clear();
+        if (from <= snapshot + kMaxShards) {
+          allowed.push_back(operation->is_upsert ? operation->payload : "");
+        }
+      }
+      const std::string found = seen.contains(id) ? seen[id] : "";
+      EXPECT_NE(std::ranges::find(allowed, found), allowed.end())
+          << id << " is " << found << " in snapshot " << snapshot << Describe(id);
+    }
+  }
+
+  std::string Describe(const std::string& id) const {
+    std::string text;
+    for (const Operation& operation : operations_) {
+      if (operation.id != id) continue;
+      text += "\n  " + operation.payload + (operation.is_upsert ? " upsert" : " delete") +
+              " by client " + std::to_string(operation.client) + " taken at " +
+              std::to_string(operation.taken_unix_ns) + (operation.answered ? ", answered" : "") +
+              (operation.refused ? ", refused" : "");
+    }
+    return text;
+  }
+
+  void CheckEnd() {
+    for (uint64_t i = 0; i < kIds; ++i) {
+      const std::vector<const Operation*> order = OperationsOn(IdAt(i));
+      const auto live = rig_.LiveOf(IdAt(i));
+      if (order.empty() || !order.back()->is_upsert) {
+        EXPECT_TRUE(live.empty()) << IdAt(i) << " was deleted";
+      } else {
+        EXPECT_EQ(rig_.PayloadOf(IdAt(i)), order.back()->payload) << IdAt(i);
+      }
+    }
+  }
+
+  SplitMix64 random_;
+  PartitionRig rig_;
+  std::vector<RigSession> clients_;
+  std::map<size_t, bool> is_open_;
+  std::map<size_t, int> outstanding_;
+  std::vector<Operation> operations_;
+  uint64_t round_ = 0;
+  uint64_t snapshots_checked_ = 0;
+  uint64_t refusals_ = 0;
+};
+
+TEST(ShardPartitionsTest, RandomProgramsKeepTheLaterStamp) {
+  std::map<uint16_t, int> partitions;
+  uint64_t snapshots = 0;
+  uint64_t refusals = 0;
+  for (uint64_t seed = 1; seed <= 100 && !HasFailure(); ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    PartitionProgram program(seed);
+    program.Run(1'500);
+    ++partitions[program.partitions()];
+    snapshots += program.snapshots_checked();
+    refusals += program.refusals();
+  }
+  EXPECT_GE(partitions.size(), 3u) << "some grow, some do not";
+  EXPECT_GT(snapshots, 1'000u);
+  EXPECT_GT(refusals, 100u) << "some run out of room";
+}
+
+// ---------------------------------------------------------------------------------------------
+// The hot path
+
+TEST(ShardPartitionsTest, ForwardingTakesNoMemory) {
+  PartitionRig rig(4);
+  RigSession session = rig.OpenAt(rig.ShardOfPartition(0));
+  for (uint64_t i = 0; i < 200; ++i) (void)rig.Observe(&session, Upsert(IdAt(i)));
+  rig.poll_allocations = 0;
+  for (uint64_t i = 0; i < 400; ++i) (void)rig.Observe(&session, Upsert(IdAt(i % 200), 2));
+  EXPECT_EQ(rig.poll_allocations, 0u);
+}
+
+}  // namespace
+}  // namespace engram
