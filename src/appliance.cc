@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "src/core/check.h"
+#include "src/core/hash.h"
 
 namespace engram {
 
@@ -14,9 +15,10 @@ Result<std::unique_ptr<Appliance>> Appliance::Create(const ApplianceOptions& opt
   const auto ingest_cores = static_cast<uint16_t>(networks.size());
   mesh_options.producers = static_cast<uint16_t>(ingest_cores + (options.gateway ? 1 : 0));
   mesh_options.shards = options.shards;
-  // A space has one partition until shards forward to each other.
-  auto spaces = std::make_unique<SpaceCatalogue>(options.max_spaces, options.shards, 1,
-                                                 options.space_defaults);
+  auto spaces = std::make_unique<SpaceCatalogue>(
+      options.max_spaces, options.shards,
+      options.max_partitions == 0 ? options.shards : options.max_partitions,
+      options.space_defaults, MixBits(~options.shard.seed));
   for (const auto& [name, settings] : options.spaces) {
     if (spaces->Configure(name, settings) == nullptr) {
       return Fail(ErrorCode::kResourceExhausted,

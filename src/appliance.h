@@ -25,6 +25,8 @@ struct ApplianceOptions {
   // One producer more, for TakeGatewayPort.
   bool gateway = false;
   uint32_t max_spaces = 10'000;
+  // To how many partitions a space may grow, at most `shards`; 0: that many.
+  uint16_t max_partitions = 0;
   // For spaces that are not configured; what it leaves open is cosine, f32, one partition.
   SpaceSettings space_defaults;
   std::vector<std::pair<std::string, SpaceSettings>> spaces;

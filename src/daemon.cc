@@ -104,15 +104,19 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
   options.shard.huge_pages = config.huge_pages;
   options.shard.default_ef = config.index.default_ef;
   options.max_spaces = config.limits.max_spaces;
+  options.max_partitions = static_cast<uint16_t>(config.index.max_partitions);
   options.space_defaults.precision = config.index.precision;
+  options.space_defaults.partitions = static_cast<uint16_t>(config.index.partitions);
   for (const SpaceConfig& space : config.spaces) {
     SpaceSettings settings;
     settings.metric = space.metric;
     settings.precision = space.precision;
     settings.dimension = static_cast<uint16_t>(space.dimension);
+    settings.partitions = static_cast<uint16_t>(space.partitions);
     options.spaces.emplace_back(space.name, settings);
   }
   options.shard.traversal = config.index.traversal;
+  options.shard.grow_partition_at = config.index.grow_partition_at;
   options.shard.max_sessions = config.limits.max_sessions;
   options.shard.session_idle_timeout_ns = config.limits.idle_timeout_s * kNanosPerSecond;
   options.shard.build.M = config.index.m;
@@ -273,10 +277,33 @@ bool Daemon::Prefault() {
   return made > 0;
 }
 
-bool Daemon::ServeUntil(const std::atomic<bool>& stop) {
+// The spaces that have more partitions than when this was called last.
+void Daemon::NoteGrowth(const NoteFn& note) {
+  uint64_t growths = 0;
+  for (size_t s = 0; s < appliance_->shards(); ++s) {
+    growths += appliance_->shard(s).counter(ShardCounter::kSpacesGrown).Read();
+  }
+  if (growths == growths_noted_) return;
+  growths_noted_ = growths;
+  const SpaceCatalogue& spaces = appliance_->spaces();
+  partitions_noted_.resize(spaces.size());
+  for (uint32_t index = 0; index < partitions_noted_.size(); ++index) {
+    const SpaceEntry& space = *spaces.At(index);
+    const uint16_t partitions = space.partitions();
+    const uint16_t before = std::max(partitions_noted_[index], space.first_partitions());
+    partitions_noted_[index] = partitions;
+    if (partitions > before) {
+      note("space " + std::string(space.name()) + " has grown to " + std::to_string(partitions) +
+           " partitions");
+    }
+  }
+}
+
+bool Daemon::ServeUntil(const std::atomic<bool>& stop, const NoteFn& note) {
   auto bell = Doorbell::Create();
   CHECK(bell.has_value(), "a descriptor is left for the control plane");
   while (!stop.load()) {
+    NoteGrowth(note);
     if (!Prefault()) bell->Wait(kControlPeriodNs);
   }
   const int64_t deadline_ns = clock_->MonotonicNs() + kDrainDeadlineNs;

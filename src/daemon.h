@@ -1,6 +1,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
@@ -32,9 +33,10 @@ class Daemon {
   Daemon& operator=(const Daemon&) = delete;
 
   // Does the control plane's chores on the calling thread until `stop` is true; then stops
-  // accepting, settles what was taken, says close to every client and joins the threads. True when
-  // all connections ended in time.
-  bool ServeUntil(const std::atomic<bool>& stop);
+  // accepting, settles what was taken, says close to every client and joins the threads. `note`
+  // receives lines for the log. True when all connections ended in time.
+  using NoteFn = std::function<void(const std::string&)>;
+  bool ServeUntil(const std::atomic<bool>& stop, const NoteFn& note);
 
   const std::vector<Endpoint>& endpoints() const { return endpoints_; }
   // Where gRPC is served; nullptr: nowhere.
@@ -59,6 +61,7 @@ class Daemon {
   Result<void> StartGrpc(const Config& config);
   void RunCore(const Core& core, std::atomic<int>* started, std::atomic<bool>* failed);
   bool Prefault();
+  void NoteGrowth(const NoteFn& note);
   void Join();
 
   Clock* const clock_;
@@ -69,6 +72,8 @@ class Daemon {
   CoreRunner* gateway_runner_ = nullptr;
   std::vector<std::unique_ptr<Core>> cores_;
   std::vector<std::thread> threads_;
+  uint64_t growths_noted_ = 0;
+  std::vector<uint16_t> partitions_noted_;  // by space
   std::atomic<bool> drain_{false};
   std::vector<std::unique_ptr<std::atomic<bool>>> drained_;  // by ingress core
   // Last: its threads use what stands above.

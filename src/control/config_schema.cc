@@ -21,7 +21,6 @@ constexpr std::string_view kNoQueueLimit =
 constexpr std::string_view kNoBatchLimit = "a shard takes what one round has room for";
 constexpr std::string_view kNoPressure = "credit alone slows a sender down";
 constexpr std::string_view kChosen = "chosen from the machine";
-constexpr std::string_view kOnePartition = "a space lives on one shard";
 constexpr std::string_view kNoQuota = "the memory of its shard is the only bound";
 
 template <typename T>
@@ -68,11 +67,13 @@ void AddIndexFields(IndexConfig* index, std::vector<SchemaField>* fields) {
   add({"index", "keep_pruned", SwitchField{&index->keep_pruned}});
   add({"index", "precision", PrecisionChoice(&index->precision)});
   add({"index", "traversal", Choice(&index->traversal, Traversal::kInt8, {"int8", "exact"})});
-  add({"index", "partitions", Integer(&index->partitions, 1, kMaxCoresOfRole), kOnePartition});
-  add({"index", "grow_partition_at", Integer(&index->grow_partition_at, 0, kMaxObservations),
-       kOnePartition});
-  add({"index", "max_partitions", Integer(&index->max_partitions, 1, kMaxCoresOfRole),
-       kOnePartition, "as many as there are shards"});
+  add({"index", "partitions", Integer(&index->partitions, 1, kMaxCoresOfRole)});
+  add({"index", "grow_partition_at", Integer(&index->grow_partition_at, 0, kMaxObservations)});
+  add({"index",
+       "max_partitions",
+       Integer(&index->max_partitions, 1, kMaxCoresOfRole),
+       {},
+       "as many as there are shards"});
 }
 
 void AddLimitFields(LimitsConfig* limits, std::vector<SchemaField>* fields) {
@@ -161,7 +162,7 @@ std::vector<SchemaField> FieldsOf(SpaceConfig* space) {
        {},
        "cosine"});
   add({"space", "precision", PrecisionChoice(&space->precision)});
-  add({"space", "partitions", Integer(&space->partitions, 1, kMaxCoresOfRole), kOnePartition});
+  add({"space", "partitions", Integer(&space->partitions, 1, kMaxCoresOfRole)});
   add({"space", "durability",
        Choice(&space->durability, Durability::kFsync, {"fsync", "interval", "memory"}),
        "observations stay in memory only"});

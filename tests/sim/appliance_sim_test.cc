@@ -19,6 +19,8 @@ struct SimOptions {
   uint16_t shards = 2;
   uint32_t lane_capacity = 512;
   size_t max_chunk_bytes = 700;
+  uint16_t partitions = 1;
+  uint64_t grow_partition_at = 0;
 };
 
 // An appliance, its networks and clients, stepped in an order drawn from the seed.
@@ -43,6 +45,8 @@ class Simulation {
     appliance_options.max_spaces = 64;
     appliance_options.shard.max_sessions = 256;
     appliance_options.shard.seed = options.seed;
+    appliance_options.shard.grow_partition_at = options.grow_partition_at;
+    appliance_options.space_defaults.partitions = options.partitions;
     appliance_options.mesh.lane_capacity = options.lane_capacity;
     appliance_options.mesh.recall_lane_capacity = 64;
     auto appliance = Appliance::Create(appliance_options, &clock_, networks);
@@ -156,6 +160,47 @@ TEST(ApplianceSim, TenClientsInTenSpacesSettleEverythingInOrder) {
 }
 
 // Would catch: anything that depends on addresses, the machine's clock, or uninitialised memory.
+// One space over eight shards, which grows while its clients write to it. Their checks then cover
+// the merging of recalls: what was acked is the first hit of a recall by its own vector, wherever it
+// is stored.
+TEST(ApplianceSim, ClientsOfOneSpaceSpreadItOverEightShards) {
+  for (const uint16_t partitions : {1, 3, 8}) {
+    Simulation simulation({.seed = 11 + uint64_t{partitions},
+                           .ingress_cores = 2,
+                           .shards = 8,
+                           .partitions = partitions,
+                           .grow_partition_at = 60});
+    for (uint64_t i = 0; i < 8; ++i) {
+      SimClientOptions options = ClientOf(300 + i, "busy");
+      options.invalid_percent = 5;
+      options.observations = 150;
+      options.id_prefix = "c" + std::to_string(i) + "-";
+      simulation.AddClient(options);
+    }
+    ASSERT_TRUE(simulation.Run());
+    simulation.ExpectNoViolations();
+    const SpaceEntry& space = *simulation.appliance().spaces().Find("busy");
+    EXPECT_EQ(space.partitions(), partitions == 3 ? 6u : 8u);
+    size_t live = 0;
+    size_t stored = 0;
+    size_t recalls = 0;
+    for (uint16_t p = 0; p < space.partitions(); ++p) {
+      const Shard& shard = simulation.appliance().shard(space.ShardOf(p).value());
+      ASSERT_NE(shard.FindSpace("busy"), nullptr) << "partition " << p;
+      EXPECT_GT(shard.FindSpace("busy")->live(), 0u) << "partition " << p;
+      live += shard.FindSpace("busy")->live();
+      EXPECT_TRUE(shard.CheckInvariants().has_value());
+    }
+    for (const auto& client : simulation.clients()) {
+      stored += client->stored().size();
+      recalls += client->recalls_answered();
+      EXPECT_GT(client->recalls_answered(), 20u);
+    }
+    EXPECT_EQ(live, stored) << "each is stored once";
+    EXPECT_GT(recalls, 200u);
+  }
+}
+
 TEST(ApplianceSim, TheSameSeedGivesTheSameTrace) {
   const auto digest_of = [](uint64_t seed) {
     Simulation simulation({.seed = seed, .ingress_cores = 2, .shards = 2});

@@ -21,7 +21,7 @@ SimClient::SimClient(SimulatedNetwork* network, const SimClientOptions& options)
       handle_(network->ClientConnect()) {
   for (uint32_t i = 0; i < options.observations; ++i) {
     Observation observation;
-    observation.id = "o" + std::to_string(i);
+    observation.id = options.id_prefix + std::to_string(i);
     for (uint16_t d = 0; d < options.dimension; ++d) {
       observation.vector.push_back(static_cast<float>(random_.Below(2001)) / 1000 - 1);
     }

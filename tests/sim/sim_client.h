@@ -22,6 +22,7 @@ struct SimClientOptions {
   uint32_t invalid_percent = 0;  // share of observations that must be refused
   uint32_t recall_percent = 30;  // chance of a recall after each ack
   bool honours_credit = true;
+  std::string id_prefix = "o";
   uint64_t seed = 1;
 };
 
