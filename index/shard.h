@@ -140,6 +140,7 @@ class Shard {
   template <typename Request>
   const Request* BeginAnswer(size_t producer, SlotId slot);
   RefusalReason JudgeAnswer() const;
+  bool MayAnswer(uint32_t space);
   void BeginRecall(size_t producer, SlotId slot);
   void BeginGet(size_t producer, SlotId slot);
   void BeginScroll(size_t producer, SlotId slot);

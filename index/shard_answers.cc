@@ -51,17 +51,24 @@ RefusalReason Shard::JudgeAnswer() const {
   return RefusalReason::kNone;
 }
 
+// False when it was answered with the reason why not.
+bool Shard::MayAnswer(uint32_t space) {
+  RefusalReason reason = JudgeAnswer();
+  if (reason == RefusalReason::kNone && space == kNoNode) reason = RefusalReason::kUnknownSpace;
+  if (reason == RefusalReason::kNone) return true;
+  FinishAnswer(CompletionKind::kRecallDone, reason);
+  return false;
+}
+
 void Shard::BeginRecall(size_t producer, SlotId slot) {
   const auto* request = BeginAnswer<RecallRequest>(producer, slot);
   counters_[ShardCounter::kRecalls].Add(1);
   const uint32_t space = FindSpaceIndex(request->space.view());
-  RefusalReason reason = JudgeAnswer();
-  if (reason == RefusalReason::kNone) reason = RefusalReason::kUnknownSpace;
-  if (reason == RefusalReason::kUnknownSpace && space != kNoNode &&
-      spaces_[space]->dimension() != 0) {
-    const auto* vector = reinterpret_cast<const std::byte*>(request) + kRequestBodyOffset;
-    reason = recall_.Begin(*spaces_[space], *request, vector, options_.default_ef);
-  }
+  // Before its dimension is known nothing was stored.
+  if (!MayAnswer(space != kNoNode && spaces_[space]->dimension() != 0 ? space : kNoNode)) return;
+  const auto* vector = reinterpret_cast<const std::byte*>(request) + kRequestBodyOffset;
+  const RefusalReason reason =
+      recall_.Begin(*spaces_[space], *request, vector, options_.default_ef);
   if (reason == RefusalReason::kNone) {
     answering_ = Answering::kSearching;
   } else {
@@ -72,10 +79,7 @@ void Shard::BeginRecall(size_t producer, SlotId slot) {
 void Shard::BeginGet(size_t producer, SlotId slot) {
   const auto* request = BeginAnswer<GetRequest>(producer, slot);
   const uint32_t space = FindSpaceIndex(request->space.view());
-  if (space == kNoNode) {
-    FinishAnswer(CompletionKind::kRecallDone, RefusalReason::kUnknownSpace);
-    return;
-  }
+  if (!MayAnswer(space)) return;
   const auto* id = reinterpret_cast<const char*>(request) + kRequestBodyOffset;
   const NodeId node = spaces_[space]->FindLive({id, request->id_bytes});
   listed_.clear();
@@ -89,10 +93,7 @@ void Shard::BeginScroll(size_t producer, SlotId slot) {
   // The answer's part of the request.
   auto* request = const_cast<ScrollRequest*>(asked);
   const uint32_t space = FindSpaceIndex(request->space.view());
-  if (space == kNoNode) {
-    FinishAnswer(CompletionKind::kRecallDone, RefusalReason::kUnknownSpace);
-    return;
-  }
+  if (!MayAnswer(space)) return;
   listed_.clear();
   const size_t limit = std::clamp<size_t>(request->limit, 1, kMaxRecallResults);
   spaces_[space]->Scroll(&request->cursor, limit, &listed_);

@@ -285,6 +285,36 @@ TEST(HnswSearchTest, TheScratchMayGrowWhileASearchIsUnderWay) {
   }
 }
 
+// The graph grows beyond the scratch's room between two slices, and the descent ends at a node that
+// the room does not reach: the others are found all the same.
+TEST(HnswSearchTest, ASearchMayBeginAtANodeBeyondItsRoom) {
+  GraphFixture fixture(Metric::kL2, 2, {.M = 4, .M0 = 8, .ef_construction = 16});
+  const TestVectors data = GaussianVectors(4'096, 2, 41);
+  for (NodeId node = 0; node < 60; ++node) fixture.Link(fixture.Store(data[node]));
+  SearchScratch scratch(&fixture.heap);
+  ASSERT_TRUE(scratch.Reserve(fixture.stored));
+  while (fixture.stored < scratch.capacity()) fixture.Store(data[60]);
+  struct AllLive {
+    bool operator()(NodeId) const { return true; }
+  };
+  // Nodes beyond the room, until one of them is the entry point.
+  const SearchTarget target = fixture.TargetOf(5);
+  NodeId entry = 0;
+  while (entry < scratch.capacity()) {
+    fixture.Link(fixture.Store(data[5]));
+    entry = fixture.graph.entry_point();
+    ASSERT_LT(fixture.stored, 10'000u);
+  }
+  GraphSearch<AllLive> search;
+  search.Begin(target, 1, 1'000, &scratch);
+  while (!search.Step(7)) {
+  }
+  std::vector<Neighbour> found(60);
+  ASSERT_EQ(search.TakeResults(found), 1u);
+  EXPECT_EQ(found[0].distance, 0.0F);
+  EXPECT_EQ(found[0].node, 5u) << "of equal distances the lower node";
+}
+
 // Marks of 65,535 searches ago must not pass for this search's. Between the two searches of the
 // larger graph, its marks are left alone by searches of a graph of one node.
 TEST(HnswSearchTest, VisitedMarksComeRound) {

@@ -3,9 +3,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -734,6 +736,52 @@ TEST(ShardPartitionsTest, RandomProgramsKeepTheLaterStamp) {
   EXPECT_GE(partitions.size(), 3u) << "some grow, some do not";
   EXPECT_GT(snapshots, 1'000u);
   EXPECT_GT(refusals, 100u) << "some run out of room";
+}
+
+// ---------------------------------------------------------------------------------------------
+// Threads
+
+// Each shard on its own thread, for ThreadSanitizer: what travels between them is published before
+// it is read.
+TEST(ShardPartitionsTest, ShardsOnTheirOwnThreads) {
+  constexpr size_t kThreads = 4;
+  constexpr uint64_t kBatch = 50;
+  PartitionRig rig(2, Options(20), kShards, 2);
+  RigSession sessions[] = {rig.OpenAt(rig.ShardOfPartition(0), 0),
+                           rig.OpenAt(rig.ShardOfPartition(1), 1)};
+  rig.polled_elsewhere = true;
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+  for (size_t t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&rig, &stop, t] {
+      while (!stop.load()) {
+        int work = 0;
+        for (size_t s = t; s < kShards; s += kThreads) work += rig.shards[s]->Poll();
+        if (work == 0) std::this_thread::yield();
+      }
+    });
+  }
+  // Many at once, as the threads may share few processors. Each session has its own ids.
+  std::map<std::string, std::string> expected;
+  for (int round = 0; round < 12; ++round) {
+    for (RigSession& session : sessions) {
+      for (uint64_t i = 0; i < kBatch; ++i) {
+        const std::string id = std::to_string(session.shard) + IdAt((i * 7) % 40);
+        const bool removes = (i + static_cast<uint64_t>(round)) % 5 == 0;
+        const std::string payload = std::to_string(session.next);
+        rig.PushObserve(session, session.next++, removes ? Remove(id) : Upsert(id, 1, payload));
+        expected[id] = removes ? "held 0 times" : payload;
+      }
+    }
+    ASSERT_TRUE(rig.PollUntil([&] { return rig.outstanding(0) + rig.outstanding(1) == 0; }));
+  }
+  stop.store(true);
+  for (std::thread& thread : threads) thread.join();
+  rig.polled_elsewhere = false;
+  for (const auto& [producer, completion] : rig.completions) EXPECT_EQ(completion.reason, kNone);
+  EXPECT_EQ(rig.space().partitions(), 4u);
+  for (const auto& [id, payload] : expected) EXPECT_EQ(rig.PayloadOf(id), payload) << id;
+  rig.ExpectNothingLeft();
 }
 
 // ---------------------------------------------------------------------------------------------

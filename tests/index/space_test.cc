@@ -588,6 +588,130 @@ TEST(SpaceTest, ASnapshotSeesWhatLivedThen) {
   EXPECT_LT(rig.space->node_count(), 300u) << "what is past the horizon gives its place";
 }
 
+// On another core: a recall of a snapshot that was allowed when it began finds what lived then, to
+// its end, whatever the horizon does meanwhile and however late the reader came.
+TEST(SpaceTest, ASweepWaitsForWhoBeganBeforeTheHorizonRose) {
+  SpaceOptions options = TestSpaceOptions(Metric::kL2, 1, kBuild);
+  options.graph_from = 0;
+  SpaceRig rig(options, size_t{8} << 20);
+  rig.keep = 1'000;
+  for (int i = 0; i < 200; ++i) {
+    ASSERT_EQ(rig.Upsert("id" + std::to_string(i), VectorDtype::kF32, {static_cast<float>(i)}),
+              RefusalReason::kNone);
+  }
+  rig.LinkAll();
+  const CommitStamp before_delete = rig.stamp;
+  ASSERT_TRUE(rig.Delete("id7"));
+  // The writer finds that the sweep would be too early. Only then comes the reader.
+  ASSERT_TRUE(rig.space->WantsSweep());
+  ASSERT_FALSE(rig.space->BeginSweep(&rig.sweep));
+  const float seven = 7;
+  RecallRequest request;
+  request.dtype = VectorDtype::kF32;
+  request.dimension = 1;
+  request.k = 1;
+  request.snapshot = before_delete;
+  RecallJob reader(&rig.other_memory.heap);
+  {
+    const ReaderGuard guard(&rig.epochs, 0);
+    ASSERT_EQ(reader.Begin(*rig.space, request, reinterpret_cast<const std::byte*>(&seven), 64),
+              RefusalReason::kNone);
+    rig.space->SetHorizon(rig.stamp);
+    EXPECT_FALSE(rig.space->BeginSweep(&rig.sweep)) << "the reader is inside";
+    for (int i = 0; i < 50; ++i) rig.Link(UINT32_MAX);
+    while (!reader.Search(1)) {
+    }
+    std::vector<std::byte> slot(4'096);
+    ASSERT_TRUE(reader.EmitBatch(slot));
+    std::vector<Hit> hits;
+    ReadBatch(slot.data(), &hits);
+    ASSERT_EQ(hits.size(), 1u);
+    EXPECT_EQ(hits[0].id, "id7");
+    EXPECT_EQ(reader.Begin(*rig.space, request, reinterpret_cast<const std::byte*>(&seven), 64),
+              RefusalReason::kSnapshotTooOld);
+  }
+  rig.LinkAll();
+  rig.space->Reclaim(100);
+  EXPECT_EQ(rig.space->retired(), 0u);
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+}
+
+// While nothing but ended nodes waits for the horizon the list is not turned over and over.
+TEST(SpaceTest, NothingIsDoneWhileEndedNodesWaitForTheHorizon) {
+  SpaceOptions options = TestSpaceOptions(Metric::kL2, 1, kBuild);
+  options.graph_from = 0;
+  SpaceRig rig(options, size_t{8} << 20);
+  rig.keep = 1'000;
+  for (int i = 0; i < 10; ++i) {
+    ASSERT_EQ(rig.Upsert("id" + std::to_string(i), VectorDtype::kF32, {static_cast<float>(i)}),
+              RefusalReason::kNone);
+  }
+  for (int i = 0; i < 10; ++i) ASSERT_TRUE(rig.Delete("id" + std::to_string(i)));
+  const size_t before = rig.memory.heap.live_bytes();
+  const std::byte* const unused = rig.memory.arena.Allocate(kCacheLineBytes, kCacheLineBytes);
+  for (int i = 0; i < 1'000; ++i) ASSERT_EQ(rig.space->NextToLink(), kNoNode);
+  EXPECT_EQ(rig.memory.heap.live_bytes(), before);
+  EXPECT_EQ(rig.memory.arena.Allocate(kCacheLineBytes, kCacheLineBytes), unused + kCacheLineBytes)
+      << "no run of the list was made";
+  rig.space->SetHorizon(rig.stamp);
+  EXPECT_EQ(rig.space->NextToLink(), kNoNode);
+  rig.space->Reclaim(100);
+  EXPECT_EQ(rig.space->retired(), 0u);
+}
+
+// Ended nodes between live ones give their places back also where nothing new is stored.
+TEST(SpaceTest, ScatteredDeletesOfASmallSpaceGiveTheirMemoryBack) {
+  SpaceRig rig(Metric::kL2, 1, size_t{8} << 20);
+  for (int i = 0; i < 1'000; ++i) {
+    ASSERT_EQ(rig.Upsert(std::to_string(i), VectorDtype::kF32, {static_cast<float>(i)}),
+              RefusalReason::kNone);
+  }
+  for (int i = 5; i < 1'000; i += 5) ASSERT_TRUE(rig.Delete(std::to_string(i)));
+  rig.space->SetHorizon(rig.stamp - 150);
+  EXPECT_EQ(rig.space->NextToLink(), kNoNode);
+  rig.space->Reclaim(1'000);
+  EXPECT_EQ(rig.space->retired(), 199u) << "some of them may still be asked for";
+  rig.space->SetHorizon(rig.stamp);
+  EXPECT_EQ(rig.space->NextToLink(), kNoNode);
+  rig.space->Reclaim(1'000);
+  EXPECT_EQ(rig.space->retired(), 0u);
+  // A few are not worth it.
+  for (int i = 1; i < 50; i += 5) ASSERT_TRUE(rig.Delete(std::to_string(i)));
+  EXPECT_EQ(rig.space->NextToLink(), kNoNode);
+  rig.space->Reclaim(1'000);
+  EXPECT_EQ(rig.space->retired(), 10u);
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall({77}, 30, VectorDtype::kF32));
+}
+
+TEST(SpaceTest, AFullMemoryTakesAsManyAsAreDeletedWhereverTheyLie) {
+  for (const int every : {1, 7, 100}) {
+    SpaceRig rig(Metric::kL2, 1, size_t{2} << 20);
+    int stored = 0;
+    while (rig.Upsert(std::to_string(stored), VectorDtype::kF32, {static_cast<float>(stored)},
+                      std::string(300, 'p')) == RefusalReason::kNone) {
+      ++stored;
+    }
+    ASSERT_FALSE(rig.space->has_graph());
+    int deleted = 0;
+    for (int i = stored - 1; i > 100 && deleted < 30; i -= every) {
+      ASSERT_TRUE(rig.Delete(std::to_string(i)));
+      ++deleted;
+    }
+    EXPECT_EQ(rig.space->NextToLink(), kNoNode);
+    rig.space->Reclaim(1'000);
+    EXPECT_EQ(rig.space->retired(), 0u);
+    for (int i = 0; i < deleted; ++i) {
+      ASSERT_EQ(rig.Upsert("new" + std::to_string(i), VectorDtype::kF32, {-1.0F - i},
+                           std::string(300, 'p')),
+                RefusalReason::kNone)
+          << i << " of " << deleted;
+    }
+    ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+    ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall({0}, 60, VectorDtype::kF32));
+  }
+}
+
 // Every id once, whatever comes and goes between the pages.
 TEST(SpaceTest, AScrollVisitsWhatStaysExactlyOnce) {
   SpaceRig rig(Metric::kL2, 1, size_t{64} << 20);
