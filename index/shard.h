@@ -49,7 +49,7 @@ struct ShardOptions {
   // Cores other than the shard's that may recall at a time.
   uint32_t readers = 1;
   // Observations of a space in this shard from which on the space grows to twice as many
-  // partitions; 0: never.
+  // partitions; 0: never. It also grows where unlinked_limit_bytes is reached.
   uint64_t grow_partition_at = 250'000;
   // Observations that may be under way to the shards that own them.
   uint32_t max_forwards = 8'192;

@@ -282,14 +282,21 @@ bool Shard::TakePeerRequest(ShardId home, const PeerMessage& message) {
   return true;
 }
 
-// A partition of the newest half that is full doubles them: the older half keeps what it had, so it
-// would go on being full.
+// A partition of the newest half that is full, or busy (more waits for the graph than credit is given
+// for), doubles them. The older half keeps what it had, so it would go on being full.
 void Shard::GrowIfFull(uint32_t space) {
-  const uint64_t limit = options_.grow_partition_at;
-  if (limit == 0 || spaces_[space]->live() < limit) return;
   SpaceEntry& entry = *entries_[space];
   const uint16_t partitions = entry.partitions();
-  if (partition_of_[space] < partitions / 2) return;
+  if (options_.grow_partition_at == 0 || partitions == entry.max_partitions() ||
+      partition_of_[space] < partitions / 2) {
+    return;
+  }
+  const Space& part = *spaces_[space];
+  const bool is_full = part.live() >= options_.grow_partition_at;
+  const bool is_busy =
+      part.has_graph() &&
+      part.unlinked_count() >= part.NodesInBytes(options_.unlinked_limit_bytes);
+  if (!is_full && !is_busy) return;
   if (entry.Grow(partitions)) counters_[ShardCounter::kSpacesGrown].Add(1);
 }
 

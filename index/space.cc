@@ -24,6 +24,8 @@ constexpr uint64_t kLeastBusySweep = 64;
 constexpr uint64_t kMostSweepShare = 8;
 constexpr int kTombstonesAtOnce = 64;
 constexpr int kEndedAtOnce = 64;
+// Without a graph: as many ended nodes as this share of the live ones are taken out of the list.
+constexpr uint64_t kEndedShare = 8;
 
 using Numbers = std::array<float, kMaxDimension>;
 
@@ -104,10 +106,14 @@ StoreOutcome Space::Upsert(const ObservationRef& observation, CommitStamp stamp,
   }
 
   const NodeId node = TakeNode();
-  if (node == kNoNode) return {.reason = RefusalReason::kMemoryFull};
+  if (node == kNoNode) {
+    memory_short_ = true;
+    return {.reason = RefusalReason::kMemoryFull};
+  }
   if (!WriteText(&nodes_[node], observation) || !ReserveFresh() ||
       (old == kNoNode && !ids_.Insert(hash, node))) {
     FreeNode(node);
+    memory_short_ = true;
     return {.reason = RefusalReason::kMemoryFull};
   }
   code_format_->Encode(numbers.data(), codes_->Row(node));
@@ -165,8 +171,9 @@ void Space::NoteSuperseded(uint64_t hash, NodeId node) {
 // 1. Among the versions of the id that are remembered: the one that lived at the stamp, and the stamp
 //    at which the next one, or a tombstone, follows.
 // 2. The former ends here.
-// 3. An upsert is stored as a version that has ended. Where memory is short it is left out: only a
-//    recall of such a snapshot could tell.
+// 3. It is stored as a version that has ended; a delete as one that no snapshot sees, for what may
+//    still come with an earlier stamp. Where memory is short it is left out: only a recall of such a
+//    snapshot could tell.
 void Space::StoreLate(const ObservationRef& observation, bool is_upsert, const float* numbers,
                       uint64_t hash, NodeId latest, CommitStamp stamp) {
   CommitStamp next = Load(stamps_[latest].begin);
@@ -187,17 +194,19 @@ void Space::StoreLate(const ObservationRef& observation, bool is_upsert, const f
       Store(&stamps_[node].end, stamp);
     }
   }
-  if (!is_upsert) return;
+  if (dimension() == 0) return;  // Nothing but deletes so far, and no rows for a place in the list.
   const NodeId node = TakeNode();
   if (node == kNoNode) return;
   if (!WriteText(&nodes_[node], observation) || !ReserveFresh()) {
     FreeNode(node);
     return;
   }
-  code_format_->Encode(numbers, codes_->Row(node));
-  if (exact_) exact_format_->Encode(numbers, exact_->Row(node));
+  if (is_upsert) {
+    code_format_->Encode(numbers, codes_->Row(node));
+    if (exact_) exact_format_->Encode(numbers, exact_->Row(node));
+  }
   Store(&stamps_[node].begin, stamp);
-  Store(&stamps_[node].end, next);
+  Store(&stamps_[node].end, is_upsert ? next : stamp);
   nodes_[node].state = NodeState::kEnded;
   fresh_.Append(node);
   ++retired_;
@@ -272,12 +281,28 @@ void Space::ListRetired(NodeId node) {
   ++retired_linked_;
 }
 
-// Without a graph nobody takes from the front of the list, so what has ended leaves it here.
+// Without a graph nobody takes from the front of the list, so what has ended leaves it where a new
+// run is begun.
+bool Space::KeepsInList(NodeId node) const {
+  return has_graph_ || nodes_[node].state != NodeState::kEnded || !IsPast(node);
+}
+
 bool Space::ReserveFresh() {
-  const auto keep = [this](NodeId node) {
-    return has_graph_ || nodes_[node].state != NodeState::kEnded || !IsPast(node);
-  };
-  return fresh_.Reserve(keep, [this](NodeId node) { PutInLine(node); });
+  return fresh_.Reserve([this](NodeId node) { return KeepsInList(node); },
+                        [this](NodeId node) { PutInLine(node); });
+}
+
+// Where there are enough of them, or their memory is missed, once all of them are past.
+void Space::DropEnded() {
+  const uint64_t ended = fresh_.size() - unlinked_;
+  if (ended == 0 || (!memory_short_ && ended * kEndedShare < unlinked_)) return;
+  if (drop_end_ == kNoStamp) drop_end_ = latest_stamp();
+  if (horizon() < drop_end_) return;
+  const bool renewed = fresh_.Renew([this](NodeId node) { return KeepsInList(node); },
+                                    [this](NodeId node) { PutInLine(node); });
+  if (!renewed) return;
+  drop_end_ = kNoStamp;
+  memory_short_ = false;
 }
 
 void Space::Advance(CommitStamp stamp) {
@@ -344,13 +369,15 @@ void Space::FreeText(Node* node) {
 NodeId Space::NextToLink() {
   for (int passed = 0; passed < kEndedAtOnce; ++passed) {
     const NodeId node = fresh_.first();
-    if (node == kNoNode || nodes_[node].state != NodeState::kEnded) {
-      return has_graph_ ? node : kNoNode;
-    }
-    if (IsPast(node)) {
+    if (node != kNoNode && nodes_[node].state == NodeState::kEnded && IsPast(node)) {
       fresh_.PopFirst();
       PutInLine(node);
-    } else if (!has_graph_ || unlinked_ == 0 || !ReserveFresh()) {
+    } else if (!has_graph_) {
+      DropEnded();
+      return kNoNode;
+    } else if (node == kNoNode || nodes_[node].state != NodeState::kEnded) {
+      return node;
+    } else if (unlinked_ == 0 || !ReserveFresh()) {
       return kNoNode;
     } else {
       fresh_.MoveFirstToEnd();  // Still wanted; those behind it need not wait for the horizon.

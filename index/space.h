@@ -251,7 +251,9 @@ class Space {
                            uint32_t dimension, float* numbers) const;
   NodeId TakeNode();
   bool ReserveRows(size_t nodes);
+  bool KeepsInList(NodeId node) const;
   bool ReserveFresh();
+  void DropEnded();
   bool WriteText(Node* node, const ObservationRef& observation);
   void FreeText(Node* node);
   void EndVersion(NodeId node, CommitStamp stamp);
@@ -323,6 +325,9 @@ class Space {
   uint64_t retired_ = 0;
   uint64_t text_bytes_ = 0;
   bool has_graph_ = false;
+  // Without a graph: what had ended by drop_end_ leaves the list once the horizon has passed that.
+  CommitStamp drop_end_ = kNoStamp;
+  bool memory_short_ = false;  // an upsert was refused
 };
 
 }  // namespace engram

@@ -388,6 +388,23 @@ TEST(ShardPartitionsTest, ASpaceGrowsFromOneToFourWhileItIsFilled) {
   rig.ExpectNothingLeft();
 }
 
+TEST(ShardPartitionsTest, ASpaceGrowsWhereLinkingDoesNotKeepUp) {
+  for (const bool may_grow : {false, true}) {
+    ShardOptions options = Options(may_grow ? 1'000'000 : 0);
+    options.unlinked_limit_bytes = 128 * 5'000;
+    PartitionRig rig(1, options, 2);
+    RigSession session = rig.OpenAt(rig.ShardOfPartition(0));
+    for (uint64_t i = 0; i < 8'000; ++i) {
+      rig.PushObserve(session, session.next++, Upsert(IdAt(i), static_cast<float>(i)));
+      if (i % 50 == 0) rig.Poll();
+      while (rig.outstanding(0) > 200) rig.Poll();
+    }
+    rig.Settle();
+    EXPECT_EQ(rig.space().partitions(), may_grow ? 2u : 1u);
+    rig.ExpectNothingLeft();
+  }
+}
+
 TEST(ShardPartitionsTest, ASpaceGrowsNoFurtherThanItMay) {
   for (const uint64_t grow_at : {uint64_t{0}, uint64_t{10}}) {
     PartitionRig rig(1, Options(grow_at), 2);
