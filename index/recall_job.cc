@@ -39,12 +39,14 @@ RefusalReason RecallJob::Begin(const Space& space, const RecallRequest& request,
   const RefusalReason reason = space.PrepareQuery(request.dtype, request.dimension, request.scale,
                                                   vector, code_query_, exact_query_);
   if (reason != RefusalReason::kNone) return reason;
+  space_ = &space;
+  TakeSnapshot(request.snapshot);
+  // After the list of fresh nodes was taken: what left it before is past the horizon that is seen
+  // here.
   if (request.snapshot != kNoStamp && request.snapshot < space.horizon()) {
     return RefusalReason::kSnapshotTooOld;
   }
   if (!scratch_.Reserve(space.node_count())) return RefusalReason::kMemoryFull;
-  space_ = &space;
-  TakeSnapshot(request.snapshot);
   k_ = request.k;
   ef_ = std::max(request.ef == 0 ? default_ef : request.ef, k_);
   scan_exact_ = space.has_exact() && !space.has_linked();
@@ -136,7 +138,7 @@ void RecallJob::Merge() {
     phase_ = Phase::kCompare;
   } else {
     hits_.resize(std::min<size_t>(hits_.size(), k_));
-    phase_ = Phase::kReady;
+    FinishSearch();
   }
 }
 
@@ -156,6 +158,11 @@ void RecallJob::CompareSlice(uint32_t max_distances) {
   const size_t count = std::min<size_t>(hits_.size(), k_);
   std::partial_sort(hits_.begin(), hits_.begin() + static_cast<ptrdiff_t>(count), hits_.end());
   hits_.resize(count);
+  FinishSearch();
+}
+
+void RecallJob::FinishSearch() {
+  for (const NeighbourKey hit : hits_) space_->PrefetchObservation(NodeOf(hit));
   phase_ = Phase::kReady;
 }
 
@@ -177,8 +184,7 @@ void RecallJob::BeginEmit(bool with_payload, bool with_vector) {
   payload_sent_ = 0;
 }
 
-RecallJob::HitSize RecallJob::SizeOf(size_t index, size_t sent) const {
-  const StoredObservation stored = space_->Get(NodeOf(hits_[index]));
+RecallJob::HitSize RecallJob::SizeOf(const StoredObservation& stored, size_t sent) const {
   const bool fits = with_payload_ && sent + stored.payload.size() <= kMaxResultPayloadBytes;
   const size_t payload_bytes = fits ? stored.payload.size() : 0;
   const size_t vector_bytes = with_vector_ ? space_->dimension() * sizeof(float) : 0;
@@ -190,7 +196,9 @@ size_t RecallJob::NextBatchBytes(size_t max_bytes) const {
   size_t bytes = sizeof(ResultBatch);
   size_t sent = payload_sent_;
   for (size_t index = emitted_; index < hits_.size(); ++index) {
-    const HitSize size = SizeOf(index, sent);
+    const StoredObservation stored = space_->Get(NodeOf(hits_[index]));
+    __builtin_prefetch(stored.id.data());  // for EmitBatch
+    const HitSize size = SizeOf(stored, sent);
     if (bytes + size.hit_bytes > max_bytes) break;
     bytes += size.hit_bytes;
     sent += size.payload_bytes;
@@ -203,9 +211,11 @@ bool RecallJob::EmitBatch(std::span<std::byte> slot) {
   batch.metric = space_->metric();
   size_t bytes = sizeof(ResultBatch);
   while (emitted_ < hits_.size()) {
-    const HitSize size = SizeOf(emitted_, payload_sent_);
+    const StoredObservation stored = space_->Get(NodeOf(hits_[emitted_]));
+    const HitSize size = SizeOf(stored, payload_sent_);
     if (bytes + size.hit_bytes > slot.size()) break;
-    bytes += WriteHit(emitted_, slot.data() + bytes);
+    WriteHit(hits_[emitted_], stored, size, slot.data() + bytes);
+    bytes += size.hit_bytes;
     payload_sent_ += size.payload_bytes;
     ++emitted_;
     ++batch.count;
@@ -217,14 +227,12 @@ bool RecallJob::EmitBatch(std::span<std::byte> slot) {
   return batch.last;
 }
 
-size_t RecallJob::WriteHit(size_t index, std::byte* to) {
-  const NodeId node = NodeOf(hits_[index]);
-  const StoredObservation stored = space_->Get(node);
-  const HitSize size = SizeOf(index, payload_sent_);
+void RecallJob::WriteHit(NeighbourKey hit, const StoredObservation& stored, const HitSize& size,
+                         std::byte* to) const {
   const uint32_t dimension = with_vector_ ? space_->dimension() : 0;
   const bool omitted = with_payload_ && size.payload_bytes < stored.payload.size();
   const HitHeader header{.hit_bytes = static_cast<uint32_t>(size.hit_bytes),
-                         .score = scored_ ? space_->ScoreOf(DistanceOf(hits_[index])) : 0,
+                         .score = scored_ ? space_->ScoreOf(DistanceOf(hit)) : 0,
                          .when_ns = stored.when_ns,
                          .stamp = stored.stamp,
                          .confidence = stored.confidence,
@@ -237,14 +245,13 @@ size_t RecallJob::WriteHit(size_t index, std::byte* to) {
   std::byte* const end = to + size.hit_bytes;
   std::memcpy(to, &header, sizeof(header));
   to += sizeof(header);
-  if (dimension > 0) space_->GetVector(node, reinterpret_cast<float*>(to));
+  if (dimension > 0) space_->GetVector(NodeOf(hit), reinterpret_cast<float*>(to));
   to += dimension * sizeof(float);
   std::memcpy(to, stored.id.data(), stored.id.size());
   to += stored.id.size();
   if (size.payload_bytes > 0) std::memcpy(to, stored.payload.data(), size.payload_bytes);
   to += size.payload_bytes;
   std::fill(to, end, std::byte{0});
-  return size.hit_bytes;
 }
 
 }  // namespace engram

@@ -69,14 +69,16 @@ class RecallJob {
   void BeginSearch();
   void Merge();
   void CompareSlice(uint32_t max_distances);
+  void FinishSearch();
   void BeginEmit(bool with_payload, bool with_vector);
-  // What hit `index` brings, given the payload that was sent before it.
+  // What a hit brings, given the payload that was sent before it.
   struct HitSize {
     size_t payload_bytes;
     size_t hit_bytes;
   };
-  HitSize SizeOf(size_t index, size_t sent) const;
-  size_t WriteHit(size_t index, std::byte* to);
+  HitSize SizeOf(const StoredObservation& stored, size_t sent) const;
+  void WriteHit(NeighbourKey hit, const StoredObservation& stored, const HitSize& size,
+                std::byte* to) const;
 
   SearchScratch scratch_;
   GraphSearch<IsVisible> search_{IsVisible{nullptr, kNoStamp}};

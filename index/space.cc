@@ -166,14 +166,14 @@ void Space::NoteSuperseded(uint64_t hash, NodeId node) {
   superseded_[superseded_count_++ % kSupersededKept] = {hash, node};
 }
 
-// What came after a later one, `latest`, had been stored. Nothing that lives changes; but a snapshot
-// between the two stamps sees this one, and no longer what was there before it.
-// 1. Among the versions of the id that are remembered: the one that lived at the stamp, and the stamp
-//    at which the next one, or a tombstone, follows.
+// What came after a later one, `latest`, had been stored. Nothing that lives changes; but a
+// snapshot between the two stamps sees this one, and no longer what was there before it.
+// 1. Among the versions of the id that are remembered: the one that lived at the stamp, and when
+//    the next one, or a tombstone, follows.
 // 2. The former ends here.
 // 3. It is stored as a version that has ended; a delete as one that no snapshot sees, for what may
-//    still come with an earlier stamp. Where memory is short it is left out: only a recall of such a
-//    snapshot could tell.
+//    still come with an earlier stamp. Where memory is short it is left out: only a recall of such
+//    a snapshot could tell.
 void Space::StoreLate(const ObservationRef& observation, bool is_upsert, const float* numbers,
                       uint64_t hash, NodeId latest, CommitStamp stamp) {
   CommitStamp next = Load(stamps_[latest].begin);
@@ -485,7 +485,7 @@ RefusalReason Space::PrepareQuery(VectorDtype dtype, uint32_t dimension, float s
 
 StoredObservation Space::Get(NodeId node) const {
   const Node& stored = nodes_[node];
-  return {.id = IdOf(node),
+  return {.id = {reinterpret_cast<const char*>(stored.text), stored.id_bytes},
           .payload = {stored.text + stored.id_bytes, stored.payload_bytes},
           .payload_kind = stored.payload_kind,
           .when_ns = stored.when_ns,

@@ -52,8 +52,8 @@ struct StoredObservation {
   CommitStamp stamp = kNoStamp;
 };
 
-// What became of an upsert or a delete. Where a later stamp was there already nothing that lives has
-// changed, and that is no refusal.
+// What became of an upsert or a delete. Where a later stamp was there already nothing that lives
+// has changed, and that is no refusal.
 struct StoreOutcome {
   RefusalReason reason = RefusalReason::kNone;
   bool existed = false;          // there was a live observation with this id
@@ -134,6 +134,11 @@ class Space {
     return {&graph_, &*exact_, exact_format_->distance(), exact_format_->padded_dimension(), exact};
   }
   StoredObservation Get(NodeId node) const;
+  // Asks for what Get reads.
+  void PrefetchObservation(NodeId node) const {
+    __builtin_prefetch(&nodes_[node]);
+    __builtin_prefetch(&stamps_[node]);
+  }
   // Its vector as it is kept (of norm 1 under cosine): dimension() floats.
   void GetVector(NodeId node, float* out) const;
   // The metric's score of a distance (see Metric).
