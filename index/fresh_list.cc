@@ -11,6 +11,8 @@ namespace engram {
 namespace {
 
 constexpr size_t kLeastCapacity = 64;
+// A list of that many places belongs to a space with a graph, which takes from the front.
+constexpr size_t kMostSpare = 16'384;
 
 }  // namespace
 
@@ -19,16 +21,37 @@ FreshList::~FreshList() {
     FreeRun(std::exchange(oldest_retired_, oldest_retired_->next_retired));
   }
   if (Run* run = run_.load(std::memory_order_relaxed); run != nullptr) FreeRun(run);
+  if (spare_ != nullptr) FreeRun(spare_);
 }
 
-// For twice what it begins with, so that each node is copied about once.
-FreshList::Run* FreshList::NewRun(size_t nodes) {
-  const size_t capacity = std::bit_ceil(std::max(kLeastCapacity, nodes * 2));
+FreshList::Run* FreshList::AllocateRun(size_t capacity) {
   std::byte* block = heap_->Allocate(RunBytes(capacity));
   if (block == nullptr) return nullptr;
   bytes_ += RunBytes(capacity);
   return new (block)
       Run{.capacity = capacity, .head = 0, .tail = 0, .next_retired = nullptr, .retired_in = 0};
+}
+
+// For twice what it begins with, so that each node is copied about once; where memory is short the
+// spare one has to do.
+FreshList::Run* FreshList::NewRun(size_t nodes) {
+  Run* run = AllocateRun(std::bit_ceil(std::max(kLeastCapacity, nodes * 2)));
+  if (run != nullptr || spare_ == nullptr || spare_->capacity <= nodes) return run;
+  run = std::exchange(spare_, nullptr);
+  run->head.store(0, std::memory_order_relaxed);
+  run->tail.store(0, std::memory_order_relaxed);
+  run->next_retired = nullptr;
+  return run;
+}
+
+// So that what has ended can leave the list also when the memory is full, which may be why it
+// ended.
+void FreshList::MakeSpare(size_t capacity) {
+  if (capacity > kMostSpare || (spare_ != nullptr && spare_->capacity >= capacity)) return;
+  Run* spare = AllocateRun(capacity);
+  if (spare == nullptr) return;
+  if (spare_ != nullptr) FreeRun(spare_);
+  spare_ = spare;
 }
 
 void FreshList::FreeRun(Run* run) {
@@ -45,7 +68,12 @@ void FreshList::Retire(Run* run) {
 
 void FreshList::Reclaim() {
   while (oldest_retired_ != nullptr && epochs_->Passed(oldest_retired_->retired_in)) {
-    FreeRun(std::exchange(oldest_retired_, oldest_retired_->next_retired));
+    Run* run = std::exchange(oldest_retired_, oldest_retired_->next_retired);
+    if (spare_ == nullptr && run->capacity <= kMostSpare) {
+      spare_ = run;
+    } else {
+      FreeRun(run);
+    }
   }
   if (oldest_retired_ == nullptr) newest_retired_ = nullptr;
 }
@@ -67,6 +95,12 @@ void FreshList::PopFirst() {
   CHECK(size() > 0, "the list has a first node");
   Run* run = run_.load(std::memory_order_relaxed);
   run->head.store(run->head.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+}
+
+// At no moment is it in neither place.
+void FreshList::MoveFirstToEnd() {
+  Append(first());
+  PopFirst();
 }
 
 }  // namespace engram

@@ -15,11 +15,12 @@ namespace engram {
 // at the end, taken from the front, scanned by readers of other cores meanwhile.
 //
 // Nodes lie in a run of places that is written once from front to back. Where it is full, what is
-// left is copied to a new run; the old one stays as it is until no reader can be in it.
+// left is copied to a new run; the old one stays as it is until no reader can be in it. A spare run
+// is kept for a memory that is full.
 //
 // Thread safety: writing is the owner core's alone. A reader that is inside the epochs takes a
 // Snapshot and scans it; its places never change.
-// Invariants: a snapshot has every node that was in the list when it was taken.
+// Invariants: a snapshot has every node that was in the list when it was taken, once.
 class FreshList {
  private:
   struct Run {
@@ -56,22 +57,37 @@ class FreshList {
     Snapshot snapshot;
     const Run* run = run_.load(std::memory_order_acquire);
     if (run == nullptr) return snapshot;
-    const size_t head = run->head.load(std::memory_order_acquire);
-    const size_t tail = run->tail.load(std::memory_order_acquire);
+    size_t head = run->head.load(std::memory_order_acquire);
+    size_t tail = 0;
+    // Head and tail of one moment, or a node on its way from the front to the end may be missed.
+    for (;;) {
+      tail = run->tail.load(std::memory_order_acquire);
+      const size_t now = run->head.load(std::memory_order_acquire);
+      if (now == head) break;
+      head = now;
+    }
     snapshot.first_ = run->places() + head;
     snapshot.size_ = tail - head;
+    // A node that is on its way just now is at both places.
+    if (tail - head > 1 && snapshot[tail - head - 1] == snapshot[0]) --snapshot.size_;
     return snapshot;
   }
 
   // ---- For the owner core ----
 
-  // Makes sure that the next Append finds room. Where a new run is begun, nodes for which
-  // `keep(node)` is false are left out of it, and `drop(node)` is told. False when the heap is
-  // spent; nothing has changed then.
+  // Makes sure that the next Append finds room, by Renew where there is none. False when the heap
+  // is spent; nothing has changed then.
   template <typename Keep, typename Drop>
   bool Reserve(Keep&& keep, Drop&& drop) {
+    const Run* run = run_.load(std::memory_order_relaxed);
+    if (run != nullptr && run->tail.load(std::memory_order_relaxed) < run->capacity) return true;
+    return Renew(keep, drop);
+  }
+  // Begins a new run. Nodes for which `keep(node)` is false are left out of it, and `drop(node)` is
+  // told. False when the heap is spent; nothing has changed then.
+  template <typename Keep, typename Drop>
+  bool Renew(Keep&& keep, Drop&& drop) {
     Run* old = run_.load(std::memory_order_relaxed);
-    if (old != nullptr && old->tail.load(std::memory_order_relaxed) < old->capacity) return true;
     const Snapshot left = TakeSnapshot();
     size_t kept = 0;
     for (size_t i = 0; i < left.size(); ++i) kept += static_cast<size_t>(keep(left[i]));
@@ -88,6 +104,7 @@ class FreshList {
     run->tail.store(filled, std::memory_order_relaxed);
     run_.store(run, std::memory_order_release);
     if (old != nullptr) Retire(old);
+    MakeSpare(run->capacity);
     return true;
   }
   // There is room (Reserve).
@@ -96,6 +113,8 @@ class FreshList {
   NodeId first() const;
   // Takes the first one out.
   void PopFirst();
+  // The first one becomes the last. There is room (Reserve).
+  void MoveFirstToEnd();
   size_t size() const { return TakeSnapshot().size(); }
   size_t bytes() const { return bytes_; }
   // Gives back the runs that no reader can be in.
@@ -103,7 +122,9 @@ class FreshList {
 
  private:
   static size_t RunBytes(size_t capacity) { return sizeof(Run) + capacity * sizeof(NodeId); }
+  Run* AllocateRun(size_t capacity);
   Run* NewRun(size_t nodes);
+  void MakeSpare(size_t capacity);
   void Retire(Run* run);
   void FreeRun(Run* run);
 
@@ -116,6 +137,7 @@ class FreshList {
   size_t bytes_ = 0;
   Run* oldest_retired_ = nullptr;
   Run* newest_retired_ = nullptr;
+  Run* spare_ = nullptr;  // as large as the list's own, as far as memory allowed
 };
 
 }  // namespace engram

@@ -214,8 +214,11 @@ class BeamSearch {
     scratch_->results_.Rebuild(found.size());
     for (const NeighbourKey key : found) scratch_->Visit(NodeOf(key));
   }
+  // Also where the seed was added to the graph since the scratch's room was made: the descent may
+  // end at such a node, and the others are found through it.
   void AddSeed(NeighbourKey seed) {
-    if (scratch_->Visit(NodeOf(seed))) Offer(seed);
+    scratch_->Visit(NodeOf(seed));
+    Offer(seed);
   }
 
   // For walks of the caller's own once the search is complete.

@@ -11,11 +11,15 @@ namespace {
 constexpr uint32_t kMaxAncestors = 64;
 // To look through one node's lists for doomed links takes about as long as this many distances.
 constexpr uint64_t kWorkOfLook = 1;
+// Mending discards less than linking does. Links between distant groups of vectors are few, and a
+// graph that is mended by the linker's own rule loses them one generation after the other, until
+// searches no longer get from group to group. More than this costs more distances than it brings.
+constexpr float kMendAlpha = 1.05F;
 
 }  // namespace
 
 HnswSweep::HnswSweep(ArenaHeap* heap, const HnswBuildParams& params)
-    : heap_(heap), alpha_(params.alpha), bits_(heap) {}
+    : heap_(heap), alpha_(params.alpha * kMendAlpha), bits_(heap) {}
 
 HnswSweep::~HnswSweep() {
   if (batch_ != nullptr) heap_->FreeArray(batch_, kMaxBatch);

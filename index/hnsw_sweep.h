@@ -26,9 +26,9 @@ namespace engram {
 // 2. Each child of a doomed node in the spanning tree gets another parent: the nearest of its own
 //    neighbours that has room and is not below it, else one found from an ancestor down. With none
 //    left it becomes the root.
-// 3. Each list of the graph loses its links to the batch. As many as it lost are added at most,
-// from
-//    the nearest of the lost nodes' neighbours that no remaining link dominates (Algorithm 4).
+// 3. Each list of the graph loses its links to the batch. As far as it has room it gets the nearest
+//    of the lost nodes' neighbours that no remaining link dominates (Algorithm 4, with a larger
+//    alpha than the linker's).
 // 4. The entry point is replaced if it was in the batch.
 // Nothing leads to the batch then; once no reader is on it, HnswGraph::Forget ends each node.
 //

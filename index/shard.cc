@@ -21,6 +21,8 @@ constexpr uint64_t kCreditEvery = 256;
 constexpr int64_t kLinkRetryNs = 100 * kNanosPerMilli;
 // Nodes given back in one round of upkeep.
 constexpr size_t kReclaimBatch = 64;
+// Spaces that are looked at in one round of upkeep.
+constexpr size_t kUpkeepSpaces = 8;
 
 }  // namespace
 
@@ -425,7 +427,11 @@ StoreOutcome Shard::Store(uint32_t space, const ObserveRequest& request, CommitS
   // What recalls need comes first, so that they go on when the memory is full.
   if (!recall_.Reserve(target.node_count() + 1)) return {.reason = RefusalReason::kMemoryFull};
   outcome = target.Upsert(observation, stamp, several_homes);
-  if (outcome.reason != RefusalReason::kNone) return outcome;
+  if (outcome.reason != RefusalReason::kNone) {
+    // What has ended is given back sooner where memory is short.
+    if (outcome.reason == RefusalReason::kMemoryFull) QueueForUpkeep(space);
+    return outcome;
+  }
   counters_[ShardCounter::kObservationsStored].Add(1);
   if (outcome.existed || several_homes || target.has_graph()) QueueForUpkeep(space);
   GrowIfFull(space);
@@ -469,9 +475,19 @@ int Shard::Upkeep(bool busy) {
   return 1;
 }
 
-// The next space in turn: gives back, then sweeps or links. False when there is nothing to do.
+// False when there is nothing to do now in the spaces that come next.
 bool Shard::BeginUpkeep() {
-  if (upkeep_queue_.empty() || now_ns_ < link_retry_ns_) return false;
+  if (now_ns_ < link_retry_ns_) return false;
+  const size_t spaces = std::min(upkeep_queue_.size(), kUpkeepSpaces);
+  for (size_t tried = 0; tried < spaces && !upkeep_queue_.empty(); ++tried) {
+    if (BeginUpkeepOfNext()) return true;
+  }
+  return false;
+}
+
+// The next space in turn: gives back, then sweeps or links. False when there is nothing to do, or
+// only once recalls of earlier snapshots can no longer come; it stays in the queue then.
+bool Shard::BeginUpkeepOfNext() {
   upkeep_turn_ = (upkeep_turn_ + 1) % upkeep_queue_.size();
   const uint32_t index = upkeep_queue_[upkeep_turn_];
   Space& space = *spaces_[index];
@@ -498,16 +514,18 @@ bool Shard::BeginUpkeep() {
     link_retry_ns_ = now_ns_ + kLinkRetryNs;
     return false;
   }
-  // A sweep that pays but would take what recalls may still ask for begins later.
-  if (space.WantsSweep()) return more;
-  if (!more) {
+  if (more) return true;
+  // It passed over some that have ended.
+  if (space.has_graph() && space.unlinked_count() > 0) return true;
+  const bool has_linked = std::exchange(announced_links_[index], 0) > 0;
+  const bool is_done = !space.WaitsForHorizon();
+  if (is_done) {
     upkeep_queued_[index] = false;
     upkeep_queue_[upkeep_turn_] = upkeep_queue_.back();
     upkeep_queue_.pop_back();
-    announced_links_[index] = 0;
-    AnnounceCredit(index);
   }
-  return true;
+  if (is_done || has_linked) AnnounceCredit(index);
+  return is_done;
 }
 
 void Shard::StepSweep(uint32_t distances) {

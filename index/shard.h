@@ -191,6 +191,7 @@ class Shard {
   void ForgetTombstones(Space* space) const;
   int Upkeep(bool busy);
   bool BeginUpkeep();
+  bool BeginUpkeepOfNext();
   void StepSweep(uint32_t distances);
   void StepLink(uint32_t distances);
   void FinishLink();

@@ -83,7 +83,7 @@ struct SpaceOptions {
 //
 // A node's life: kFree -> kUnlinked -> kLinking -> kLinked -> kRetired (updated or deleted; still
 // in the graph) -> kDoomed (a sweep takes it out) -> kWaiting (until no reader can be on it) ->
-// kFree, or from kUnlinked by kEnded, until the fresh list's head has passed it, to kWaiting. A
+// kFree, or from kUnlinked by kEnded, until it has left the fresh list, to kWaiting. A
 // kTombstone is an id without a vector: its delete was stamped later than what may still come from
 // another home shard.
 //
@@ -185,6 +185,8 @@ class Space {
   // So many retired nodes are in the graph that a sweep pays. Fewer do when there is nothing to
   // link.
   bool WantsSweep() const;
+  // Upkeep will have more to do once the horizon has passed what has ended.
+  bool WaitsForHorizon() const { return WantsSweep() || retired_ > retired_linked_; }
   // False when memory is short or somebody may still want what a sweep would take out: try again
   // later. No linker is active.
   bool BeginSweep(HnswSweep* sweep);

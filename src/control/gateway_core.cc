@@ -390,6 +390,14 @@ void GatewayCore::TakeBatch(Place* place, ShardId shard, const Completion& compl
     merger_->Add(place->merge, {batch, sizeof(head) + head.body_bytes});
     return;
   }
+  // Refused already, and its last requests come back.
+  if (place->reason != RefusalReason::kNone) return;
+  if (answer_bytes_ + head.body_bytes > options_.answer_memory_bytes) {
+    NoteReason(place, RefusalReason::kSlotsExhausted, 0);
+    return;
+  }
+  place->answer_bytes += head.body_bytes;
+  answer_bytes_ += head.body_bytes;
   GatewayAnswer& answer = place->call->answer;
   const std::byte* body = batch + sizeof(head);
   if (completion.kind == CompletionKind::kRecords) {
@@ -522,6 +530,7 @@ void GatewayCore::Free(Place* place) {
   if (place->merge != RecallMerger::kNone) merger_->Release(place->merge);
   free_places_.push_back(IndexOf(*place));
   place->in_use = false;
+  answer_bytes_ -= std::exchange(place->answer_bytes, 0);
   place->merge = RecallMerger::kNone;
   place->call = nullptr;
   counters_[GatewayCounter::kCallsUnderWay].Set(calls_under_way());

@@ -25,6 +25,8 @@ struct GatewayOptions {
   uint32_t max_calls = 4'096;       // under way
   uint32_t inbox_capacity = 4'096;  // commands that wait
   uint32_t max_merges = 256;        // recalls over several partitions, under way
+  // What the answers of calls under way may take; a call that would have more of it is refused.
+  size_t answer_memory_bytes = size_t{256} << 20;
   int commands_per_poll = 64;
   HugePagePolicy huge_pages = HugePagePolicy::kAuto;
 };
@@ -88,6 +90,7 @@ class GatewayCore {
     RefusalReason reason = RefusalReason::kNone;
     RecallMerger::MergeId merge = RecallMerger::kNone;
     int64_t deadline_ns = 0;
+    size_t answer_bytes = 0;  // taken of the answer so far
     SpaceEntry* space = nullptr;
     GatewayCall* call = nullptr;  // nullptr: answered early
   };
@@ -160,6 +163,7 @@ class GatewayCore {
   std::vector<SlotId> slots_;            // while one request is made for each shard
   std::vector<std::byte> scratch_;       // one batch of a merge
   uint32_t places_used_ = 0;             // highest place ever + 1
+  size_t answer_bytes_ = 0;              // of all places
   int64_t now_ns_ = 0;
   int64_t next_sweep_ns_ = 0;
   int64_t rate_since_ns_ = 0;

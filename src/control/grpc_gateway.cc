@@ -12,16 +12,20 @@
 #include <thread>
 #include <utility>
 
+#include <google/protobuf/stubs/logging.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/generic/async_generic_service.h>
 #include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/impl/codegen/proto_utils.h>
 #include <grpcpp/resource_quota.h>
 #include <grpcpp/server.h>
 #include <grpcpp/server_builder.h>
+#include <grpcpp/support/byte_buffer.h>
 
 #include "engram/v1/service.grpc.pb.h"
 #include "src/control/grpc_status.h"
 #include "src/control/memory_calls.h"
+#include "src/control/memory_wire.h"
 
 namespace engram {
 
@@ -75,11 +79,38 @@ class CallCount {
   std::condition_variable none_left_;
 };
 
+// The bytes of answers that gRPC has and clients have not read yet. A client that does not read
+// would else fill the memory with them.
+//
+// Thread safety: any thread may call anything.
+class UnreadAnswers {
+ public:
+  // Answers up to kSmallBytes may take `most_small` beyond `most`.
+  UnreadAnswers(size_t most, size_t most_small) : most_(most), most_small_(most_small) {}
+  // False where they would be too many; nothing is counted then.
+  [[nodiscard]] bool Add(size_t bytes) {
+    const size_t most = bytes <= kSmallBytes ? most_ + most_small_ : most_;
+    if (bytes == 0) return true;
+    if (bytes_.fetch_add(bytes, std::memory_order_relaxed) + bytes <= most) return true;
+    Remove(bytes);
+    return false;
+  }
+  void Remove(size_t bytes) { bytes_.fetch_sub(bytes, std::memory_order_relaxed); }
+
+ private:
+  static constexpr size_t kSmallBytes = size_t{64} << 10;
+
+  const size_t most_;
+  const size_t most_small_;
+  std::atomic<size_t> bytes_{0};
+};
+
 // What every call needs of its surroundings; lives as long as the server.
 struct CallContext {
   GatewayDoor door;
   Clock* clock;
   const CounterCatalogue* counters;
+  UnreadAnswers unread;
   CallCount calls;
 };
 
@@ -99,6 +130,7 @@ std::expected<std::string_view, CallError> SpaceOfMetadata(
   const auto [begin, end] = context.client_metadata().equal_range("x-memory-space");
   for (auto entry = begin; entry != end; ++entry) {
     const std::string_view value(entry->second.data(), entry->second.size());
+    if (value.empty()) continue;
     if (!name.empty() && value != name) {
       return std::unexpected(CallError{CallFault::kInvalidArgument,
                                        "x-memory-space: given twice with different values; "
@@ -115,20 +147,48 @@ grpc::Status StatusOf(const CallError& error) {
           error.message};
 }
 
+// Fills in `message`. gRPC's own reading would answer bytes that are none with UNIMPLEMENTED and
+// without a word.
+template <typename Message>
+grpc::Status ReadMessage(const grpc::ByteBuffer& bytes, Message* message) {
+  grpc::ByteBuffer taken = bytes;
+  if (grpc::SerializationTraits<Message>::Deserialize(&taken, message).ok()) {
+    // Fields that we do not know can be large, and the call may wait.
+    message->DiscardUnknownFields();
+    return grpc::Status::OK;
+  }
+  grpc::Slice whole;
+  std::string fault;
+  if (bytes.DumpToSingleSlice(&whole).ok()) {
+    fault = WireFault(*Message::descriptor(),
+                      {reinterpret_cast<const char*>(whole.begin()), whole.size()});
+  }
+  if (fault.empty()) {
+    fault = "request: " + std::to_string(bytes.Length()) + " bytes; expected a message";
+  }
+  return {grpc::StatusCode::INVALID_ARGUMENT,
+          fault + " (as " + Message::descriptor()->full_name() + ")"};
+}
+
 // One unary call from its arrival to its answer. gRPC's thread makes it, checks the request and
-// submits it; the gateway core's thread fills in the response; OnDone, from gRPC again, ends it.
+// submits it; the gateway core's thread writes the response; OnDone, from gRPC again, ends it.
 template <typename Request, typename Response>
 class UnaryCall : public grpc::ServerUnaryReactor, public GatewayCall {
  public:
-  UnaryCall(CallContext* context, const Request* request, Response* response)
-      : context_(context), request_(request), response_(response) {}
+  UnaryCall(CallContext* context, grpc::ByteBuffer* response_bytes)
+      : context_(context), response_bytes_(response_bytes) {}
 
-  void Begin(const grpc::CallbackServerContext& grpc_context) {
+  void Begin(const grpc::CallbackServerContext& grpc_context,
+             const grpc::ByteBuffer& request_bytes) {
     began_ns_ = context_->clock->MonotonicNs();
     counted_ = context_->calls.Enter();
     if (!counted_) {
       Finish({grpc::StatusCode::UNAVAILABLE,
               std::string(DescribeRefusal(RefusalReason::kShuttingDown).text)});
+      return;
+    }
+    if (auto read = ReadMessage(request_bytes, &request_); !read.ok()) {
+      Finish(std::move(read));
       return;
     }
     const Asked asked = AskAll(grpc_context);
@@ -150,37 +210,56 @@ class UnaryCall : public grpc::ServerUnaryReactor, public GatewayCall {
                            answer.retry_after_ms));
       return;
     }
-    Tell();
-    Finish(grpc::Status::OK);
+    Finish(Respond());
   }
 
   void OnCancel() override { context_->door.Cancel(this); }
   void OnDone() override {
+    context_->unread.Remove(unread_bytes_);
     if (counted_) context_->calls.Leave();
     DropReference();
   }
 
  protected:
   virtual Asked Ask() = 0;
-  virtual void Tell() = 0;
+  virtual void Tell(Response* response) = 0;
   virtual std::string_view vector_field() const { return "vector"; }
+  const Request& request() const { return request_; }
 
   CallContext* const context_;
-  const Request* const request_;
-  Response* const response_;
   int64_t began_ns_ = 0;
 
  private:
-  bool counted_ = false;
-
   Asked AskAll(const grpc::CallbackServerContext& grpc_context) {
     const auto metadata = SpaceOfMetadata(grpc_context);
     if (!metadata) return std::unexpected(metadata.error());
-    const auto space = SpaceOfCall(request_->memory_space_id(), *metadata);
+    const auto space = SpaceOfCall(request_.memory_space_id(), *metadata);
     if (!space) return std::unexpected(space.error());
     question.space = *space;
     return Ask();
   }
+
+  grpc::Status Respond() {
+    Response response;
+    Tell(&response);
+    // The call lives until the client has read its answer; what it was made of does not.
+    answer.hits = {};
+    answer.records = {};
+    // What was stored or removed is told in any case, and never large.
+    const size_t bytes = question.kind == CallKind::kObserve ? 0 : response.ByteSizeLong();
+    if (!context_->unread.Add(bytes)) {
+      return BusyStatus("answers_full: answers wait that clients do not read",
+                        context_->door.RetryAfterMs());
+    }
+    unread_bytes_ = bytes;
+    bool own_buffer = false;
+    return grpc::SerializationTraits<Response>::Serialize(response, response_bytes_, &own_buffer);
+  }
+
+  Request request_;
+  grpc::ByteBuffer* const response_bytes_;
+  size_t unread_bytes_ = 0;
+  bool counted_ = false;
 };
 
 class RememberCall final : public UnaryCall<v1::RememberRequest, v1::RememberResponse> {
@@ -189,11 +268,11 @@ class RememberCall final : public UnaryCall<v1::RememberRequest, v1::RememberRes
 
  private:
   Asked Ask() override {
-    return AskRemember(*request_, context_->clock->WallNs(), &text_, &question);
+    return AskRemember(request(), context_->clock->WallNs(), &text_, &question);
   }
-  void Tell() override { TellRemember(question, answer, response_); }
+  void Tell(v1::RememberResponse* response) override { TellRemember(question, answer, response); }
   std::string_view vector_field() const override {
-    return request_->has_memory() ? "memory.embedding" : "episode.embedding";
+    return request().has_memory() ? "memory.embedding" : "episode.embedding";
   }
 
   CallText text_;
@@ -204,9 +283,9 @@ class RecallCall final : public UnaryCall<v1::RecallRequest, v1::RecallResponse>
   using UnaryCall::UnaryCall;
 
  private:
-  Asked Ask() override { return AskRecall(*request_, &limits_, &question); }
-  void Tell() override {
-    TellRecall(question, answer, limits_, context_->clock->MonotonicNs() - began_ns_, response_);
+  Asked Ask() override { return AskRecall(request(), &limits_, &question); }
+  void Tell(v1::RecallResponse* response) override {
+    TellRecall(question, answer, limits_, context_->clock->MonotonicNs() - began_ns_, response);
   }
   std::string_view vector_field() const override { return "cue.embedding.vector"; }
 
@@ -218,8 +297,8 @@ class ForgetCall final : public UnaryCall<v1::ForgetRequest, v1::ForgetResponse>
   using UnaryCall::UnaryCall;
 
  private:
-  Asked Ask() override { return AskForget(*request_, &question); }
-  void Tell() override { TellForget(answer, response_); }
+  Asked Ask() override { return AskForget(request(), &question); }
+  void Tell(v1::ForgetResponse* response) override { TellForget(answer, response); }
 };
 
 class IntrospectCall final : public UnaryCall<v1::IntrospectRequest, v1::IntrospectResponse> {
@@ -227,12 +306,9 @@ class IntrospectCall final : public UnaryCall<v1::IntrospectRequest, v1::Introsp
   using UnaryCall::UnaryCall;
 
  private:
-  Asked Ask() override {
-    AskIntrospect(&question);
-    return {};
-  }
-  void Tell() override {
-    TellIntrospect(*request_, question, answer, *context_->counters, response_);
+  Asked Ask() override { return AskIntrospect(request(), &question); }
+  void Tell(v1::IntrospectResponse* response) override {
+    TellIntrospect(request(), question, answer, *context_->counters, response);
   }
 };
 
@@ -246,29 +322,34 @@ class RefusedStream final : public Reactor {
   void OnDone() override { delete this; }
 };
 
-class EngramService final : public v1::EngramService::CallbackService {
+// Unary requests come as bytes: see ReadMessage.
+using UnaryAsBytes = v1::EngramService::WithRawCallbackMethod_Remember<
+    v1::EngramService::WithRawCallbackMethod_Recall<v1::EngramService::WithRawCallbackMethod_Forget<
+        v1::EngramService::WithRawCallbackMethod_Introspect<v1::EngramService::CallbackService>>>>;
+
+class EngramService final : public UnaryAsBytes {
  public:
   explicit EngramService(CallContext* context) : context_(context) {}
 
   grpc::ServerUnaryReactor* Remember(grpc::CallbackServerContext* context,
-                                     const v1::RememberRequest* request,
-                                     v1::RememberResponse* response) override {
-    return Begin<RememberCall>(context, request, response);
+                                     const grpc::ByteBuffer* request,
+                                     grpc::ByteBuffer* response) override {
+    return Begin<RememberCall>(*context, *request, response);
   }
   grpc::ServerUnaryReactor* Recall(grpc::CallbackServerContext* context,
-                                   const v1::RecallRequest* request,
-                                   v1::RecallResponse* response) override {
-    return Begin<RecallCall>(context, request, response);
+                                   const grpc::ByteBuffer* request,
+                                   grpc::ByteBuffer* response) override {
+    return Begin<RecallCall>(*context, *request, response);
   }
   grpc::ServerUnaryReactor* Forget(grpc::CallbackServerContext* context,
-                                   const v1::ForgetRequest* request,
-                                   v1::ForgetResponse* response) override {
-    return Begin<ForgetCall>(context, request, response);
+                                   const grpc::ByteBuffer* request,
+                                   grpc::ByteBuffer* response) override {
+    return Begin<ForgetCall>(*context, *request, response);
   }
   grpc::ServerUnaryReactor* Introspect(grpc::CallbackServerContext* context,
-                                       const v1::IntrospectRequest* request,
-                                       v1::IntrospectResponse* response) override {
-    return Begin<IntrospectCall>(context, request, response);
+                                       const grpc::ByteBuffer* request,
+                                       grpc::ByteBuffer* response) override {
+    return Begin<IntrospectCall>(*context, *request, response);
   }
 
   grpc::ServerBidiReactor<v1::ObservationRequest, v1::ObservationResponse>* ObserveStream(
@@ -291,11 +372,11 @@ class EngramService final : public v1::EngramService::CallbackService {
   }
 
  private:
-  template <typename Call, typename Request, typename Response>
-  grpc::ServerUnaryReactor* Begin(const grpc::CallbackServerContext* context,
-                                  const Request* request, Response* response) {
-    auto* call = new Call(context_, request, response);
-    call->Begin(*context);
+  template <typename Call>
+  grpc::ServerUnaryReactor* Begin(const grpc::CallbackServerContext& context,
+                                  const grpc::ByteBuffer& request, grpc::ByteBuffer* response) {
+    auto* call = new Call(context_, response);
+    call->Begin(context, request);
     return call;
   }
 
@@ -338,7 +419,11 @@ class GrpcServer final : public GrpcGateway {
   GrpcServer(const GrpcOptions& options, GatewayDoor door, Clock* clock,
              const CounterCatalogue* counters)
       : endpoint_(options.endpoint),
-        context_{.door = std::move(door), .clock = clock, .counters = counters, .calls = {}},
+        context_{.door = std::move(door),
+                 .clock = clock,
+                 .counters = counters,
+                 .unread = UnreadAnswers(options.unread_bytes, options.unread_small_bytes),
+                 .calls = {}},
         service_(&context_) {}
   ~GrpcServer() override { Shutdown(0); }
 
@@ -349,6 +434,8 @@ class GrpcServer final : public GrpcGateway {
                   "cores.control: gRPC's threads could not be pinned there; choose processors that "
                   "this process may use");
     }
+    // What it would write about a request that it cannot read, the caller is told.
+    google::protobuf::SetLogHandler(nullptr);
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     grpc::ServerBuilder builder;
@@ -359,8 +446,12 @@ class GrpcServer final : public GrpcGateway {
     builder.SetMaxReceiveMessageSize(options.max_request_bytes);
     // A scroll with embeddings is as large as it is.
     builder.SetMaxSendMessageSize(-1);
-    builder.SetResourceQuota(grpc::ResourceQuota("gateway").Resize(options.memory_bytes));
+    builder.SetResourceQuota(grpc::ResourceQuota("gateway").Resize(options.request_memory_bytes));
     builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, options.max_calls_of_connection);
+    builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, options.keepalive_ms);
+    builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, options.keepalive_timeout_ms);
+    builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+    builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
     // Else a second daemon would share the port and get some of the calls.
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
     // Only reflection is served by threads that wait; one is enough.

@@ -15,11 +15,19 @@ namespace engram {
 struct GrpcOptions {
   Endpoint endpoint;      // port 0: any free one
   std::vector<int> cpus;  // where gRPC's threads run
-  // The largest request. A batch of 64 observations of 4,096 dimensions fits, and four times the
-  // largest single one.
+  // The largest request: what gRPC's clients take too unless told otherwise.
   int max_request_bytes = 4 << 20;
-  // What all requests and answers under way may take; gRPC reads no more of them beyond it.
-  size_t memory_bytes = size_t{512} << 20;
+  // What requests under way may take; gRPC reads no more of them beyond it.
+  size_t request_memory_bytes = size_t{512} << 20;
+  // What the answers to reading calls may take that clients have not read yet. Beyond it calls are
+  // told to come again, but for small answers, which may take some more: so a client that does not
+  // read cannot take everything from the others.
+  size_t unread_bytes = size_t{512} << 20;
+  size_t unread_small_bytes = size_t{64} << 20;
+  // A client that says nothing for this long is asked whether it lives, and is cut off if it does
+  // not say so in time. With it go its calls and what it has not read.
+  int keepalive_ms = 60'000;
+  int keepalive_timeout_ms = 20'000;
   int max_calls_of_connection = 1'024;  // under way
 };
 

@@ -27,6 +27,8 @@ grpc::StatusCode StatusCodeOf(RefusalReason reason) {
       return grpc::StatusCode::RESOURCE_EXHAUSTED;
     case RefusalReason::kShuttingDown:
       return grpc::StatusCode::UNAVAILABLE;
+    case RefusalReason::kSnapshotTooOld:
+      return grpc::StatusCode::OUT_OF_RANGE;
     case RefusalReason::kBadRecall:
     case RefusalReason::kBadSpaceId:
       return grpc::StatusCode::INVALID_ARGUMENT;

@@ -6,6 +6,7 @@
 #include <array>
 #include <charconv>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <span>
 #include <unordered_map>
@@ -23,20 +24,33 @@ namespace {
 constexpr uint32_t kDefaultResults = 10;
 constexpr uint32_t kDefaultPage = 100;
 constexpr int kMaxIdsOfCall = 100;
+constexpr int kMaxMetricsOfCall = 1'000;
 constexpr size_t kQuotedBytesMax = 64;  // of a value that an error repeats
 
 std::unexpected<CallError> Invalid(std::string message) {
   return std::unexpected(CallError{CallFault::kInvalidArgument, std::move(message)});
 }
 
-// In quotes, cut where it is long.
+// In quotes, cut where it is long. What came as a header may be any bytes; a message is text.
 std::string Quoted(std::string_view text) {
   std::string quoted = "\"";
-  if (text.size() <= kQuotedBytesMax) return quoted.append(text).append("\"");
+  std::string_view left = text.substr(0, kQuotedBytesMax);
   // Not within a character of UTF-8.
-  size_t end = kQuotedBytesMax;
-  while (end > 0 && (static_cast<uint8_t>(text[end]) & 0xC0) == 0x80) --end;
-  return quoted.append(text.substr(0, end)).append("...\"");
+  if (left.size() < text.size()) {
+    while (!left.empty() && (static_cast<uint8_t>(text[left.size()]) & 0xC0) == 0x80) {
+      left.remove_suffix(1);
+    }
+  }
+  for (;;) {
+    const size_t good = Utf8Prefix(left);
+    quoted.append(left.substr(0, good));
+    if (good == left.size()) break;
+    std::array<char, 8> hex{};
+    std::snprintf(hex.data(), hex.size(), "\\x%02x", static_cast<uint8_t>(left[good]));
+    quoted.append(hex.data());
+    left.remove_prefix(good + 1);
+  }
+  return quoted.append(text.size() > kQuotedBytesMax ? "...\"" : "\"");
 }
 
 std::string NumberText(double number) {
@@ -74,6 +88,10 @@ Asked CheckVectorSize(size_t size, const std::string& field) {
 // The value of `confidence`, `missing` where it is not there.
 std::expected<float, CallError> CheckConfidence(bool has, const v1::Confidence& confidence,
                                                 float missing, const std::string& field) {
+  if (has && !v1::ConfidenceCategory_IsValid(confidence.category())) {
+    return Invalid(field + ".category: " + std::to_string(confidence.category()) +
+                   "; expected a ConfidenceCategory, 0 to 5");
+  }
   const float value = has ? ValueOf(confidence) : missing;
   // Written so that NaN fails.
   if (value >= 0 && value <= 1) return value;
@@ -89,6 +107,44 @@ std::expected<int64_t, CallError> CheckTime(bool has, const google::protobuf::Ti
                  " ns; expected a time of the years 1678 to 2261, with 0 to 999999999 ns");
 }
 
+Asked CheckFinite(float value, const std::string& field) {
+  if (std::isfinite(value)) return {};
+  return Invalid(field + ": " + NumberText(value) + "; expected a finite number");
+}
+
+// What is kept as it came and handed out again.
+Asked CheckKept(const v1::Episode& episode) {
+  if (auto checked =
+          CheckTime(episode.has_last_replay(), episode.last_replay(), 0, "episode.last_replay");
+      !checked) {
+    return std::unexpected(checked.error());
+  }
+  for (const auto& [value, field] :
+       {std::pair(episode.decay_rate(), "episode.decay_rate"),
+        std::pair(episode.emotional_valence(), "episode.emotional_valence"),
+        std::pair(episode.importance(), "episode.importance")}) {
+    if (auto checked = CheckFinite(value, field); !checked) return checked;
+  }
+  if (v1::ConsolidationState_IsValid(episode.consolidation_state())) return {};
+  return Invalid("episode.consolidation_state: " + std::to_string(episode.consolidation_state()) +
+                 "; expected a ConsolidationState, 0 to 4");
+}
+
+Asked CheckKept(const v1::Memory& memory) {
+  if (auto checked =
+          CheckTime(memory.has_last_access(), memory.last_access(), 0, "memory.last_access");
+      !checked) {
+    return std::unexpected(checked.error());
+  }
+  for (const auto& [value, field] : {std::pair(memory.decay_rate(), "memory.decay_rate"),
+                                     std::pair(memory.activation(), "memory.activation")}) {
+    if (auto checked = CheckFinite(value, field); !checked) return checked;
+  }
+  if (v1::MemoryType_IsValid(memory.memory_type())) return {};
+  return Invalid("memory.memory_type: " + std::to_string(memory.memory_type()) +
+                 "; expected a MemoryType, 0 to 4");
+}
+
 // What episodes and memories have in common; `field` is "episode" or "memory".
 template <typename Item>
 Asked AskStore(const Item& item, const std::string& field, CallText* text,
@@ -100,6 +156,7 @@ Asked AskStore(const Item& item, const std::string& field, CallText* text,
       !checked) {
     return checked;
   }
+  if (auto checked = CheckKept(item); !checked) return checked;
   text->payload = PayloadOf(item);
   if (text->payload.size() > kMaxPayloadBytes) {
     return Invalid(field + ": " + std::to_string(text->payload.size()) +
@@ -255,7 +312,8 @@ void TellCue(const GatewayAnswer& answer, const RecallLimits& limits, int64_t to
   while (const auto hit = reader.Next()) {
     const float similarity = SimilarityOf(answer.metric, hit->header.score);
     if (limits.has_least_similarity && !(similarity >= limits.least_similarity)) continue;
-    const float activation = std::max(similarity, 0.0F);
+    // Of products too large for a float may nothing be left but NaN; that is no activation either.
+    const float activation = similarity > 0 ? similarity : 0;
     const float confidence = activation * hit->header.confidence;
     if (confidence < limits.least_confidence) continue;
     v1::Memory* memory = response->add_memories();
@@ -453,7 +511,14 @@ Asked AskForget(const v1::ForgetRequest& request, GatewayQuestion* question) {
   return {};
 }
 
-void AskIntrospect(GatewayQuestion* question) { question->kind = CallKind::kIntrospect; }
+Asked AskIntrospect(const v1::IntrospectRequest& request, GatewayQuestion* question) {
+  if (request.metrics_size() > kMaxMetricsOfCall) {
+    return Invalid("metrics: " + std::to_string(request.metrics_size()) +
+                   " names; expected up to 1000");
+  }
+  question->kind = CallKind::kIntrospect;
+  return {};
+}
 
 void TellRemember(const GatewayQuestion& question, const GatewayAnswer& answer,
                   v1::RememberResponse* response) {

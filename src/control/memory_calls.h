@@ -51,7 +51,7 @@ Asked AskRemember(const v1::RememberRequest& request, int64_t now_unix_ns, CallT
                   GatewayQuestion* question);
 Asked AskRecall(const v1::RecallRequest& request, RecallLimits* limits, GatewayQuestion* question);
 Asked AskForget(const v1::ForgetRequest& request, GatewayQuestion* question);
-void AskIntrospect(GatewayQuestion* question);
+Asked AskIntrospect(const v1::IntrospectRequest& request, GatewayQuestion* question);
 
 // Each takes an answer without a refusal.
 void TellRemember(const GatewayQuestion& question, const GatewayAnswer& answer,

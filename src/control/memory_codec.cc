@@ -23,41 +23,7 @@ constexpr std::array<CategoryFloor, 5> kCategories = {{{v1::CONFIDENCE_CATEGORY_
                                                        {v1::CONFIDENCE_CATEGORY_LOW, 0.1F},
                                                        {v1::CONFIDENCE_CATEGORY_NONE, 0.0F}}};
 
-// protobuf's strings are UTF-8, and clients refuse a message that breaks that.
-bool IsUtf8(std::string_view text) {
-  size_t i = 0;
-  while (i < text.size()) {
-    const auto byte = static_cast<uint8_t>(text[i]);
-    if (byte < 0x80) {
-      ++i;
-      continue;
-    }
-    size_t follow = 0;
-    uint32_t least = 0;
-    if (byte >> 5 == 0x6) {
-      follow = 1;
-      least = 0x80;
-    } else if (byte >> 4 == 0xE) {
-      follow = 2;
-      least = 0x800;
-    } else if (byte >> 3 == 0x1E) {
-      follow = 3;
-      least = 0x10000;
-    } else {
-      return false;
-    }
-    if (follow >= text.size() - i) return false;
-    uint32_t point = byte & (0x3Fu >> follow);
-    for (size_t f = 1; f <= follow; ++f) {
-      const auto next = static_cast<uint8_t>(text[i + f]);
-      if (next >> 6 != 0x2) return false;
-      point = point << 6 | (next & 0x3Fu);
-    }
-    if (point < least || point > 0x10FFFF || (point >= 0xD800 && point <= 0xDFFF)) return false;
-    i += follow + 1;
-  }
-  return true;
-}
+bool IsUtf8(std::string_view text) { return Utf8Prefix(text) == text.size(); }
 
 // As short as it can be read back.
 std::string NumberText(float number) {
@@ -124,6 +90,41 @@ bool AddPayload(const HitView& hit, v1::Memory* memory) {
 }
 
 }  // namespace
+
+size_t Utf8Prefix(std::string_view text) {
+  size_t i = 0;
+  while (i < text.size()) {
+    const auto byte = static_cast<uint8_t>(text[i]);
+    if (byte < 0x80) {
+      ++i;
+      continue;
+    }
+    size_t follow = 0;
+    uint32_t least = 0;
+    if (byte >> 5 == 0x6) {
+      follow = 1;
+      least = 0x80;
+    } else if (byte >> 4 == 0xE) {
+      follow = 2;
+      least = 0x800;
+    } else if (byte >> 3 == 0x1E) {
+      follow = 3;
+      least = 0x10000;
+    } else {
+      return i;
+    }
+    if (follow >= text.size() - i) return i;
+    uint32_t point = byte & (0x3Fu >> follow);
+    for (size_t f = 1; f <= follow; ++f) {
+      const auto next = static_cast<uint8_t>(text[i + f]);
+      if (next >> 6 != 0x2) return i;
+      point = point << 6 | (next & 0x3Fu);
+    }
+    if (point < least || point > 0x10FFFF || (point >= 0xD800 && point <= 0xDFFF)) return i;
+    i += follow + 1;
+  }
+  return i;
+}
 
 google::protobuf::Timestamp ToTimestamp(int64_t unix_ns) {
   int64_t seconds = unix_ns / kNanosPerSecond;

@@ -19,6 +19,10 @@ namespace engram {
 // What an episode or memory has where the client says nothing.
 inline constexpr float kDefaultConfidence = 0.7F;
 
+// How many bytes at the beginning of `text` are UTF-8: all of them where it is. Protobuf's strings
+// have to be, and clients refuse a message that breaks that.
+size_t Utf8Prefix(std::string_view text);
+
 google::protobuf::Timestamp ToTimestamp(int64_t unix_ns);
 // Nothing for a time that nanoseconds in 64 bits cannot say (before 1677 or after 2262), or for
 // nanos outside 0 to 999,999,999.

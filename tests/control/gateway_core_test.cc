@@ -568,6 +568,50 @@ TEST(GatewayCoreTest, TooManyMergesAreARefusal) {
   rig.ExpectIdle();
 }
 
+// Pages that grow at the same time, each within its bound, together beyond theirs.
+TEST(GatewayCoreTest, AnswersTakeNoMoreMemoryThanTheyMay) {
+  Rig rig({.gateway = {.max_calls = 64,
+                       .inbox_capacity = 64,
+                       .max_merges = 4,
+                       .answer_memory_bytes = 500'000}});
+  for (int i = 0; i < 40; ++i) {
+    TestCall* call = rig.Remember(IdOf(i), {1});
+    call->payload.assign(10'000, 'x');
+    call->question.payload = call->payload;
+    rig.DoWell(call);
+  }
+  std::vector<TestCall*> pages;
+  for (int i = 0; i < 3; ++i) {
+    pages.push_back(rig.Scroll(1000));
+    ASSERT_TRUE(rig.door->Submit(pages.back()));
+  }
+  rig.Settle();
+  int whole = 0;
+  for (const TestCall* page : pages) {
+    ASSERT_EQ(page->answered, 1);
+    if (page->answer.reason == RefusalReason::kNone) {
+      EXPECT_EQ(page->answer.hit_count, 40u);
+      ++whole;
+    } else {
+      EXPECT_EQ(page->answer.reason, RefusalReason::kSlotsExhausted);
+      EXPECT_GE(page->answer.retry_after_ms, 1u);
+    }
+  }
+  EXPECT_LT(whole, 3) << "1.2 MB of answers at the same time";
+  // What they took is given back, also by those that were refused or cancelled.
+  for (int round = 0; round < 5; ++round) {
+    TestCall* left = rig.Scroll(1000);
+    ASSERT_TRUE(rig.door->Submit(left));
+    rig.core->Poll();
+    for (auto& shard : rig.shards) shard->Poll();
+    rig.core->Poll();
+    rig.door->Cancel(left);
+    rig.Settle();
+    EXPECT_EQ(rig.DoWell(rig.Scroll(1000))->answer.hit_count, 40u);
+  }
+  rig.ExpectIdle();
+}
+
 TEST(GatewayCoreTest, AShardsRefusalEndsTheCallWithItsRetryTime) {
   Rig rig;
   rig.DoWell(rig.Remember("a", {1}));

@@ -37,6 +37,7 @@ TEST(GrpcStatusTest, OtherRefusalsHaveTheirCode) {
            {RefusalReason::kDeadlinePassed, StatusCode::DEADLINE_EXCEEDED},
            {RefusalReason::kCancelled, StatusCode::CANCELLED},
            {RefusalReason::kUnknownSpace, StatusCode::NOT_FOUND},
+           {RefusalReason::kSnapshotTooOld, StatusCode::OUT_OF_RANGE},
            {RefusalReason::kSpaceLimit, StatusCode::RESOURCE_EXHAUSTED},
            {RefusalReason::kShuttingDown, StatusCode::UNAVAILABLE},
            {RefusalReason::kFenced, StatusCode::INTERNAL}}) {

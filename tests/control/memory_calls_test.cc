@@ -49,6 +49,17 @@ TEST(MemoryCallsTest, TheSpaceOfACall) {
             "memory_space_id: \"" + std::string(64, 'x') + "...\"; expected 1 to 64 of [a-z0-9_-]");
 }
 
+// A header's value is any bytes, a status message is text.
+TEST(MemoryCallsTest, AnErrorRepeatsOnlyText) {
+  EXPECT_EQ(SpaceOfCall("", "a\xff\xc3").error().message,
+            "x-memory-space: \"a\\xff\\xc3\"; expected 1 to 64 of [a-z0-9_-]");
+  // 63 bytes and then half of a character.
+  EXPECT_EQ(SpaceOfCall(std::string(63, 'x') + "ü", "").error().message,
+            "memory_space_id: \"" + std::string(63, 'x') + "...\"; expected 1 to 64 of [a-z0-9_-]");
+  EXPECT_EQ(SpaceOfCall(std::string(200, '\x80'), "").error().message.size(),
+            std::string("memory_space_id: \"...\"; expected 1 to 64 of [a-z0-9_-]").size());
+}
+
 TEST(MemoryCallsTest, AnEpisodesQuestion) {
   v1::RememberRequest request;
   request.mutable_episode()->add_embedding(1);
@@ -130,6 +141,97 @@ TEST(MemoryCallsTest, NegativeSimilarityIsNoActivation) {
   EXPECT_FALSE(response.has_metadata());
 }
 
+// Vectors of huge numbers: their inner product may be infinity minus infinity.
+TEST(MemoryCallsTest, AScoreThatIsNoNumberIsNoActivation) {
+  v1::RecallRequest request;
+  request.mutable_cue()->mutable_embedding()->add_vector(1);
+  request.set_include_metadata(true);
+  RecallLimits limits;
+  GatewayQuestion question;
+  ASSERT_TRUE(AskRecall(request, &limits, &question));
+  GatewayAnswer answer;
+  answer.metric = Metric::kInnerProduct;
+  AddHit("infinite", std::numeric_limits<float>::infinity(), 0.5F, 1, &answer);
+  AddHit("nan", std::numeric_limits<float>::quiet_NaN(), 0.5F, 1, &answer);
+  AddHit("least", -std::numeric_limits<float>::infinity(), 0.5F, 1, &answer);
+  v1::RecallResponse response;
+  TellRecall(question, answer, limits, 0, &response);
+  ASSERT_EQ(response.memories_size(), 3);
+  EXPECT_EQ(response.memories(0).activation(), 1);
+  EXPECT_EQ(response.memories(1).activation(), 0);
+  EXPECT_EQ(response.memories(1).confidence().value(), 0);
+  EXPECT_EQ(response.memories(2).activation(), 0);
+  EXPECT_FLOAT_EQ(response.metadata().avg_activation(), 1.0F / 3);
+  request.mutable_cue()->mutable_embedding()->set_similarity_threshold(-100);
+  ASSERT_TRUE(AskRecall(request, &limits, &question));
+  response.Clear();
+  TellRecall(question, answer, limits, 0, &response);
+  EXPECT_EQ(IdsOf(response), std::vector<std::string>{"infinite"});
+}
+
+// What is only kept must be something that a client can read again.
+TEST(MemoryCallsTest, WhatIsKeptIsCheckedToo) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float infinity = std::numeric_limits<float>::infinity();
+  const auto refusal = [](auto change) {
+    v1::RememberRequest request;
+    change(&request);
+    (request.has_memory() ? request.mutable_memory()->mutable_embedding()
+                          : request.mutable_episode()->mutable_embedding())
+        ->Add(1);
+    CallText text;
+    GatewayQuestion question;
+    const Asked asked = AskRemember(request, 0, &text, &question);
+    return asked ? std::string("taken") : asked.error().message;
+  };
+  using Request = v1::RememberRequest*;
+  EXPECT_EQ(refusal([](Request r) { r->mutable_episode(); }), "taken");
+  EXPECT_EQ(refusal([](Request r) { r->mutable_memory(); }), "taken");
+  EXPECT_EQ(refusal([&](Request r) { r->mutable_episode()->set_decay_rate(nan); }),
+            "episode.decay_rate: nan; expected a finite number");
+  EXPECT_EQ(refusal([&](Request r) { r->mutable_episode()->set_emotional_valence(-infinity); }),
+            "episode.emotional_valence: -inf; expected a finite number");
+  EXPECT_EQ(refusal([&](Request r) { r->mutable_episode()->set_importance(infinity); }),
+            "episode.importance: inf; expected a finite number");
+  EXPECT_EQ(refusal([&](Request r) { r->mutable_memory()->set_decay_rate(nan); }),
+            "memory.decay_rate: nan; expected a finite number");
+  EXPECT_EQ(refusal([&](Request r) { r->mutable_memory()->set_activation(nan); }),
+            "memory.activation: nan; expected a finite number");
+  EXPECT_EQ(refusal([](Request r) {
+              r->mutable_episode()->set_consolidation_state(static_cast<v1::ConsolidationState>(5));
+            }),
+            "episode.consolidation_state: 5; expected a ConsolidationState, 0 to 4");
+  EXPECT_EQ(refusal([](Request r) {
+              r->mutable_memory()->set_memory_type(static_cast<v1::MemoryType>(-1));
+            }),
+            "memory.memory_type: -1; expected a MemoryType, 0 to 4");
+  EXPECT_EQ(refusal([](Request r) {
+              r->mutable_memory()->mutable_confidence()->set_category(
+                  static_cast<v1::ConfidenceCategory>(6));
+            }),
+            "memory.confidence.category: 6; expected a ConfidenceCategory, 0 to 5");
+  EXPECT_EQ(
+      refusal([](Request r) { r->mutable_episode()->mutable_last_replay()->set_nanos(-1); }),
+      "episode.last_replay: 0 s and -1 ns; expected a time of the years 1678 to 2261, with 0 to "
+      "999999999 ns");
+  EXPECT_EQ(
+      refusal(
+          [](Request r) { r->mutable_memory()->mutable_last_access()->set_seconds(INT64_MIN); }),
+      "memory.last_access: -9223372036854775808 s and 0 ns; expected a time of the years 1678 to "
+      "2261, with 0 to 999999999 ns");
+}
+
+// Each name is looked for among all counters, on the gateway's core.
+TEST(MemoryCallsTest, MetricsAreAskedForByAThousandNamesAtMost) {
+  v1::IntrospectRequest request;
+  for (int i = 0; i < 1'000; ++i) request.add_metrics("x");
+  GatewayQuestion question;
+  EXPECT_TRUE(AskIntrospect(request, &question));
+  request.add_metrics("x");
+  EXPECT_EQ(AskIntrospect(request, &question).error().message,
+            "metrics: 1001 names; expected up to 1000");
+}
+
 // While a space grows an id may be in two partitions.
 TEST(MemoryCallsTest, OfTwoHitsWithOneIdTheLaterStampCounts) {
   v1::RecallRequest request;
@@ -178,8 +280,9 @@ TEST(MemoryCallsTest, AScrollsCursorLeadsToTheNextPage) {
 }
 
 TEST(MemoryCallsTest, IntrospectAddsUpTheSpacesPartitions) {
+  v1::IntrospectRequest request;
   GatewayQuestion question;
-  AskIntrospect(&question);
+  ASSERT_TRUE(AskIntrospect(request, &question));
   question.space = SpaceName("mine");
   GatewayAnswer answer;
   const auto add = [&answer](uint16_t shard, std::string_view name, uint64_t linked,
@@ -205,7 +308,6 @@ TEST(MemoryCallsTest, IntrospectAddsUpTheSpacesPartitions) {
   const CounterCatalogue counters = {{"shard0", "recalls", &counter},
                                      {"shard1", "recalls", &counter},
                                      {"shard2", "recalls", &counter}};
-  v1::IntrospectRequest request;
   request.set_include_health(true);
   request.set_include_statistics(true);
   v1::IntrospectResponse response;

@@ -257,10 +257,16 @@ TEST(HnswSearchTest, ACrowdOfRetiredNodesDoesNotOverrunTheCandidates) {
   SearchScratch small(&fixture.heap, 8);
   ASSERT_TRUE(small.Reserve(data.size()));
   std::vector<Neighbour> out(8);
-  const size_t found = SearchGraph(
-      fixture.TargetOf(0), 8, 8, [](NodeId node) { return node % 500 == 7; }, &small, out);
-  EXPECT_GT(found, 0u);
-  for (size_t i = 0; i < found; ++i) EXPECT_EQ(out[i].node % 500, 7u);
+  // The fewer are live, the more candidates there are before the results are full.
+  for (const NodeId one_in : {500U, 200U, 100U, 50U}) {
+    for (NodeId query = 0; query < 40; ++query) {
+      const size_t found = SearchGraph(
+          fixture.TargetOf(query), 8, 8, [&](NodeId node) { return node % one_in == 7; }, &small,
+          out);
+      EXPECT_GT(found, 0u);
+      for (size_t i = 0; i < found; ++i) EXPECT_EQ(out[i].node % one_in, 7u);
+    }
+  }
 }
 
 // The graph grows between two slices of a search: no node is found twice.

@@ -156,6 +156,53 @@ TEST(HnswSweepTest, AfterReplacingAllRecallIsThatOfAFreshGraph) {
   }
 }
 
+// Everything is doomed, and the first node that is not comes before the sweep has ended: no doomed
+// one leads to it, yet it is found at once.
+TEST(HnswSweepTest, ANodeThatComesWhileAllOthersLeaveIsTheEntryPoint) {
+  int came_between = 0;
+  for (uint32_t seed = 0; seed < 20; ++seed) {
+    HnswBuildParams params = kSmall;
+    params.seed = seed;
+    GraphFixture fixture(Metric::kL2, 4, params);
+    const TestVectors data = GaussianVectors(60, 4, seed);
+    for (NodeId node = 0; node < 40; ++node) fixture.Link(fixture.Store(data[node]));
+    std::vector<NodeId> batch(40);
+    std::iota(batch.begin(), batch.end(), 0);
+    fixture.Sweep(batch, 1, [&] {
+      if (fixture.sweep.repairing_tree() || !fixture.sweep.active() || fixture.stored == 60) return;
+      const NodeId node = fixture.Store(data[fixture.stored]);
+      fixture.Link(node);
+      ++came_between;
+      ASSERT_EQ(Violation(fixture.graph), "");
+      for (NodeId other = 40; other <= node; ++other) {
+        const auto live = [&](NodeId found) { return fixture.graph.IsLinked(found); };
+        ASSERT_EQ(fixture.Search(data[other], 1, 100, live)[0].node, other);
+      }
+    });
+    ForgetBatch(&fixture);
+    if (HasFatalFailure()) return;
+  }
+  EXPECT_GT(came_between, 100);
+}
+
+TEST(HnswSweepTest, ASpentHeapRefusesASweepAndNothingChanges) {
+  GraphFixture fixture(Metric::kL2, 4, kSmall, size_t{4} << 20);
+  fixture.Build(GaussianVectors(200, 4, 21));
+  std::vector<std::byte*> hoard;
+  while (std::byte* block = fixture.heap.Allocate(HnswSweep::kMaxBatch * sizeof(NodeId))) {
+    hoard.push_back(block);
+  }
+  const std::vector<NodeId> batch{1, 2, 3};
+  EXPECT_FALSE(fixture.sweep.Begin(&fixture.graph, fixture.Target(), batch));
+  EXPECT_FALSE(fixture.sweep.active());
+  EXPECT_EQ(fixture.graph.doomed_count(), 0u);
+  ASSERT_EQ(Violation(fixture.graph), "");
+  ASSERT_FALSE(hoard.empty());
+  fixture.heap.Free(hoard.back(), HnswSweep::kMaxBatch * sizeof(NodeId));
+  fixture.Sweep(batch);
+  ForgetBatch(&fixture);
+}
+
 TEST(HnswSweepTest, SlicesAreShort) {
   GraphFixture fixture(Metric::kL2, 12, {});
   fixture.Build(GaussianVectors(2'000, 12, 13));

@@ -46,16 +46,17 @@ class SpaceRig {
                        float confidence = 0.5F) {
     const std::vector<std::byte> bytes = EncodeVector(dtype, vector);
     const bool was_there = model.entries().contains(id);
-    const auto [reason, existed, later] = space->Upsert({.id = id,
-                                                  .payload = BytesOf(payload),
-                                                  .payload_kind = PayloadKind::kOpaque,
-                                                  .dtype = dtype,
-                                                  .dimension = static_cast<uint32_t>(vector.size()),
-                                                  .scale = kQuarterScale,
-                                                  .vector = bytes.data(),
-                                                  .when_ns = when_ns,
-                                                  .confidence = confidence},
-                                                 ++stamp);
+    const auto [reason, existed, later] =
+        space->Upsert({.id = id,
+                       .payload = BytesOf(payload),
+                       .payload_kind = PayloadKind::kOpaque,
+                       .dtype = dtype,
+                       .dimension = static_cast<uint32_t>(vector.size()),
+                       .scale = kQuarterScale,
+                       .vector = bytes.data(),
+                       .when_ns = when_ns,
+                       .confidence = confidence},
+                      ++stamp);
     space->SetHorizon(stamp - std::min(stamp, keep));
     if (reason == RefusalReason::kNone) {
       EXPECT_EQ(existed, was_there) << id;
@@ -710,6 +711,141 @@ TEST(SpaceTest, AFullMemoryTakesAsManyAsAreDeletedWhereverTheyLie) {
     ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
     ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall({0}, 60, VectorDtype::kF32));
   }
+}
+
+TEST(SpaceTest, AVectorIsJudgedAsUpsertWould) {
+  SpaceRig rig(Metric::kCosine, 0, size_t{8} << 20);
+  const float numbers[3] = {0, 0, 1};
+  ObservationRef observation;
+  observation.id = "a";
+  observation.dtype = VectorDtype::kF32;
+  observation.vector = reinterpret_cast<const std::byte*>(numbers);
+  for (const uint32_t dimension : {2U, 3U, 2U}) {
+    observation.dimension = dimension;
+    EXPECT_EQ(rig.space->Judge(observation), dimension == 2 && rig.space->dimension() == 0
+                                                 ? RefusalReason::kZeroVector
+                                             : dimension == 2 ? RefusalReason::kWrongDimension
+                                                              : RefusalReason::kNone);
+    if (dimension == 3) {
+      ASSERT_EQ(rig.space->Upsert(observation, ++rig.stamp).reason, RefusalReason::kNone);
+    }
+  }
+  EXPECT_EQ(Space("none", TestSpaceOptions(Metric::kL2, 0, kBuild), &rig.memory.heap, &rig.epochs)
+                .NodesInBytes(640),
+            10u)
+      << "before there is a dimension";
+}
+
+// With several homes each refusal may come where the tombstone, too, wants memory.
+TEST(SpaceTest, MemoryMayRunOutWithSeveralHomes) {
+  uint64_t refused_deletes = 0;
+  for (size_t left = 0; left < 24'000; left += left < 6'000 ? 96 : 1'100) {
+    SpaceRig rig(Metric::kL2, 0, size_t{2} << 20);
+    rig.memory.LeaveOnly(left);
+    SplitMix64 random(left);
+    for (int step = 0; step < 300; ++step) {
+      const std::string id = "id" + std::to_string(random.Below(40));
+      // Some come late.
+      const CommitStamp stamp = random.Below(4) == 0 ? rig.stamp - random.Below(50) : ++rig.stamp;
+      StoreOutcome outcome;
+      if (random.Below(2) == 0) {
+        outcome = rig.space->Delete(id, stamp, true);
+        refused_deletes += static_cast<uint64_t>(outcome.reason == RefusalReason::kMemoryFull);
+      } else {
+        const float value = static_cast<float>(step);
+        ObservationRef observation;
+        observation.id = id;
+        observation.dtype = VectorDtype::kF32;
+        observation.dimension = 1;
+        observation.vector = reinterpret_cast<const std::byte*>(&value);
+        outcome = rig.space->Upsert(observation, stamp, true);
+      }
+      const Result<void> sound = rig.space->CheckInvariants();
+      ASSERT_TRUE(sound.has_value()) << sound.error().message << ", " << left << " bytes";
+      if (step % 60 == 59) {
+        rig.space->SetHorizon(rig.stamp - 60);
+        rig.space->ForgetTombstones(rig.stamp - 60);
+        rig.space->NextToLink();
+        rig.space->Reclaim(100);
+      }
+    }
+    rig.space.reset();
+    ASSERT_EQ(rig.memory.heap.live_bytes(), 0u);
+  }
+  EXPECT_GT(refused_deletes, 0u);
+}
+
+TEST(SpaceTest, WhatComesLateAndAgainChangesNothing) {
+  SpaceRig rig(Metric::kL2, 1, size_t{8} << 20);
+  const auto upsert = [&](float value, CommitStamp stamp) {
+    ObservationRef observation;
+    observation.id = "a";
+    observation.dtype = VectorDtype::kF32;
+    observation.dimension = 1;
+    observation.vector = reinterpret_cast<const std::byte*>(&value);
+    return rig.space->Upsert(observation, stamp, true).later;
+  };
+  const auto at = [&](CommitStamp snapshot) {
+    const RecallAnswer answer =
+        rig.Recall({0}, {.k = 5, .with_vector = true, .snapshot = snapshot});
+    EXPECT_LE(answer.hits.size(), 1u);
+    return answer.hits.empty() ? -1.0F : answer.hits[0].vector[0];
+  };
+  EXPECT_EQ(upsert(1, 100), kNoStamp);
+  EXPECT_EQ(upsert(2, 200), kNoStamp);
+  for (int times = 0; times < 2; ++times) {
+    EXPECT_EQ(upsert(3, 150), 200u);
+    EXPECT_EQ(upsert(2, 200), 200u);
+    EXPECT_EQ(rig.space->Delete("a", 180, true).later, 200u);
+    EXPECT_EQ(upsert(4, 170), 200u) << "before the late delete, and after it in time";
+    EXPECT_EQ(rig.space->live(), 1u);
+    EXPECT_EQ(rig.space->retired(), 4u);
+    for (const auto& [snapshot, value] : std::map<CommitStamp, float>{{99, -1},
+                                                                      {100, 1},
+                                                                      {149, 1},
+                                                                      {150, 3},
+                                                                      {169, 3},
+                                                                      {170, 4},
+                                                                      {179, 4},
+                                                                      {180, -1},
+                                                                      {199, -1},
+                                                                      {200, 2}}) {
+      EXPECT_EQ(at(snapshot), value) << snapshot;
+    }
+  }
+  ASSERT_TRUE(rig.space->CheckInvariants().has_value());
+}
+
+// A hundred tombstones and a hundred ended nodes in front of a live one: taken in several calls.
+TEST(SpaceTest, UpkeepIsBoundedAndGoesOn) {
+  SpaceOptions options = TestSpaceOptions(Metric::kL2, 1, kBuild);
+  options.graph_from = 50;
+  SpaceRig rig(options, size_t{8} << 20);
+  rig.keep = 1'000;
+  for (int i = 0; i < 100; ++i) {
+    rig.Upsert("gone" + std::to_string(i), VectorDtype::kF32, {static_cast<float>(i)});
+  }
+  for (int i = 0; i < 100; ++i) {
+    EXPECT_TRUE(rig.space->Delete("gone" + std::to_string(i), ++rig.stamp, true).existed);
+  }
+  rig.model.entries().clear();
+  rig.Upsert("stays", VectorDtype::kF32, {1});
+  EXPECT_EQ(rig.space->NextToLink(), kNoNode) << "64 were passed over";
+  EXPECT_EQ(rig.space->NextToLink(), rig.space->FindLive("stays"))
+      << "which the others wait behind";
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall({0}, 5, VectorDtype::kF32));
+  rig.space->ForgetTombstones(rig.stamp);
+  EXPECT_TRUE(rig.space->has_tombstones());
+  rig.space->ForgetTombstones(rig.stamp);
+  EXPECT_FALSE(rig.space->has_tombstones());
+  rig.LinkAll();
+  EXPECT_EQ(rig.space->retired(), 100u);
+  rig.space->SetHorizon(rig.stamp);
+  rig.space->NextToLink();
+  rig.space->NextToLink();
+  rig.space->Reclaim(1'000);
+  EXPECT_EQ(rig.space->retired(), 0u);
+  ASSERT_TRUE(rig.space->CheckInvariants().has_value());
 }
 
 // Every id once, whatever comes and goes between the pages.

@@ -118,7 +118,7 @@ struct Hit {
 
 inline std::vector<float> VectorAt(const std::byte* from, size_t dimension) {
   std::vector<float> vector(dimension);
-  std::memcpy(vector.data(), from, dimension * sizeof(float));
+  if (dimension > 0) std::memcpy(vector.data(), from, dimension * sizeof(float));
   return vector;
 }
 

@@ -10,7 +10,10 @@ import json
 import math
 import os
 import random
+import re
+import subprocess
 import sys
+import tempfile
 import threading
 import unittest
 from concurrent import futures
@@ -22,6 +25,7 @@ sys.path.insert(0, os.environ.get("ENGRAM_PROTO_PYTHON") or
                 str(daemon.ROOT / "build" / "release" / "src" / "proto"))
 import grpc  # noqa: E402
 from google.protobuf import descriptor_pb2  # noqa: E402
+from google.protobuf.descriptor import FieldDescriptor  # noqa: E402
 from google.protobuf.timestamp_pb2 import Timestamp  # noqa: E402
 
 from engram.v1 import error_details_pb2  # noqa: E402
@@ -52,6 +56,146 @@ def cosine(a, b):
 def embedding_cue(vector, **fields):
     threshold = fields.pop("similarity_threshold", 0)
     return m.Cue(embedding=m.EmbeddingCue(vector=vector, similarity_threshold=threshold), **fields)
+
+
+# Engram's messages and enums, as its clients know them: field, number, type. Unchangeable.
+ENGRAM_API = """
+RememberRequest: memory_space_id 1 string; memory 2 Memory in memory_type; episode 3 Episode in
+  memory_type; auto_link 10 bool; link_threshold 11 float
+RememberResponse: memory_id 1 string; storage_confidence 2 Confidence; linked_memories 3
+  string[]; initial_state 4 ConsolidationState
+RecallRequest: memory_space_id 1 string; cue 2 Cue; max_results 10 int32; include_metadata 11
+  bool; trace_activation 12 bool
+RecallResponse: memories 1 Memory[]; recall_confidence 2 Confidence; metadata 3 RecallMetadata;
+  traces 4 ActivationTrace[]
+ActivationTrace: memory_id 1 string; activation_level 2 float; activation_path 3 string[];
+  timestamp 4 Timestamp
+ForgetRequest: memory_space_id 1 string; memory_id 2 string in target; pattern 3 Cue in target;
+  mode 10 ForgetMode
+ForgetResponse: memories_affected 1 int32; forget_confidence 2 Confidence; reversible 3 bool
+IntrospectRequest: memory_space_id 1 string; metrics 2 string[]; include_health 3 bool;
+  include_statistics 4 bool
+IntrospectResponse: metrics 1 map<string,float>; health 2 HealthStatus; statistics 3
+  MemoryStatistics; active_processes 4 string[]; metrics_snapshot_json 5 string
+HealthStatus: healthy 1 bool; components 2 map<string,ComponentHealth>; summary 3 string
+ComponentHealth: operational 1 bool; performance 2 float; status_message 3 string
+MemoryStatistics: total_memories 1 int64; by_type 2 map<string,int64>; avg_activation 3 float;
+  avg_confidence 4 float; total_associations 5 int64; oldest_memory 6 Timestamp; newest_memory 7
+  Timestamp
+ObservationRequest: memory_space_id 1 string; init 2 StreamInit in operation; observation 3
+  Episode in operation; flow 4 FlowControl in operation; close 5 StreamClose in operation;
+  session_id 10 string; sequence_number 11 uint64
+ObservationResponse: init_ack 1 StreamInitAck in result; ack 2 ObservationAck in result; status
+  3 StreamStatus in result; session_id 10 string; sequence_number 11 uint64; server_timestamp 12
+  Timestamp
+StreamInit: client_buffer_size 1 uint32; enable_backpressure 2 bool; max_batch_size 3 uint32
+StreamInitAck: session_id 1 string; initial_sequence 2 uint64; capabilities 3 StreamCapabilities
+StreamCapabilities: max_observations_per_second 1 uint32; queue_capacity 2 uint32;
+  supports_backpressure 3 bool; supports_snapshot_isolation 4 bool
+ObservationAck: status 1 Status; memory_id 2 string; committed_at 3 Timestamp
+ObservationAck.Status = STATUS_UNSPECIFIED STATUS_ACCEPTED STATUS_INDEXED STATUS_REJECTED
+StreamStatus: state 1 State; message 2 string; queue_depth 3 uint32; queue_capacity 4 uint32;
+  pressure 5 float
+StreamStatus.State = STATE_UNSPECIFIED STATE_ACTIVE STATE_PAUSED STATE_BACKPRESSURE
+  STATE_OVERLOADED STATE_ERROR STATE_CLOSED
+StreamClose: drain_queue 1 bool; last_sequence 2 uint64
+FlowControl: action 1 Action; buffer_remaining 2 int32; preferred_rate 3 float; reason 4 string
+FlowControl.Action = ACTION_UNSPECIFIED ACTION_PAUSE ACTION_RESUME ACTION_SLOW_DOWN
+  ACTION_SPEED_UP ACTION_BUFFER_STATUS
+StreamingRecallRequest: memory_space_id 1 string; session_id 2 string; cue 3 Cue; max_results 4
+  uint32; snapshot_isolation 5 bool; snapshot_time 6 Timestamp
+StreamingRecallResponse: results 1 Memory[]; more_results 2 bool; metadata 3 RecallMetadata;
+  snapshot_sequence 4 uint64
+StreamRequest: memory_space_id 1 string; event_types 2 StreamEventType[]; min_importance 3 float
+StreamResponse: event_type 1 StreamEventType; timestamp 2 Timestamp; description 3 string;
+  metadata 4 map<string,string>; importance 5 float
+ForgetMode = FORGET_MODE_UNSPECIFIED FORGET_MODE_SUPPRESS FORGET_MODE_DELETE
+  FORGET_MODE_OVERWRITE
+StreamEventType = STREAM_EVENT_TYPE_UNSPECIFIED STREAM_EVENT_TYPE_ACTIVATION
+  STREAM_EVENT_TYPE_STORAGE STREAM_EVENT_TYPE_RECALL STREAM_EVENT_TYPE_CONSOLIDATION
+  STREAM_EVENT_TYPE_ASSOCIATION STREAM_EVENT_TYPE_DECAY
+Confidence: value 1 float; category 2 ConfidenceCategory; reasoning 3 string
+Episode: id 1 string; when 2 Timestamp; what 3 string; embedding 4 float[]; encoding_confidence
+  5 Confidence; where_location 10 string; who 11 string[]; why 12 string; how 13 string;
+  decay_rate 20 float; emotional_valence 21 float; importance 22 float; consolidation_state 30
+  ConsolidationState; last_replay 31 Timestamp
+Memory: id 1 string; embedding 2 float[]; activation 3 float; confidence 4 Confidence;
+  last_access 5 Timestamp; created_at 6 Timestamp; decay_rate 7 float; content 10 string;
+  metadata 11 map<string,string>; tags 20 string[]; memory_type 21 MemoryType
+Cue: id 1 string; embedding 2 EmbeddingCue in cue_type; context 3 ContextCue in cue_type;
+  temporal 4 TemporalCue in cue_type; semantic 5 SemanticCue in cue_type; pattern 6 PatternCue
+  in cue_type; threshold 10 Confidence; max_results 11 int32; spread_activation 12 bool;
+  activation_decay 13 float
+EmbeddingCue: vector 1 float[]; similarity_threshold 2 float
+ContextCue: time_start 1 Timestamp; time_end 2 Timestamp; location 3 string; participants 4
+  string[]
+TemporalCue:
+SemanticCue: query 1 string; fuzzy_threshold 2 float; required_tags 3 string[]; excluded_tags 4
+  string[]
+PatternCue:
+RecallMetadata: total_activated 1 int32; above_threshold 2 int32; avg_activation 3 float;
+  recall_time_ms 4 int64; activation_path 5 string[]
+ConfidenceCategory = CONFIDENCE_CATEGORY_UNSPECIFIED CONFIDENCE_CATEGORY_NONE
+  CONFIDENCE_CATEGORY_LOW CONFIDENCE_CATEGORY_MEDIUM CONFIDENCE_CATEGORY_HIGH
+  CONFIDENCE_CATEGORY_CERTAIN
+MemoryType = MEMORY_TYPE_UNSPECIFIED MEMORY_TYPE_EPISODIC MEMORY_TYPE_SEMANTIC
+  MEMORY_TYPE_PROCEDURAL MEMORY_TYPE_WORKING
+ConsolidationState = CONSOLIDATION_STATE_UNSPECIFIED CONSOLIDATION_STATE_RECENT
+  CONSOLIDATION_STATE_CONSOLIDATING CONSOLIDATION_STATE_CONSOLIDATED
+  CONSOLIDATION_STATE_RECONSOLIDATING
+"""
+ENGRAM_CALLS = {  # whether the request and the response are streams
+    "Remember": (False, False), "Recall": (False, False), "Forget": (False, False),
+    "Introspect": (False, False), "ObserveStream": (True, True), "RecallStream": (False, True),
+    "MemoryStream": (True, True), "Stream": (False, True)}
+
+
+def type_of(field):
+    """A field's type, as ENGRAM_API writes it."""
+    message, enum = field.message_type, field.enum_type
+    if message and message.GetOptions().map_entry:
+        return f"map<string,{type_of(message.fields_by_name['value'])}>"
+    if message or enum:
+        name = (message or enum).name
+    else:
+        name = next(key for key, value in vars(FieldDescriptor).items()
+                    if key.startswith("TYPE_") and value == field.type)[5:].lower()
+    if field.label == FieldDescriptor.LABEL_REPEATED:
+        name += "[]"
+    return name + (f" in {field.containing_oneof.name}" if field.containing_oneof else "")
+
+
+def api_of(module):
+    """What a module's messages and enums are, a line each; without what is the appliance's own."""
+    def enum(name, descriptor):
+        return f"{name} = " + " ".join(value.name for value in descriptor.values)
+    for name, descriptor in module.DESCRIPTOR.message_types_by_name.items():
+        yield f"{name}: " + "; ".join(f"{field.name} {field.number} {type_of(field)}"
+                                      for field in descriptor.fields if field.number < 100)
+        for inner in descriptor.enum_types:
+            yield enum(f"{name}.{inner.name}", inner)
+    for name, descriptor in module.DESCRIPTOR.enum_types_by_name.items():
+        yield enum(name, descriptor)
+
+
+class Contract(unittest.TestCase):
+    def test_messages_are_those_that_engrams_clients_know(self):
+        wanted = re.sub(r"\n ", "", ENGRAM_API).strip().split("\n")
+        ours = {line.strip() for module in (s, m) for line in api_of(module)}
+        self.assertEqual([line for line in wanted if line not in ours], [])
+
+    def test_calls_are_those_that_engrams_clients_know(self):
+        service = s.DESCRIPTOR.services_by_name["EngramService"]
+        self.assertEqual(service.full_name, "engram.v1.EngramService")
+        file = descriptor_pb2.FileDescriptorProto()
+        s.DESCRIPTOR.CopyToProto(file)
+        self.assertEqual({method.name: (method.client_streaming, method.server_streaming)
+                          for method in file.service[0].method}, ENGRAM_CALLS)
+        for method in service.methods:
+            stem = {"ObserveStream": "Observation", "MemoryStream": "Observation",
+                    "RecallStream": "StreamingRecall"}.get(method.name, method.name)
+            self.assertEqual((method.input_type.name, method.output_type.name),
+                             (stem + "Request", stem + "Response"))
 
 
 class Client:
@@ -424,6 +568,44 @@ class Errors(GrpcCase):
                 self.assert_fails(INVALID, text, self.client.Forget,
                                   s.ForgetRequest(memory_space_id=self.space, **fields))
 
+    def test_bytes_that_are_no_request(self):
+        def raw(method):
+            call = self.client.channel.unary_unary(f"/engram.v1.EngramService/{method}")
+            return lambda request: call(request, timeout=CALL_DEADLINE_S)
+        for method in ("Remember", "Recall", "Forget", "Introspect"):
+            of = f" (as engram.v1.{method}Request)"
+            self.assert_fails(INVALID, "tag: no number of a field; expected a field as protobuf "
+                              "writes it" + of, raw(method), b"\xff\xff\xff")
+            self.assert_fails(
+                INVALID, "memory_space_id: byte 1 is 0xff, which is no UTF-8 there; expected text "
+                "in UTF-8" + of, raw(method), b"\x0a\x02a\xff")
+        self.assert_fails(
+            INVALID, "episode.who[1]: byte 0 is 0x80, which is no UTF-8 there; expected text in "
+            "UTF-8 (as engram.v1.RememberRequest)", raw("Remember"),
+            b"\x1a\x08\x5a\x03Ada\x5a\x01\x80")
+        self.assertNotIn("libprotobuf", self.daemon.log.text())
+
+    def test_what_is_only_kept(self):
+        for text, fields in (
+                ("episode.importance: inf; expected a finite number", {"importance": math.inf}),
+                ("episode.last_replay: 0 s and -5 ns; expected a time of the years 1678 to 2261, "
+                 "with 0 to 999999999 ns", {"last_replay": Timestamp(nanos=-5)}),
+                ("episode.consolidation_state: 55; expected a ConsolidationState, 0 to 4",
+                 {"consolidation_state": 55}),
+                ("episode.encoding_confidence.category: 77; expected a ConfidenceCategory, 0 to 5",
+                 {"encoding_confidence": m.Confidence(category=77)})):
+            episode = m.Episode(embedding=[1], **{key: value for key, value in fields.items()
+                                                  if not isinstance(value, int)})
+            for key, value in fields.items():
+                if isinstance(value, int):
+                    setattr(episode, key, value)
+            self.assert_fails(INVALID, text, self.client.Remember,
+                              s.RememberRequest(memory_space_id=self.space, episode=episode))
+
+    def test_introspect(self):
+        self.assert_fails(INVALID, "metrics: 1001 names; expected up to 1000",
+                          self.client.Introspect, s.IntrospectRequest(metrics=["x"] * 1001))
+
     def test_space_names_on_every_call(self):
         calls = (
             (self.client.Remember,
@@ -456,7 +638,11 @@ class Errors(GrpcCase):
         self.client.Remember(s.RememberRequest(
             memory_space_id=self.space, episode=m.Episode(id="b", embedding=[1])),
             metadata=metadata)
-        self.assertEqual(len(self.client.get(self.space, "a", "b")), 2)
+        empty = ("x-memory-space", "")
+        for with_empty in ([*metadata, empty], [empty, *metadata]):
+            self.client.Remember(s.RememberRequest(episode=m.Episode(id="c", embedding=[1])),
+                                 metadata=with_empty)
+        self.assertEqual(len(self.client.get(self.space, "a", "b", "c")), 3)
 
     def test_a_request_that_is_too_large(self):
         with self.assertRaises(grpc.RpcError) as caught:
@@ -559,6 +745,28 @@ class Surroundings(GrpcCase):
             for call in calls[1 - parity::2]:
                 self.assertEqual(call.result().memories[0].id, "a")
 
+    def test_a_client_that_is_killed(self):
+        """With calls under way and answers that it did not read; tearDown looks what is left."""
+        for i in range(40):
+            self.client.remember(self.space, f"{i}", [1, i], what="x" * 60_000)
+        program = (
+            "from grpc_test import *\n"
+            "channel = grpc.insecure_channel(sys.argv[1])\n"
+            "request = s.RecallRequest(memory_space_id=sys.argv[2], scroll=s.ScrollRequest())\n"
+            "calls = [service_pb2_grpc.EngramServiceStub(channel).Recall.future(request)\n"
+            "         for _ in range(60)]\n"
+            "calls[0].result()\n"
+            "print('under way', flush=True)\n"
+            "threading.Event().wait()\n")
+        for _ in range(3):
+            with subprocess.Popen(
+                    [sys.executable, "-c", program, self.client.address, self.space],
+                    cwd=os.path.dirname(os.path.abspath(__file__)), stdout=subprocess.PIPE,
+                    text=True) as process:
+                self.assertEqual(process.stdout.readline(), "under way\n")
+                process.kill()
+        self.assertEqual(self.client.get(self.space, "7")[0].content, "x" * 60_000)
+
     def test_a_deadline_that_cannot_be_kept(self):
         self.client.remember(self.space, "a", [1, 0])
         request = s.RecallRequest(memory_space_id=self.space, cue=embedding_cue([1, 0]))
@@ -602,6 +810,66 @@ class Start(unittest.TestCase):
                               "has it, or this machine has no such address. Choose another, or "
                               '"" to switch gRPC off', log)
                 client.remember("default", "a", [1])
+
+    def test_what_the_readme_shows(self):
+        """Word for word, at the default address, which the configuration does not name."""
+        readme = (daemon.ROOT / "README.md").read_text()
+        program, shown = re.search(r"```python\n(.*?)```.*?```\n(.*?)```", readme, re.S).groups()
+        with tempfile.TemporaryDirectory(prefix="engramd-test-") as directory:
+            config = daemon.toml({"listen.tcp": "127.0.0.1:0", "data.directory": directory,
+                                  "memory.limit_mib": 256})
+            try:
+                running = daemon.Daemon(config_text=config)
+            except RuntimeError as error:
+                if "listen.grpc: cannot listen on 127.0.0.1:50051" in str(error):
+                    self.skipTest("another program has 127.0.0.1:50051")
+                raise
+            done = subprocess.run(
+                [sys.executable, "-c", program], capture_output=True, text=True, check=False,
+                timeout=CALL_DEADLINE_S,
+                env={**os.environ, "PYTHONPATH": os.environ["ENGRAM_PROTO_PYTHON"]})
+            running.stop()
+        self.assertEqual((done.stderr, done.stdout), ("", shown))
+
+    def test_full_memory_says_when_to_call_again(self):
+        with daemon.running({"listen.grpc": "127.0.0.1:0", "memory.limit_mib": 64}) as running:
+            client = Client(running)
+            with contextlib.closing(client):
+                vector = [1.0] * 4096
+                with self.assertRaises(grpc.RpcError) as caught:
+                    for i in range(20_000):
+                        vector[i % 4096] += 1
+                        client.remember("default", f"{i}", vector, what="x" * 60_000)
+                error = caught.exception
+                self.assertEqual(error.code(), grpc.StatusCode.RESOURCE_EXHAUSTED)
+                self.assertRegex(error.details(), "^memory_full: .*; call again in [0-9]+ ms$")
+                trailers = dict(error.trailing_metadata())
+                status = error_details_pb2.RpcStatus.FromString(
+                    trailers["grpc-status-details-bin"])
+                self.assertEqual((status.code, status.message),
+                                 (error.code().value[0], error.details()))
+                [detail] = status.details
+                self.assertEqual(detail.type_url, "type.googleapis.com/google.rpc.RetryInfo")
+                delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
+                told_ms = int(re.search("in ([0-9]+) ms", error.details())[1])
+                self.assertEqual(delay.ToMilliseconds(), told_ms)
+                self.assertGreater(told_ms, 0)
+                # What is there is found still.
+                self.assertEqual(client.get("default", "0")[0].id, "0")
+
+    def test_health_says_that_the_server_goes(self):
+        """A balancer that watches hears it before the port is gone."""
+        running = daemon.Daemon({"listen.grpc": "127.0.0.1:0"})
+        client = Client(running)
+        with contextlib.closing(client):
+            watch = client.channel.unary_stream("/grpc.health.v1.Health/Watch")(
+                b"\x0a\x17engram.v1.EngramService", timeout=CALL_DEADLINE_S)
+            self.assertEqual(next(watch), b"\x08\x01", "SERVING")
+            running.terminate()
+            self.assertEqual(next(watch), b"\x08\x02", "NOT_SERVING")
+            with self.assertRaises(grpc.RpcError):
+                next(watch)
+        running.stop()
 
     def test_stop_answers_every_call(self):
         """SIGTERM while calls come in: each is answered, or told that the server has gone."""
