@@ -62,6 +62,7 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, HugePage
   attached_.reserve(max_spaces);
   announced_links_.reserve(max_spaces);
   upkeep_queued_.reserve(max_spaces);
+  credit_due_.reserve(max_spaces);
   upkeep_queue_.reserve(max_spaces);
   listed_.reserve(2 * kMaxRecallResults);
   counters_[ShardCounter::kMemoryLimitBytes].Set(arena_->reserve_bytes());
@@ -227,6 +228,7 @@ uint32_t Shard::FindOrMakeSpace(SpaceEntry* entry) {
   attached_.push_back(0);
   announced_links_.push_back(0);
   upkeep_queued_.push_back(false);
+  credit_due_.push_back(false);
   counters_[ShardCounter::kSpaces].Set(spaces_.size());
   return space;
 }
@@ -441,8 +443,8 @@ StoreOutcome Shard::Store(uint32_t space, const ObserveRequest& request, CommitS
 // Whether the space may take one more vector before it is linked. Within credit always.
 bool Shard::HasRoom(uint32_t space, bool in_credit) const {
   const Space& target = *spaces_[space];
-  return in_credit || !target.has_graph() ||
-         target.unlinked_count() < 2 * target.NodesInBytes(options_.unlinked_limit_bytes);
+  return in_credit || target.backlog() == 0 ||
+         target.backlog() < 2 * target.NodesInBytes(options_.unlinked_limit_bytes);
 }
 
 // The first vector that is none of the refused ones settles the dimension, for all shards.
@@ -500,8 +502,10 @@ bool Shard::BeginUpkeepOfNext() {
     ForgetTombstones(&space);
     more = more || space.has_tombstones();
   }
+  const bool is_behind = space.backlog() > space.unlinked_count();
   if (!sweep_.active() && space.WantsSweep() && space.BeginSweep(&sweep_)) {
     sweeping_space_ = index;
+    if (is_behind) AnnounceCredit(index);
     return true;
   }
   if (node != kNoNode) {
@@ -517,14 +521,17 @@ bool Shard::BeginUpkeepOfNext() {
   if (more) return true;
   // It passed over some that have ended.
   if (space.has_graph() && space.unlinked_count() > 0) return true;
-  const bool has_linked = std::exchange(announced_links_[index], 0) > 0;
   const bool is_done = !space.WaitsForHorizon();
   if (is_done) {
     upkeep_queued_[index] = false;
     upkeep_queue_[upkeep_turn_] = upkeep_queue_.back();
     upkeep_queue_.pop_back();
   }
-  if (is_done || has_linked) AnnounceCredit(index);
+  if (credit_due_[index]) {
+    credit_due_[index] = false;
+    announced_links_[index] = 0;
+    AnnounceCredit(index);
+  }
   return is_done;
 }
 
@@ -554,6 +561,7 @@ void Shard::FinishLink() {
 }
 
 void Shard::QueueForUpkeep(uint32_t space) {
+  credit_due_[space] = true;
   if (upkeep_queued_[space]) return;
   upkeep_queued_[space] = true;
   upkeep_queue_.push_back(space);
@@ -567,9 +575,7 @@ void Shard::QueueForUpkeep(uint32_t space) {
 uint64_t Shard::CreditOf(Session* session) {
   const Space& space = *spaces_[session->space];
   const uint64_t limit = space.NodesInBytes(options_.unlinked_limit_bytes);
-  // Before there is a graph nothing waits for it, and no link would bring the credit back.
-  const uint64_t waiting = space.has_graph() ? space.unlinked_count() : 0;
-  uint64_t room = limit - std::min(limit, waiting);
+  uint64_t room = limit - std::min(limit, space.backlog());
   if (entries_[session->space]->partitions() > 1) room = std::min(room, ledger_.room());
   const uint64_t sharers = std::max(attached_[session->space], uint32_t{1});
   const uint64_t share = std::min<uint64_t>(options_.max_credit, (room + sharers - 1) / sharers);

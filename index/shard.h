@@ -37,8 +37,8 @@ struct ShardOptions {
   int64_t session_idle_timeout_ns = 300 * kNanosPerSecond;
   // Most sequences that a session may have under way beyond the last settled one.
   uint32_t max_credit = 4'096;
-  // Vectors of a space that may wait for the graph, as what a recall must scan beside it. Credit
-  // ends at this; who sends beyond its credit is refused at twice as much. N sessions that were
+  // Vectors of a space that may wait for the graph, as what a recall must scan beside it, or to be
+  // swept out of it. Credit ends at this; who sends beyond its credit is refused at twice as much. N sessions that were
   // granted their shares one after the other hold at most 1 + ln N times as much credit.
   size_t unlinked_limit_bytes = size_t{72} << 20;
   uint32_t default_ef = 128;
@@ -223,6 +223,7 @@ class Shard {
   std::vector<uint32_t> attached_;         // by space: sessions with a connection
   std::vector<uint64_t> announced_links_;  // by space: links made since credit was announced
   std::vector<bool> upkeep_queued_;        // by space
+  std::vector<bool> credit_due_;           // by space: there may be room that nobody was told of
   std::vector<uint32_t> upkeep_queue_;     // spaces with something to do, served in turn
   size_t upkeep_turn_ = 0;
   ShardSessions sessions_;

@@ -294,8 +294,7 @@ void Shard::GrowIfFull(uint32_t space) {
   const Space& part = *spaces_[space];
   const bool is_full = part.live() >= options_.grow_partition_at;
   const bool is_busy =
-      part.has_graph() &&
-      part.unlinked_count() >= part.NodesInBytes(options_.unlinked_limit_bytes);
+      part.backlog() > 0 && part.backlog() >= part.NodesInBytes(options_.unlinked_limit_bytes);
   if (!is_full && !is_busy) return;
   if (entry.Grow(partitions)) counters_[ShardCounter::kSpacesGrown].Add(1);
 }

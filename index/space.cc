@@ -22,6 +22,9 @@ constexpr uint64_t kIdleSweepShare = 1024;
 constexpr uint64_t kLeastBusySweep = 64;
 // No more of the graph at once: a search near doomed nodes must go through them to find others.
 constexpr uint64_t kMostSweepShare = 8;
+// The share of retired ones in the graph from which on they count as backlog: some sweeps' worth, as
+// they wait for the horizon first.
+constexpr uint64_t kGatheredShare = 4;
 constexpr int kTombstonesAtOnce = 64;
 constexpr int kEndedAtOnce = 64;
 // Without a graph: as many ended nodes as this share of the live ones are taken out of the list.
@@ -410,6 +413,12 @@ bool Space::WantsSweep() const {
   const uint64_t nodes = graph_.linked_count();
   if (unlinked_ == 0) return retired_linked_ * kIdleSweepShare >= nodes;
   return retired_linked_ >= std::max(kLeastBusySweep, nodes / kBusySweepShare);
+}
+
+uint64_t Space::backlog() const {
+  if (!has_graph_) return 0;
+  const uint64_t gather = graph_.linked_count() / kGatheredShare;
+  return unlinked_ + (retired_linked_ > gather ? retired_linked_ - gather : 0);
 }
 
 bool Space::BeginSweep(HnswSweep* sweep) {

@@ -207,6 +207,9 @@ class Space {
   uint64_t linked() const { return live_ - unlinked_; }
   // Updated or deleted, still holding a place.
   uint64_t retired() const { return retired_; }
+  // Nodes that upkeep is behind by: those that wait for the graph, and the retired ones in it beyond
+  // a share that sweeps let gather. 0 while there is no graph, as nothing waits for it.
+  uint64_t backlog() const;
   uint64_t resident_bytes() const;
 
  private:

@@ -516,6 +516,38 @@ TEST(ShardTest, ABacklogIsRefusedWithATimeAndTakenLater) {
   EXPECT_EQ(rig.Observe(&session, Upsert("back", QuarterVector(&random, 4))).reason, kNone);
 }
 
+// Would catch memory that fills with what was updated, where linking keeps up and sweeps do not: here
+// they must wait, as recalls of earlier snapshots may come.
+TEST(ShardTest, UpdatesAheadOfTheSweepsAreHeldBack) {
+  ShardOptions options = ShardRig::SmallOptions();
+  options.unlinked_limit_bytes = size_t{1'000} * 128;
+  options.snapshot_keep_ns = 10 * kNanosPerSecond;
+  options.max_credit = 1;
+  ShardRig rig(options);
+  RigSession session = rig.Open(0, 1, "s", {.metric = Metric::kL2});
+  SplitMix64 random(1);
+  constexpr uint64_t kIds = 5'000;
+  const auto update = [&](uint64_t i) {
+    return rig.Observe(&session, Upsert(std::to_string(i % kIds), QuarterVector(&random, 4)));
+  };
+  for (uint64_t i = 0; i < kIds; ++i) {
+    while (update(i).reason != kNone) rig.Settle();
+  }
+  const Space& space = *rig.shard->FindSpace("s");
+  bool held_back = false;
+  uint64_t updates = 0;
+  for (; updates < 20'000 && !held_back; ++updates) {
+    rig.Settle();
+    ASSERT_EQ(space.unlinked_count(), 0u);
+    held_back = update(updates).reason == RefusalReason::kBacklogFull;
+  }
+  EXPECT_TRUE(held_back);
+  EXPECT_LT(space.node_count(), kIds + (kIds + updates) / 4 + 2'100);
+  rig.clock.AdvanceNs(options.snapshot_keep_ns);
+  rig.Settle();
+  EXPECT_EQ(update(0).reason, kNone) << "swept, so there is room";
+}
+
 // The promise of FORMAT.md: who keeps to its credit waits, and is never refused for lack of room;
 // and nobody waits for ever.
 struct CreditCase {
@@ -672,6 +704,7 @@ TEST(ShardTest, CreditIsAnnouncedAlsoWhenDeletesFreeTheRoom) {
   ShardOptions options = ShardRig::SmallOptions();
   options.unlinked_limit_bytes = size_t{4'200} * 128;
   options.max_credit = 6'000;
+  options.snapshot_keep_ns = 3'600 * kNanosPerSecond;  // No sweep frees room.
   ShardRig rig(options, 1, 8'192);
   RigSession eager = rig.Open(0, 1, "s", {.metric = Metric::kL2});
   RigSession cleaner = rig.Open(0, 2, "s");
