@@ -17,7 +17,7 @@ RefusalReason CheckNumbers(const ObservationView& view, const SpaceRules& rules)
   if (view.fault != RefusalReason::kNone) return view.fault;
   // Written so that NaN fails.
   if (!(view.confidence >= 0 && view.confidence <= 1)) return RefusalReason::kBadConfidence;
-  if (view.op == ObservationOp::kDelete) return RefusalReason::kNone;
+  if (view.op != ObservationOp::kUpsert) return RefusalReason::kNone;
   if (rules.dimension != 0 && view.dimension != rules.dimension) {
     return RefusalReason::kWrongDimension;
   }

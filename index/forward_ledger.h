@@ -24,6 +24,7 @@ struct Forward {
   };
   Step step = Step::kDone;
   bool is_upsert = false;
+  bool is_same_everywhere = false;  // suppress, restore: each shard does it where it has the id
   bool existed = false;
   bool waits_to_send = false;  // in its target's line
   ProducerId producer;

@@ -423,7 +423,13 @@ StoreOutcome Shard::Store(uint32_t space, const ObserveRequest& request, CommitS
     if (outcome.existed || several_homes) QueueForUpkeep(space);
     return outcome;
   }
+  if (request.op == ObservationOp::kSuppress) return Hide(space, request, stamp);
   if (!HasRoom(space, in_credit)) return {.reason = RefusalReason::kBacklogFull};
+  if (request.op == ObservationOp::kRestore) {
+    outcome = target.Restore(observation.id, stamp);
+    if (outcome.existed) QueueForUpkeep(space);
+    return outcome;
+  }
   outcome.reason = FixDimension(space, observation);
   if (outcome.reason != RefusalReason::kNone) return outcome;
   // What recalls need comes first, so that they go on when the memory is full.
@@ -437,6 +443,15 @@ StoreOutcome Shard::Store(uint32_t space, const ObserveRequest& request, CommitS
   counters_[ShardCounter::kObservationsStored].Add(1);
   if (outcome.existed || several_homes || target.has_graph()) QueueForUpkeep(space);
   GrowIfFull(space);
+  return outcome;
+}
+
+StoreOutcome Shard::Hide(uint32_t space, const ObserveRequest& request, CommitStamp stamp) {
+  Space& target = *spaces_[space];
+  const bool several_homes = entries_[space]->partitions() > 1;
+  if (!recall_.Reserve(target.node_count() + 1)) return {.reason = RefusalReason::kMemoryFull};
+  const StoreOutcome outcome = target.Suppress(ObservationIn(request).id, stamp, several_homes);
+  if (outcome.existed) QueueForUpkeep(space);
   return outcome;
 }
 

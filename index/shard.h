@@ -38,8 +38,9 @@ struct ShardOptions {
   // Most sequences that a session may have under way beyond the last settled one.
   uint32_t max_credit = 4'096;
   // Vectors of a space that may wait for the graph, as what a recall must scan beside it, or to be
-  // swept out of it. Credit ends at this; who sends beyond its credit is refused at twice as much. N sessions that were
-  // granted their shares one after the other hold at most 1 + ln N times as much credit.
+  // swept out of it. Credit ends at this; who sends beyond its credit is refused at twice as much.
+  // N sessions that were granted their shares one after the other hold at most 1 + ln N times as
+  // much credit.
   size_t unlinked_limit_bytes = size_t{72} << 20;
   uint32_t default_ef = 128;
   Traversal traversal = Traversal::kInt8;
@@ -159,6 +160,7 @@ class Shard {
                      Completion completion);
   StoreOutcome Store(uint32_t space, const ObserveRequest& request, CommitStamp stamp,
                      bool in_credit);
+  StoreOutcome Hide(uint32_t space, const ObserveRequest& request, CommitStamp stamp);
   bool HasRoom(uint32_t space, bool in_credit) const;
   RefusalReason FixDimension(uint32_t space, const ObservationRef& observation);
   static ObservationRef ObservationIn(const ObserveRequest& request);
@@ -179,7 +181,7 @@ class Shard {
   bool NextTarget(Forward* forward) const;
   bool Tell(uint64_t ticket);
   bool Send(uint64_t ticket);
-  bool RetireHere(Forward* forward);
+  bool DoHere(Forward* forward);
   StoreOutcome Retire(uint32_t space, std::string_view id, CommitStamp stamp);
   void AnswerForward(const Forward& forward);
   int TakePeerAnswers();

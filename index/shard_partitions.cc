@@ -12,6 +12,16 @@
 // 4. One of those may have a later stamp: then the owner is told to end what was just stored.
 // 5. The client is answered, in the order of its session.
 //
+// A suppress or a restore goes the same way, but each shard in 2. and 3. does it itself (kStore) to
+// what it has of the id, as what is stored stays where it lies and the owner may have nothing. It
+// takes no part in the argument below, since the content keeps its stamp: of two contents the later
+// one stands, whatever was hidden or restored meanwhile; what kRetire and step 4 end may be hidden.
+// So once all is answered at most one version of an id is live or hidden, and the next suppress or
+// restore reaches it: its home sees as many partitions as the home of any observation that was
+// answered before. Where several versions are hidden or restored for a moment, no complete snapshot
+// has come to the later one's stamp yet, and what ends the earlier ones ends them at that stamp
+// (Space::EndEarlier).
+//
 // Why of two observations with one id the later stamp stands, wherever the two homes sent them: let
 // s be the earlier stamp, stored in p, and t the later one, stored in q. If t's home tells p, it
 // ends s, or its tombstone meets it. Else t's home knew fewer partitions than s's, and s's home
@@ -67,6 +77,8 @@ Shard::Taken Shard::Take(uint32_t space, Session* session, const ObserveRequest&
   Forward& forward = ledger_.At(taken.ticket);
   forward.step = is_here ? Forward::Step::kRetire : Forward::Step::kStore;
   forward.is_upsert = request.op == ObservationOp::kUpsert;
+  forward.is_same_everywhere =
+      request.op == ObservationOp::kSuppress || request.op == ObservationOp::kRestore;
   forward.existed = taken.outcome.existed;
   forward.later = taken.outcome.later;
   forward.owner = owner;
@@ -149,7 +161,7 @@ bool Shard::Tell(uint64_t ticket) {
   const ShardId target = forward.target;
   const bool is_first = !forward.waits_to_send && ledger_.FirstInLine(target) == 0;
   if (is_first || ledger_.FirstInLine(target) == ticket) {
-    if (target == port_.shard ? RetireHere(&forward) : Send(ticket)) {
+    if (target == port_.shard ? DoHere(&forward) : Send(ticket)) {
       if (forward.waits_to_send) ledger_.LeaveLine(target);
       return true;
     }
@@ -164,7 +176,7 @@ bool Shard::Send(uint64_t ticket) {
   PeerLink& link = port_.peers[to];
   // As many answers fit the ring back.
   if (asked_[to] >= link.requests_out.capacity()) return false;
-  const bool is_store = forward.step == Forward::Step::kStore;
+  const bool is_store = forward.step == Forward::Step::kStore || forward.is_same_everywhere;
   const bool pushed = link.requests_out.TryPush(
       {.kind = is_store ? PeerMessage::Kind::kStore : PeerMessage::Kind::kRetire,
        .existed = false,
@@ -178,14 +190,16 @@ bool Shard::Send(uint64_t ticket) {
   return true;
 }
 
-// False where there is no memory for the tombstone.
-bool Shard::RetireHere(Forward* forward) {
+// False where there is no memory for the tombstone, or no room for what is restored.
+bool Shard::DoHere(Forward* forward) {
   const std::byte* slot =
       port_.producers[forward->producer.value()].producer_slab->At(forward->completion.slot);
-  const ObservationRef observation = ObservationIn(*reinterpret_cast<const ObserveRequest*>(slot));
+  const auto& request = *reinterpret_cast<const ObserveRequest*>(slot);
   const CommitStamp stamp = forward->step == Forward::Step::kLose ? forward->later : forward->stamp;
-  const StoreOutcome outcome =
-      Retire(FindOrMakeSpace(port_.catalogue->At(forward->space)), observation.id, stamp);
+  const uint32_t space = FindOrMakeSpace(port_.catalogue->At(forward->space));
+  const StoreOutcome outcome = forward->is_same_everywhere
+                                   ? Store(space, request, stamp, false)
+                                   : Retire(space, ObservationIn(request).id, stamp);
   if (outcome.reason != RefusalReason::kNone) return false;
   forward->existed |= outcome.existed;
   forward->later = std::max(forward->later, outcome.later);
@@ -234,8 +248,8 @@ int Shard::TakePeerAnswers() {
 // What waits for a shard that had enough to do, or here for memory.
 int Shard::SendWaiting() {
   int work = 0;
-  for (uint16_t s = 0; s < asked_.size(); ++s) {
-    const ShardId shard(s);
+  for (size_t s = 0; s < asked_.size(); ++s) {
+    const ShardId shard(static_cast<uint16_t>(s));
     for (uint64_t ticket = ledger_.FirstInLine(shard); ticket != 0 && Tell(ticket);
          ticket = ledger_.FirstInLine(shard)) {
       if (shard == port_.shard) StepForward(ticket);
@@ -247,11 +261,12 @@ int Shard::SendWaiting() {
 
 int Shard::TakePeerRequests() {
   int work = 0;
-  for (uint16_t s = 0; s < port_.peers.size(); ++s) {
-    if (s == port_.shard.value()) continue;
+  for (size_t s = 0; s < port_.peers.size(); ++s) {
+    const ShardId home(static_cast<uint16_t>(s));
+    if (home == port_.shard) continue;
     for (size_t n = 0; n < kPeerBatch; ++n) {
       if (!held_[s]) held_[s] = port_.peers[s].requests_in.TryPop();
-      if (!held_[s] || !TakePeerRequest(ShardId(s), *held_[s])) break;
+      if (!held_[s] || !TakePeerRequest(home, *held_[s])) break;
       held_[s].reset();
       ++work;
     }
@@ -282,8 +297,8 @@ bool Shard::TakePeerRequest(ShardId home, const PeerMessage& message) {
   return true;
 }
 
-// A partition of the newest half that is full, or busy (more waits for the graph than credit is given
-// for), doubles them. The older half keeps what it had, so it would go on being full.
+// A partition of the newest half that is full, or busy (more waits for the graph than credit is
+// given for), doubles them. The older half keeps what it had, so it would go on being full.
 void Shard::GrowIfFull(uint32_t space) {
   SpaceEntry& entry = *entries_[space];
   const uint16_t partitions = entry.partitions();

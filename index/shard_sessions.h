@@ -30,8 +30,8 @@ struct Session {
 // finding one is one comparison; ids cannot be guessed, also not from other ids.
 //
 // Thread safety: the shard's alone. Takes no memory after construction.
-// Invariants: at most `max_sessions`; attached sessions, and those with forwards under way, are never
-// evicted.
+// Invariants: at most `max_sessions`; attached sessions, and those with forwards under way, are
+// never evicted.
 class ShardSessions {
  public:
   static constexpr uint32_t kMaxSessions = kMaxSessionPlaces;

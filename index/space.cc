@@ -22,8 +22,8 @@ constexpr uint64_t kIdleSweepShare = 1024;
 constexpr uint64_t kLeastBusySweep = 64;
 // No more of the graph at once: a search near doomed nodes must go through them to find others.
 constexpr uint64_t kMostSweepShare = 8;
-// The share of retired ones in the graph from which on they count as backlog: some sweeps' worth, as
-// they wait for the horizon first.
+// The share of retired ones in the graph from which on they count as backlog: some sweeps' worth,
+// as they wait for the horizon first.
 constexpr uint64_t kGatheredShare = 4;
 constexpr int kTombstonesAtOnce = 64;
 constexpr int kEndedAtOnce = 64;
@@ -103,9 +103,9 @@ StoreOutcome Space::Upsert(const ObservationRef& observation, CommitStamp stamp,
   const uint64_t hash = HashOf(observation.id);
   const NodeId old = FindId(hash, observation.id);
   const bool existed = old != kNoNode && nodes_[old].state != NodeState::kTombstone;
-  if (old != kNoNode && Load(stamps_[old].begin) >= stamp) {
+  if (old != kNoNode && ContentStamp(old) >= stamp) {
     StoreLate(observation, true, numbers.data(), hash, old, stamp);
-    return {.existed = existed, .later = Load(stamps_[old].begin)};
+    return {.existed = existed, .later = ContentStamp(old)};
   }
 
   const NodeId node = TakeNode();
@@ -129,8 +129,7 @@ StoreOutcome Space::Upsert(const ObservationRef& observation, CommitStamp stamp,
   ++unlinked_;
   if (old != kNoNode) {
     ids_.Replace(hash, old, node);
-    EndVersion(old, stamp);
-    if (several_homes) NoteSuperseded(hash, old);
+    Supersede(hash, old, stamp, several_homes);
   }
   Advance(stamp);
   if (unlinked_ > options_.graph_from) has_graph_ = true;
@@ -140,12 +139,11 @@ StoreOutcome Space::Upsert(const ObservationRef& observation, CommitStamp stamp,
 StoreOutcome Space::Delete(std::string_view id, CommitStamp stamp, bool several_homes) {
   const uint64_t hash = HashOf(id);
   const NodeId old = FindId(hash, id);
-  if (old != kNoNode && Load(stamps_[old].begin) >= stamp) {
+  if (old != kNoNode && ContentStamp(old) >= stamp) {
     ObservationRef id_alone;
     id_alone.id = id;
     StoreLate(id_alone, false, nullptr, hash, old, stamp);
-    return {.existed = nodes_[old].state != NodeState::kTombstone,
-            .later = Load(stamps_[old].begin)};
+    return {.existed = nodes_[old].state != NodeState::kTombstone, .later = ContentStamp(old)};
   }
   const bool existed = old != kNoNode && nodes_[old].state != NodeState::kTombstone;
   if (several_homes) {
@@ -153,12 +151,92 @@ StoreOutcome Space::Delete(std::string_view id, CommitStamp stamp, bool several_
   } else if (old != kNoNode) {
     ids_.Erase(hash, old);
   }
-  if (old != kNoNode) {
-    EndVersion(old, stamp);
-    if (several_homes) NoteSuperseded(hash, old);
-  }
+  if (old != kNoNode) Supersede(hash, old, stamp, several_homes);
   Advance(stamp);
   return {.existed = existed};
+}
+
+// What a suppress that comes late would have hidden was replaced meanwhile: as a delete then. One
+// that meets what was hidden or restored by a later stamp has come before that, and does nothing.
+StoreOutcome Space::Suppress(std::string_view id, CommitStamp stamp, bool several_homes) {
+  const uint64_t hash = HashOf(id);
+  const NodeId old = FindId(hash, id);
+  if (old == kNoNode) return {};
+  const CommitStamp begin = Load(stamps_[old].begin);
+  const CommitStamp later = begin >= stamp ? begin : kNoStamp;
+  if (!IsLive(old)) return {.later = later};
+  if (ContentStamp(old) >= stamp) return Delete(id, stamp, several_homes);
+  if (later != kNoStamp) return {.later = later};
+
+  const NodeId node = TakeNode();
+  if (node == kNoNode || !CopyText(node, old)) {
+    if (node != kNoNode) FreeNode(node);
+    memory_short_ = true;
+    return {.reason = RefusalReason::kMemoryFull};
+  }
+  std::memcpy(codes_->Row(node), codes_->Row(old), codes_->row_bytes());
+  if (exact_) std::memcpy(exact_->Row(node), exact_->Row(old), exact_->row_bytes());
+  Store(&stamps_[node].begin, stamp);
+  Store(&stamps_[node].end, stamp);
+  nodes_[node].state = NodeState::kHidden;
+  ++hidden_;
+  ids_.Replace(hash, old, node);
+  EndVersion(old, stamp);
+  if (several_homes) NoteSuperseded(hash, old);
+  Advance(stamp);
+  return {.existed = true};
+}
+
+StoreOutcome Space::Restore(std::string_view id, CommitStamp stamp) {
+  const NodeId node = FindId(HashOf(id), id);
+  if (node == kNoNode) return {};
+  const CommitStamp begin = Load(stamps_[node].begin);
+  if (begin >= stamp) return {.later = begin};
+  if (nodes_[node].state != NodeState::kHidden) return {};
+  if (!ReserveFresh()) {
+    memory_short_ = true;
+    return {.reason = RefusalReason::kMemoryFull};
+  }
+  Store(&stamps_[node].begin, stamp);
+  Store(&stamps_[node].end, kOpenStamp);
+  nodes_[node].state = NodeState::kUnlinked;
+  fresh_.Append(node);
+  --hidden_;
+  ++live_;
+  ++unlinked_;
+  Advance(stamp);
+  if (unlinked_ > options_.graph_from) has_graph_ = true;
+  return {.existed = true};
+}
+
+// What takes its place in the id map has a later stamp than its content.
+void Space::Supersede(uint64_t hash, NodeId old, CommitStamp stamp, bool several_homes) {
+  const bool came_late = Load(stamps_[old].begin) > stamp;
+  if (nodes_[old].state == NodeState::kHidden) {
+    // It was suppressed or restored since, and so were, perhaps, versions of that content before.
+    if (came_late) EndEarlier(hash, IdOf(old), stamp);
+    --hidden_;
+    FreeNode(old);  // No reader was ever led to it.
+    return;
+  }
+  EndVersion(old, stamp);
+  if (came_late) EndEarlier(hash, IdOf(old), stamp);
+  if (several_homes) NoteSuperseded(hash, old);
+}
+
+// The remembered versions of contents with earlier stamps end there, also those that begin later.
+void Space::EndEarlier(uint64_t hash, std::string_view id, CommitStamp stamp) {
+  const uint64_t kept = std::min<uint64_t>(superseded_count_, kSupersededKept);
+  for (uint64_t i = 0; i < kept; ++i) {
+    const auto [other_hash, node] = superseded_[i];
+    if (other_hash != hash || nodes_[node].state == NodeState::kFree || IsLive(node) ||
+        IdOf(node) != id) {
+      continue;
+    }
+    if (ContentStamp(node) < stamp && Load(stamps_[node].end) > stamp) {
+      Store(&stamps_[node].end, stamp);
+    }
+  }
 }
 
 void Space::NoteSuperseded(uint64_t hash, NodeId node) {
@@ -179,7 +257,7 @@ void Space::NoteSuperseded(uint64_t hash, NodeId node) {
 //    a snapshot could tell.
 void Space::StoreLate(const ObservationRef& observation, bool is_upsert, const float* numbers,
                       uint64_t hash, NodeId latest, CommitStamp stamp) {
-  CommitStamp next = Load(stamps_[latest].begin);
+  CommitStamp next = ContentStamp(latest);
   if (next == stamp) return;
   const uint64_t kept = std::min<uint64_t>(superseded_count_, kSupersededKept);
   for (uint64_t i = 0; i < kept; ++i) {
@@ -188,10 +266,10 @@ void Space::StoreLate(const ObservationRef& observation, bool is_upsert, const f
         IdOf(node) != observation.id) {
       continue;
     }
-    const CommitStamp begin = Load(stamps_[node].begin);
-    if (begin == stamp) return;
-    if (begin > stamp) {
-      next = std::min(next, begin);
+    const CommitStamp content = ContentStamp(node);
+    if (content == stamp) return;
+    if (content > stamp) {
+      next = std::min(next, content);
     } else if (Load(stamps_[node].end) > stamp) {
       next = std::min(next, Load(stamps_[node].end));
       Store(&stamps_[node].end, stamp);
@@ -253,7 +331,7 @@ void Space::ForgetTombstones(CommitStamp complete) {
 
 // Ends at exactly the stamp at which what supersedes it begins, so that every snapshot has one of
 // them. Within one shard's stamps that is after whatever a recall of now began with, so what it has
-// seen stays visible to it.
+// seen stays visible to it. What was restored after that stamp is then seen by nobody any more.
 void Space::EndVersion(NodeId node, CommitStamp stamp) {
   Node& stored = nodes_[node];
   if (stored.state == NodeState::kTombstone) return;
@@ -350,7 +428,9 @@ bool Space::WriteText(Node* node, const ObservationRef& observation) {
     std::memcpy(node->text + observation.id.size(), observation.payload.data(),
                 observation.payload.size());
   }
+  static_assert(kMaxIdBytes < size_t{1} << 15);
   node->id_bytes = static_cast<uint16_t>(observation.id.size());
+  node->was_hidden = 0;
   node->payload_bytes = static_cast<uint32_t>(observation.payload.size());
   node->payload_kind = observation.payload_kind;
   node->when_ns = observation.when_ns;
@@ -358,9 +438,44 @@ bool Space::WriteText(Node* node, const ObservationRef& observation) {
   return true;
 }
 
+// With the stamp of its content, which the node's own no longer tells.
+bool Space::CopyText(NodeId node, NodeId from) {
+  const Node& source = nodes_[from];
+  const CommitStamp content = ContentStamp(from);
+  const size_t text_bytes = size_t{source.id_bytes} + source.payload_bytes;
+  const size_t bytes = text_bytes + sizeof(content);
+  std::byte* text = heap_->Allocate(bytes);
+  if (text == nullptr) return false;
+  text_bytes_ += ArenaHeap::BlockBytes(bytes);
+  std::memcpy(text, source.text, text_bytes);
+  std::memcpy(text + text_bytes, &content, sizeof(content));
+  Node& copy = nodes_[node];
+  copy.text = text;
+  copy.id_bytes = source.id_bytes;
+  copy.was_hidden = 1;
+  copy.payload_bytes = source.payload_bytes;
+  copy.payload_kind = source.payload_kind;
+  copy.when_ns = source.when_ns;
+  copy.confidence = source.confidence;
+  return true;
+}
+
+size_t Space::TextBytes(const Node& node) {
+  return size_t{node.id_bytes} + node.payload_bytes + (node.was_hidden ? sizeof(CommitStamp) : 0);
+}
+
+// When what it holds was upserted, or deleted.
+CommitStamp Space::ContentStamp(NodeId node) const {
+  const Node& stored = nodes_[node];
+  if (!stored.was_hidden) return Load(stamps_[node].begin);
+  CommitStamp stamp;
+  std::memcpy(&stamp, stored.text + stored.id_bytes + stored.payload_bytes, sizeof(stamp));
+  return stamp;
+}
+
 void Space::FreeText(Node* node) {
   if (node->text == nullptr) return;
-  const size_t bytes = size_t{node->id_bytes} + node->payload_bytes;
+  const size_t bytes = TextBytes(*node);
   heap_->Free(node->text, bytes);
   text_bytes_ -= ArenaHeap::BlockBytes(bytes);
   node->text = nullptr;
@@ -525,12 +640,12 @@ float Space::ScoreOf(float distance) const {
 
 NodeId Space::FindLive(std::string_view id) const {
   const NodeId node = FindId(HashOf(id), id);
-  return node == kNoNode || nodes_[node].state == NodeState::kTombstone ? kNoNode : node;
+  return node != kNoNode && IsLive(node) ? node : kNoNode;
 }
 
 void Space::Scroll(uint64_t* cursor, size_t limit, std::vector<NodeId>* nodes) const {
   ids_.VisitFrom(cursor, limit, [&](NodeId node) {
-    if (nodes_[node].state != NodeState::kTombstone) nodes->push_back(node);
+    if (IsLive(node)) nodes->push_back(node);
   });
 }
 
@@ -554,71 +669,6 @@ NodeId Space::FindId(uint64_t hash, std::string_view id) const {
 
 std::string_view Space::IdOf(NodeId node) const {
   return {reinterpret_cast<const char*>(nodes_[node].text), nodes_[node].id_bytes};
-}
-
-// ---------------------------------------------------------------------------------------------
-// Soundness
-
-std::unexpected<Error> Space::Unsound(const std::string& what, uint64_t node) const {
-  return Fail(ErrorCode::kCorrupt,
-              "space " + name_ + ": " + what + " (node " + std::to_string(node) + ")");
-}
-
-Result<void> Space::CheckNode(NodeId node) const {
-  const Node& stored = nodes_[node];
-  const bool listed = stored.state == NodeState::kUnlinked || stored.state == NodeState::kLinking;
-  const bool live = listed || stored.state == NodeState::kLinked;
-  if (live && FindId(HashOf(IdOf(node)), IdOf(node)) != node) {
-    return Unsound("id not in the map", node);
-  }
-  if (live && Load(stamps_[node].end) != kOpenStamp) return Unsound("live but ended", node);
-  const bool in_graph = stored.state == NodeState::kLinked || stored.state == NodeState::kRetired;
-  if (in_graph != graph_.IsLinked(node)) return Unsound("graph and node disagree", node);
-  if (stored.state == NodeState::kDoomed && !graph_.IsDoomed(node)) {
-    return Unsound("doomed here and not in the graph", node);
-  }
-  return {};
-}
-
-Result<void> Space::CheckCounts() const {
-  std::array<uint64_t, 10> by_state{};
-  for (uint32_t node = 0; node < node_count(); ++node) {
-    ++by_state[static_cast<size_t>(nodes_[node].state)];
-  }
-  const auto count = [&](NodeState state) { return by_state[static_cast<size_t>(state)]; };
-  const uint64_t unlinked = count(NodeState::kUnlinked) + count(NodeState::kLinking);
-  const uint64_t live = unlinked + count(NodeState::kLinked);
-  const uint64_t retired = count(NodeState::kEnded) + count(NodeState::kRetired) +
-                           count(NodeState::kRetiredLinking) + count(NodeState::kDoomed) +
-                           count(NodeState::kWaiting);
-  if (live != live_) return Unsound("live count is off", live);
-  if (unlinked != unlinked_) return Unsound("unlinked count is off", unlinked);
-  const FreshList::Snapshot fresh = fresh_.TakeSnapshot();
-  uint64_t listed = 0;
-  for (size_t i = 0; i < fresh.size(); ++i) {
-    const NodeState state = nodes_[fresh[i]].state;
-    listed += static_cast<uint64_t>(state == NodeState::kUnlinked || state == NodeState::kLinking);
-  }
-  if (listed != unlinked) return Unsound("the fresh list lacks nodes", listed);
-  if (retired != retired_) return Unsound("retired count is off", retired);
-  if (count(NodeState::kRetired) != retired_linked_) return Unsound("retired list is off", retired);
-  if (count(NodeState::kTombstone) != tombstones_)
-    return Unsound("tombstones are off", tombstones_);
-  if (ids_.size() < live || ids_.size() > live + tombstones_) {
-    return Unsound("id map's size is off", ids_.size());
-  }
-  uint64_t free = 0;
-  for (NodeId node = first_free_; node != kNoNode; node = nodes_[node].next) ++free;
-  if (free != count(NodeState::kFree)) return Unsound("free list is off", free);
-  return {};
-}
-
-Result<void> Space::CheckInvariants() const {
-  for (uint32_t node = 0; node < node_count(); ++node) {
-    if (Result<void> sound = CheckNode(node); !sound) return sound;
-  }
-  if (Result<void> sound = CheckCounts(); !sound) return sound;
-  return graph_.CheckInvariants();
 }
 
 }  // namespace engram

@@ -52,11 +52,13 @@ struct StoredObservation {
   CommitStamp stamp = kNoStamp;
 };
 
-// What became of an upsert or a delete. Where a later stamp was there already nothing that lives
-// has changed, and that is no refusal.
+// What became of an observation. Where a later stamp was there already nothing that lives has
+// changed, and that is no refusal.
 struct StoreOutcome {
   RefusalReason reason = RefusalReason::kNone;
-  bool existed = false;          // there was a live observation with this id
+  // There was an observation with this id: a live or a hidden one for upserts and deletes, a live
+  // one to suppress, a hidden one to restore.
+  bool existed = false;
   CommitStamp later = kNoStamp;  // the stamp that was there already
 };
 
@@ -85,13 +87,21 @@ struct SpaceOptions {
 // in the graph) -> kDoomed (a sweep takes it out) -> kWaiting (until no reader can be on it) ->
 // kFree, or from kUnlinked by kEnded, until it has left the fresh list, to kWaiting. A
 // kTombstone is an id without a vector: its delete was stamped later than what may still come from
-// another home shard.
+// another home shard. A kHidden node is what was suppressed: a copy in no list and no graph that no
+// snapshot sees, until it is restored (kUnlinked) or superseded (kFree); the node that was live
+// ends as if it had been deleted.
+//
+// Suppressing and restoring hold for the content that they meet, and content keeps its own stamp
+// through them (ContentStamp). Upserts and deletes go by the stamps of contents alone, so one that
+// comes late supersedes an older content whatever became of it meanwhile. Were it to lose against
+// the stamp of a suppress, as against a tombstone, it would be lost, or, where it lies in another
+// shard, be there beside the older one once both are restored.
 //
 // Thread safety: writing is the shard's alone. Other cores may recall at any moment: what is marked
 // "For readers" below, from inside the epochs.
-// Invariants: each id is in the id map at most once, with its live node or tombstone; `fresh` lists
-// all live nodes that are not kLinked; live = linked + unlinked; of the versions of an id at most
-// one is open.
+// Invariants: each id is in the id map at most once, with its live or hidden node or tombstone;
+// `fresh` lists all live nodes that are not kLinked; live = linked + unlinked; of the versions of
+// an id at most one is open.
 class Space {
  public:
   static constexpr uint32_t kGraphFrom = SpaceOptions::kGraphFrom;
@@ -159,6 +169,11 @@ class Space {
   // Ends what has this id and an earlier stamp. `several_homes`: likewise, and as it must lose a
   // tombstone is kept, until ForgetTombstones. kNone or kMemoryFull.
   StoreOutcome Delete(std::string_view id, CommitStamp stamp, bool several_homes);
+  // Hides what lives with this id and an earlier stamp. kNone or kMemoryFull; nothing has changed
+  // then.
+  StoreOutcome Suppress(std::string_view id, CommitStamp stamp, bool several_homes);
+  // Brings back what was hidden with an earlier stamp. As Suppress.
+  StoreOutcome Restore(std::string_view id, CommitStamp stamp);
   // Whether Upsert would refuse the vector, and why.
   RefusalReason Judge(const ObservationRef& observation) const;
   // What ended at `horizon` or before is no longer kept for recalls of earlier snapshots. Rises.
@@ -203,12 +218,13 @@ class Space {
   Result<void> CheckInvariants() const;
 
   uint64_t live() const { return live_; }
+  uint64_t hidden() const { return hidden_; }
   uint64_t unlinked_count() const { return unlinked_; }
   uint64_t linked() const { return live_ - unlinked_; }
   // Updated or deleted, still holding a place.
   uint64_t retired() const { return retired_; }
-  // Nodes that upkeep is behind by: those that wait for the graph, and the retired ones in it beyond
-  // a share that sweeps let gather. 0 while there is no graph, as nothing waits for it.
+  // Nodes that upkeep is behind by: those that wait for the graph, and the retired ones in it
+  // beyond a share that sweeps let gather. 0 while there is no graph, as nothing waits for it.
   uint64_t backlog() const;
   uint64_t resident_bytes() const;
 
@@ -224,14 +240,17 @@ class Space {
     kDoomed,
     kWaiting,
     kTombstone,
+    kHidden,
+    kCount,
   };
   struct Node {
     // Written before the node is published, then constant.
-    std::byte* text;  // id, then payload
+    std::byte* text;  // id, then payload; then, with was_hidden, the stamp of the content
     int64_t when_ns;
     float confidence;
     uint32_t payload_bytes;
-    uint16_t id_bytes;
+    uint16_t id_bytes : 15;
+    uint16_t was_hidden : 1;
     PayloadKind payload_kind;
     // The shard's alone.
     NodeState state;
@@ -245,6 +264,11 @@ class Space {
 
   static constexpr ReaderEpochs::Epoch kNoEpoch = 0;
 
+  bool IsLive(NodeId node) const {
+    const NodeState state = nodes_[node].state;
+    return state == NodeState::kUnlinked || state == NodeState::kLinking ||
+           state == NodeState::kLinked;
+  }
   // It ended, and no recall may ask for it any more.
   bool IsPast(NodeId node) const {
     return Load(stamps_[node].end) <= horizon_.load(std::memory_order_relaxed);
@@ -265,12 +289,17 @@ class Space {
   bool ReserveFresh();
   void DropEnded();
   bool WriteText(Node* node, const ObservationRef& observation);
+  bool CopyText(NodeId node, NodeId from);
+  static size_t TextBytes(const Node& node);
   void FreeText(Node* node);
+  CommitStamp ContentStamp(NodeId node) const;
   void EndVersion(NodeId node, CommitStamp stamp);
   void ListRetired(NodeId node);
   void PutInLine(NodeId node);
   void FreeNode(NodeId node);
+  void Supersede(uint64_t hash, NodeId old, CommitStamp stamp, bool several_homes);
   void NoteSuperseded(uint64_t hash, NodeId node);
+  void EndEarlier(uint64_t hash, std::string_view id, CommitStamp stamp);
   void StoreLate(const ObservationRef& observation, bool is_upsert, const float* numbers,
                  uint64_t hash, NodeId latest, CommitStamp stamp);
   bool MakeTombstone(uint64_t hash, std::string_view id, CommitStamp stamp, NodeId old);
@@ -322,6 +351,7 @@ class Space {
   NodeId first_tombstone_ = kNoNode;
   NodeId last_tombstone_ = kNoNode;
   uint64_t tombstones_ = 0;
+  uint64_t hidden_ = 0;
   // With several homes: a ring of the versions and tombstones that were superseded last.
   static constexpr size_t kSupersededKept = 1'024;
   struct Superseded {

@@ -17,8 +17,8 @@ Result<std::unique_ptr<Appliance>> Appliance::Create(const ApplianceOptions& opt
   mesh_options.shards = options.shards;
   auto spaces = std::make_unique<SpaceCatalogue>(
       options.max_spaces, options.shards,
-      options.max_partitions == 0 ? options.shards : options.max_partitions,
-      options.space_defaults, MixBits(~options.shard.seed));
+      options.max_partitions == 0 ? options.shards : options.max_partitions, options.space_defaults,
+      MixBits(~options.shard.seed));
   for (const auto& [name, settings] : options.spaces) {
     if (spaces->Configure(name, settings) == nullptr) {
       return Fail(ErrorCode::kResourceExhausted,

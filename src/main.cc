@@ -69,8 +69,8 @@ int Serve(Config config) {
     spdlog::info("grpc: serving engram.v1.EngramService at {}", grpc->endpoint().ToString());
   }
   spdlog::info("ready");
-  const bool drained = (*daemon)->ServeUntil(
-      g_stop, [](const std::string& line) { spdlog::info("{}", line); });
+  const bool drained =
+      (*daemon)->ServeUntil(g_stop, [](const std::string& line) { spdlog::info("{}", line); });
   if (!drained) spdlog::warn("some connections did not end in time and were cut");
   spdlog::info("stopped");
   return 0;

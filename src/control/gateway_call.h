@@ -15,7 +15,7 @@
 namespace engram {
 
 enum class CallKind : uint8_t {
-  kObserve,     // store or remove one observation
+  kObserve,     // store, remove, hide or restore one observation
   kRecall,      // the nearest to a vector
   kGet,         // observations by id
   kScroll,      // a page of a space

@@ -132,9 +132,9 @@ std::expected<std::string_view, CallError> SpaceOfMetadata(
     const std::string_view value(entry->second.data(), entry->second.size());
     if (value.empty()) continue;
     if (!name.empty() && value != name) {
-      return std::unexpected(CallError{CallFault::kInvalidArgument,
-                                       "x-memory-space: given twice with different values; "
-                                       "expected one space"});
+      return std::unexpected(
+          CallError{"x-memory-space: given twice with different values; "
+                    "expected one space"});
     }
     name = value;
   }
@@ -142,9 +142,7 @@ std::expected<std::string_view, CallError> SpaceOfMetadata(
 }
 
 grpc::Status StatusOf(const CallError& error) {
-  return {error.fault == CallFault::kUnimplemented ? grpc::StatusCode::UNIMPLEMENTED
-                                                   : grpc::StatusCode::INVALID_ARGUMENT,
-          error.message};
+  return {grpc::StatusCode::INVALID_ARGUMENT, error.message};
 }
 
 // Fills in `message`. gRPC's own reading would answer bytes that are none with UNIMPLEMENTED and
@@ -298,7 +296,7 @@ class ForgetCall final : public UnaryCall<v1::ForgetRequest, v1::ForgetResponse>
 
  private:
   Asked Ask() override { return AskForget(request(), &question); }
-  void Tell(v1::ForgetResponse* response) override { TellForget(answer, response); }
+  void Tell(v1::ForgetResponse* response) override { TellForget(question, answer, response); }
 };
 
 class IntrospectCall final : public UnaryCall<v1::IntrospectRequest, v1::IntrospectResponse> {

@@ -28,7 +28,7 @@ constexpr int kMaxMetricsOfCall = 1'000;
 constexpr size_t kQuotedBytesMax = 64;  // of a value that an error repeats
 
 std::unexpected<CallError> Invalid(std::string message) {
-  return std::unexpected(CallError{CallFault::kInvalidArgument, std::move(message)});
+  return std::unexpected(CallError{std::move(message)});
 }
 
 // In quotes, cut where it is long. What came as a header may be any bytes; a message is text.
@@ -495,18 +495,21 @@ Asked AskForget(const v1::ForgetRequest& request, GatewayQuestion* question) {
     case v1::FORGET_MODE_UNSPECIFIED:
     case v1::FORGET_MODE_DELETE:
     case v1::FORGET_MODE_OVERWRITE:
+      if (request.restore()) {
+        return Invalid("restore: true with mode " + v1::ForgetMode_Name(request.mode()) +
+                       "; expected mode FORGET_MODE_SUPPRESS with it");
+      }
+      question->op = ObservationOp::kDelete;
       break;
     case v1::FORGET_MODE_SUPPRESS:
-      return std::unexpected(
-          CallError{CallFault::kUnimplemented,
-                    "mode: FORGET_MODE_SUPPRESS is not served yet, and nothing was hidden or "
-                    "removed; FORGET_MODE_DELETE removes the memory for good"});
+      question->op = request.restore() ? ObservationOp::kRestore : ObservationOp::kSuppress;
+      break;
     default:
       return Invalid("mode: " + std::to_string(request.mode()) +
-                     "; expected FORGET_MODE_DELETE or FORGET_MODE_OVERWRITE");
+                     "; expected FORGET_MODE_SUPPRESS, FORGET_MODE_DELETE or "
+                     "FORGET_MODE_OVERWRITE");
   }
   question->kind = CallKind::kObserve;
-  question->op = ObservationOp::kDelete;
   question->id = request.memory_id();
   return {};
 }
@@ -554,10 +557,11 @@ void TellRecall(const GatewayQuestion& question, const GatewayAnswer& answer,
   metadata->set_recall_time_ms(took_ns / kNanosPerMilli);
 }
 
-void TellForget(const GatewayAnswer& answer, v1::ForgetResponse* response) {
+void TellForget(const GatewayQuestion& question, const GatewayAnswer& answer,
+                v1::ForgetResponse* response) {
   response->set_memories_affected(answer.existed ? 1 : 0);
   SetConfidence(1, response->mutable_forget_confidence());
-  response->set_reversible(false);
+  response->set_reversible(answer.existed && question.op == ObservationOp::kSuppress);
 }
 
 void TellIntrospect(const v1::IntrospectRequest& request, const GatewayQuestion& question,

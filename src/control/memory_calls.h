@@ -15,13 +15,8 @@
 
 namespace engram {
 
-enum class CallFault : uint8_t {
-  kInvalidArgument,
-  kUnimplemented,
-};
-// Why a request is not taken.
+// Why a request is not taken: INVALID_ARGUMENT.
 struct CallError {
-  CallFault fault = CallFault::kInvalidArgument;
   std::string message;  // names field, value and what was expected
 };
 using Asked = std::expected<void, CallError>;
@@ -58,7 +53,8 @@ void TellRemember(const GatewayQuestion& question, const GatewayAnswer& answer,
                   v1::RememberResponse* response);
 void TellRecall(const GatewayQuestion& question, const GatewayAnswer& answer,
                 const RecallLimits& limits, int64_t took_ns, v1::RecallResponse* response);
-void TellForget(const GatewayAnswer& answer, v1::ForgetResponse* response);
+void TellForget(const GatewayQuestion& question, const GatewayAnswer& answer,
+                v1::ForgetResponse* response);
 void TellIntrospect(const v1::IntrospectRequest& request, const GatewayQuestion& question,
                     const GatewayAnswer& answer, const CounterCatalogue& counters,
                     v1::IntrospectResponse* response);

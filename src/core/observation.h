@@ -50,6 +50,9 @@ enum class ObservationOp : uint8_t {
   kUpsert = 1,  // store, replacing what has the same id in the space
   kDelete = 2,  // remove by id; deleting what is not there is no error
   kSkip = 3,    // inside the appliance only: the sequence number of an observation that was refused
+  // Of requests without a session alone; no frame carries them.
+  kSuppress = 4,  // hide by id, until it is restored, replaced or deleted
+  kRestore = 5,   // bring back what is hidden
 };
 
 // 1 to 64 of [a-z0-9_-].

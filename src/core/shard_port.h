@@ -234,7 +234,8 @@ static_assert(kResultSlotBytes >= sizeof(ResultBatch) + sizeof(HitHeader) +
 // request is read where the producer put it.
 struct PeerMessage {
   enum class Kind : uint8_t {
-    kStore,   // home to owner: store or delete, as the request says, with this stamp
+    kStore,   // home to owner: do what the request says, with this stamp; a suppress or a restore
+              // goes to earlier owners, too
     kRetire,  // home to an earlier owner: whatever it has of that id is superseded by this stamp
     kDone,    // back: it is visible
   };

@@ -72,11 +72,11 @@ class Rig {
     call->question.vector = call->vector;
     return call;
   }
-  TestCall* Forget(std::string id) {
+  TestCall* Forget(std::string id, ObservationOp op = ObservationOp::kDelete) {
     TestCall* call = NewCall(CallKind::kObserve);
     call->id = std::move(id);
     call->question.id = call->id;
-    call->question.op = ObservationOp::kDelete;
+    call->question.op = op;
     return call;
   }
   TestCall* Recall(std::vector<float> vector, uint32_t k) {
@@ -194,6 +194,45 @@ TEST(GatewayShardTest, EveryKindOfCallIsAnsweredByOneShardAndByFour) {
       at += record.record_bytes;
     }
     EXPECT_EQ(observations, all.size());
+    rig.ExpectIdle();
+  }
+}
+
+TEST(GatewayShardTest, WhatIsSuppressedIsFoundByNoCallUntilItIsRestored) {
+  for (const uint16_t shards : {1, 4}) {
+    SCOPED_TRACE(shards);
+    Rig rig(shards);
+    const auto suppress = [&](const std::string& id) {
+      return rig.DoWell(rig.Forget(id, ObservationOp::kSuppress)).existed;
+    };
+    const auto restore = [&](const std::string& id) {
+      return rig.DoWell(rig.Forget(id, ObservationOp::kRestore)).existed;
+    };
+    EXPECT_FALSE(suppress("a")) << "nobody has written to the space";
+    EXPECT_FALSE(restore("a"));
+    for (int i = 0; i < 20; ++i) {
+      rig.DoWell(rig.Remember("id" + std::to_string(i), {static_cast<float>(i), 1}));
+    }
+    EXPECT_FALSE(suppress("a"));
+    for (int times = 0; times < 3; ++times) {
+      EXPECT_TRUE(suppress("id7"));
+      EXPECT_FALSE(suppress("id7"));
+      EXPECT_EQ(IdsIn(rig.DoWell(rig.Get("id7"))), Ids{});
+      EXPECT_EQ(IdsIn(rig.DoWell(rig.Recall({7.1F, 1}, 2))), (Ids{"id8", "id6"}));
+      TestCall* page = rig.NewCall(CallKind::kScroll);
+      page->question.limit = 100;
+      EXPECT_EQ(rig.DoWell(page).hit_count, 19u);
+      EXPECT_TRUE(restore("id7"));
+      EXPECT_FALSE(restore("id7"));
+      EXPECT_EQ(IdsIn(rig.DoWell(rig.Get("id7"))), Ids{"id7"});
+      EXPECT_EQ(IdsIn(rig.DoWell(rig.Recall({7.1F, 1}, 2))), (Ids{"id7", "id8"}));
+    }
+    EXPECT_TRUE(suppress("id7"));
+    EXPECT_TRUE(rig.DoWell(rig.Remember("id7", {70, 1})).existed);
+    EXPECT_EQ(IdsIn(rig.DoWell(rig.Recall({70, 1}, 1))), Ids{"id7"});
+    EXPECT_TRUE(suppress("id7"));
+    EXPECT_TRUE(rig.DoWell(rig.Forget("id7")).existed);
+    EXPECT_FALSE(restore("id7"));
     rig.ExpectIdle();
   }
 }

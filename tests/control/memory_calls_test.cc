@@ -170,6 +170,57 @@ TEST(MemoryCallsTest, AScoreThatIsNoNumberIsNoActivation) {
 }
 
 // What is only kept must be something that a client can read again.
+TEST(MemoryCallsTest, ForgetRemovesHidesAndRestores) {
+  v1::ForgetRequest request;
+  request.set_memory_id("m");
+  const auto error = [&] {
+    GatewayQuestion question;
+    const Asked asked = AskForget(request, &question);
+    return asked ? "" : asked.error().message;
+  };
+  const auto op = [&] {
+    GatewayQuestion question;
+    EXPECT_TRUE(AskForget(request, &question));
+    EXPECT_EQ(question.kind, CallKind::kObserve);
+    EXPECT_EQ(question.id, "m");
+    return question.op;
+  };
+  for (const v1::ForgetMode mode :
+       {v1::FORGET_MODE_UNSPECIFIED, v1::FORGET_MODE_DELETE, v1::FORGET_MODE_OVERWRITE}) {
+    request.set_mode(mode);
+    request.set_restore(false);
+    EXPECT_EQ(op(), ObservationOp::kDelete);
+    request.set_restore(true);
+    EXPECT_EQ(error(), "restore: true with mode " + v1::ForgetMode_Name(mode) +
+                           "; expected mode FORGET_MODE_SUPPRESS with it");
+  }
+  request.set_mode(v1::FORGET_MODE_SUPPRESS);
+  EXPECT_EQ(op(), ObservationOp::kRestore);
+  request.set_restore(false);
+  EXPECT_EQ(op(), ObservationOp::kSuppress);
+  request.set_mode(static_cast<v1::ForgetMode>(9));
+  EXPECT_EQ(error(),
+            "mode: 9; expected FORGET_MODE_SUPPRESS, FORGET_MODE_DELETE or "
+            "FORGET_MODE_OVERWRITE");
+}
+
+TEST(MemoryCallsTest, OnlyWhatWasHiddenIsReversible) {
+  for (const ObservationOp op :
+       {ObservationOp::kDelete, ObservationOp::kSuppress, ObservationOp::kRestore}) {
+    for (const bool existed : {false, true}) {
+      GatewayQuestion question;
+      question.op = op;
+      GatewayAnswer answer;
+      answer.existed = existed;
+      v1::ForgetResponse response;
+      TellForget(question, answer, &response);
+      EXPECT_EQ(response.memories_affected(), existed ? 1 : 0);
+      EXPECT_EQ(response.forget_confidence().value(), 1);
+      EXPECT_EQ(response.reversible(), existed && op == ObservationOp::kSuppress);
+    }
+  }
+}
+
 TEST(MemoryCallsTest, WhatIsKeptIsCheckedToo) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const float infinity = std::numeric_limits<float>::infinity();

@@ -100,9 +100,12 @@ std::vector<std::string> ForgetSeeds() {
   id.set_memory_space_id("a");
   id.set_memory_id("m");
   id.set_mode(v1::FORGET_MODE_OVERWRITE);
+  v1::ForgetRequest restore = id;
+  restore.set_mode(v1::FORGET_MODE_SUPPRESS);
+  restore.set_restore(true);
   v1::ForgetRequest pattern;
   pattern.mutable_pattern()->mutable_semantic()->set_query("q");
-  return {id.SerializeAsString(), pattern.SerializeAsString()};
+  return {id.SerializeAsString(), restore.SerializeAsString(), pattern.SerializeAsString()};
 }
 
 std::vector<std::string> IntrospectSeeds() {
@@ -250,7 +253,9 @@ void ExpectBounds(const GatewayQuestion& question) {
         ASSERT_NO_FATAL_FAILURE(ExpectVector(question));
         ASSERT_NO_FATAL_FAILURE(ExpectReadable(question));
       } else {
-        ASSERT_EQ(question.op, ObservationOp::kDelete);
+        ASSERT_TRUE(question.op == ObservationOp::kDelete ||
+                    question.op == ObservationOp::kSuppress ||
+                    question.op == ObservationOp::kRestore);
         ASSERT_TRUE(question.vector.empty() && question.payload.empty());
       }
       ASSERT_NO_FATAL_FAILURE(ExpectAdmittable(question));

@@ -3,9 +3,11 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
+#include <string>
 
 #include "tests/dataplane/wire.h"
 
@@ -104,6 +106,23 @@ TEST(AdmissionGateTest, DeleteNeedsNoVector) {
   EXPECT_EQ(admission.request.op, ObservationOp::kDelete);
   EXPECT_EQ(admission.request.id_bytes, 4);
   EXPECT_EQ(WireText(admission.body), "gone");
+}
+
+// They come from the gateway; no frame carries them.
+TEST(AdmissionGateTest, SuppressAndRestoreNeedNoVectorEither) {
+  for (const ObservationOp op : {ObservationOp::kSuppress, ObservationOp::kRestore}) {
+    const std::string id = "hidden";
+    ObservationView view;
+    view.op = op;
+    view.confidence = 1;
+    view.id = id;
+    Slot slot(SlotBytesFor(view));
+    ASSERT_EQ(AdmitObservation(view, {.metric = Metric::kCosine, .dimension = 768}, slot.get()),
+              RefusalReason::kNone);
+    EXPECT_EQ(slot.observe().op, op);
+    EXPECT_EQ(slot.observe().id_bytes, 6);
+    EXPECT_EQ(std::memcmp(slot.get() + kRequestBodyOffset, id.data(), id.size()), 0);
+  }
 }
 
 TEST(AdmissionGateTest, NotFiniteIsFoundAtEachPlace) {

@@ -202,7 +202,7 @@ TEST(ObserveReaderTest, PartLengthsMustFitTheRecord) {
 TEST(ObserveReaderTest, EachFaultIsNamedAndSkipped) {
   const WireRecord record = Example();
   EXPECT_EQ(FaultWith(kOpAt, 1, 1, record), RefusalReason::kNone);
-  for (const uint64_t op : {0, 3, 4, 255}) {  // 3 is the appliance's own skip
+  for (const uint64_t op : {0, 3, 4, 5, 6, 255}) {  // 3 to 5 are the appliance's own
     EXPECT_EQ(FaultWith(kOpAt, 1, op, record), RefusalReason::kBadOperation) << op;
   }
   for (const uint64_t dtype : {0, 5, 255}) {

@@ -24,9 +24,8 @@ class ForwardLedgerTest : public testing::Test {
   // The tickets that are answered when `ticket` is done.
   std::vector<uint64_t> Finish(uint64_t ticket) {
     std::vector<uint64_t> answered;
-    ledger_.Finish(ticket, [&](const Forward& forward) {
-      answered.push_back(forward.completion.sequence);
-    });
+    ledger_.Finish(
+        ticket, [&](const Forward& forward) { answered.push_back(forward.completion.sequence); });
     return answered;
   }
 

@@ -27,6 +27,8 @@ Observation Upsert(const std::string& id, float x = 1, std::string payload = "")
   return {.id = id, .vector = {x, 1}, .payload = std::move(payload)};
 }
 Observation Remove(const std::string& id) { return {.op = ObservationOp::kDelete, .id = id}; }
+Observation Suppress(const std::string& id) { return {.op = ObservationOp::kSuppress, .id = id}; }
+Observation Restore(const std::string& id) { return {.op = ObservationOp::kRestore, .id = id}; }
 std::string IdAt(uint64_t i) { return "id" + std::to_string(i); }
 
 ShardOptions Options(uint64_t grow_partition_at = 0, uint32_t max_forwards = 256) {
@@ -83,6 +85,20 @@ class PartitionRig : public ShardRig {
   size_t HolderOf(const std::string& id) {
     const auto found = LiveOf(id);
     return found.size() == 1 ? found.begin()->first : kNoShard;
+  }
+  uint64_t CountHidden() {
+    uint64_t count = 0;
+    for (const auto& each : shards) {
+      const Space* part = each->FindSpace(kSpace);
+      if (part != nullptr) count += part->hidden();
+    }
+    return count;
+  }
+  // Without a session, from the shard `home`; whether there was one.
+  bool Existed(size_t home, const Observation& observation) {
+    const auto [completion, request] = ObserveAlone(AloneAt(home), observation);
+    EXPECT_EQ(completion.reason, kNone);
+    return request.existed;
   }
   std::string PayloadOf(const std::string& id) {
     const auto found = LiveOf(id);
@@ -461,6 +477,89 @@ TEST_P(GrowthRaceTest, TheLaterStampStands) {
 INSTANTIATE_TEST_SUITE_P(Orders, GrowthRaceTest,
                          testing::Combine(testing::Bool(), testing::Bool(), testing::Range(0, 5)));
 
+// ---------------------------------------------------------------------------------------------
+// Suppress and restore
+
+TEST(ShardPartitionsTest, ASuppressGoesWhereTheIdLies) {
+  PartitionRig rig(1, Options(50), 4);
+  RigSession session = rig.OpenAt(rig.ShardOfPartition(0));
+  for (uint64_t i = 0; i < 400; ++i) {
+    ASSERT_EQ(rig.Observe(&session, Upsert(IdAt(i), 1, "of " + IdAt(i))).reason, kNone);
+  }
+  ASSERT_EQ(rig.space().partitions(), 4u);
+  int not_at_owner = 0;
+  for (uint64_t i = 0; i < 400; ++i) {
+    const std::string id = IdAt(i);
+    const size_t home = i % kShards;
+    const size_t holder = rig.HolderOf(id);
+    not_at_owner += static_cast<int>(holder != rig.OwnerOf(id));
+    EXPECT_FALSE(rig.Existed(home, Restore(id)));
+    ASSERT_TRUE(rig.Existed(home, Suppress(id))) << id;
+    EXPECT_TRUE(rig.LiveOf(id).empty());
+    EXPECT_FALSE(rig.Existed((home + 1) % kShards, Suppress(id))) << "it is hidden already";
+    EXPECT_EQ(rig.CountHidden(), 1u);
+    if (i % 4 == 0) {  // Replaced.
+      ASSERT_EQ(rig.Observe(&session, Upsert(id, 2, "new")).reason, kNone);
+      EXPECT_EQ(rig.HolderOf(id), rig.OwnerOf(id));
+      EXPECT_FALSE(rig.Existed(home, Restore(id)));
+      EXPECT_EQ(rig.PayloadOf(id), "new");
+    } else if (i % 4 == 1) {  // Removed.
+      EXPECT_TRUE(rig.Existed(home, Remove(id)));
+      EXPECT_FALSE(rig.Existed(home, Restore(id)));
+      EXPECT_TRUE(rig.LiveOf(id).empty());
+    } else {
+      ASSERT_TRUE(rig.Existed((home + 2) % kShards, Restore(id))) << id;
+      EXPECT_EQ(rig.HolderOf(id), holder) << "it stayed where it was";
+      EXPECT_EQ(rig.PayloadOf(id), "of " + id);
+    }
+    EXPECT_EQ(rig.CountHidden(), 0u);
+  }
+  EXPECT_GT(not_at_owner, 50);
+  EXPECT_FALSE(rig.Existed(0, Suppress("unknown")));
+  rig.ExpectNothingLeft();
+}
+
+// An update is stored by the owner and has not reached the earlier owner yet: what is suppressed
+// and restored meanwhile, in both, is one memory in the end, and it is the update.
+TEST(ShardPartitionsTest, AnUpdateSupersedesWhatWasHiddenOrRestoredMeanwhile) {
+  for (const bool restores : {false, true}) {
+    PartitionRig rig(1, Options(), 2, 2);
+    const size_t old_owner = rig.ShardOfPartition(0);
+    const size_t new_owner = rig.ShardOfPartition(1);
+    std::string id;
+    for (uint64_t i = 0; id.empty(); ++i) {
+      if (PartitionOf(SpaceCatalogue::HashOfId(IdAt(i)), 2) == 1) id = IdAt(i);
+    }
+    std::vector<size_t> homes;
+    for (size_t s = 0; s < kShards; ++s) {
+      if (s != old_owner && s != new_owner) homes.push_back(s);
+    }
+    EXPECT_FALSE(rig.Existed(old_owner, Upsert(id, 1, "old")));
+    ASSERT_TRUE(rig.space().Grow(1));
+    RigSession writer = rig.OpenAt(homes[0], 0);
+    rig.PushObserve(writer, 1, Upsert(id, 2, "new"));
+    rig.clock.AdvanceNs(10'000);
+    rig.PollShard(homes[0]);
+    rig.PollShard(new_owner);
+    EXPECT_EQ(rig.LiveOf(id).size(), 2u);
+    for (int step = 0; step < 1 + static_cast<int>(restores); ++step) {
+      RigSession other = rig.AloneAt(homes[1]);
+      other.producer = 1;
+      const size_t answered = rig.completions.size();
+      rig.PushObserve(other, 1, step == 0 ? Suppress(id) : Restore(id));
+      rig.PollAllBut(homes[0]);
+      ASSERT_EQ(rig.completions.size(), answered + 1);
+      EXPECT_EQ(rig.CountHidden(), step == 0 ? 2u : 0u);
+    }
+    rig.Settle();
+    EXPECT_EQ(rig.CountHidden() + rig.LiveOf(id).size(), 1u);
+    EXPECT_EQ(rig.Existed(homes[1], Restore(id)), !restores);
+    EXPECT_EQ(rig.PayloadOf(id), "new");
+    EXPECT_EQ(rig.HolderOf(id), new_owner);
+    rig.ExpectNothingLeft();
+  }
+}
+
 // A retire may meet a store that is earlier and comes later.
 TEST(ShardPartitionsTest, ATombstoneMeetsWhatComesLate) {
   PartitionRig rig(2, Options(), 2, 2);
@@ -491,8 +590,13 @@ TEST(ShardPartitionsTest, ATombstoneMeetsWhatComesLate) {
 // that round).
 struct Operation {
   std::string id;
-  bool is_upsert = false;
+  ObservationOp op = ObservationOp::kUpsert;
   std::string payload;
+  // Where it is certain: the payload that lives once it is done, empty: none; whether it hides one;
+  // and the one that then lives or is hidden.
+  std::string after{};
+  bool hides = false;
+  std::string restored{};
   size_t client = 0;
   Sequence sequence = 0;
   uint64_t taken_round = 0;  // 0: not yet
@@ -504,6 +608,11 @@ struct Operation {
 // Clients at different homes, each with a session or without, write the same few ids while the
 // space grows and shards are stepped in any order. The clock moves on between two steps, so the
 // order of the steps in which the homes took them is the order of the stamps.
+//
+// Some ids are only upserted and deleted. Others are suppressed and restored, too: on some of them
+// one operation is done after the other, from any client, so that it is certain what each of them
+// does; on others they meet: then it is certain which content stands, and whether it is hidden is
+// not.
 class PartitionProgram {
  public:
   explicit PartitionProgram(uint64_t seed)
@@ -532,6 +641,8 @@ class PartitionProgram {
   uint16_t partitions() { return rig_.space().partitions(); }
   uint64_t snapshots_checked() const { return snapshots_checked_; }
   uint64_t refusals() const { return refusals_; }
+  uint64_t hidings() const { return hidings_; }
+  uint64_t restored() const { return restored_; }
 
  private:
   static constexpr size_t kClients = 4;
@@ -549,7 +660,7 @@ class PartitionProgram {
     const uint64_t choice = random_.Below(12);
     if (choice < 4) {
       Push(random_.Below(kClients));
-    } else if (choice == 4 && random_.Below(20) == 0) {
+    } else if (choice == 4 && random_.Below(40) == 0) {
       (void)rig_.space().Grow(rig_.space().partitions());
     } else if (choice == 5) {
       CheckSnapshot();
@@ -572,16 +683,55 @@ class PartitionProgram {
     if (outstanding_[client] >= 6 || (client > 0 && rig_.space().partitions() == 1)) return;
     if (!is_open_[client]) Open(client);
     RigSession& session = clients_[client];
-    Operation operation{.id = IdAt(random_.Below(kIds)),
-                        .is_upsert = random_.Below(3) > 0,
+    const uint64_t number = random_.Below(kIds);
+    Operation operation{.id = IdAt(number),
+                        .op = ObservationOp::kUpsert,
                         .payload = std::to_string(operations_.size()),
-                        .client = client,
-                        .sequence = session.next++};
-    rig_.PushObserve(
-        session, operation.sequence,
-        operation.is_upsert ? Upsert(operation.id, 1, operation.payload) : Remove(operation.id));
+                        .client = client};
+    if (random_.Below(3) == 0) operation.op = ObservationOp::kDelete;
+    if (UseOf(operation.id) != Use::kPlain && session.id.value() == 0 && random_.Below(2) == 0) {
+      operation.op = random_.Below(2) == 0 ? ObservationOp::kSuppress : ObservationOp::kRestore;
+      ++hidings_;
+    }
+    if (!Foretell(&operation)) return;
+    operation.sequence = session.next++;
+    rig_.PushObserve(session, operation.sequence, ObservationOf(operation));
     ++outstanding_[client];
     operations_.push_back(operation);
+  }
+
+  enum class Use : uint8_t { kPlain, kInTurn, kMeet };
+  static Use UseOf(const std::string& id) {
+    const int number = std::stoi(id.substr(2));
+    return number % 4 < 2 ? Use::kPlain : number % 4 == 2 ? Use::kInTurn : Use::kMeet;
+  }
+  static bool IsContent(const Operation& operation) {
+    return operation.op == ObservationOp::kUpsert || operation.op == ObservationOp::kDelete;
+  }
+  // What it leads to is not certain.
+  static bool IsOpen(const Operation& operation) {
+    return !IsContent(operation) && UseOf(operation.id) == Use::kMeet;
+  }
+  static Observation ObservationOf(const Operation& operation) {
+    if (operation.op == ObservationOp::kUpsert) return Upsert(operation.id, 1, operation.payload);
+    return {.op = operation.op, .id = operation.id};
+  }
+  // False where it is not the id's turn.
+  bool Foretell(Operation* operation) const {
+    const bool is_upsert = operation->op == ObservationOp::kUpsert;
+    if (is_upsert) operation->after = operation->restored = operation->payload;
+    if (UseOf(operation->id) != Use::kInTurn) return true;
+    const Operation* last = nullptr;
+    for (const Operation& before : operations_) {
+      if (before.id != operation->id) continue;
+      if (!before.answered) return false;
+      if (!before.refused) last = &before;
+    }
+    if (last == nullptr || IsContent(*operation)) return true;
+    operation->restored = last->restored;
+    operation->hides = operation->op == ObservationOp::kSuppress && !last->restored.empty();
+    if (operation->op == ObservationOp::kRestore) operation->after = last->restored;
+    return true;
   }
 
   void PollOne(size_t shard) {
@@ -645,6 +795,7 @@ class PartitionProgram {
 
   // What was answered is there, or something later.
   void CheckVisible(const Operation& answered) {
+    if (IsOpen(answered)) return;
     const std::vector<const Operation*> order = OperationsOn(answered.id);
     const auto live = rig_.LiveOf(answered.id);
     CommitStamp latest = kNoStamp;
@@ -654,11 +805,16 @@ class PartitionProgram {
       latest = stored.stamp;
       payload.assign(reinterpret_cast<const char*>(stored.payload.data()), stored.payload.size());
     }
+    if (UseOf(answered.id) == Use::kInTurn) {
+      EXPECT_LE(live.size(), 1u);
+    }
     bool reached = false;
     for (const Operation* operation : order) {
       reached = reached || operation == &answered;
       if (!reached) continue;
-      if (operation->is_upsert ? payload == operation->payload : live.empty()) return;
+      if (operation->after.empty() ? live.empty() : payload == operation->after) return;
+      // Of what came before it.
+      if (IsOpen(*operation) && operation->op == ObservationOp::kRestore) return;
     }
     ADD_FAILURE() << answered.id << ": operation " << answered.payload << " was answered, and "
                   << (live.empty() ? "nothing" : payload) << " is there";
@@ -692,10 +848,8 @@ class PartitionProgram {
       std::vector<std::string> allowed = {""};
       for (const Operation* operation : OperationsOn(id)) {
         const auto from = static_cast<CommitStamp>(operation->taken_unix_ns);
-        if (from + 20'000 <= snapshot) allowed.clear();
-        if (from <= snapshot + kMaxShards) {
-          allowed.push_back(operation->is_upsert ? operation->payload : "");
-        }
+        if (from + 20'000 <= snapshot && !IsOpen(*operation)) allowed.clear();
+        if (from <= snapshot + kMaxShards) allowed.push_back(operation->after);
       }
       const std::string found = seen.contains(id) ? seen[id] : "";
       EXPECT_NE(std::ranges::find(allowed, found), allowed.end())
@@ -707,7 +861,7 @@ class PartitionProgram {
     std::string text;
     for (const Operation& operation : operations_) {
       if (operation.id != id) continue;
-      text += "\n  " + operation.payload + (operation.is_upsert ? " upsert" : " delete") +
+      text += "\n  " + operation.payload + " op " + std::to_string(static_cast<int>(operation.op)) +
               " by client " + std::to_string(operation.client) + " taken at " +
               std::to_string(operation.taken_unix_ns) + (operation.answered ? ", answered" : "") +
               (operation.refused ? ", refused" : "");
@@ -715,16 +869,36 @@ class PartitionProgram {
     return text;
   }
 
+  // Of the contents the last one stands, live or hidden, once; what is hidden can be restored.
   void CheckEnd() {
+    std::vector<std::pair<std::string, std::string>> hidden;
     for (uint64_t i = 0; i < kIds; ++i) {
-      const std::vector<const Operation*> order = OperationsOn(IdAt(i));
-      const auto live = rig_.LiveOf(IdAt(i));
-      if (order.empty() || !order.back()->is_upsert) {
-        EXPECT_TRUE(live.empty()) << IdAt(i) << " was deleted";
+      const std::string id = IdAt(i);
+      const std::vector<const Operation*> order = OperationsOn(id);
+      const Operation* content = nullptr;
+      for (const Operation* operation : order) {
+        if (IsContent(*operation)) content = operation;
+      }
+      const bool is_there = content != nullptr && content->op == ObservationOp::kUpsert;
+      const auto live = rig_.LiveOf(id);
+      const bool may_hide =
+          is_there && !IsContent(*order.back()) && (order.back()->hides || IsOpen(*order.back()));
+      if (!is_there) {
+        EXPECT_TRUE(live.empty()) << id << " was deleted";
+      } else if (live.empty() && may_hide) {
+        hidden.emplace_back(id, content->payload);
       } else {
-        EXPECT_EQ(rig_.PayloadOf(IdAt(i)), order.back()->payload) << IdAt(i);
+        EXPECT_EQ(rig_.PayloadOf(id), content->payload) << id << Describe(id);
+        EXPECT_FALSE(order.back()->hides) << id << Describe(id);
       }
     }
+    EXPECT_EQ(rig_.CountHidden(), hidden.size());
+    for (const auto& [id, payload] : hidden) {
+      EXPECT_TRUE(rig_.Existed(clients_[0].shard, Restore(id))) << id << Describe(id);
+      EXPECT_EQ(rig_.PayloadOf(id), payload) << id << Describe(id);
+    }
+    EXPECT_EQ(rig_.CountHidden(), 0u);
+    restored_ += hidden.size();
   }
 
   SplitMix64 random_;
@@ -736,23 +910,31 @@ class PartitionProgram {
   uint64_t round_ = 0;
   uint64_t snapshots_checked_ = 0;
   uint64_t refusals_ = 0;
+  uint64_t hidings_ = 0;
+  uint64_t restored_ = 0;
 };
 
 TEST(ShardPartitionsTest, RandomProgramsKeepTheLaterStamp) {
   std::map<uint16_t, int> partitions;
   uint64_t snapshots = 0;
   uint64_t refusals = 0;
-  for (uint64_t seed = 1; seed <= 100 && !HasFailure(); ++seed) {
+  uint64_t hidings = 0;
+  uint64_t restored = 0;
+  for (uint64_t seed = 1; seed <= 150 && !HasFailure(); ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     PartitionProgram program(seed);
     program.Run(1'500);
     ++partitions[program.partitions()];
     snapshots += program.snapshots_checked();
     refusals += program.refusals();
+    hidings += program.hidings();
+    restored += program.restored();
   }
   EXPECT_GE(partitions.size(), 3u) << "some grow, some do not";
   EXPECT_GT(snapshots, 1'000u);
   EXPECT_GT(refusals, 100u) << "some run out of room";
+  EXPECT_GT(hidings, 1'000u);
+  EXPECT_GT(restored, 100u) << "some are hidden in the end";
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -810,6 +992,18 @@ TEST(ShardPartitionsTest, ForwardingTakesNoMemory) {
   for (uint64_t i = 0; i < 200; ++i) (void)rig.Observe(&session, Upsert(IdAt(i)));
   rig.poll_allocations = 0;
   for (uint64_t i = 0; i < 400; ++i) (void)rig.Observe(&session, Upsert(IdAt(i % 200), 2));
+  EXPECT_EQ(rig.poll_allocations, 0u);
+}
+
+TEST(ShardPartitionsTest, SuppressingTakesNoMemory) {
+  PartitionRig rig(4);
+  RigSession session = rig.OpenAt(rig.ShardOfPartition(0));
+  for (uint64_t i = 0; i < 200; ++i) (void)rig.Observe(&session, Upsert(IdAt(i)));
+  // Each home has met the space.
+  for (size_t s = 0; s < kShards; ++s) EXPECT_FALSE(rig.Existed(s, Suppress("unknown")));
+  rig.poll_allocations = 0;
+  for (uint64_t i = 0; i < 200; ++i) EXPECT_TRUE(rig.Existed(i % kShards, Suppress(IdAt(i))));
+  for (uint64_t i = 0; i < 200; ++i) EXPECT_TRUE(rig.Existed(i % kShards, Restore(IdAt(i))));
   EXPECT_EQ(rig.poll_allocations, 0u);
 }
 

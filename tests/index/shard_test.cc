@@ -516,8 +516,8 @@ TEST(ShardTest, ABacklogIsRefusedWithATimeAndTakenLater) {
   EXPECT_EQ(rig.Observe(&session, Upsert("back", QuarterVector(&random, 4))).reason, kNone);
 }
 
-// Would catch memory that fills with what was updated, where linking keeps up and sweeps do not: here
-// they must wait, as recalls of earlier snapshots may come.
+// Would catch memory that fills with what was updated, where linking keeps up and sweeps do not:
+// here they must wait, as recalls of earlier snapshots may come.
 TEST(ShardTest, UpdatesAheadOfTheSweepsAreHeldBack) {
   ShardOptions options = ShardRig::SmallOptions();
   options.unlinked_limit_bytes = size_t{1'000} * 128;

@@ -33,25 +33,89 @@ constexpr uint64_t kPrograms = 4'000;
 #endif
 constexpr uint32_t kWholeEf = 1'000;  // more than a program's space has nodes
 
-// What an id held, by the stamp from which on it did; without a value: nothing.
-using Lives = std::map<CommitStamp, std::optional<SpaceModel::Entry>>;
+// What an id held from a stamp on; without an entry: nothing.
+struct Life {
+  std::optional<SpaceModel::Entry> entry;
+  bool is_content = true;  // an upsert or a delete; else a suppress or a restore
+};
+using Lives = std::map<CommitStamp, Life>;
 
 class History {
  public:
   explicit History(Metric metric) : metric_(metric) {}
-  Lives& operator[](const std::string& id) { return lives_[id]; }
+  // Suppressing and restoring hold for the content before them: one that comes in between, late,
+  // supersedes it with them, but lives no longer than until the first suppress where another
+  // content follows.
+  void AddContent(const std::string& id, CommitStamp stamp,
+                  std::optional<SpaceModel::Entry> entry) {
+    Lives& lives = lives_[id];
+    const bool upserts = entry.has_value();
+    const auto at = lives.insert_or_assign(stamp, Life{std::move(entry), true}).first;
+    auto next = std::next(at);
+    const bool is_last =
+        std::none_of(next, lives.end(), [](const auto& life) { return life.second.is_content; });
+    bool keeps = upserts && !is_last;
+    while (next != lives.end() && !next->second.is_content) {
+      if (keeps && !next->second.entry) {
+        keeps = false;
+        ++next;
+      } else {
+        next = lives.erase(next);
+      }
+    }
+  }
+  // Where it is neither late nor of no effect. True where it had one.
+  bool Suppress(const std::string& id, CommitStamp stamp) {
+    const auto last = Last(id);
+    if (!last || !last->second.entry) return false;
+    if (last->first < stamp) lives_[id][stamp] = Life{std::nullopt, false};
+    if (last->first < stamp) return true;
+    if (ContentOf(id)->first < stamp) return false;
+    AddContent(id, stamp, std::nullopt);
+    return true;
+  }
+  bool Restore(const std::string& id, CommitStamp stamp) {
+    if (!IsHidden(id) || Last(id)->first > stamp) return false;
+    lives_[id][stamp] = Life{ContentOf(id)->second.entry, false};
+    return true;
+  }
+  bool IsHidden(const std::string& id) const {
+    const auto last = Last(id);
+    return last && !last->second.is_content && !last->second.entry;
+  }
+  size_t CountHidden() const {
+    size_t count = 0;
+    for (const auto& [id, lives] : lives_) count += static_cast<size_t>(IsHidden(id));
+    return count;
+  }
   SpaceModel At(CommitStamp snapshot) const {
     SpaceModel model(metric_);
     for (const auto& [id, lives] : lives_) {
       const auto after = lives.upper_bound(snapshot);
       if (after == lives.begin()) continue;
-      if (const auto& entry = std::prev(after)->second) model.entries()[id] = *entry;
+      if (const auto& entry = std::prev(after)->second.entry) model.entries()[id] = *entry;
     }
     return model;
   }
   SpaceModel Now() const { return At(kOpenStamp); }
 
  private:
+  using Found = std::optional<std::pair<CommitStamp, Life>>;
+  Found Last(const std::string& id) const {
+    const auto lives = lives_.find(id);
+    if (lives == lives_.end() || lives->second.empty()) return std::nullopt;
+    return *std::prev(lives->second.end());
+  }
+  Found ContentOf(const std::string& id) const {
+    Found content;
+    const auto lives = lives_.find(id);
+    if (lives == lives_.end()) return content;
+    for (const auto& life : lives->second) {
+      if (life.second.is_content) content.emplace(life);
+    }
+    return content;
+  }
+
   Metric metric_;
   std::map<std::string, Lives> lives_;
 };
@@ -121,8 +185,12 @@ class Program {
     const uint64_t what = random_.Below(100);
     if (what < 26) {
       Upsert();
-    } else if (what < 38) {
+    } else if (what < 34) {
       Delete();
+    } else if (what < 40) {
+      Suppress();
+    } else if (what < 46) {
+      Restore();
     } else if (what < 62) {
       upkeep_->Step(static_cast<uint32_t>(1 + random_.Below(30)));
     } else if (what < 66) {
@@ -175,23 +243,37 @@ class Program {
     observation.vector = reinterpret_cast<const std::byte*>(vector.data());
     observation.when_ns = static_cast<int64_t>(random_.Next());
     observation.confidence = 0.5F;
-    const bool existed = history_.Now().entries().contains(id);
+    const bool existed = history_.Now().entries().contains(id) || history_.IsHidden(id);
     const CommitStamp stamp = NextStamp();
     const StoreOutcome outcome = space_->Upsert(observation, stamp, several_homes_);
     ASSERT_EQ(outcome.reason, RefusalReason::kNone);
     ASSERT_EQ(outcome.existed, existed);
-    history_[id][stamp] = SpaceModel::Entry{vector, payload, observation.when_ns, 0.5F};
+    history_.AddContent(id, stamp, SpaceModel::Entry{vector, payload, observation.when_ns, 0.5F});
   }
   void Delete() {
     // Late deletes are remembered from the first vector on.
     if (several_homes_ && space_->dimension() == 0) return;
     const std::string id = AnyId();
-    const bool existed = history_.Now().entries().contains(id);
+    const bool existed = history_.Now().entries().contains(id) || history_.IsHidden(id);
     const CommitStamp stamp = NextStamp();
     const StoreOutcome outcome = space_->Delete(id, stamp, several_homes_);
     ASSERT_EQ(outcome.reason, RefusalReason::kNone);
     ASSERT_EQ(outcome.existed, existed);
-    history_[id][stamp] = std::nullopt;
+    history_.AddContent(id, stamp, std::nullopt);
+  }
+  void Suppress() {
+    const std::string id = AnyId();
+    const CommitStamp stamp = NextStamp();
+    const StoreOutcome outcome = space_->Suppress(id, stamp, several_homes_);
+    ASSERT_EQ(outcome.reason, RefusalReason::kNone);
+    ASSERT_EQ(outcome.existed, history_.Suppress(id, stamp));
+  }
+  void Restore() {
+    const std::string id = AnyId();
+    const CommitStamp stamp = NextStamp();
+    const StoreOutcome outcome = space_->Restore(id, stamp);
+    ASSERT_EQ(outcome.reason, RefusalReason::kNone);
+    ASSERT_EQ(outcome.existed, history_.Restore(id, stamp));
   }
   // What may still come, what may still be asked for.
   void MoveHorizon() {
@@ -313,6 +395,7 @@ class Program {
     const Result<void> sound = space_->CheckInvariants();
     ASSERT_TRUE(sound.has_value()) << sound.error().message;
     ASSERT_EQ(space_->live(), history_.Now().entries().size());
+    ASSERT_EQ(space_->hidden(), history_.CountHidden());
     ASSERT_EQ(space_->linked() + space_->unlinked_count(), space_->live());
   }
 

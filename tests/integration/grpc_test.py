@@ -416,15 +416,55 @@ class Calls(GrpcCase):
             self.assertEqual(self.client.get(self.space, "a"), [])
             self.assertEqual(self.client.Forget(request).memories_affected, 0)
 
-    def test_suppress_is_refused_and_changes_nothing(self):
-        self.client.remember(self.space, "a", [1, 0])
-        self.assert_fails(
-            UNIMPLEMENTED,
-            "mode: FORGET_MODE_SUPPRESS is not served yet, and nothing was hidden or removed; "
-            "FORGET_MODE_DELETE removes the memory for good",
-            self.client.Forget, s.ForgetRequest(memory_space_id=self.space, memory_id="a",
-                                                mode=s.FORGET_MODE_SUPPRESS))
-        self.assertEqual([memory.id for memory in self.client.get(self.space, "a")], ["a"])
+    def test_suppress_hides_and_restore_brings_back(self):
+        def forget(identity, mode=s.FORGET_MODE_SUPPRESS, **fields):
+            done = self.client.Forget(s.ForgetRequest(
+                memory_space_id=self.space, memory_id=identity, mode=mode, **fields))
+            self.assertEqual(done.forget_confidence.value, 1)
+            return done.memories_affected, done.reversible
+
+        def found():
+            """What a recall, a get, a scroll and a count have of "a" and "b"."""
+            recalled = self.client.recall(self.space, [1, 0], include_embedding=True).memories
+            got = self.client.get(self.space, "a", "b", include_embedding=True)
+            scrolled = self.client.Recall(s.RecallRequest(
+                memory_space_id=self.space, scroll=s.ScrollRequest())).memories
+            count = self.client.Introspect(s.IntrospectRequest(
+                memory_space_id=self.space, include_statistics=True)).statistics.total_memories
+            self.assertEqual({memory.id for memory in recalled}, {memory.id for memory in got})
+            self.assertEqual({memory.id for memory in scrolled}, {memory.id for memory in got})
+            self.assertEqual(count, len(got))
+            return {memory.id: (memory.content, list(memory.embedding), memory.tags[:],
+                                memory.confidence.value, memory.created_at.seconds)
+                    for memory in got}
+        self.assertEqual(forget("a"), (0, False))  # Nobody has written to the space.
+        self.client.Remember(s.RememberRequest(memory_space_id=self.space, memory=m.Memory(
+            id="a", embedding=[0.6, 0.8], content="about a", tags=["x"],
+            confidence=m.Confidence(value=0.5), created_at=Timestamp(seconds=77))))
+        self.client.remember(self.space, "b", [0, 1], what="about b")
+        before = found()
+        self.assertEqual(set(before), {"a", "b"})
+        for _ in range(2):
+            self.assertEqual(forget("unknown"), (0, False))
+            self.assertEqual(forget("a", restore=True), (0, False))
+            self.assertEqual(forget("a"), (1, True))
+            self.assertEqual(set(found()), {"b"})
+            self.assertEqual(forget("a"), (0, False))
+            self.assertEqual(forget("a", restore=True), (1, False))
+            self.assertEqual(found(), before)
+        # A Remember replaces what is hidden, and a delete removes it.
+        self.assertEqual(forget("a"), (1, True))
+        self.assertTrue(self.client.remember(self.space, "a", [1, 0], what="new").existed)
+        self.assertEqual(found()["a"][0], "new")
+        self.assertEqual(forget("a", restore=True), (0, False))
+        for mode in (s.FORGET_MODE_DELETE, s.FORGET_MODE_OVERWRITE):
+            self.assertEqual(forget("a"), (1, True))
+            self.assertEqual(forget("a", mode), (1, False))
+            self.assertEqual(forget("a", mode), (0, False))
+            self.assertEqual(forget("a", restore=True), (0, False))
+            self.assertEqual(set(found()), {"b"})
+            self.assertFalse(self.client.remember(self.space, "a", [1, 0], what="again").existed)
+            self.assertEqual(found()["a"][0], "again")
 
     def test_get_by_ids_in_their_order(self):
         for i in range(100):
@@ -562,8 +602,13 @@ class Errors(GrpcCase):
                 ("pattern: set; this appliance forgets by memory_id", {"pattern": m.Cue(id="x")}),
                 ("memory_id: empty; expected 1 to 256 bytes", {"memory_id": ""}),
                 ("memory_id: 300 bytes; expected 1 to 256", {"memory_id": "x" * 300}),
-                ("mode: 9; expected FORGET_MODE_DELETE or FORGET_MODE_OVERWRITE",
-                 {"memory_id": "a", "mode": 9})):
+                ("mode: 9; expected FORGET_MODE_SUPPRESS, FORGET_MODE_DELETE or "
+                 "FORGET_MODE_OVERWRITE", {"memory_id": "a", "mode": 9}),
+                ("restore: true with mode FORGET_MODE_UNSPECIFIED; expected mode "
+                 "FORGET_MODE_SUPPRESS with it", {"memory_id": "a", "restore": True}),
+                ("restore: true with mode FORGET_MODE_DELETE; expected mode "
+                 "FORGET_MODE_SUPPRESS with it",
+                 {"memory_id": "a", "mode": s.FORGET_MODE_DELETE, "restore": True})):
             with self.subTest(text):
                 self.assert_fails(INVALID, text, self.client.Forget,
                                   s.ForgetRequest(memory_space_id=self.space, **fields))

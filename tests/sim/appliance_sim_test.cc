@@ -161,8 +161,8 @@ TEST(ApplianceSim, TenClientsInTenSpacesSettleEverythingInOrder) {
 
 // Would catch: anything that depends on addresses, the machine's clock, or uninitialised memory.
 // One space over eight shards, which grows while its clients write to it. Their checks then cover
-// the merging of recalls: what was acked is the first hit of a recall by its own vector, wherever it
-// is stored.
+// the merging of recalls: what was acked is the first hit of a recall by its own vector, wherever
+// it is stored.
 TEST(ApplianceSim, ClientsOfOneSpaceSpreadItOverEightShards) {
   for (const uint16_t partitions : {1, 3, 8}) {
     Simulation simulation({.seed = 11 + uint64_t{partitions},
