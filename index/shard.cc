@@ -283,6 +283,8 @@ int Shard::TakeObservations(Lane lane) {
     const size_t producer = (first_producer_ + i) % port_.producers.size();
     ShardLink& link = port_.producers[producer];
     const size_t count = link.lanes[static_cast<size_t>(lane)].PopBatch(batch_);
+    // Later than all that was acknowledged when these were sent.
+    if (count > 0) unix_ns_ = clock_->WallNs();
     for (size_t n = 0; n < count; ++n) {
       if (n + 1 < count) __builtin_prefetch(link.producer_slab->At(batch_[n + 1]));
       TakeObservation(producer, batch_[n]);
@@ -492,14 +494,16 @@ int Shard::Upkeep(bool busy) {
   return 1;
 }
 
-// False when there is nothing to do now in the spaces that come next.
+// Looks at some spaces. False when none of the queue has anything to do now.
 bool Shard::BeginUpkeep() {
-  if (now_ns_ < link_retry_ns_) return false;
-  const size_t spaces = std::min(upkeep_queue_.size(), kUpkeepSpaces);
-  for (size_t tried = 0; tried < spaces && !upkeep_queue_.empty(); ++tried) {
-    if (BeginUpkeepOfNext()) return true;
+  for (size_t tried = 0; tried < kUpkeepSpaces && !upkeep_queue_.empty(); ++tried) {
+    if (BeginUpkeepOfNext()) {
+      fruitless_turns_ = 0;
+      return true;
+    }
+    ++fruitless_turns_;
   }
-  return false;
+  return fruitless_turns_ < upkeep_queue_.size();
 }
 
 // The next space in turn: gives back, then sweeps or links. False when there is nothing to do, or
@@ -508,15 +512,14 @@ bool Shard::BeginUpkeepOfNext() {
   upkeep_turn_ = (upkeep_turn_ + 1) % upkeep_queue_.size();
   const uint32_t index = upkeep_queue_[upkeep_turn_];
   Space& space = *spaces_[index];
-  space.SetHorizon(
-      static_cast<CommitStamp>(std::max<int64_t>(unix_ns_ - options_.snapshot_keep_ns, 0)));
+  const CommitStamp complete = CompleteEverywhere();
+  space.SetHorizon(Horizon(complete));
   const NodeId node = space.NextToLink();
+  const uint64_t kept = space.retired() + space.tombstones();
   // What a sweep took out is on no linker's way once the linker was free after it.
-  bool more = !sweep_.active() && space.Reclaim(kReclaimBatch);
-  if (space.has_tombstones()) {
-    ForgetTombstones(&space);
-    more = more || space.has_tombstones();
-  }
+  if (!sweep_.active()) space.Reclaim(kReclaimBatch);
+  space.ForgetTombstones(complete);
+  const bool has_freed = space.retired() + space.tombstones() < kept;
   const bool is_behind = space.backlog() > space.unlinked_count();
   if (!sweep_.active() && space.WantsSweep() && space.BeginSweep(&sweep_)) {
     sweeping_space_ = index;
@@ -524,6 +527,7 @@ bool Shard::BeginUpkeepOfNext() {
     return true;
   }
   if (node != kNoNode) {
+    if (now_ns_ < link_retry_ns_) return has_freed;
     link_began_ns_ = now_ns_;
     if (space.BeginLinking(&linker_, node)) {
       linking_space_ = index;
@@ -531,12 +535,12 @@ bool Shard::BeginUpkeepOfNext() {
     }
     // Memory is short. What is not linked stays visible by the scan.
     link_retry_ns_ = now_ns_ + kLinkRetryNs;
-    return false;
+    return has_freed;
   }
-  if (more) return true;
+  if (has_freed) return true;
   // It passed over some that have ended.
   if (space.has_graph() && space.unlinked_count() > 0) return true;
-  const bool is_done = !space.WaitsForHorizon();
+  const bool is_done = !space.WaitsForHorizon() && !space.has_tombstones();
   if (is_done) {
     upkeep_queued_[index] = false;
     upkeep_queue_[upkeep_turn_] = upkeep_queue_.back();
@@ -577,6 +581,7 @@ void Shard::FinishLink() {
 
 void Shard::QueueForUpkeep(uint32_t space) {
   credit_due_[space] = true;
+  fruitless_turns_ = 0;
   if (upkeep_queued_[space]) return;
   upkeep_queued_[space] = true;
   upkeep_queue_.push_back(space);
@@ -591,7 +596,10 @@ uint64_t Shard::CreditOf(Session* session) {
   const Space& space = *spaces_[session->space];
   const uint64_t limit = space.NodesInBytes(options_.unlinked_limit_bytes);
   uint64_t room = limit - std::min(limit, space.backlog());
-  if (entries_[session->space]->partitions() > 1) room = std::min(room, ledger_.room());
+  // At least one, as the answers of forwards announce nothing.
+  if (entries_[session->space]->partitions() > 1) {
+    room = std::min(room, std::max(ledger_.room(), uint64_t{1}));
+  }
   const uint64_t sharers = std::max(attached_[session->space], uint32_t{1});
   const uint64_t share = std::min<uint64_t>(options_.max_credit, (room + sharers - 1) / sharers);
   session->granted_sequence = std::max(session->granted_sequence, session->last_sequence + share);

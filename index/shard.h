@@ -190,7 +190,8 @@ class Shard {
   bool TakePeerRequest(ShardId home, const PeerMessage& message);
   bool MayForward(uint32_t space) const { return entries_[space]->max_partitions() > 1; }
   void GrowIfFull(uint32_t space);
-  void ForgetTombstones(Space* space) const;
+  CommitStamp CompleteEverywhere() const;
+  CommitStamp Horizon(CommitStamp complete) const;
   int Upkeep(bool busy);
   bool BeginUpkeep();
   bool BeginUpkeepOfNext();
@@ -228,6 +229,7 @@ class Shard {
   std::vector<bool> credit_due_;           // by space: there may be room that nobody was told of
   std::vector<uint32_t> upkeep_queue_;     // spaces with something to do, served in turn
   size_t upkeep_turn_ = 0;
+  size_t fruitless_turns_ = 0;  // in a row
   ShardSessions sessions_;
   ForwardLedger ledger_;
   std::vector<uint32_t> asked_;                   // by shard: messages that it has not answered

@@ -39,6 +39,8 @@ namespace engram {
 namespace {
 
 constexpr size_t kPeerBatch = 64;
+// How much longer what ended is kept for snapshots that have to wait for a forward.
+constexpr int64_t kLongestForwardNs = 30 * kNanosPerSecond;
 
 }  // namespace
 
@@ -161,7 +163,10 @@ bool Shard::Tell(uint64_t ticket) {
   const ShardId target = forward.target;
   const bool is_first = !forward.waits_to_send && ledger_.FirstInLine(target) == 0;
   if (is_first || ledger_.FirstInLine(target) == ticket) {
-    if (target == port_.shard ? DoHere(&forward) : Send(ticket)) {
+    // No space changes while it is being recalled.
+    const bool told = target != port_.shard ? Send(ticket)
+                                            : answering_ == Answering::kNothing && DoHere(&forward);
+    if (told) {
       if (forward.waits_to_send) ledger_.LeaveLine(target);
       return true;
     }
@@ -314,13 +319,23 @@ void Shard::GrowIfFull(uint32_t space) {
   if (entry.Grow(partitions)) counters_[ShardCounter::kSpacesGrown].Add(1);
 }
 
-// Those that no home has anything earlier under way for.
-void Shard::ForgetTombstones(Space* space) const {
+// No home has anything earlier under way.
+CommitStamp Shard::CompleteEverywhere() const {
   CommitStamp complete = kOpenStamp;
   for (uint16_t s = 0; s < port_.stamps->shards(); ++s) {
     complete = std::min(complete, port_.stamps->CompleteUpTo(ShardId(s), unix_ns_));
   }
-  space->ForgetTombstones(complete);
+  return complete;
+}
+
+// What ended before is kept no longer. A snapshot of now is as early as the earliest forward; but
+// one that waits for memory must not keep what would free it.
+CommitStamp Shard::Horizon(CommitStamp complete) const {
+  const auto before = [this](int64_t age_ns) {
+    return static_cast<CommitStamp>(std::max<int64_t>(unix_ns_ - age_ns, 0));
+  };
+  const int64_t longest_ns = options_.snapshot_keep_ns + kLongestForwardNs;
+  return std::min(before(options_.snapshot_keep_ns), std::max(complete, before(longest_ns)));
 }
 
 }  // namespace engram

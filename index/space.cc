@@ -373,10 +373,15 @@ bool Space::ReserveFresh() {
                         [this](NodeId node) { PutInLine(node); });
 }
 
-// Where there are enough of them, or their memory is missed, once all of them are past.
-void Space::DropEnded() {
+// There are enough of them, or their memory is missed.
+bool Space::WantsDrop() const {
   const uint64_t ended = fresh_.size() - unlinked_;
-  if (ended == 0 || (!memory_short_ && ended * kEndedShare < unlinked_)) return;
+  return ended > 0 && (memory_short_ || ended * kEndedShare >= unlinked_);
+}
+
+// Once all of them are past.
+void Space::DropEnded() {
+  if (!WantsDrop()) return;
   if (drop_end_ == kNoStamp) drop_end_ = latest_stamp();
   if (horizon() < drop_end_) return;
   const bool renewed = fresh_.Renew([this](NodeId node) { return KeepsInList(node); },
@@ -502,6 +507,15 @@ NodeId Space::NextToLink() {
     }
   }
   return kNoNode;
+}
+
+bool Space::WaitsForHorizon() const {
+  if (WantsSweep()) return true;
+  const uint64_t outside = retired_ - retired_linked_;
+  const uint64_t ended = fresh_.size() - unlinked_;
+  if (outside > ended) return true;
+  if (ended == 0) return false;
+  return has_graph_ || WantsDrop() || nodes_[fresh_.first()].state == NodeState::kEnded;
 }
 
 bool Space::BeginLinking(HnswLinker* linker, NodeId node) {

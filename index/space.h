@@ -177,10 +177,13 @@ class Space {
   // Whether Upsert would refuse the vector, and why.
   RefusalReason Judge(const ObservationRef& observation) const;
   // What ended at `horizon` or before is no longer kept for recalls of earlier snapshots. Rises.
-  void SetHorizon(CommitStamp horizon) { horizon_.store(horizon, std::memory_order_release); }
+  void SetHorizon(CommitStamp horizon) {
+    if (horizon > this->horizon()) horizon_.store(horizon, std::memory_order_release);
+  }
   // Forgets the tombstones with stamps up to `complete`, some of them at a time.
   void ForgetTombstones(CommitStamp complete);
   bool has_tombstones() const { return first_tombstone_ != kNoNode; }
+  uint64_t tombstones() const { return tombstones_; }
 
   // kNoNode when there is none.
   NodeId FindLive(std::string_view id) const;
@@ -201,7 +204,7 @@ class Space {
   // link.
   bool WantsSweep() const;
   // Upkeep will have more to do once the horizon has passed what has ended.
-  bool WaitsForHorizon() const { return WantsSweep() || retired_ > retired_linked_; }
+  bool WaitsForHorizon() const;
   // False when memory is short or somebody may still want what a sweep would take out: try again
   // later. No linker is active.
   bool BeginSweep(HnswSweep* sweep);
@@ -287,6 +290,7 @@ class Space {
   bool ReserveRows(size_t nodes);
   bool KeepsInList(NodeId node) const;
   bool ReserveFresh();
+  bool WantsDrop() const;
   void DropEnded();
   bool WriteText(Node* node, const ObservationRef& observation);
   bool CopyText(NodeId node, NodeId from);

@@ -14,7 +14,8 @@ int64_t ReadNs(clockid_t id) {
 
 }  // namespace
 
+SystemClock::SystemClock() : wall_offset_ns_(ReadNs(CLOCK_REALTIME) - ReadNs(CLOCK_MONOTONIC)) {}
+
 int64_t SystemClock::MonotonicNs() { return ReadNs(CLOCK_MONOTONIC); }
-int64_t SystemClock::WallNs() { return ReadNs(CLOCK_REALTIME); }
 
 }  // namespace engram

@@ -17,14 +17,21 @@ class Clock {
   virtual ~Clock() = default;
   // Nanoseconds since an arbitrary point; never goes back.
   virtual int64_t MonotonicNs() = 0;
-  // Nanoseconds since 1970-01-01T00:00:00Z; may be set back by the operator.
+  // Nanoseconds since 1970-01-01T00:00:00Z.
   virtual int64_t WallNs() = 0;
 };
 
+// Its wall clock is read once, at construction, and goes on with the monotonic one: it never goes
+// back, whatever the operator or NTP does meanwhile, as the order of commit stamps is the order of
+// what happened. One for all cores of a process.
 class SystemClock final : public Clock {
  public:
+  SystemClock();
   int64_t MonotonicNs() override;
-  int64_t WallNs() override;
+  int64_t WallNs() override { return wall_offset_ns_ + MonotonicNs(); }
+
+ private:
+  const int64_t wall_offset_ns_;
 };
 
 // A clock that a test steps.

@@ -548,6 +548,38 @@ TEST(ShardTest, UpdatesAheadOfTheSweepsAreHeldBack) {
   EXPECT_EQ(update(0).reason, kNone) << "swept, so there is room";
 }
 
+// Would catch a core that goes to sleep, or turns round in spaces that have to wait, while another
+// has something to link.
+TEST(ShardTest, SpacesThatWaitDoNotKeepOthersFromLinking) {
+  ShardOptions options = ShardRig::SmallOptions();
+  options.snapshot_keep_ns = 3'600 * kNanosPerSecond;
+  ShardRig rig(options);
+  SplitMix64 random(1);
+  for (int i = 0; i < 60; ++i) {
+    const std::string name = "waits-" + std::to_string(i);
+    RigSession session = rig.Open(0, static_cast<Origin>(100 + i), name, {.metric = Metric::kL2});
+    for (int n = 0; n < 20; ++n) {
+      ASSERT_EQ(rig.Observe(&session, Upsert(std::to_string(n), QuarterVector(&random, 4))).reason,
+                kNone);
+    }
+    // The first of the list, which is given back later, or one that is not worth it.
+    const std::string updated = std::to_string(i % 2 == 0 ? 0 : 10);
+    ASSERT_EQ(rig.Observe(&session, Upsert(updated, QuarterVector(&random, 4))).reason, kNone);
+  }
+  RigSession session = rig.Open(0, 1, "links", {.metric = Metric::kL2});
+  for (int i = 0; i < 6'000; ++i) {
+    rig.PushObserve(session, session.next,
+                    Upsert(std::to_string(session.next), QuarterVector(&random, 4)));
+    ++session.next;
+    if (i % 60 == 59) rig.Poll();
+  }
+  while (rig.outstanding(0) > 0) rig.Poll();
+  const Space& space = *rig.shard->FindSpace("links");
+  ASSERT_GT(space.unlinked_count(), 1'000u);
+  while (space.unlinked_count() > 0) ASSERT_GT(rig.Poll(), 0) << space.unlinked_count() << " wait";
+  EXPECT_TRUE(rig.PollUntil([&] { return rig.Poll() == 0; }, 1'000)) << "and then it sleeps";
+}
+
 // The promise of FORMAT.md: who keeps to its credit waits, and is never refused for lack of room;
 // and nobody waits for ever.
 struct CreditCase {
