@@ -348,6 +348,48 @@ TEST(ShardPartitionsTest, AnOwnerWithoutRoomHoldsTheHomeBackAndLosesNothing) {
   rig.ExpectNothingLeft();
 }
 
+// Would catch credit that ends with the last place in the ledger: no answer of a forward announces
+// any.
+TEST(ShardPartitionsTest, WhoKeepsToItsCreditGoesOnAfterTheLedgerWasFull) {
+  PartitionRig rig(2, Options(0, 16), 2);
+  const size_t owner = rig.ShardOfPartition(1);
+  RigSession session = rig.OpenAt(rig.ShardOfPartition(0));
+  size_t read = rig.completions.size();
+  while (session.next <= 200) {
+    const Sequence before = session.next;
+    while (session.next <= session.credit_sequence && session.next < before + 100) {
+      rig.PushObserve(session, session.next++, Upsert(rig.IdOwnedBy(owner, 3)));
+    }
+    rig.PollAllBut(owner, 2);
+    rig.Settle();
+    Sequence refused = 0;
+    for (; read < rig.completions.size(); ++read) {
+      const Completion& completion = rig.completions[read].second;
+      session.credit_sequence = std::max(session.credit_sequence, completion.credit_sequence);
+      if (completion.reason != kNone && refused == 0) refused = completion.sequence;
+    }
+    if (refused != 0) session.next = refused;
+    ASSERT_GT(session.credit_sequence, before) << "nothing may be sent any more";
+  }
+}
+
+// Would catch a core that turns round at full speed, and wakes all others, while a tombstone has to
+// wait for another shard's forward.
+TEST(ShardPartitionsTest, ATombstoneThatHasToWaitIsNoWork) {
+  PartitionRig rig(4, Options(), kShards, 2);
+  const size_t home = rig.ShardOfPartition(0);
+  const size_t slow = rig.ShardOfPartition(1);
+  RigSession session = rig.OpenAt(home);
+  RigSession other = rig.OpenAt(rig.ShardOfPartition(2), 1);
+  rig.PushObserve(session, 1, Upsert(rig.IdOwnedBy(slow)));
+  rig.PollAllBut(slow);
+  rig.PushObserve(other, 1, Remove(rig.IdOwnedBy(other.shard)));
+  rig.PollAllBut(slow);
+  ASSERT_TRUE(rig.shards[other.shard]->FindSpace(kSpace)->has_tombstones());
+  for (int i = 0; i < 20; ++i) EXPECT_EQ(rig.PollShard(other.shard), 0);
+  rig.ExpectNothingLeft();
+}
+
 TEST(ShardPartitionsTest, WithoutASessionTheAnswerSaysWhatWasThere) {
   PartitionRig rig(4);
   const size_t home = rig.ShardOfPartition(0);
