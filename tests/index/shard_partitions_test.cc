@@ -604,6 +604,32 @@ TEST(ShardPartitionsTest, AnUpdateSupersedesWhatWasHiddenOrRestoredMeanwhile) {
   }
 }
 
+// Would catch a space that changes between two slices of a recall, under its list of fresh nodes.
+TEST(ShardPartitionsTest, ARetireWaitsForTheRecallUnderWay) {
+  PartitionRig rig(1, Options(), 2);
+  const size_t old_owner = rig.ShardOfPartition(0);
+  const size_t new_owner = rig.ShardOfPartition(1);
+  RigSession session = rig.OpenAt(old_owner);
+  for (uint64_t i = 0; i < 3'500; ++i) {
+    ASSERT_EQ(rig.Observe(&session, Upsert(IdAt(i), static_cast<float>(i))).reason, kNone);
+  }
+  ASSERT_TRUE(rig.space().Grow(1));
+  const std::string id = rig.IdOwnedBy(new_owner);
+  ASSERT_EQ(rig.HolderOf(id), old_owner);
+  rig.PushObserve(session, session.next++, Upsert(id, 1, "new"));
+  rig.PollShard(old_owner);  // It is on its way.
+  const uint64_t recall = rig.PushRecall(0, kSpace, {1, 1}, {.k = 5}, old_owner);
+  rig.PollShard(old_owner);
+  rig.PollShard(new_owner);
+  rig.PollShard(old_owner);
+  ASSERT_FALSE(rig.answers[recall].done) << "a recall of several slices";
+  EXPECT_EQ(rig.LiveOf(id).size(), 2u) << "the new owner has answered, and the recall goes on";
+  rig.Settle();
+  EXPECT_TRUE(rig.answers[recall].done);
+  EXPECT_EQ(rig.PayloadOf(id), "new");
+  rig.ExpectNothingLeft();
+}
+
 // A retire may meet a store that is earlier and comes later.
 TEST(ShardPartitionsTest, ATombstoneMeetsWhatComesLate) {
   PartitionRig rig(2, Options(), 2, 2);
