@@ -193,11 +193,9 @@ bool IngestCore::TakeHello(Connection& connection, const FrameHeader& header,
   request->session = SessionId(header.session);
   request->space = connection.space;
   connection.home = HomeFor(*request, EntryOf(connection));
-  const bool exists = connection.home.value() < shards();
-  if (!exists || !LaneOf(connection.home, Lane::kRecall).TryPush(slot)) {
+  if (!LaneOf(connection.home, Lane::kRecall).TryPush(slot)) {
     port_.slab->Release(slot);
-    reason = exists ? RefusalReason::kQueueFull : RefusalReason::kSessionExpired;
-    return RefuseAndClose(connection, reason, header.type, 0);
+    return RefuseAndClose(connection, RefusalReason::kQueueFull, header.type, 0);
   }
   connection.hello_pending = true;
   return true;
@@ -364,10 +362,13 @@ SpaceEntry* IngestCore::EntryOf(Connection& connection) {
   return connection.entry;
 }
 
-// Where a hello goes: a known session to its home, which may be no shard at all as the client said
-// its id; a new one to one of the space's partitions; who only recalls to the first.
+// Where a hello goes: a known session to its home; a new one to one of the space's partitions; who
+// only recalls to the first.
 ShardId IngestCore::HomeFor(const HelloRequest& request, SpaceEntry* entry) const {
-  if (request.wants_session && request.session.value() != 0) return HomeOfSession(request.session);
+  if (request.wants_session && request.session.value() != 0) {
+    // One of a shard that is no longer there lives where its log is read.
+    return ShardId(static_cast<uint16_t>(HomeOfSession(request.session).value() % shards()));
+  }
   if (entry == nullptr) return port_.catalogue->FirstShard(request.space.view());
   return request.wants_session ? entry->NextHome() : entry->ShardOf(0);
 }

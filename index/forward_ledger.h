@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "index/shard_sessions.h"
+#include "index/session_table.h"
 #include "src/core/check.h"
 #include "src/core/commit_stamp.h"
 #include "src/core/ids.h"
@@ -12,10 +12,11 @@
 
 namespace engram {
 
-// An observation that its home shard has taken and not answered yet: other shards store it, or
-// retire what it supersedes, or the session's earlier ones are not answered.
+// An observation that its home shard has taken and not answered yet: it is being logged, or other
+// shards store it or retire what it supersedes, or the session's earlier ones are not answered.
 struct Forward {
   enum class Step : uint8_t {
+    kLog,      // waits until its record is as durable as its space asks for
     kStore,    // to the owner
     kRetire,   // to those that owned the id while the space had fewer partitions
     kLose,     // to the owner: one of them had a later stamp
@@ -27,6 +28,7 @@ struct Forward {
   bool is_same_everywhere = false;  // suppress, restore: each shard does it where it has the id
   bool existed = false;
   bool waits_to_send = false;  // in its target's line
+  bool is_replayed = false;    // read from the log after a restart: nobody is answered
   ProducerId producer;
   ShardId owner;
   ShardId target;                // of the message that is out, or waits
@@ -36,6 +38,9 @@ struct Forward {
   uint64_t next_in_session = 0;  // ticket; 0: none
   uint64_t next_in_line = 0;     // likewise
   uint64_t id_hash = 0;
+  const ObserveRequest* request = nullptr;
+  LogPosition logged_at = 0;  // its record begins here
+  LogPosition log_end = 0;    // and ends here
   CommitStamp stamp = kNoStamp;
   CommitStamp later = kNoStamp;  // the latest one that another shard has of the id
   int64_t received_ns = 0;
@@ -68,7 +73,12 @@ class ForwardLedger {
     return forwards_[ticket & mask_];
   }
   // Not empty: no observation with this stamp or a later one is said to be visible.
-  CommitStamp OldestStamp() const { return forwards_[oldest_ & mask_].stamp; }
+  CommitStamp OldestStamp() const { return Oldest().stamp; }
+  // Not empty.
+  const Forward& Oldest() const { return forwards_[oldest_ & mask_]; }
+  // All forwards that are not answered have tickets from here, and below next_ticket().
+  uint64_t oldest_ticket() const { return oldest_; }
+  uint64_t next_ticket() const { return next_; }
 
   // `ticket` is done; `answer` is called with each forward that may be answered now, in order.
   template <typename Answer>

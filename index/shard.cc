@@ -21,21 +21,27 @@ constexpr uint64_t kCreditEvery = 256;
 constexpr int64_t kLinkRetryNs = 100 * kNanosPerMilli;
 // Nodes given back in one round of upkeep.
 constexpr size_t kReclaimBatch = 64;
+// Sessions that are moved or dropped in one round.
+constexpr size_t kSessionSteps = 16;
+// Id and payload of an observation that credit makes room for in the log.
+constexpr size_t kUsualTextBytes = 512;
 // Spaces that are looked at in one round of upkeep.
 constexpr size_t kUpkeepSpaces = 8;
 
 }  // namespace
 
 Result<std::unique_ptr<Shard>> Shard::Create(const ShardOptions& options, Clock* clock,
-                                             ShardPort port) {
+                                             ShardPort port, const ShardStorage& storage) {
   auto arena = HugePageArena::Create({.reserve_bytes = options.memory_limit_bytes,
                                       .huge_pages = options.huge_pages,
                                       .numa_node = options.numa_node});
   if (!arena) return std::unexpected(arena.error());
-  return std::unique_ptr<Shard>(new Shard(options, clock, std::move(port), *std::move(arena)));
+  return std::unique_ptr<Shard>(
+      new Shard(options, clock, std::move(port), storage, *std::move(arena)));
 }
 
-Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, HugePageArena arena)
+Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, const ShardStorage& storage,
+             HugePageArena arena)
     : options_(options),
       clock_(clock),
       port_(std::move(port)),
@@ -45,9 +51,16 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, HugePage
       stamp_clock_(port_.shard),
       hash_seed_(MixBits(options.seed + port_.shard.value())),
       space_of_entry_(port_.catalogue->max_spaces(), kNoNode),
-      sessions_(options.max_sessions, options.session_idle_timeout_ns,
-                MixBits(options.seed + port_.shard.value() + 1), port_.shard),
-      ledger_(port_.catalogue->max_partitions() > 1 ? options.max_forwards : 1,
+      sessions_({.max_sessions = options.max_sessions,
+                 .max_dormant = options.dormant_sessions,
+                 .idle_timeout_ns = options.session_idle_timeout_ns,
+                 .keep_ns = options.session_keep_ns,
+                 .unix_ns = clock->WallNs(),
+                 .seed = MixBits(options.seed + port_.shard.value() + 1),
+                 .home = port_.shard}),
+      storage_(storage),
+      log_(storage.log),
+      ledger_(log_ != nullptr || port_.catalogue->shards() > 1 ? options.max_forwards : 1,
               port_.catalogue->shards()),
       asked_(port_.catalogue->shards()),
       held_(port_.catalogue->shards()),
@@ -59,6 +72,8 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, HugePage
   spaces_.reserve(max_spaces);
   entries_.reserve(max_spaces);
   partition_of_.reserve(max_spaces);
+  logged_partitions_.reserve(max_spaces);
+  pending_.reserve(max_spaces);
   attached_.reserve(max_spaces);
   announced_links_.reserve(max_spaces);
   upkeep_queued_.reserve(max_spaces);
@@ -66,6 +81,10 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, HugePage
   upkeep_queue_.reserve(max_spaces);
   listed_.reserve(2 * kMaxRecallResults);
   counters_[ShardCounter::kMemoryLimitBytes].Set(arena_->reserve_bytes());
+  if (log_ == nullptr) return;
+  recovery_ = std::make_unique<ShardRecovery>(storage_, &recovery_progress_);
+  recovering_.store(true, std::memory_order_relaxed);
+  port_.stamps->Publish(port_.shard, kNoStamp);
 }
 
 // What the shard publishes of its stamps (see StampBoard): while it polls the clock as it was
@@ -73,8 +92,18 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, HugePage
 // forwards.
 int Shard::Poll() {
   const auto publish = [this](CommitStamp complete) {
-    port_.stamps->Publish(port_.shard, ledger_.empty() ? complete : ledger_.OldestStamp() - 1);
+    port_.stamps->Publish(
+        port_.shard, ledger_.empty() ? complete : std::min(complete, ledger_.OldestStamp() - 1));
   };
+  if (is_recovering()) {
+    now_ns_ = clock_->MonotonicNs();
+    unix_ns_ = clock_->WallNs();
+    const int work = Recover();
+    if (is_recovering()) {
+      if (recovery_ != nullptr) publish(recovery_->complete());
+      return work;
+    }
+  }
   publish(StampBefore(clock_->WallNs()));
   now_ns_ = clock_->MonotonicNs();
   unix_ns_ = clock_->WallNs();
@@ -86,21 +115,38 @@ int Shard::Poll() {
 int Shard::Round() {
   first_producer_ = (first_producer_ + 1) % port_.producers.size();
   int work = TakeResultReturns();
+  work += PollLog();
   work += TakePeerAnswers();
   work += ServeRequests();
   if (answering_ != Answering::kNothing) return work;
   work += SendWaiting();
   work += TakePeerRequests();
+  work += StoreLogged();
   const int observations = TakeObservations(Lane::kHigh) + TakeObservations(Lane::kNormal);
+  if (observations > 0) work += PollLog();
   work += observations;
   work += Upkeep(observations > 0);
+  SweepSessions();
   counters_[ShardCounter::kMemoryUsedBytes].Set(heap_.live_bytes());
   counters_[ShardCounter::kForwardsUnderWay].Set(ledger_.size());
   return work;
 }
 
+int Shard::PollLog() {
+  if (log_ == nullptr) return 0;
+  if (hurries_.load(std::memory_order_relaxed)) log_->Hurry();
+  const int work = log_->Poll(now_ns_);
+  counters_[ShardCounter::kLogBytesWritten].Set(log_->bytes_written());
+  counters_[ShardCounter::kLogCommits].Set(log_->commits());
+  counters_[ShardCounter::kLogErrors].Set(log_->errors());
+  counters_[ShardCounter::kLogUnsettledBytes].Set(
+      log_->settled() ? 0 : 1 + log_->end() - std::min(log_->end(), log_->durable()));
+  return work;
+}
+
 bool Shard::Idle() const {
-  if (answering_ != Answering::kNothing || !ledger_.empty()) return false;
+  if (is_recovering() || answering_ != Answering::kNothing || !ledger_.empty()) return false;
+  if (log_ != nullptr && !log_->settled()) return false;
   for (size_t s = 0; s < port_.peers.size(); ++s) {
     if (held_[s] || (s != port_.shard.value() && port_.peers[s].requests_in.Depth() > 0)) {
       return false;
@@ -187,9 +233,9 @@ void Shard::OpenSession(size_t producer, SlotId slot) {
 RefusalReason Shard::AnswerHello(size_t producer, HelloRequest* hello) {
   const std::string_view name = hello->space.view();
   if (hello->wants_session && hello->session.value() != 0) {
-    const Session* known = sessions_.Find(hello->session);
-    if (known == nullptr) return RefusalReason::kSessionExpired;
-    if (spaces_[known->space]->name() != name) return RefusalReason::kSessionSpaceMismatch;
+    const std::optional<uint32_t> space = sessions_.SpaceOf(hello->session, unix_ns_);
+    if (!space) return RefusalReason::kSessionExpired;
+    if (spaces_[*space]->name() != name) return RefusalReason::kSessionSpaceMismatch;
   }
   SpaceEntry* entry = port_.catalogue->Find(name);
   // Who only recalls may come before the first observation.
@@ -225,6 +271,8 @@ uint32_t Shard::FindOrMakeSpace(SpaceEntry* entry) {
   spaces_.push_back(std::make_unique<Space>(std::string(entry->name()), options, &heap_, &epochs_));
   entries_.push_back(entry);
   partition_of_.push_back(entry->PartitionIn(port_.shard));
+  logged_partitions_.push_back(0);
+  pending_.push_back(0);
   attached_.push_back(0);
   announced_links_.push_back(0);
   upkeep_queued_.push_back(false);
@@ -237,21 +285,21 @@ RefusalReason Shard::AttachSession(size_t producer, uint32_t space, HelloRequest
   const ProducerId holder(static_cast<uint16_t>(producer));
   Session* session = nullptr;
   if (hello->session.value() == 0) {
-    session = sessions_.Open(space, holder, hello->origin, now_ns_);
+    session = sessions_.Open(space, holder, hello->origin, now_ns_, unix_ns_);
     if (session == nullptr) return RefusalReason::kSessionLimit;
     ++attached_[space];
   } else {
-    session = sessions_.Find(hello->session);
+    const auto resumed = sessions_.Resume(hello->session, now_ns_, unix_ns_);
+    if (!resumed) return resumed.error();
+    session = *resumed;
     if (session->origin != 0) {
       Notify(session->producer, {.kind = CompletionKind::kFenced, .origin = session->origin});
     } else {
       ++attached_[space];
     }
-    session->producer = holder;
-    session->origin = hello->origin;
+    sessions_.Attach(session, holder, hello->origin, now_ns_);
     // What the connection before was granted ends with it.
     session->granted_sequence = session->last_sequence;
-    session->last_active_ns = now_ns_;
   }
   hello->session = session->id;
   hello->session_slot = sessions_.PlaceOf(*session);
@@ -274,207 +322,13 @@ void Shard::DetachSession(size_t producer, SlotId slot) {
   Complete(producer, {.kind = CompletionKind::kDetach, .slot = slot, .origin = request->origin});
 }
 
-// ---------------------------------------------------------------------------------------------
-// Observations
-
-int Shard::TakeObservations(Lane lane) {
-  int work = 0;
-  for (size_t i = 0; i < port_.producers.size(); ++i) {
-    const size_t producer = (first_producer_ + i) % port_.producers.size();
-    ShardLink& link = port_.producers[producer];
-    const size_t count = link.lanes[static_cast<size_t>(lane)].PopBatch(batch_);
-    // Later than all that was acknowledged when these were sent.
-    if (count > 0) unix_ns_ = clock_->WallNs();
-    for (size_t n = 0; n < count; ++n) {
-      if (n + 1 < count) __builtin_prefetch(link.producer_slab->At(batch_[n + 1]));
-      TakeObservation(producer, batch_[n]);
-    }
-    work += static_cast<int>(count);
+// Each cleanup interval a round over the sessions, in parts.
+void Shard::SweepSessions() {
+  if (now_ns_ < sweep_sessions_ns_) return;
+  if (sessions_.Sweep(now_ns_, unix_ns_, kSessionSteps)) {
+    sweep_sessions_ns_ = now_ns_ + options_.cleanup_interval_ns;
   }
-  return work;
-}
-
-void Shard::TakeObservation(size_t producer, SlotId slot) {
-  auto* request =
-      reinterpret_cast<ObserveRequest*>(port_.producers[producer].producer_slab->At(slot));
-  Completion completion{.kind = CompletionKind::kObserve,
-                        .slot = slot,
-                        .origin = request->origin,
-                        .sequence = request->sequence};
-  if (request->session.value() == 0) {
-    TakeAlone(producer, request, completion);
-    return;
-  }
-  Session* session = sessions_.At(request->session_slot, request->session);
-  completion.reason = JudgeSession(session, producer, *request);
-  if (completion.reason != RefusalReason::kNone) {
-    Refuse(producer, completion);
-  } else if (request->sequence <= session->last_sequence) {
-    completion.repeated = true;
-    QueueAnswer(session, producer, completion);
-  } else {
-    TakeInSession(session, producer, request, completion);
-  }
-}
-
-// Why the observation cannot be taken now, whatever it is; kNone for the next one and for repeats.
-RefusalReason Shard::JudgeSession(const Session* session, size_t producer,
-                                  const ObserveRequest& request) const {
-  if (session == nullptr) return RefusalReason::kSessionExpired;
-  if (session->origin != 0 &&
-      (session->origin != request.origin || session->producer.value() != producer)) {
-    return RefusalReason::kFenced;
-  }
-  if (request.sequence > session->last_sequence + 1) return RefusalReason::kSequenceGap;
-  // Its answer would have to wait for earlier ones.
-  if (session->first_forward != 0 && ledger_.room() == 0) return RefusalReason::kQueueFull;
-  return RefusalReason::kNone;
-}
-
-void Shard::Refuse(size_t producer, const Completion& completion) {
-  counters_[ShardCounter::kObservationsRefused].Add(1);
-  Complete(producer, completion);
-}
-
-// Without a session: the space is named, and the answer goes into the slot.
-void Shard::TakeAlone(size_t producer, ObserveRequest* request, Completion completion) {
-  Taken taken;
-  SpaceEntry* entry = port_.catalogue->FindOrAdd(request->space.view(), Metric::kUnspecified);
-  if (IsCancelled(request->header)) {
-    taken.outcome.reason = RefusalReason::kCancelled;
-  } else if (request->header.deadline_ns != 0 && now_ns_ > request->header.deadline_ns) {
-    taken.outcome.reason = RefusalReason::kDeadlinePassed;
-  } else if (entry == nullptr) {
-    taken.outcome.reason = RefusalReason::kSpaceLimit;
-  } else {
-    const uint32_t space = FindOrMakeSpace(entry);
-    taken = Take(space, nullptr, *request, false);
-    request->space_dimension = entry->dimension();
-    completion.retry_after_ms = RetryAfterMs(*spaces_[space]);
-  }
-  completion.reason = taken.outcome.reason;
-  if (taken.ticket != 0) {
-    BeginForward(taken.ticket, producer, *request, completion);
-    return;
-  }
-  request->existed = taken.outcome.existed;
-  request->stamp = taken.stamp;
-  if (completion.reason != RefusalReason::kNone) {
-    Refuse(producer, completion);
-  } else {
-    receive_to_visible_.Record(now_ns_ - request->received_ns);
-    Complete(producer, completion);
-  }
-}
-
-// The next observation of a session. Only what was taken, or refused for good, moves the session's
-// last sequence.
-void Shard::TakeInSession(Session* session, size_t producer, ObserveRequest* request,
-                          Completion completion) {
-  const bool in_credit = request->sequence <= session->granted_sequence;
-  const Taken taken = Take(session->space, session, *request, in_credit);
-  completion.reason = taken.outcome.reason;
-  const bool consumed = HasEffect(completion.reason, RefusalEffect::kConsumes);
-  session->last_active_ns = now_ns_;
-  if (completion.reason != RefusalReason::kNone && !consumed) {
-    completion.retry_after_ms = RetryAfterMs(*spaces_[session->space]);
-    completion.credit_sequence = CreditOf(session);
-    Refuse(producer, completion);
-    return;
-  }
-  session->last_sequence = request->sequence;
-  if (consumed) {
-    request->space_dimension = entries_[session->space]->dimension();
-    counters_[ShardCounter::kObservationsSkipped].Add(1);
-  }
-  completion.credit_sequence = CreditOf(session);
-  if (taken.ticket != 0) {
-    BeginForward(taken.ticket, producer, *request, completion);
-    return;
-  }
-  if (!consumed) receive_to_visible_.Record(now_ns_ - request->received_ns);
-  QueueAnswer(session, producer, completion);
-}
-
-ObservationRef Shard::ObservationIn(const ObserveRequest& request) {
-  const auto* vector = reinterpret_cast<const std::byte*>(&request) + kRequestBodyOffset;
-  const std::byte* id = vector + VectorBytes(request.dtype, request.dimension);
-  return {.id = {reinterpret_cast<const char*>(id), request.id_bytes},
-          .payload = {id + request.id_bytes, request.payload_bytes},
-          .payload_kind = request.payload_kind,
-          .dtype = request.dtype,
-          .dimension = request.dimension,
-          .scale = request.scale,
-          .vector = vector,
-          .when_ns = request.when_ns,
-          .confidence = request.confidence};
-}
-
-// In this shard. A refusal changes nothing.
-StoreOutcome Shard::Store(uint32_t space, const ObserveRequest& request, CommitStamp stamp,
-                          bool in_credit) {
-  Space& target = *spaces_[space];
-  const ObservationRef observation = ObservationIn(request);
-  // With one partition there is one home, and nothing earlier under way from another.
-  const bool several_homes = entries_[space]->partitions() > 1;
-  StoreOutcome outcome;
-  if (request.op == ObservationOp::kDelete) {
-    outcome = target.Delete(observation.id, stamp, several_homes);
-    if (outcome.reason != RefusalReason::kNone) return outcome;
-    if (outcome.existed) counters_[ShardCounter::kObservationsDeleted].Add(1);
-    if (outcome.existed || several_homes) QueueForUpkeep(space);
-    return outcome;
-  }
-  if (request.op == ObservationOp::kSuppress) return Hide(space, request, stamp);
-  if (!HasRoom(space, in_credit)) return {.reason = RefusalReason::kBacklogFull};
-  if (request.op == ObservationOp::kRestore) {
-    outcome = target.Restore(observation.id, stamp);
-    if (outcome.existed) QueueForUpkeep(space);
-    return outcome;
-  }
-  outcome.reason = FixDimension(space, observation);
-  if (outcome.reason != RefusalReason::kNone) return outcome;
-  // What recalls need comes first, so that they go on when the memory is full.
-  if (!recall_.Reserve(target.node_count() + 1)) return {.reason = RefusalReason::kMemoryFull};
-  outcome = target.Upsert(observation, stamp, several_homes);
-  if (outcome.reason != RefusalReason::kNone) {
-    // What has ended is given back sooner where memory is short.
-    if (outcome.reason == RefusalReason::kMemoryFull) QueueForUpkeep(space);
-    return outcome;
-  }
-  counters_[ShardCounter::kObservationsStored].Add(1);
-  if (outcome.existed || several_homes || target.has_graph()) QueueForUpkeep(space);
-  GrowIfFull(space);
-  return outcome;
-}
-
-StoreOutcome Shard::Hide(uint32_t space, const ObserveRequest& request, CommitStamp stamp) {
-  Space& target = *spaces_[space];
-  const bool several_homes = entries_[space]->partitions() > 1;
-  if (!recall_.Reserve(target.node_count() + 1)) return {.reason = RefusalReason::kMemoryFull};
-  const StoreOutcome outcome = target.Suppress(ObservationIn(request).id, stamp, several_homes);
-  if (outcome.existed) QueueForUpkeep(space);
-  return outcome;
-}
-
-// Whether the space may take one more vector before it is linked. Within credit always.
-bool Shard::HasRoom(uint32_t space, bool in_credit) const {
-  const Space& target = *spaces_[space];
-  return in_credit || target.backlog() == 0 ||
-         target.backlog() < 2 * target.NodesInBytes(options_.unlinked_limit_bytes);
-}
-
-// The first vector that is none of the refused ones settles the dimension, for all shards.
-RefusalReason Shard::FixDimension(uint32_t space, const ObservationRef& observation) {
-  SpaceEntry& entry = *entries_[space];
-  if (entry.dimension() == observation.dimension) return RefusalReason::kNone;
-  if (entry.dimension() == 0) {
-    const RefusalReason reason = spaces_[space]->Judge(observation);
-    if (reason != RefusalReason::kNone) return reason;
-  }
-  return entry.FixDimension(static_cast<uint16_t>(observation.dimension))
-             ? RefusalReason::kNone
-             : RefusalReason::kWrongDimension;
+  counters_[ShardCounter::kSessions].Set(sessions_.size());
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -595,10 +449,15 @@ void Shard::QueueForUpkeep(uint32_t space) {
 uint64_t Shard::CreditOf(Session* session) {
   const Space& space = *spaces_[session->space];
   const uint64_t limit = space.NodesInBytes(options_.unlinked_limit_bytes);
-  uint64_t room = limit - std::min(limit, space.backlog());
+  uint64_t room = limit - std::min(limit, space.backlog() + pending_[session->space]);
   // At least one, as the answers of forwards announce nothing.
-  if (entries_[session->space]->partitions() > 1) {
+  if (log_ != nullptr || entries_[session->space]->partitions() > 1) {
     room = std::min(room, std::max(ledger_.room(), uint64_t{1}));
+  }
+  if (log_ != nullptr) {
+    const size_t record_bytes =
+        LogRecordBytes(space.name().size(), space.dimension() * sizeof(float), 0, kUsualTextBytes);
+    room = std::min(room, std::max<uint64_t>(log_->room_bytes() / record_bytes, 1));
   }
   const uint64_t sharers = std::max(attached_[session->space], uint32_t{1});
   const uint64_t share = std::min<uint64_t>(options_.max_credit, (room + sharers - 1) / sharers);
@@ -623,9 +482,11 @@ void Shard::AnnounceCredit(uint32_t space) {
   });
 }
 
-// When linking has made room for a batch.
-uint32_t Shard::RetryAfterMs(const Space& space) const {
+// When linking has made room for a batch, or the log has written some blocks.
+uint32_t Shard::RetryAfterMs(const Space& space, RefusalReason reason) const {
   constexpr double kMaxMs = 1000;
+  constexpr uint32_t kLogMs = 5;
+  if (reason == RefusalReason::kLogBusy || reason == RefusalReason::kQueueFull) return kLogMs;
   if (!space.has_graph()) return static_cast<uint32_t>(kMaxMs);
   const double ms = link_ns_ * kCreditEvery / kNanosPerMilli;
   return static_cast<uint32_t>(std::clamp(ms, 1.0, kMaxMs));
@@ -678,7 +539,11 @@ std::string_view ShardCounterName(ShardCounter counter) {
        "spaces",
        "sessions",
        "memory_used_bytes",
-       "memory_limit_bytes"};
+       "memory_limit_bytes",
+       "log_bytes_written",
+       "log_commits",
+       "log_errors",
+       "log_unsettled_bytes"};
   return kNames[static_cast<size_t>(counter)];
 }
 

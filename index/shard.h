@@ -1,6 +1,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -12,8 +13,10 @@
 #include "index/hnsw_linker.h"
 #include "index/hnsw_params.h"
 #include "index/hnsw_sweep.h"
+#include "index/log/log_writer.h"
 #include "index/recall_job.h"
-#include "index/shard_sessions.h"
+#include "index/session_table.h"
+#include "index/shard_recovery.h"
 #include "index/space.h"
 #include "src/core/arena_heap.h"
 #include "src/core/clock.h"
@@ -35,6 +38,11 @@ struct ShardOptions {
   // Spaces are limited by the port's SpaceCatalogue.
   uint32_t max_sessions = 10'000;
   int64_t session_idle_timeout_ns = 300 * kNanosPerSecond;
+  // Sessions that idled out of the max_sessions above, and how long they may still be resumed.
+  uint32_t dormant_sessions = 1'000'000;
+  int64_t session_keep_ns = int64_t{7} * 24 * 3'600 * kNanosPerSecond;
+  // Between two rounds over the sessions that look for idle ones.
+  int64_t cleanup_interval_ns = 60 * kNanosPerSecond;
   // Most sequences that a session may have under way beyond the last settled one.
   uint32_t max_credit = 4'096;
   // Vectors of a space that may wait for the graph, as what a recall must scan beside it, or to be
@@ -76,6 +84,10 @@ enum class ShardCounter : uint8_t {
   kSessions,
   kMemoryUsedBytes,
   kMemoryLimitBytes,
+  kLogBytesWritten,
+  kLogCommits,         // flushes that made something durable
+  kLogErrors,          // of the disk; what they concern is written again
+  kLogUnsettledBytes,  // that are not known to be durable by the log itself; 0 at rest
   kCount,
 };
 std::string_view ShardCounterName(ShardCounter counter);
@@ -97,7 +109,7 @@ class Shard {
  public:
   // `clock` outlives the shard. Errors: kResourceExhausted.
   static Result<std::unique_ptr<Shard>> Create(const ShardOptions& options, Clock* clock,
-                                               ShardPort port);
+                                               ShardPort port, const ShardStorage& storage = {});
 
   // One bounded round; returns how much was done. Never blocks.
   int Poll();
@@ -112,6 +124,13 @@ class Shard {
   PageKind page_kind() const { return arena_->page_kind(); }
   void AddCounters(std::string_view core, CounterCatalogue* catalogue) const;
   const Counter& counter(ShardCounter which) const { return counters_[which]; }
+  // True from Create until what the storage had is here again, in this shard and in those that own
+  // it. Requests of producers wait meanwhile. May be asked by any thread.
+  bool is_recovering() const { return recovering_.load(std::memory_order_acquire); }
+  // While it recovers; may be read by any thread.
+  const RecoveryProgress& recovery() const { return recovery_progress_; }
+  // From now on all is written at once: before a shutdown. Any thread.
+  void HurryLog() { hurries_.store(true, std::memory_order_relaxed); }
   const LatencyHistogram& receive_to_visible() const { return receive_to_visible_; }
 
   // For tests and for a look after a fault; nullptr when there is no such space.
@@ -124,10 +143,14 @@ class Shard {
 
   // A recall's slice: some 100 to 200 us of distances at 768-d.
   static constexpr uint32_t kRecallSliceDistances = 1024;
+  // Observations that are stored in one round once they are logged.
+  static constexpr int kMostStoredAtOnce = 256;
 
-  Shard(const ShardOptions& options, Clock* clock, ShardPort port, HugePageArena arena);
+  Shard(const ShardOptions& options, Clock* clock, ShardPort port, const ShardStorage& storage,
+        HugePageArena arena);
 
   int Round();
+  int PollLog();
   int TakeResultReturns();
   int ServeRequests();
   int ContinueAnswer();
@@ -138,6 +161,7 @@ class Shard {
   RefusalReason AttachSession(size_t producer, uint32_t space, HelloRequest* hello);
   RefusalReason FindOrMakeSpace(const HelloRequest& hello, uint32_t* space);
   void DetachSession(size_t producer, SlotId slot);
+  void SweepSessions();
   template <typename Request>
   const Request* BeginAnswer(size_t producer, SlotId slot);
   RefusalReason JudgeAnswer() const;
@@ -172,8 +196,22 @@ class Shard {
     CommitStamp stamp = kNoStamp;
     uint64_t ticket = 0;  // of the forward that answers it later; 0: it is visible
   };
-  Taken Take(uint32_t space, Session* session, const ObserveRequest& request, bool in_credit);
-  RefusalReason JudgeForward(uint32_t space, const ObserveRequest& request);
+  Taken Take(uint32_t space, Session* session, ObserveRequest* request, bool in_credit);
+  bool OwnedHereAlone(uint32_t space, const ObserveRequest& request) const;
+  RefusalReason Judge(uint32_t space, const ObserveRequest& request, bool in_credit);
+  RefusalReason JudgeLogRoom(uint32_t space, const ObserveRequest& request) const;
+  static size_t PendingBytes(const ObserveRequest& request);
+  void Append(uint32_t space, RefusalReason skip_reason, CommitStamp stamp,
+              ObserveRequest* request);
+  bool IsLogged(const Forward& forward) const;
+  int StoreLogged();
+  void BeginStoring(uint64_t ticket);
+  void FinishForward(uint64_t ticket);
+  int Recover();
+  Result<bool> Replay(const LogEntry& entry);
+  Result<bool> ReplayObservation(const LogEntry& entry, uint32_t space);
+  static void FreeReplayed(const Forward& forward);
+  Result<void> EndRecovery();
   void BeginForward(uint64_t ticket, size_t producer, const ObserveRequest& request,
                     const Completion& completion);
   void QueueAnswer(Session* session, size_t producer, const Completion& completion);
@@ -188,7 +226,11 @@ class Shard {
   int SendWaiting();
   int TakePeerRequests();
   bool TakePeerRequest(ShardId home, const PeerMessage& message);
-  bool MayForward(uint32_t space) const { return entries_[space]->max_partitions() > 1; }
+  // Others may own its ids, or have owned them.
+  bool MayForward(uint32_t space) const {
+    return entries_[space]->max_partitions() > 1 ||
+           partition_of_[space] == SpaceEntry::kNoPartition;
+  }
   void GrowIfFull(uint32_t space);
   CommitStamp CompleteEverywhere() const;
   CommitStamp Horizon(CommitStamp complete) const;
@@ -201,7 +243,7 @@ class Shard {
   void QueueForUpkeep(uint32_t space);
 
   uint64_t CreditOf(Session* session);
-  uint32_t RetryAfterMs(const Space& space) const;
+  uint32_t RetryAfterMs(const Space& space, RefusalReason reason) const;
   void AnnounceCredit(uint32_t space);
   void Complete(size_t producer, const Completion& completion);
   bool Notify(ProducerId producer, const Completion& completion);
@@ -220,18 +262,26 @@ class Shard {
   StampClock stamp_clock_;
   const uint64_t hash_seed_;
   std::vector<std::unique_ptr<Space>> spaces_;
-  std::vector<SpaceEntry*> entries_;       // by space
-  std::vector<uint16_t> partition_of_;     // by space: the one that this shard holds
-  std::vector<uint32_t> space_of_entry_;   // by index in the catalogue; kNoNode: none here
-  std::vector<uint32_t> attached_;         // by space: sessions with a connection
-  std::vector<uint64_t> announced_links_;  // by space: links made since credit was announced
-  std::vector<bool> upkeep_queued_;        // by space
-  std::vector<bool> credit_due_;           // by space: there may be room that nobody was told of
-  std::vector<uint32_t> upkeep_queue_;     // spaces with something to do, served in turn
+  std::vector<SpaceEntry*> entries_;         // by space
+  std::vector<uint16_t> partition_of_;       // by space: the one that this shard holds
+  std::vector<uint16_t> logged_partitions_;  // by space: as the log says last; 0: nothing yet
+  std::vector<uint32_t> pending_;            // by space: upserts that were taken and not stored
+  std::vector<uint32_t> space_of_entry_;     // by index in the catalogue; kNoNode: none here
+  std::vector<uint32_t> attached_;           // by space: sessions with a connection
+  std::vector<uint64_t> announced_links_;    // by space: links made since credit was announced
+  std::vector<bool> upkeep_queued_;          // by space
+  std::vector<bool> credit_due_;             // by space: there may be room that nobody was told of
+  std::vector<uint32_t> upkeep_queue_;       // spaces with something to do, served in turn
   size_t upkeep_turn_ = 0;
   size_t fruitless_turns_ = 0;  // in a row
-  ShardSessions sessions_;
+  SessionTable sessions_;
+  int64_t sweep_sessions_ns_ = 0;  // when the next round over the sessions begins
+  const ShardStorage storage_;
+  LogWriter* const log_;  // nullptr: observations live in memory only
   ForwardLedger ledger_;
+  uint64_t first_unlogged_ = 0;                   // tickets before it are logged
+  size_t pending_bytes_ = 0;                      // that these will take
+  std::unique_ptr<ShardRecovery> recovery_;       // while recovering
   std::vector<uint32_t> asked_;                   // by shard: messages that it has not answered
   std::vector<std::optional<PeerMessage>> held_;  // by shard: what it asked and cannot be done yet
   HnswLinker linker_;
@@ -258,6 +308,10 @@ class Shard {
   // Written by the owner, read by others.
   CounterSet<ShardCounter, static_cast<size_t>(ShardCounter::kCount)> counters_;
   LatencyHistogram receive_to_visible_;
+  std::atomic<bool> recovering_{false};
+  RecoveryProgress recovery_progress_;
+  // Written by anyone.
+  std::atomic<bool> hurries_{false};
 };
 
 }  // namespace engram

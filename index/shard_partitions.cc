@@ -1,7 +1,7 @@
 // Observations of spaces with several partitions (see shard.h; DESIGN, principles 5 and 6).
 //
-// 1. Take: the home shard of a session takes its observations in their order. What the owner of the
-//    id must not refuse is judged first: the vector, the dimension. Then it draws the stamp.
+// 1. The home shard of a session takes its observations in their order, and logs them
+//    (shard_taking.cc).
 // 2. The home stores it where it owns the id itself; else it asks the owner (kStore), which answers
 //    when it is visible. An owner that has no room lets the request wait: there are no refusals
 //    between shards. The home's ledger fills, and it refuses its clients.
@@ -44,75 +44,6 @@ constexpr int64_t kLongestForwardNs = 30 * kNanosPerSecond;
 
 }  // namespace
 
-// 1. and 2.
-Shard::Taken Shard::Take(uint32_t space, Session* session, const ObserveRequest& request,
-                         bool in_credit) {
-  Taken taken;
-  if (request.op == ObservationOp::kSkip) {
-    taken.outcome.reason = request.skip_reason;
-    return taken;
-  }
-  taken.stamp = stamp_clock_.Next(unix_ns_);
-  const SpaceEntry& entry = *entries_[space];
-  uint64_t id_hash = 0;
-  ShardId owner = port_.shard;
-  bool has_moved = false;
-  if (MayForward(space)) {
-    id_hash = SpaceCatalogue::HashOfId(ObservationIn(request).id);
-    const uint16_t partition = PartitionOf(id_hash, entry.partitions());
-    owner = entry.ShardOf(partition);
-    has_moved = partition != PartitionOf(id_hash, entry.first_partitions());
-  }
-  const bool is_here = owner == port_.shard;
-  if ((!is_here || has_moved) && ledger_.room() == 0) {
-    taken.outcome.reason = RefusalReason::kQueueFull;
-    return taken;
-  }
-  if (is_here) {
-    taken.outcome = Store(space, request, taken.stamp, in_credit);
-    if (!has_moved) return taken;
-  } else if (request.op == ObservationOp::kUpsert) {
-    taken.outcome.reason = JudgeForward(space, request);
-  }
-  if (taken.outcome.reason != RefusalReason::kNone) return taken;
-  taken.ticket = ledger_.Add(session);
-  Forward& forward = ledger_.At(taken.ticket);
-  forward.step = is_here ? Forward::Step::kRetire : Forward::Step::kStore;
-  forward.is_upsert = request.op == ObservationOp::kUpsert;
-  forward.is_same_everywhere =
-      request.op == ObservationOp::kSuppress || request.op == ObservationOp::kRestore;
-  forward.existed = taken.outcome.existed;
-  forward.later = taken.outcome.later;
-  forward.owner = owner;
-  forward.target = owner;
-  forward.space = entry.index();
-  forward.next_partitions = entry.first_partitions();
-  forward.id_hash = id_hash;
-  forward.stamp = taken.stamp;
-  return taken;
-}
-
-// All that an owner would refuse an upsert for, but for room.
-RefusalReason Shard::JudgeForward(uint32_t space, const ObserveRequest& request) {
-  const ObservationRef observation = ObservationIn(request);
-  const RefusalReason reason = spaces_[space]->Judge(observation);
-  return reason == RefusalReason::kNone ? FixDimension(space, observation) : reason;
-}
-
-void Shard::BeginForward(uint64_t ticket, size_t producer, const ObserveRequest& request,
-                         const Completion& completion) {
-  Forward& forward = ledger_.At(ticket);
-  forward.producer = ProducerId(static_cast<uint16_t>(producer));
-  forward.received_ns = request.received_ns;
-  forward.completion = completion;
-  if (forward.step == Forward::Step::kRetire) {
-    StepForward(ticket);
-    return;
-  }
-  counters_[ShardCounter::kObservationsForwarded].Add(1);
-  Tell(ticket);
-}
-
 // The answer to what needs no other shard, after the session's earlier ones.
 void Shard::QueueAnswer(Session* session, size_t producer, const Completion& completion) {
   if (session->first_forward == 0) {
@@ -131,6 +62,10 @@ void Shard::StepForward(uint64_t ticket) {
   while (NextTarget(&forward)) {
     if (!Tell(ticket) || forward.target != port_.shard) return;
   }
+  FinishForward(ticket);
+}
+
+void Shard::FinishForward(uint64_t ticket) {
   ledger_.Finish(ticket, [this](const Forward& done) { AnswerForward(done); });
 }
 
@@ -185,8 +120,7 @@ bool Shard::Send(uint64_t ticket) {
   const bool pushed = link.requests_out.TryPush(
       {.kind = is_store ? PeerMessage::Kind::kStore : PeerMessage::Kind::kRetire,
        .existed = false,
-       .producer = forward.producer,
-       .slot = forward.completion.slot,
+       .request = forward.request,
        .space = forward.space,
        .ticket = ticket,
        .stamp = forward.step == Forward::Step::kLose ? forward.later : forward.stamp});
@@ -195,16 +129,15 @@ bool Shard::Send(uint64_t ticket) {
   return true;
 }
 
-// False where there is no memory for the tombstone, or no room for what is restored.
+// False where there is no memory for it, or no room for what is restored.
 bool Shard::DoHere(Forward* forward) {
-  const std::byte* slot =
-      port_.producers[forward->producer.value()].producer_slab->At(forward->completion.slot);
-  const auto& request = *reinterpret_cast<const ObserveRequest*>(slot);
+  const ObserveRequest& request = *forward->request;
   const CommitStamp stamp = forward->step == Forward::Step::kLose ? forward->later : forward->stamp;
   const uint32_t space = FindOrMakeSpace(port_.catalogue->At(forward->space));
-  const StoreOutcome outcome = forward->is_same_everywhere
-                                   ? Store(space, request, stamp, false)
-                                   : Retire(space, ObservationIn(request).id, stamp);
+  const bool stores = forward->step == Forward::Step::kStore || forward->is_same_everywhere;
+  // What was logged has been judged: its room is its own.
+  const StoreOutcome outcome =
+      stores ? Store(space, request, stamp, true) : Retire(space, ObservationIn(request).id, stamp);
   if (outcome.reason != RefusalReason::kNone) return false;
   forward->existed |= outcome.existed;
   forward->later = std::max(forward->later, outcome.later);
@@ -218,6 +151,10 @@ StoreOutcome Shard::Retire(uint32_t space, std::string_view id, CommitStamp stam
 }
 
 void Shard::AnswerForward(const Forward& forward) {
+  if (forward.is_replayed) {
+    FreeReplayed(forward);
+    return;
+  }
   if (forward.session != nullptr) {
     Sequence& told = forward.session->told_sequence;
     told = std::max(told, forward.completion.sequence);
@@ -228,8 +165,13 @@ void Shard::AnswerForward(const Forward& forward) {
     request->stamp = forward.stamp;
   }
   // What only waited for its turn was visible, or nothing, before.
-  if (forward.stamp != kNoStamp) receive_to_visible_.Record(now_ns_ - forward.received_ns);
-  Complete(forward.producer.value(), forward.completion);
+  if (forward.stamp != kNoStamp && forward.completion.reason == RefusalReason::kNone) {
+    receive_to_visible_.Record(now_ns_ - forward.received_ns);
+  }
+  Completion completion = forward.completion;
+  // There is more room than when it was taken.
+  if (forward.session != nullptr) completion.credit_sequence = CreditOf(forward.session);
+  Complete(forward.producer.value(), completion);
 }
 
 int Shard::TakePeerAnswers() {
@@ -281,11 +223,10 @@ int Shard::TakePeerRequests() {
 
 // False when it has to wait for room.
 bool Shard::TakePeerRequest(ShardId home, const PeerMessage& message) {
-  const auto& request = *reinterpret_cast<const ObserveRequest*>(
-      port_.producers[message.producer.value()].producer_slab->At(message.slot));
+  const ObserveRequest& request = *message.request;
   const uint32_t space = FindOrMakeSpace(port_.catalogue->At(message.space));
   const StoreOutcome outcome = message.kind == PeerMessage::Kind::kStore
-                                   ? Store(space, request, message.stamp, false)
+                                   ? Store(space, request, message.stamp, is_recovering())
                                    : Retire(space, ObservationIn(request).id, message.stamp);
   if (outcome.reason != RefusalReason::kNone) {
     CHECK(outcome.reason == RefusalReason::kMemoryFull ||

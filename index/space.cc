@@ -48,6 +48,7 @@ Space::Space(std::string name, const SpaceOptions& options, ArenaHeap* heap, Rea
 }
 
 Space::~Space() {
+  CHECK(save_ == nullptr, "a save ends before its space");
   for (uint32_t node = 0; node < node_count(); ++node) FreeText(&nodes_[node]);
   if (superseded_ != nullptr) heap_->FreeArray(superseded_, kSupersededKept);
 }
@@ -182,6 +183,7 @@ StoreOutcome Space::Suppress(std::string_view id, CommitStamp stamp, bool severa
   ++hidden_;
   ids_.Replace(hash, old, node);
   EndVersion(old, stamp);
+  if (save_ != nullptr && save_->IsAhead(old)) Save::Set(save_->suppressed, old);
   if (several_homes) NoteSuperseded(hash, old);
   Advance(stamp);
   return {.existed = true};
@@ -317,6 +319,7 @@ bool Space::MakeTombstone(uint64_t hash, std::string_view id, CommitStamp stamp,
 
 // Those that were superseded are in the queue still and no longer in the id map.
 void Space::ForgetTombstones(CommitStamp complete) {
+  if (save_ != nullptr) complete = std::min(complete, save_->hold);
   for (int i = 0; i < kTombstonesAtOnce && first_tombstone_ != kNoNode; ++i) {
     const NodeId node = first_tombstone_;
     if (Load(stamps_[node].begin) > complete) return;
@@ -438,6 +441,8 @@ bool Space::WriteText(Node* node, const ObservationRef& observation) {
   node->was_hidden = 0;
   node->payload_bytes = static_cast<uint32_t>(observation.payload.size());
   node->payload_kind = observation.payload_kind;
+  node->received_dtype = observation.dtype;
+  node->origin = observation.origin;
   node->when_ns = observation.when_ns;
   node->confidence = observation.confidence;
   return true;
@@ -460,6 +465,8 @@ bool Space::CopyText(NodeId node, NodeId from) {
   copy.was_hidden = 1;
   copy.payload_bytes = source.payload_bytes;
   copy.payload_kind = source.payload_kind;
+  copy.received_dtype = source.received_dtype;
+  copy.origin = source.origin;
   copy.when_ns = source.when_ns;
   copy.confidence = source.confidence;
   return true;
@@ -599,11 +606,24 @@ bool Space::Reclaim(size_t max_nodes) {
     if (!epochs_->Passed(closing_epoch_)) return true;
     const NodeId node = first_closing_;
     first_closing_ = nodes_[node].next;
+    if (save_ != nullptr && save_->MustKeep(node)) {
+      if (first_kept_ == kNoNode) last_kept_ = node;
+      nodes_[node].next = std::exchange(first_kept_, node);
+      continue;
+    }
     if (graph_.IsDoomed(node)) graph_.Forget(node);
     --retired_;
     FreeNode(node);
   }
   return first_closing_ != kNoNode || first_waiting_ != kNoNode;
+}
+
+// What was kept for it may be given back.
+void Space::EndSave() {
+  save_ = nullptr;
+  if (first_kept_ == kNoNode) return;
+  nodes_[last_kept_].next = std::exchange(first_waiting_, first_kept_);
+  first_kept_ = kNoNode;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -628,7 +648,9 @@ StoredObservation Space::Get(NodeId node) const {
           .payload_kind = stored.payload_kind,
           .when_ns = stored.when_ns,
           .confidence = stored.confidence,
-          .stamp = Load(stamps_[node].begin)};
+          .stamp = Load(stamps_[node].begin),
+          .origin = stored.origin,
+          .received_dtype = stored.received_dtype};
 }
 
 void Space::GetVector(NodeId node, float* out) const {

@@ -22,6 +22,7 @@
 #include "src/core/arena_heap.h"
 #include "src/core/commit_stamp.h"
 #include "src/core/ids.h"
+#include "src/core/log_address.h"
 #include "src/core/observation.h"
 #include "src/core/reader_epochs.h"
 #include "src/core/refusal_reason.h"
@@ -40,6 +41,7 @@ struct ObservationRef {
   const std::byte* vector = nullptr;
   int64_t when_ns = 0;
   float confidence = 1;
+  LogAddress origin = kNoLogAddress;  // where its record lies
 };
 
 // What a space keeps of an observation beside its vector.
@@ -50,6 +52,8 @@ struct StoredObservation {
   int64_t when_ns = 0;
   float confidence = 1;
   CommitStamp stamp = kNoStamp;
+  LogAddress origin = kNoLogAddress;
+  VectorDtype received_dtype = VectorDtype::kNone;  // of the vector in its record
 };
 
 // What became of an observation. Where a later stamp was there already nothing that lives has
@@ -96,6 +100,9 @@ struct SpaceOptions {
 // comes late supersedes an older content whatever became of it meanwhile. Were it to lose against
 // the stamp of a suppress, as against a tombstone, it would be lost, or, where it lies in another
 // shard, be there beside the older one once both are restored.
+//
+// A SpaceSaver reads it in slices while all this goes on; a SpaceLoader fills it at a restart.
+// While a save is under way two things are kept longer than else, see Save below.
 //
 // Thread safety: writing is the shard's alone. Other cores may recall at any moment: what is marked
 // "For readers" below, from inside the epochs.
@@ -209,8 +216,8 @@ class Space {
   // later. No linker is active.
   bool BeginSweep(HnswSweep* sweep);
   void FinishSweep(const HnswSweep& sweep);
-  // Frees nodes that no reader can be on, `max_nodes` at most. No linker is active. True when some
-  // are left.
+  // Frees nodes that no reader can be on and no save needs, `max_nodes` at most. No linker is
+  // active. True when some are left, but for what a save needs.
   bool Reclaim(size_t max_nodes);
 
   // How many unlinked nodes make `bytes` of vectors to scan.
@@ -232,6 +239,9 @@ class Space {
   uint64_t resident_bytes() const;
 
  private:
+  friend class SpaceSaver;
+  friend class SpaceLoader;
+
   enum class NodeState : uint8_t {
     kFree,
     kUnlinked,
@@ -250,19 +260,50 @@ class Space {
     // Written before the node is published, then constant.
     std::byte* text;  // id, then payload; then, with was_hidden, the stamp of the content
     int64_t when_ns;
+    LogAddress origin;
     float confidence;
     uint32_t payload_bytes;
     uint16_t id_bytes : 15;
     uint16_t was_hidden : 1;
-    PayloadKind payload_kind;
+    PayloadKind payload_kind : 4;
+    VectorDtype received_dtype : 4;
     // The shard's alone.
     NodeState state;
     uint32_t next;  // of the list that it is in, by its state
   };
-  static_assert(sizeof(Node) == 32);
+  static_assert(sizeof(Node) == 40);
   struct Stamps {
     CommitStamp begin;
     CommitStamp end;
+  };
+
+  // A save under way, by SpaceSaver: the nodes from `next` to before `end` are still to come.
+  //
+  // What the log's replay brings again need not be caught: whatever was stored, deleted, suppressed
+  // or restored since before the save. So content that comes from before has to be in some node
+  // that is saved, and one that moves could miss its turn: a suppress makes a copy, maybe where the
+  // save has been, and the node that it was in ends. That one is kept until its turn has come, and
+  // saved as the content's; the replay suppresses it again. So are the nodes to which links were
+  // saved, or these would lead to whatever came into their places. And a tombstone is kept while an
+  // observation with an earlier stamp may still be replayed.
+  struct Save {
+    using Bits = ChunkedArray<uint64_t>;  // by node, 64 each
+
+    CommitStamp hold;  // none with this stamp or an earlier one is replayed
+    NodeId next;
+    NodeId end;
+    Bits* suppressed;  // a suppress ended it during the save
+    Bits* linked;      // its links are saved
+
+    static bool Test(const Bits& bits, NodeId node) {
+      return (bits[node / 64] >> (node % 64) & 1) != 0;
+    }
+    static void Set(Bits* bits, NodeId node) { (*bits)[node / 64] |= uint64_t{1} << (node % 64); }
+    bool IsAhead(NodeId node) const { return node >= next && node < end; }
+    bool WasSuppressed(NodeId node) const { return IsAhead(node) && Test(*suppressed, node); }
+    bool MustKeep(NodeId node) const {
+      return IsAhead(node) && (Test(*suppressed, node) || Test(*linked, node));
+    }
   };
 
   static constexpr ReaderEpochs::Epoch kNoEpoch = 0;
@@ -301,6 +342,7 @@ class Space {
   void ListRetired(NodeId node);
   void PutInLine(NodeId node);
   void FreeNode(NodeId node);
+  void EndSave();
   void Supersede(uint64_t hash, NodeId old, CommitStamp stamp, bool several_homes);
   void NoteSuperseded(uint64_t hash, NodeId node);
   void EndEarlier(uint64_t hash, std::string_view id, CommitStamp stamp);
@@ -372,6 +414,10 @@ class Space {
   // Without a graph: what had ended by drop_end_ leaves the list once the horizon has passed that.
   CommitStamp drop_end_ = kNoStamp;
   bool memory_short_ = false;  // an upsert was refused
+  // The saver's, where one is under way. What it must keep waits in a list until it ends.
+  Save* save_ = nullptr;
+  NodeId first_kept_ = kNoNode;
+  NodeId last_kept_ = kNoNode;
 };
 
 }  // namespace engram

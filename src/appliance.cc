@@ -36,7 +36,8 @@ Result<std::unique_ptr<Appliance>> Appliance::Create(const ApplianceOptions& opt
     if (s < mesh_options.shard_numa_node.size()) {
       shard_options.numa_node = mesh_options.shard_numa_node[s];
     }
-    auto shard = Shard::Create(shard_options, clock, appliance->mesh_.TakeShard(ShardId(s)));
+    auto shard = Shard::Create(shard_options, clock, appliance->mesh_.TakeShard(ShardId(s)),
+                               s < options.storage.size() ? options.storage[s] : ShardStorage{});
     if (!shard) return std::unexpected(shard.error());
     appliance->shards_.push_back(*std::move(shard));
     appliance->shards_.back()->AddCounters("shard" + std::to_string(s), &appliance->catalogue_);

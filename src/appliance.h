@@ -21,7 +21,9 @@ struct ApplianceOptions {
   uint16_t shards = 1;
   IngestOptions ingest;
   ShardOptions shard;  // memory_limit_bytes is one shard's
-  MeshOptions mesh;    // producers, shards and catalogue are filled in
+  // By shard; empty: observations live in memory only.
+  std::vector<ShardStorage> storage;
+  MeshOptions mesh;  // producers, shards and catalogue are filled in
   // One producer more, for TakeGatewayPort.
   bool gateway = false;
   uint32_t max_spaces = 10'000;

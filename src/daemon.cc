@@ -30,58 +30,65 @@ uint64_t SecretSeed() {
   return seed;
 }
 
-void NoteFieldsNotHonoured(const Config& config, std::vector<std::string>* notes) {
+void NoteFieldsNotHonoured(const Config& config, const Daemon::NoteFn& note) {
   std::string names;
   for (const std::string& name : FieldsNotHonoured(config)) {
     names += (names.empty() ? "" : ", ") + name;
   }
   if (names.empty()) return;
-  notes->push_back("configuration: set, but not honoured yet: " + names +
-                   " (config/engram.toml says what happens instead)");
+  note("configuration: set, but not honoured yet: " + names +
+       " (config/engram.toml says what happens instead)");
 }
+
+uint64_t ToMib(uint64_t bytes) { return bytes >> 20; }
 
 }  // namespace
 
 Result<std::unique_ptr<Daemon>> Daemon::Start(const Config& config, const Topology& topology,
-                                              Clock* clock, std::vector<std::string>* notes) {
+                                              Clock* clock, DataDirectory* directory,
+                                              const std::atomic<bool>& stop, const NoteFn& note) {
   std::unique_ptr<Daemon> daemon(new Daemon(clock));
-  NoteFieldsNotHonoured(config, notes);
+  NoteFieldsNotHonoured(config, note);
   if (config.grpc && !GrpcGateway::IsBuilt()) {
-    notes->push_back("grpc: this engramd was built without it; listen.grpc is not served");
+    note("grpc: this engramd was built without it; listen.grpc is not served");
   }
-  if (auto made = daemon->MakeNetworks(config, notes); !made) {
+  if (auto made = daemon->MakeNetworks(config, note); !made) return std::unexpected(made.error());
+  if (auto made = daemon->MakeLogs(config, topology, directory, note); !made) {
     return std::unexpected(made.error());
   }
   if (auto made = daemon->MakeAppliance(config, topology); !made) {
     return std::unexpected(made.error());
   }
   if (auto made = daemon->MakeCores(config); !made) return std::unexpected(made.error());
-  notes->push_back(std::string("memory: observations in ") +
-                   std::string(PageKindName(daemon->appliance_->shard(0).page_kind())) +
-                   " pages, slots in " +
-                   std::string(PageKindName(daemon->appliance_->slot_page_kind())) + " pages");
+  note(std::string("memory: observations in ") +
+       std::string(PageKindName(daemon->appliance_->shard(0).page_kind())) + " pages, slots in " +
+       std::string(PageKindName(daemon->appliance_->slot_page_kind())) + " pages");
   auto started = daemon->StartThreads();
+  if (started) started = daemon->AwaitRecovery(stop, note);
+  if (started) started = daemon->logs_->PrepareFirst();
   if (started) started = daemon->StartGrpc(config);
   if (!started) {
     daemon->Join();
     return std::unexpected(started.error());
   }
+  daemon->serving_.store(true, std::memory_order_release);
+  for (const auto& core : daemon->cores_) core->runner->WakeIfSleeping();
   return daemon;
 }
 
 Daemon::~Daemon() { Join(); }
 
-Result<void> Daemon::MakeNetworks(const Config& config, std::vector<std::string>* notes) {
+Result<void> Daemon::MakeNetworks(const Config& config, const NoteFn& note) {
   NetworkOptions options;
   options.max_connections = config.limits.max_connections;
   options.share_port = config.ingress_cpus.size() > 1;
   std::vector<Endpoint> wanted = config.listen;
   for (size_t i = 0; i < config.ingress_cpus.size(); ++i) {
-    std::string note;
-    auto network = CreateNetwork(config.network_backend, options, &note);
+    std::string how;
+    auto network = CreateNetwork(config.network_backend, options, &how);
     if (!network) return std::unexpected(network.error());
-    if (note.empty()) note = (*network)->backend();
-    if (i == 0) notes->push_back("network: " + note);
+    if (how.empty()) how = (*network)->backend();
+    if (i == 0) note("network: " + how);
     for (Endpoint& endpoint : wanted) {
       auto bound = (*network)->Listen(endpoint);
       if (!bound) return std::unexpected(bound.error());
@@ -91,6 +98,31 @@ Result<void> Daemon::MakeNetworks(const Config& config, std::vector<std::string>
   }
   endpoints_ = wanted;
   return {};
+}
+
+Result<void> Daemon::MakeLogs(const Config& config, const Topology& topology,
+                              DataDirectory* directory, const NoteFn& note) {
+  auto entries = directory->List();
+  if (!entries) return std::unexpected(entries.error());
+  LogStoreOptions options;
+  options.shards = static_cast<uint16_t>(config.shard_cpus.size());
+  options.instance = directory->instance().id;
+  options.existing = LogsAmong(*entries);
+  options.writer.flush_interval_ns = config.flush_interval_ms * kNanosPerMilli;
+  options.keeper.segment_bytes = config.segment_mib << 20;
+  options.huge_pages = config.huge_pages;
+  for (const int cpu : config.shard_cpus) options.shard_numa_node.push_back(topology.NodeOf(cpu));
+  std::string how;
+  auto logs = LogStore::Open(
+      options, clock_,
+      [&](const std::string& folder, const DiskOptions& disk, std::string* why) {
+        return CreateDisk(config.disk_backend, directory->path() + "/" + folder, disk, why);
+      },
+      &how);
+  if (!logs) return std::unexpected(logs.error());
+  if (!how.empty()) note("disk: " + how);
+  logs_ = *std::move(logs);
+  return directory->Sync();
 }
 
 Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topology) {
@@ -105,12 +137,15 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
   options.shard.default_ef = config.index.default_ef;
   options.max_spaces = config.limits.max_spaces;
   options.max_partitions = static_cast<uint16_t>(config.index.max_partitions);
+  for (uint16_t s = 0; s < options.shards; ++s) options.storage.push_back(logs_->ForShard(s));
   options.space_defaults.precision = config.index.precision;
+  options.space_defaults.durability = config.durability;
   options.space_defaults.partitions = static_cast<uint16_t>(config.index.partitions);
   for (const SpaceConfig& space : config.spaces) {
     SpaceSettings settings;
     settings.metric = space.metric;
     settings.precision = space.precision;
+    settings.durability = space.durability;
     settings.dimension = static_cast<uint16_t>(space.dimension);
     settings.partitions = static_cast<uint16_t>(space.partitions);
     options.spaces.emplace_back(space.name, settings);
@@ -119,6 +154,8 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
   options.shard.grow_partition_at = config.index.grow_partition_at;
   options.shard.max_sessions = config.limits.max_sessions;
   options.shard.session_idle_timeout_ns = config.limits.idle_timeout_s * kNanosPerSecond;
+  options.shard.cleanup_interval_ns = config.limits.cleanup_interval_s * kNanosPerSecond;
+  options.shard.session_keep_ns = config.session_keep_days * 86'400 * kNanosPerSecond;
   options.shard.build.M = config.index.m;
   options.shard.build.M0 = 2 * config.index.m;
   options.shard.build.ef_construction = config.index.ef_construction;
@@ -197,6 +234,7 @@ Result<void> Daemon::MakeCores(const Config& config) {
     IngestCore* ingest = &appliance_->ingest(i);
     std::atomic<bool>* drained = drained_.back().get();
     (*core)->runner->AddPoll([this, ingest, drained] {
+      if (!serving_.load(std::memory_order_acquire)) return 0;
       if (drain_.load(std::memory_order_relaxed)) {
         ingest->BeginDrain();
         if (ingest->drained()) drained->store(true, std::memory_order_release);
@@ -244,6 +282,48 @@ Result<void> Daemon::StartThreads() {
                 "listen.backend, or set listen.backend = \"posix\"");
   }
   return {};
+}
+
+// Says now and then how far the shards are.
+Result<void> Daemon::AwaitRecovery(const std::atomic<bool>& stop, const NoteFn& note) {
+  auto bell = Doorbell::Create();
+  if (!bell) return std::unexpected(bell.error());
+  int64_t next_note_ns = clock_->MonotonicNs() + kNanosPerSecond;
+  for (;;) {
+    bool recovering = false;
+    for (size_t s = 0; s < appliance_->shards(); ++s) {
+      const RecoveryProgress& progress = appliance_->shard(s).recovery();
+      if (progress.failed.load(std::memory_order_acquire)) return std::unexpected(progress.error);
+      recovering |= appliance_->shard(s).is_recovering();
+    }
+    if (!recovering) break;
+    if (stop.load()) return Fail(ErrorCode::kUnavailable, "stopped while recovering");
+    if (clock_->MonotonicNs() >= next_note_ns) {
+      next_note_ns += kNanosPerSecond;
+      NoteRecovery(note);
+    }
+    if (!Prefault()) bell->Wait(kNanosPerMilli);
+  }
+  NoteRecovery(note);
+  for (size_t s = 0; s < appliance_->shards(); ++s) {
+    for (const std::string& line : appliance_->shard(s).recovery().notes) note(line);
+  }
+  return {};
+}
+
+void Daemon::NoteRecovery(const NoteFn& note) const {
+  uint64_t read = 0;
+  uint64_t total = 0;
+  uint64_t observations = 0;
+  for (size_t s = 0; s < appliance_->shards(); ++s) {
+    const RecoveryProgress& progress = appliance_->shard(s).recovery();
+    read += progress.bytes_read.load(std::memory_order_relaxed);
+    total += progress.total_bytes.load(std::memory_order_relaxed);
+    observations += progress.observations.load(std::memory_order_relaxed);
+  }
+  note("recovery: " + std::to_string(observations) + " observations stored again, " +
+       std::to_string(ToMib(read)) + " of " + std::to_string(ToMib(total)) +
+       " MiB of the log read");
 }
 
 // Once the gateway core polls: what a client asks is answered from the first call on.
@@ -304,7 +384,8 @@ bool Daemon::ServeUntil(const std::atomic<bool>& stop, const NoteFn& note) {
   CHECK(bell.has_value(), "a descriptor is left for the control plane");
   while (!stop.load()) {
     NoteGrowth(note);
-    if (!Prefault()) bell->Wait(kControlPeriodNs);
+    const int work = logs_->Poll();
+    if (!Prefault()) bell->Wait(work > 0 ? kNanosPerMilli : kControlPeriodNs);
   }
   const int64_t deadline_ns = clock_->MonotonicNs() + kDrainDeadlineNs;
   drain_.store(true);
@@ -318,8 +399,22 @@ bool Daemon::ServeUntil(const std::atomic<bool>& stop, const NoteFn& note) {
     bell->Wait(kNanosPerMilli);
   }
   const bool drained = all_drained();
+  for (size_t s = 0; s < appliance_->shards(); ++s) appliance_->shard(s).HurryLog();
+  while (!LogsSettled() && clock_->MonotonicNs() < deadline_ns) {
+    logs_->Poll();
+    for (const auto& core : cores_) core->runner->WakeIfSleeping();
+    bell->Wait(kNanosPerMilli);
+  }
   Join();
   return drained;
+}
+
+bool Daemon::LogsSettled() const {
+  for (size_t s = 0; s < appliance_->shards(); ++s) {
+    const Shard& shard = appliance_->shard(s);
+    if (shard.counter(ShardCounter::kLogUnsettledBytes).Read() > 0) return false;
+  }
+  return true;
 }
 
 void Daemon::Join() {

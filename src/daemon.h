@@ -11,10 +11,12 @@
 #include "src/control/config.h"
 #include "src/control/gateway_core.h"
 #include "src/control/grpc_gateway.h"
+#include "src/core/data_directory.h"
 #include "src/core/doorbell.h"
 #include "src/core/result.h"
 #include "src/core/topology.h"
 #include "src/core_runner.h"
+#include "src/log_store.h"
 
 namespace engram {
 
@@ -24,10 +26,14 @@ namespace engram {
 // Lifecycle: Start, ServeUntil (which drains and joins), destructor.
 class Daemon {
  public:
-  // Errors name the field of the configuration, its value and the remedy. `notes` receives lines
-  // for the start-up log.
+  using NoteFn = std::function<void(const std::string&)>;
+  // What the data directory has is in memory again, and clients are served, when this returns.
+  // `directory` outlives the daemon. `note` receives lines for the log, also of how far recovery
+  // is. Errors name the field of the configuration, its value and the remedy; kUnavailable when
+  // `stop` became true meanwhile.
   static Result<std::unique_ptr<Daemon>> Start(const Config& config, const Topology& topology,
-                                               Clock* clock, std::vector<std::string>* notes);
+                                               Clock* clock, DataDirectory* directory,
+                                               const std::atomic<bool>& stop, const NoteFn& note);
   ~Daemon();
   Daemon(const Daemon&) = delete;
   Daemon& operator=(const Daemon&) = delete;
@@ -35,7 +41,6 @@ class Daemon {
   // Does the control plane's chores on the calling thread until `stop` is true; then stops
   // accepting, settles what was taken, says close to every client and joins the threads. `note`
   // receives lines for the log. True when all connections ended in time.
-  using NoteFn = std::function<void(const std::string&)>;
   bool ServeUntil(const std::atomic<bool>& stop, const NoteFn& note);
 
   const std::vector<Endpoint>& endpoints() const { return endpoints_; }
@@ -52,12 +57,17 @@ class Daemon {
   };
 
   explicit Daemon(Clock* clock) : clock_(clock) {}
-  Result<void> MakeNetworks(const Config& config, std::vector<std::string>* notes);
+  Result<void> MakeNetworks(const Config& config, const NoteFn& note);
+  Result<void> MakeLogs(const Config& config, const Topology& topology, DataDirectory* directory,
+                        const NoteFn& note);
   Result<void> MakeAppliance(const Config& config, const Topology& topology);
   Result<void> MakeCores(const Config& config);
   Result<void> MakeGateway(const Config& config);
   Result<Core*> CoreOn(int cpu, const Config& config);
   Result<void> StartThreads();
+  Result<void> AwaitRecovery(const std::atomic<bool>& stop, const NoteFn& note);
+  void NoteRecovery(const NoteFn& note) const;
+  bool LogsSettled() const;
   Result<void> StartGrpc(const Config& config);
   void RunCore(const Core& core, std::atomic<int>* started, std::atomic<bool>* failed);
   bool Prefault();
@@ -67,6 +77,7 @@ class Daemon {
   Clock* const clock_;
   std::vector<std::unique_ptr<Network>> networks_;
   std::vector<Endpoint> endpoints_;
+  std::unique_ptr<LogStore> logs_;
   std::unique_ptr<Appliance> appliance_;
   std::unique_ptr<GatewayCore> gateway_;  // nullptr: nothing needs it
   CoreRunner* gateway_runner_ = nullptr;
@@ -74,6 +85,7 @@ class Daemon {
   std::vector<std::thread> threads_;
   uint64_t growths_noted_ = 0;
   std::vector<uint16_t> partitions_noted_;  // by space
+  std::atomic<bool> serving_{false};        // ingress cores wait for it
   std::atomic<bool> drain_{false};
   std::vector<std::unique_ptr<std::atomic<bool>>> drained_;  // by ingress core
   // Last: its threads use what stands above.

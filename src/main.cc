@@ -47,17 +47,13 @@ int Serve(Config config) {
   if (auto planned = PlanCores(*topology, &config); !planned) return Fatal(planned.error());
   auto directory = OpenDataDirectory(config.data_directory);
   if (!directory) return Fatal(directory.error());
-  spdlog::info(
-      "data directory: {}; this version keeps observations in memory only: a restart "
-      "forgets them",
-      config.data_directory);
+  spdlog::info("data directory: {}", config.data_directory);
   spdlog::info("cores: {} processors; ingress on {}, shards on {}, control on {}",
                topology->cpus.size(), ListOf(config.ingress_cpus), ListOf(config.shard_cpus),
                ListOf(config.control_cpus));
   SystemClock clock;
-  std::vector<std::string> notes;
-  auto daemon = Daemon::Start(config, *topology, &clock, &notes);
-  for (const std::string& note : notes) spdlog::info("{}", note);
+  const Daemon::NoteFn note = [](const std::string& line) { spdlog::info("{}", line); };
+  auto daemon = Daemon::Start(config, *topology, &clock, &*directory, g_stop, note);
   if (!daemon) return Fatal(daemon.error());
   if (auto pinned = PinThisThread(config.control_cpus.front()); !pinned) {
     return Fatal(pinned.error());
@@ -69,8 +65,7 @@ int Serve(Config config) {
     spdlog::info("grpc: serving engram.v1.EngramService at {}", grpc->endpoint().ToString());
   }
   spdlog::info("ready");
-  const bool drained =
-      (*daemon)->ServeUntil(g_stop, [](const std::string& line) { spdlog::info("{}", line); });
+  const bool drained = (*daemon)->ServeUntil(g_stop, note);
   if (!drained) spdlog::warn("some connections did not end in time and were cut");
   spdlog::info("stopped");
   return 0;

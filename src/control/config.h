@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "src/control/core_map.h"
+#include "src/core/disk.h"
 #include "src/core/huge_page_arena.h"
 #include "src/core/network.h"
 #include "src/core/observation.h"
@@ -19,13 +20,6 @@
 // each field stand in config/engram.toml.
 
 namespace engram {
-
-// When an observation is acknowledged.
-enum class Durability : uint8_t {
-  kFsync,     // on stable storage
-  kInterval,  // written; flushed from time to time
-  kMemory,    // visible; written when there is time
-};
 
 // [index]: how graphs are built and searched. See HnswBuildParams for m to keep_pruned.
 struct IndexConfig {
@@ -65,14 +59,14 @@ struct LimitsConfig {
 // [[space]].
 struct SpaceConfig {
   std::string name;
-  uint32_t dimension = 0;                 // 0: that of its first observation
-  Metric metric = Metric::kUnspecified;   // kUnspecified: cosine
-  Precision precision = Precision::kF32;  // where the file is silent: index.precision
-  uint32_t partitions = 1;                // where the file is silent: index.partitions
-  Durability durability = Durability::kFsync;
-  uint64_t ttl_s = 0;               // 0: for ever
-  uint64_t quota_observations = 0;  // 0: no bound of its own
-  uint64_t quota_mib = 0;           // 0: no bound of its own
+  uint32_t dimension = 0;                            // 0: that of its first observation
+  Metric metric = Metric::kUnspecified;              // kUnspecified: cosine
+  Precision precision = Precision::kF32;             // where the file is silent: index.precision
+  uint32_t partitions = 1;                           // where the file is silent: index.partitions
+  Durability durability = Durability::kUnspecified;  // kUnspecified: data.durability
+  uint64_t ttl_s = 0;                                // 0: for ever
+  uint64_t quota_observations = 0;                   // 0: no bound of its own
+  uint64_t quota_mib = 0;                            // 0: no bound of its own
   std::vector<std::string> filter_keys;
 };
 
@@ -94,6 +88,11 @@ struct Config {
   NetworkBackend network_backend = NetworkBackend::kAuto;
   // [data]
   std::string data_directory = "./engram-data";
+  DiskBackend disk_backend = DiskBackend::kAuto;
+  Durability durability = Durability::kFsync;  // of spaces that do not say otherwise
+  uint32_t segment_mib = 64;
+  uint32_t flush_interval_ms = 20;
+  uint32_t session_keep_days = 7;
   // [cores]: processors, as in /proc/cpuinfo. Empty ones are PlanCores' to fill.
   std::vector<int> control_cpus;
   std::vector<int> ingress_cpus;

@@ -48,6 +48,10 @@ ChoiceField PrecisionChoice(Precision* to) {
   return Choice(to, Precision::kF32, {"f32", "bf16", "int8"});
 }
 
+ChoiceField DurabilityChoice(Durability* to) {
+  return Choice(to, Durability::kFsync, {"fsync", "interval", "memory"});
+}
+
 std::string PathFault(const std::string& path) {
   return path.empty() ? "\"\" is no path; write one like \"./engram-data\"" : std::string();
 }
@@ -92,8 +96,7 @@ void AddLimitFields(LimitsConfig* limits, std::vector<SchemaField>* fields) {
   add({"limits", "overload_threshold", RealField{&limits->overload_threshold, 0.01, 1.0},
        kNoPressure});
   add({"limits", "idle_timeout_s", Integer(&limits->idle_timeout_s, 1, kMaxSeconds)});
-  add({"limits", "cleanup_interval_s", Integer(&limits->cleanup_interval_s, 1, kMaxSeconds),
-       "an idle session is forgotten when its place is needed"});
+  add({"limits", "cleanup_interval_s", Integer(&limits->cleanup_interval_s, 1, kMaxSeconds)});
   add({"limits", "max_sessions", Integer(&limits->max_sessions, 1, 10'000'000)});
   add({"limits", "recall_batch", Integer(&limits->recall_batch, 1, kMaxRecallResults),
        "all results of a recall come in one answer"});
@@ -126,6 +129,12 @@ std::vector<SchemaField> FieldsOf(Config* config) {
   add({"listen", "backend",
        Choice(&config->network_backend, NetworkBackend::kAuto, {"auto", "io_uring", "posix"})});
   add({"data", "directory", TextField{&config->data_directory, PathFault}});
+  add({"data", "backend",
+       Choice(&config->disk_backend, DiskBackend::kAuto, {"auto", "io_uring", "posix"})});
+  add({"data", "durability", DurabilityChoice(&config->durability)});
+  add({"data", "segment_mib", Integer(&config->segment_mib, 1, 1'024)});
+  add({"data", "flush_interval_ms", Integer(&config->flush_interval_ms, 1, 10'000)});
+  add({"data", "session_keep_days", Integer(&config->session_keep_days, 1, 365)});
   add({"cores", "mode",
        Choice(&config->core_mode, CoreMode::kAuto, {"auto", "run_to_completion", "pipelined"})});
   add({"cores", "idle", Choice(&config->idle, IdleStrategy::kSpin, {"spin", "hybrid", "sleep"})});
@@ -163,9 +172,7 @@ std::vector<SchemaField> FieldsOf(SpaceConfig* space) {
        "cosine"});
   add({"space", "precision", PrecisionChoice(&space->precision)});
   add({"space", "partitions", Integer(&space->partitions, 1, kMaxCoresOfRole)});
-  add({"space", "durability",
-       Choice(&space->durability, Durability::kFsync, {"fsync", "interval", "memory"}),
-       "observations stay in memory only"});
+  add({"space", "durability", DurabilityChoice(&space->durability), {}, "data.durability"});
   add({"space", "ttl_s", Integer(&space->ttl_s, 0, kMaxTtlS),
        "observations stay until they are deleted"});
   add({"space", "quota_observations", Integer(&space->quota_observations, 0, kMaxObservations),

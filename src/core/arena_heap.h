@@ -40,6 +40,8 @@ class ArenaHeap {
   static size_t BlockBytes(size_t bytes) { return SizeOfClass(ClassOf(bytes)); }
   // Handed out now, rounding included.
   size_t live_bytes() const { return live_bytes_; }
+  // That are not handed out. Not every size may be had of it.
+  size_t available_bytes() const { return arena_->reserve_bytes() - live_bytes_; }
   const HugePageArena& arena() const { return *arena_; }
 
  private:

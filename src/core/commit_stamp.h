@@ -42,15 +42,18 @@ class StampClock {
     CHECK(shard_ < kMaxShards, "a stamp has 8 bits for the shard");
   }
   CommitStamp Next(int64_t unix_ns) {
-    constexpr CommitStamp kStep = CommitStamp{1} << kStampShardBits;
     const CommitStamp now = static_cast<CommitStamp>(unix_ns) / kStep * kStep + shard_;
     last_ = std::max(now, last_ + kStep);
     return last_;
   }
+  // Those drawn from now on are later than `stamp`.
+  void Pass(CommitStamp stamp) { last_ = std::max(last_, stamp / kStep * kStep + shard_); }
   // The last one drawn.
   CommitStamp last() const { return last_; }
 
  private:
+  static constexpr CommitStamp kStep = CommitStamp{1} << kStampShardBits;
+
   CommitStamp shard_;
   CommitStamp last_ = kNoStamp;
 };

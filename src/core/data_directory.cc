@@ -122,8 +122,16 @@ Result<InstanceInfo> ReadOrWriteInstance(Disk& disk, const InstanceInfo& fresh) 
   const std::string path = disk.directory() + "/" + kInstanceFileName;
   if (content) {
     const auto* text = reinterpret_cast<const char*>(content->data());
-    const auto instance = Parse(std::string_view(text, content->size()), path);
+    auto instance = Parse(std::string_view(text, content->size()), path);
     if (!instance) return instance;
+    if (instance->format_version < kDataFormatVersion) {
+      // From now on programs that know the old version only must not touch it.
+      instance->format_version = kDataFormatVersion;
+      if (const auto written = ReplaceFile(disk, kInstanceFileName, BytesOf(Print(*instance)));
+          !written) {
+        return std::unexpected(written.error());
+      }
+    }
     // A process that died between rename and sync may have left a name that a power cut takes.
     if (const auto synced = disk.SyncDirectory(); !synced) return std::unexpected(synced.error());
     return instance;

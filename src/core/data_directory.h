@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "src/core/disk.h"
 #include "src/core/result.h"
@@ -31,7 +32,8 @@ struct InstanceInfo {
   InstanceId id{};
   int64_t created_ns = 0;
 };
-inline constexpr uint32_t kDataFormatVersion = 1;
+// 1: nothing but INSTANCE. 2: the logs of the shards, in folders log-NNN (index/log/FORMAT.md).
+inline constexpr uint32_t kDataFormatVersion = 2;
 inline constexpr const char* kInstanceFileName = "INSTANCE";
 
 // A directory that is ours alone, for as long as this lives.
@@ -42,6 +44,10 @@ class DataDirectory {
 
   const std::string& path() const { return disk_->directory(); }
   const InstanceInfo& instance() const { return instance_; }
+  // What is in it, folders too.
+  Result<std::vector<DirectoryEntry>> List() { return disk_->List(); }
+  // The names in it stay, also those of folders.
+  Result<void> Sync() { return disk_->SyncDirectory(); }
 
  private:
   std::unique_ptr<Disk> disk_;  // Holds the lock.

@@ -36,6 +36,14 @@ std::string_view PrecisionName(Precision precision);
 // kUnspecified for a name that is not one of f32, bf16, int8.
 Precision PrecisionOfName(std::string_view name);
 
+// When an observation of a space is acknowledged. The values are stored: unchangeable.
+enum class Durability : uint8_t {
+  kUnspecified = 0,
+  kFsync = 1,     // it is on stable storage
+  kInterval = 2,  // it is written, and flushed from time to time
+  kMemory = 3,    // it can be found; it is written when there is time
+};
+
 // What a space's graph is walked with.
 enum class Traversal : uint8_t {
   kInt8,   // int8 codes; what is found is compared again with the vectors as they are kept

@@ -48,6 +48,9 @@ enum class RefusalEffect : uint8_t {
   X(41, kSlotsExhausted, "slots_exhausted", kWaits, "no slot of that size is free")               \
   X(42, kBacklogFull, "backlog_full", kWaits, "the space has too many unlinked observations")     \
   X(43, kMemoryFull, "memory_full", kWaits, "the shard's memory limit is reached")                \
+  X(44, kDiskFull, "disk_full", kWaits, "the log has no room on its disk; free some, or delete")  \
+  X(45, kDiskFailing, "disk_failing", kWaits, "the disk of the log fails; see the daemon's log")  \
+  X(46, kLogBusy, "log_busy", kWaits, "the disk is slower than what is sent")                     \
   X(60, kSequenceGap, "sequence_gap", kAnswers, "send the expected sequence number next")         \
   X(61, kSessionExpired, "session_expired", kCloses, "the session is not known; begin a new one") \
   X(62, kFenced, "fenced", kCloses, "another connection took over this session")                  \

@@ -7,9 +7,10 @@
 
 namespace engram {
 
-// A session's id, from bit 0: 18 bits of its place in its home shard's table, a 1 so that no id is
-// 0, 8 bits of the home shard, 37 random bits. So a shard finds a session with one comparison, a
-// producer finds the home of one that is resumed, and ids cannot be guessed.
+// A session's id, from bit 0: 18 bits of the place where its home shard opened it, a 1 so that no
+// id is 0, 8 bits of the home shard, 37 random bits. So a producer finds the home of one that is
+// resumed, and ids cannot be guessed. A session that was resumed may be at another place, and after
+// a change of the number of shards at another home.
 inline constexpr unsigned kSessionPlaceBits = 18;
 inline constexpr uint32_t kMaxSessionPlaces = 1u << kSessionPlaceBits;
 inline constexpr unsigned kSessionHomeShift = kSessionPlaceBits + 1;

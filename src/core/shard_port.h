@@ -9,6 +9,7 @@
 
 #include "src/core/commit_stamp.h"
 #include "src/core/ids.h"
+#include "src/core/log_address.h"
 #include "src/core/observation.h"
 #include "src/core/refusal_reason.h"
 #include "src/core/slot_slab.h"
@@ -116,8 +117,9 @@ struct ObserveRequest {
   int64_t when_ns = 0;
   int64_t received_ns = 0;  // producer's monotonic clock
   float confidence = 0;
-  float scale = 1;  // of an int8 vector
-  SpaceName space;  // without a session
+  float scale = 1;                     // of an int8 vector
+  SpaceName space;                     // without a session
+  LogAddress address = kNoLogAddress;  // its home shard's: where it lies in the log
 };
 
 // One recall. The query vector (as received) lies at kRequestBodyOffset.
@@ -230,8 +232,8 @@ static_assert(kResultSlotBytes >= sizeof(ResultBatch) + sizeof(HitHeader) +
                                       kMaxPayloadBytes + 7);
 
 // What one shard says to another about an observation that it took as its session's home and that
-// the other owns, or once owned. The slot stays with the home shard until kDone came back, so the
-// request is read where the producer put it.
+// the other owns, or once owned. The request stays where it is, in the producer's slot, until kDone
+// came back.
 struct PeerMessage {
   enum class Kind : uint8_t {
     kStore,   // home to owner: do what the request says, with this stamp; a suppress or a restore
@@ -241,8 +243,7 @@ struct PeerMessage {
   };
   Kind kind = Kind::kStore;
   bool existed = false;  // kDone: there was an observation with this id
-  ProducerId producer;
-  SlotId slot = kNoSlot;
+  const ObserveRequest* request = nullptr;
   uint32_t space = 0;   // index in the SpaceCatalogue
   uint64_t ticket = 0;  // what the home shard finds its forward by
   // kDone: that of what the shard has of the id, where it is a later one; else kNoStamp.

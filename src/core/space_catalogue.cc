@@ -79,6 +79,7 @@ SpaceCatalogue::SpaceCatalogue(uint32_t max_spaces, uint16_t shards, uint16_t ma
   CHECK(max_partitions > 0 && max_partitions <= shards, "a shard holds one partition of a space");
   if (defaults_.metric == Metric::kUnspecified) defaults_.metric = Metric::kCosine;
   if (defaults_.precision == Precision::kUnspecified) defaults_.precision = Precision::kF32;
+  if (defaults_.durability == Durability::kUnspecified) defaults_.durability = Durability::kFsync;
   if (defaults_.partitions == 0) defaults_.partitions = 1;
   CHECK(defaults_.partitions <= max_partitions, "more partitions than a space may have");
 }
@@ -89,6 +90,7 @@ SpaceEntry* SpaceCatalogue::Configure(std::string_view name, const SpaceSettings
   SpaceSettings full = settings;
   if (full.metric == Metric::kUnspecified) full.metric = defaults_.metric;
   if (full.precision == Precision::kUnspecified) full.precision = defaults_.precision;
+  if (full.durability == Durability::kUnspecified) full.durability = defaults_.durability;
   if (full.dimension == 0) full.dimension = defaults_.dimension;
   if (full.partitions == 0) full.partitions = defaults_.partitions;
   return AddLocked(name, full);
@@ -115,6 +117,48 @@ SpaceEntry* SpaceCatalogue::FindOrAdd(std::string_view name, Metric metric) {
   SpaceSettings settings = defaults_;
   if (metric != Metric::kUnspecified) settings.metric = metric;
   return AddLocked(name, settings);
+}
+
+Result<SpaceEntry*> SpaceCatalogue::Restore(std::string_view name,
+                                            const SpaceDefinition& definition) {
+  const auto partitions = std::min(std::max<uint16_t>(definition.partitions, 1), max_partitions_);
+  SpaceEntry* entry = Find(name);
+  if (entry == nullptr) {
+    const std::lock_guard lock(mutex_);
+    entry = Find(name);
+    if (entry == nullptr) {
+      SpaceSettings settings = defaults_;
+      settings.metric = definition.metric;
+      settings.precision = definition.precision;
+      settings.durability = definition.durability;
+      settings.dimension = definition.dimension;
+      settings.partitions = partitions;
+      entry = AddLocked(name, settings);
+    }
+  }
+  const std::string what = "space " + std::string(name);
+  if (entry == nullptr) {
+    return Fail(ErrorCode::kResourceExhausted,
+                what + ": is beyond limits.max_spaces = " + std::to_string(max_spaces_) +
+                    "; the data directory has more spaces than that");
+  }
+  if (entry->metric() != definition.metric) {
+    return Fail(ErrorCode::kInvalidArgument,
+                what + ": is configured with metric " + std::string(MetricName(entry->metric())) +
+                    ", and what the data directory has of it is of metric " +
+                    std::string(MetricName(definition.metric)) + "; write that one");
+  }
+  if (definition.dimension != 0 && !entry->FixDimension(definition.dimension)) {
+    return Fail(ErrorCode::kInvalidArgument,
+                what + ": is configured with dimension " + std::to_string(entry->dimension()) +
+                    ", and what the data directory has of it is of dimension " +
+                    std::to_string(definition.dimension) + "; write that one");
+  }
+  for (uint16_t seen = entry->partitions(); seen < partitions; seen = entry->partitions()) {
+    if (uint32_t{seen} * 2 > max_partitions_) break;
+    entry->Grow(seen);
+  }
+  return entry;
 }
 
 uint64_t SpaceCatalogue::HashOfId(std::string_view id) { return HashString(id, kIdSeed); }
@@ -150,6 +194,7 @@ SpaceEntry* SpaceCatalogue::AddLocked(std::string_view name, const SpaceSettings
   entry.index_ = index;
   entry.metric_ = settings.metric;
   entry.precision_ = settings.precision;
+  entry.durability_ = settings.durability;
   entry.first_partitions_ = settings.partitions;
   entry.dimension_.store(settings.dimension, std::memory_order_relaxed);
   entry.partitions_.store(settings.partitions, std::memory_order_relaxed);

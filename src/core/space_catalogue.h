@@ -11,6 +11,7 @@
 
 #include "src/core/ids.h"
 #include "src/core/observation.h"
+#include "src/core/result.h"
 
 namespace engram {
 
@@ -18,20 +19,40 @@ namespace engram {
 struct SpaceSettings {
   Metric metric = Metric::kUnspecified;
   Precision precision = Precision::kUnspecified;
+  Durability durability = Durability::kUnspecified;
   uint16_t dimension = 0;
   uint16_t partitions = 0;
 };
 
+// What a log or a checkpoint says of a space. Stored: unchangeable.
+struct SpaceDefinition {
+  Metric metric = Metric::kUnspecified;
+  Precision precision = Precision::kUnspecified;
+  Durability durability = Durability::kUnspecified;
+  uint8_t reserved = 0;
+  uint16_t dimension = 0;  // 0: it was open
+  uint16_t partitions = 0;
+};
+static_assert(sizeof(SpaceDefinition) == 8);
+
 // One memory space, as all cores know it.
 //
-// Invariants: name, index, metric, precision and shards never change; dimension goes from 0 to its
-// value once; partitions only grows, by doubling.
+// Invariants: name, index, metric, precision, durability and shards never change; dimension goes
+// from 0 to its value once; partitions only grows, by doubling.
 class SpaceEntry {
  public:
   std::string_view name() const { return {name_.data(), name_bytes_}; }
   uint32_t index() const { return index_; }
   Metric metric() const { return metric_; }
   Precision precision() const { return precision_; }
+  Durability durability() const { return durability_; }
+  SpaceDefinition Definition() const {
+    return {.metric = metric_,
+            .precision = precision_,
+            .durability = durability_,
+            .dimension = dimension(),
+            .partitions = partitions()};
+  }
   // 0 until the first observation.
   uint16_t dimension() const { return dimension_.load(std::memory_order_acquire); }
   // Settles the dimension (not 0) if it is open. False when it is another one.
@@ -63,6 +84,7 @@ class SpaceEntry {
   uint32_t index_ = 0;
   Metric metric_ = Metric::kUnspecified;
   Precision precision_ = Precision::kUnspecified;
+  Durability durability_ = Durability::kUnspecified;
   uint16_t first_partitions_ = 1;
   std::span<const ShardId> shards_;  // by partition, all that there may ever be
   std::atomic<uint16_t> dimension_{0};
@@ -88,8 +110,8 @@ constexpr uint16_t PartitionOf(uint64_t id_hash, uint16_t partitions) {
 class SpaceCatalogue {
  public:
   // `max_partitions` of a space, 1 to `shards`; `defaults` for spaces that were not configured, its
-  // own gaps being filled with cosine, f32 and one partition. `seed` keeps clients from choosing
-  // names that collide.
+  // own gaps being filled with cosine, f32, fsync and one partition. `seed` keeps clients from
+  // choosing names that collide.
   SpaceCatalogue(uint32_t max_spaces, uint16_t shards, uint16_t max_partitions,
                  const SpaceSettings& defaults, uint64_t seed = 0);
 
@@ -106,6 +128,10 @@ class SpaceCatalogue {
   // as it is, so the caller compares the metric. nullptr when there are max_spaces already. The
   // name is valid.
   SpaceEntry* FindOrAdd(std::string_view name, Metric metric);
+  // A space as it was before a restart: adds it, or, where it was configured, takes over what may
+  // change (its partitions). kInvalidArgument where the configuration says another metric or
+  // dimension, kResourceExhausted when there are max_spaces already.
+  Result<SpaceEntry*> Restore(std::string_view name, const SpaceDefinition& definition);
   uint32_t size() const { return size_.load(std::memory_order_acquire); }
   uint32_t max_spaces() const { return max_spaces_; }
   uint16_t shards() const { return shards_; }

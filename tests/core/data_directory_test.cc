@@ -63,7 +63,7 @@ TEST_F(DataDirectoryTest, MakesADirectoryOfItsOwn) {
   struct stat status{};
   ASSERT_EQ(stat(path_.c_str(), &status), 0);
   EXPECT_EQ(status.st_mode & 0777, 0700u);
-  EXPECT_TRUE(ReadInstance().starts_with("engram data directory\nformat_version 1\ninstance_id " +
+  EXPECT_TRUE(ReadInstance().starts_with("engram data directory\nformat_version 2\ninstance_id " +
                                          ToString(data->instance().id) + "\n"))
       << ReadInstance();
 }
@@ -149,15 +149,29 @@ TEST_F(DataDirectoryTest, AnyDamageIsNamedWithItsRemedy) {
   EXPECT_TRUE(OpenDataDirectory(path_).has_value());
 }
 
+// Would catch: a program of version 1 that takes a directory with logs for an empty one.
+TEST_F(DataDirectoryTest, AnOlderOneGetsTheVersionOfToday) {
+  ASSERT_TRUE(OpenDataDirectory(path_).has_value());
+  WriteInstance(
+      Sealed("engram data directory\nformat_version 1\ninstance_id "
+             "00112233445566778899aabbccddeeff\ncreated_ns 7\n"));
+  const auto data = OpenDataDirectory(path_);
+  ASSERT_TRUE(data.has_value());
+  EXPECT_EQ(data->instance().format_version, kDataFormatVersion);
+  EXPECT_EQ(ToString(data->instance().id), "00112233445566778899aabbccddeeff");
+  EXPECT_EQ(data->instance().created_ns, 7);
+  EXPECT_TRUE(ReadInstance().starts_with("engram data directory\nformat_version 2\n"));
+}
+
 TEST_F(DataDirectoryTest, RefusesANewerFormat) {
   ASSERT_TRUE(OpenDataDirectory(path_).has_value());
-  WriteInstance(Sealed("engram data directory\nformat_version 2\nanything else\n"));
+  WriteInstance(Sealed("engram data directory\nformat_version 3\nanything else\n"));
   const auto data = OpenDataDirectory(path_);
   ASSERT_FALSE(data.has_value());
   EXPECT_EQ(data.error().code, ErrorCode::kUnavailable);
   EXPECT_EQ(data.error().message,
             path_ +
-                "/INSTANCE has format version 2, this program knows versions up to 1: start "
+                "/INSTANCE has format version 3, this program knows versions up to 2: start "
                 "the newer program that wrote it, or choose another directory");
 }
 

@@ -61,6 +61,13 @@ struct RigShards {
   uint32_t peer_capacity = 16;
 };
 
+// What outlives the shards of a rig, where there is such.
+struct RigWorld {
+  SimulatedClock* clock = nullptr;         // nullptr: the rig's own
+  std::vector<ShardStorage> storage = {};  // by shard; empty: in memory only
+  std::vector<std::pair<std::string, SpaceSettings>> spaces = {};  // that are configured
+};
+
 struct RigRecord {
   SpaceRecord record;
   std::string name;
@@ -77,6 +84,8 @@ struct RigAnswer {
 
 // Shards, usually one, and the test as all of their ingress cores.
 class ShardRig {
+  SimulatedClock own_clock_;
+
  public:
   static ShardOptions SmallOptions() {
     ShardOptions options;
@@ -90,12 +99,14 @@ class ShardRig {
 
   explicit ShardRig(const ShardOptions& options = SmallOptions(), uint16_t producers = 1,
                     uint32_t lane_capacity = 256, uint32_t max_spaces = 10'000,
-                    const RigShards& layout = {})
-      : catalogue_(max_spaces, layout.shards, layout.max_partitions,
+                    const RigShards& layout = {}, const RigWorld& world = {})
+      : clock(world.clock != nullptr ? *world.clock : own_clock_),
+        catalogue_(max_spaces, layout.shards, layout.max_partitions,
                    {.metric = Metric::kUnspecified,
                     .precision = Precision::kUnspecified,
                     .dimension = 0,
                     .partitions = layout.partitions}) {
+    for (const auto& [name, settings] : world.spaces) catalogue_.Configure(name, settings);
     auto made = RingMesh::Create({.producers = producers,
                                   .shards = layout.shards,
                                   .lane_capacity = lane_capacity,
@@ -113,7 +124,8 @@ class ShardRig {
     for (uint16_t s = 0; s < layout.shards; ++s) {
       ShardPort port = mesh_->TakeShard(ShardId(s));
       stamps = port.stamps;
-      auto created = Shard::Create(options, &clock, std::move(port));
+      auto created = Shard::Create(options, &clock, std::move(port),
+                                   s < world.storage.size() ? world.storage[s] : ShardStorage{});
       CHECK(created.has_value(), "the test's shard");
       shards.push_back(*std::move(created));
     }
@@ -309,11 +321,14 @@ class ShardRig {
     return shards[of]->counter(which).Read();
   }
   SpaceEntry* entry(const std::string& space) { return catalogue_.Find(space); }
+  const SpaceCatalogue& catalogue() const { return catalogue_; }
+  // Of the last observation that came back, with the answer where it had no session.
+  const ObserveRequest& last_observe() const { return last_observe_; }
   SpaceEntry* MakeSpace(const std::string& space, Metric metric) {
     return catalogue_.FindOrAdd(space, metric);
   }
 
-  SimulatedClock clock;
+  SimulatedClock& clock;
   const StampBoard* stamps = nullptr;
 
  private:

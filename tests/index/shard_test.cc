@@ -182,13 +182,26 @@ TEST(ShardTest, UnknownSessionsAreExpired) {
   EXPECT_EQ(rig.Hello(0, 3, "s").first, RefusalReason::kSessionLimit) << "not idle long enough";
   rig.clock.AdvanceNs(options.session_idle_timeout_ns);
   RigSession third = rig.Open(0, 3, "s");
-  EXPECT_EQ(rig.Hello(0, 4, "s", {.session = first.id}).first, RefusalReason::kSessionExpired);
+  EXPECT_EQ(rig.Hello(0, 4, "s", {.session = first.id}).first, RefusalReason::kSessionLimit)
+      << "known, but there is no room to resume it";
   EXPECT_EQ(rig.Observe(&first, Upsert("c", {1})).reason, RefusalReason::kSessionExpired);
   EXPECT_EQ(rig.Observe(&second, Upsert("c", {1})).reason, kNone) << "attached ones stay";
   rig.Detach(third);
   EXPECT_EQ(rig.Hello(0, 4, "s", {.session = third.id}).first, RefusalReason::kSessionExpired)
       << "it took nothing, so there is nothing to resume";
   EXPECT_EQ(rig.counter(ShardCounter::kSessions), 1u);
+  RigSession again = rig.Open(0, 4, "s", {.session = first.id});
+  EXPECT_EQ(again.last_settled, 1u);
+  EXPECT_EQ(rig.Observe(&again, Upsert("c", {1})).reason, kNone);
+  rig.Detach(again);
+  rig.clock.AdvanceNs(options.session_idle_timeout_ns);
+  rig.shard->Poll();
+  EXPECT_EQ(rig.counter(ShardCounter::kSessions), 1u) << "out of the way";
+  rig.clock.AdvanceNs(options.session_keep_ns - options.session_idle_timeout_ns - kNanosPerSecond);
+  EXPECT_EQ(rig.Hello(0, 5, "other", {.session = first.id}).first,
+            RefusalReason::kSessionSpaceMismatch);
+  rig.clock.AdvanceNs(2 * kNanosPerSecond);
+  EXPECT_EQ(rig.Hello(0, 5, "s", {.session = first.id}).first, RefusalReason::kSessionExpired);
 }
 
 TEST(ShardTest, SpacesAreLimited) {

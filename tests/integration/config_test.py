@@ -76,7 +76,7 @@ class ConfigCommandTest(unittest.TestCase):
                                           "ingress": [1], "shard": [2, 3]})
         self.assertEqual(shown["listen"], {"tcp": ["127.0.0.1:7654"], "grpc": "",
                                            "backend": "auto"})
-        self.assertEqual(shown["space"][0]["durability"], "fsync")
+        self.assertEqual(shown["data"]["durability"], "fsync")
         checked = self.run_on(first.stdout, "check")
         self.assertEqual(checked.returncode, 0, checked.stderr)
         self.assertEqual(tomllib.loads(self.run_on(first.stdout, "show").stdout), shown)

@@ -1,0 +1,372 @@
+#include "index/log/log_writer.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "src/core/check.h"
+
+namespace engram {
+
+namespace {
+
+// Tags of the disk's operations: a block's number, or this.
+constexpr uint64_t kFlushTag = UINT64_MAX;
+// The share of a segment that is kept for deletes when there is no next one.
+constexpr uint32_t kReservedShare = 8;
+
+}  // namespace
+
+LogWriter::LogWriter(const LogWriterOptions& options, Disk* disk, SegmentHandoff* handoff,
+                     std::span<std::byte> memory)
+    : options_(options), disk_(disk), handoff_(handoff), memory_(memory), blocks_(options.blocks) {
+  CHECK(options.block_bytes >= kLeastBlockBytes && options.block_bytes <= kMaxBlockBytes &&
+            options.block_bytes % kLogPageBytes == 0,
+        "a block is whole pages and holds any record");
+  CHECK(options.blocks >= 2 && options.max_writes >= 1, "one block is filled while others go");
+  CHECK(memory.size() >= MemoryBytes(options) &&
+            std::bit_cast<uintptr_t>(memory.data()) % kLogPageBytes == 0,
+        "the memory is enough and aligned to a page");
+}
+
+LogWriter::~LogWriter() {
+  while (in_flight_ > 0 && disk_->in_flight() > 0) {
+    disk_->Wait(kNanosPerSecond);
+    TakeCompletions();
+  }
+}
+
+Result<void> LogWriter::Start(LogPosition end, uint32_t epoch) {
+  epoch_ = epoch;
+  position_ = previous_ = written_ = durable_ = records_end_ = said_durable_ = end;
+  if (end != 0) {
+    if (auto opened = OpenLast(end); !opened) return opened;
+  }
+  handoff_->current.store(SegmentOf(end), std::memory_order_release);
+  handoff_->started.store(true, std::memory_order_release);
+  return {};
+}
+
+Result<void> LogWriter::OpenLast(LogPosition end) {
+  auto file = disk_->Open(SegmentName(SegmentOf(end)), OpenMode::kReadWrite, Caching::kDirect);
+  if (!file) return std::unexpected(file.error());
+  file_ = file->id;
+  segment_bytes_ = static_cast<uint32_t>(file->size_bytes);
+  // What was read may have come from a cache; from now on it counts as durable.
+  if (auto flushed = FlushNow(file_); !flushed) return flushed;
+  const std::string before = SegmentName(SegmentOf(end) - 1);
+  auto earlier = disk_->Open(before, OpenMode::kRead, Caching::kBuffered);
+  if (!earlier) {
+    if (earlier.error().code == ErrorCode::kNotFound) return {};
+    return std::unexpected(earlier.error());
+  }
+  auto flushed = FlushNow(earlier->id);
+  disk_->Close(earlier->id);
+  return flushed;
+}
+
+Result<void> LogWriter::FlushNow(FileId file) {
+  CHECK(disk_->Flush(file, 0), "nothing is under way");
+  DiskCompletion end;
+  while (disk_->Poll({&end, 1}) == 0) disk_->Wait(kNanosPerSecond);
+  if (end.error != 0) return FailErrno("flush the log in " + disk_->directory(), end.error);
+  return {};
+}
+
+// ---------------------------------------------------------------------------------------------
+// Taking records
+
+uint32_t LogWriter::LeftInSegment() const {
+  return position_ == 0 ? 0 : segment_bytes_ - OffsetOf(position_);
+}
+
+RefusalReason LogWriter::JudgeRoom(size_t bytes, bool frees) const {
+  const bool fills = IsFilling();
+  const size_t needs = kBlockHeaderBytes + bytes;
+  const bool has_next = MayBeginSegment();
+  if (!has_next && !frees && LeftInSegment() < segment_bytes_ / kReservedShare) {
+    // What is left is for deletes.
+  } else if (fills &&
+             kBlockHeaderBytes + At(next_ - 1).record_bytes + bytes <= At(next_ - 1).room) {
+    return RefusalReason::kNone;
+  } else if (next_ - first_ < blocks_.size()) {
+    // What the block under way will take of the segment is not settled before it is sealed.
+    const uint32_t taken = fills ? At(next_ - 1).room : 0;
+    const uint32_t left = LeftInSegment();
+    if (has_next || (left > taken && left - taken >= needs + kLogPageBytes)) {
+      return RefusalReason::kNone;
+    }
+  }
+  if (failing_) return RefusalReason::kDiskFailing;
+  switch (handoff_->trouble.load(std::memory_order_relaxed)) {
+    case SegmentTrouble::kDiskFull:
+      return has_next ? RefusalReason::kLogBusy : RefusalReason::kDiskFull;
+    case SegmentTrouble::kFailing:
+      return has_next ? RefusalReason::kLogBusy : RefusalReason::kDiskFailing;
+    case SegmentTrouble::kNone:
+      break;
+  }
+  return RefusalReason::kLogBusy;
+}
+
+size_t LogWriter::room_bytes() const {
+  const uint64_t used = next_ - first_;
+  const size_t whole = (blocks_.size() - used) * (options_.block_bytes - kBlockHeaderBytes);
+  if (!IsFilling()) return whole;
+  const Block& block = At(next_ - 1);
+  return whole + block.room - kBlockHeaderBytes - block.record_bytes;
+}
+
+LogAddress LogWriter::Append(const LogRecord& record, bool urgent) {
+  const size_t bytes = LogRecordBytes(record);
+  if (IsFilling()) {
+    const Block& block = At(next_ - 1);
+    if (kBlockHeaderBytes + block.record_bytes + bytes > block.room) Seal(next_ - 1);
+  }
+  if (!IsFilling()) CHECK(BeginBlock(bytes), "room was judged before");
+  const uint64_t number = next_ - 1;
+  Block& block = At(number);
+  const uint32_t at = static_cast<uint32_t>(kBlockHeaderBytes) + block.record_bytes;
+  const LogAddress address = MakeLogAddress(options_.log, block.position + at);
+  WriteLogRecord(record, address, MemoryOf(number) + at);
+  block.record_bytes += static_cast<uint32_t>(bytes);
+  ++block.record_count;
+  block.urgent |= urgent;
+  records_end_ = block.position + at + bytes;
+  return address;
+}
+
+// In the rest of the segment, or at the beginning of the next one.
+bool LogWriter::BeginBlock(size_t record_bytes) {
+  if (next_ - first_ == blocks_.size()) return false;
+  const size_t needs = kBlockHeaderBytes + record_bytes;
+  if (LeftInSegment() < needs) {
+    if (!MayBeginSegment()) return false;
+    BeginSegment();
+  }
+  Block& block = At(next_);
+  block = {.state = State::kFilling,
+           .file = file_,
+           .position = position_,
+           .durable = durable_,
+           .previous = previous_,
+           .room = std::min(options_.block_bytes, LeftInSegment()),
+           .began_ns = now_ns_};
+  ++next_;
+  return true;
+}
+
+// The file before the last one must be done with first, so that three are open at most.
+void LogWriter::BeginSegment() {
+  if (position_ != 0) file_before_ = file_;
+  file_ = *next_file_;
+  segment_bytes_ = next_segment_bytes_;
+  next_file_.reset();
+  position_ = MakeLogPosition(SegmentOf(position_) + 1, kLogPageBytes);
+  if (previous_ == 0) previous_ = position_;
+  handoff_->current.store(SegmentOf(position_), std::memory_order_release);
+}
+
+// Ahead of its use, so that taking a record cannot fail for it.
+void LogWriter::OpenNextSegment() {
+  const uint32_t number = SegmentOf(position_) + 1;
+  if (next_file_ || LeftInSegment() > segment_bytes_ / 2 ||
+      number > handoff_->prepared.load(std::memory_order_acquire) ||
+      (failing_ && now_ns_ < retry_ns_)) {
+    return;
+  }
+  auto file = disk_->Open(SegmentName(number), OpenMode::kReadWrite, Caching::kDirect);
+  if (!file) {
+    NoteError();
+    return;
+  }
+  next_file_ = file->id;
+  next_segment_bytes_ = static_cast<uint32_t>(file->size_bytes);
+}
+
+void LogWriter::Seal(uint64_t number) {
+  Block& block = At(number);
+  const size_t used = kBlockHeaderBytes + block.record_bytes;
+  block.bytes = static_cast<uint32_t>((used + kLogPageBytes - 1) / kLogPageBytes * kLogPageBytes);
+  std::byte* memory = MemoryOf(number);
+  std::memset(memory + used, 0, block.bytes - used);
+  WriteBlockHeader({.log = options_.log,
+                    .position = block.position,
+                    .previous = block.previous,
+                    .durable = block.durable,
+                    .epoch = epoch_,
+                    .block_bytes = block.bytes,
+                    .record_bytes = block.record_bytes,
+                    .record_count = block.record_count,
+                    .instance = options_.instance},
+                   memory);
+  block.state = State::kSealed;
+  block.sealed_ns = now_ns_;
+  position_ = previous_ = block.position + block.bytes;
+}
+
+std::span<const std::byte> LogWriter::NotDurable(LogAddress address) const {
+  const LogPosition position = PositionOf(address);
+  if (LogOf(address) != options_.log || position < durable_ || position >= records_end_) return {};
+  for (uint64_t number = first_; number < next_; ++number) {
+    const Block& block = At(number);
+    const uint64_t end = kBlockHeaderBytes + block.record_bytes;
+    if (position >= block.position && position - block.position < end) {
+      const uint64_t at = position - block.position;
+      return {MemoryOf(number) + at, end - at};
+    }
+  }
+  return {};
+}
+
+// ---------------------------------------------------------------------------------------------
+// To the disk
+
+int LogWriter::Poll(int64_t now_ns) {
+  now_ns_ = now_ns;
+  int work = TakeCompletions();
+  OpenNextSegment();
+  if (IsFilling() && WantsSeal(At(next_ - 1))) Seal(next_ - 1);
+  if (first_ == next_ && in_flight_ == 0 && records_end_ > said_durable_) BeginMarker();
+  work += Submit();
+  work += SubmitFlush();
+  if (first_ != next_) calm_since_ns_ = now_ns;
+  // What was handed over goes to the kernel with the next round's completions at the latest.
+  if (work > 0) work += TakeCompletions();
+  // What waits for its time is looked at again soon, but for a disk that fails.
+  return work + (failing_ || settled() ? static_cast<int>(in_flight_) : 1);
+}
+
+bool LogWriter::WantsSeal(const Block& filling) const {
+  if (writing_ >= options_.max_writes || (failing_ && now_ns_ < retry_ns_)) return false;
+  // The next one waits in memory while an earlier one is being flushed, unless it is worth a write
+  // of its own.
+  if (flushing_ && filling.record_bytes < options_.block_bytes / 4) return false;
+  return filling.urgent || hurried_ ||
+         now_ns_ - filling.began_ns >= options_.flush_interval_ns / 2 ||
+         filling.record_bytes > options_.block_bytes / 2;
+}
+
+int LogWriter::Submit() {
+  if (failing_ && now_ns_ < retry_ns_) return 0;
+  int work = 0;
+  for (uint64_t number = first_; number < next_ && writing_ < options_.max_writes; ++number) {
+    Block& block = At(number);
+    if (block.state != State::kSealed) continue;
+    if (!disk_->Write(block.file, OffsetOf(block.position), {MemoryOf(number), block.bytes},
+                      number)) {
+      break;
+    }
+    block.state = State::kWriting;
+    ++writing_;
+    ++in_flight_;
+    ++work;
+  }
+  return work;
+}
+
+bool LogWriter::WantsFlush(const Block& first) const {
+  if (first.state != State::kWritten) return false;
+  uint64_t written = first_;
+  for (; written < next_ && At(written).state == State::kWritten; ++written) {
+    if (At(written).urgent || At(written).record_count == 0) return true;
+  }
+  return hurried_ || now_ns_ - first.sealed_ns >= options_.flush_interval_ns ||
+         2 * (next_ - first_) > blocks_.size();
+}
+
+// Of the oldest block's file: it covers what is written there.
+int LogWriter::SubmitFlush() {
+  if (flushing_ || first_ == next_ || (failing_ && now_ns_ < retry_ns_)) return 0;
+  const Block& first = At(first_);
+  if (!WantsFlush(first) || !disk_->Flush(first.file, kFlushTag)) return 0;
+  flushing_ = true;
+  flushing_file_ = first.file;
+  ++in_flight_;
+  for (uint64_t number = first_; number < next_; ++number) {
+    Block& block = At(number);
+    if (block.state == State::kWritten && block.file == flushing_file_) {
+      block.state = State::kFlushing;
+    }
+  }
+  return 1;
+}
+
+int LogWriter::TakeCompletions() {
+  if (in_flight_ == 0) return 0;
+  std::array<DiskCompletion, 16> ends;
+  const size_t count = disk_->Poll(ends);
+  for (size_t i = 0; i < count; ++i) {
+    --in_flight_;
+    if (ends[i].tag == kFlushTag) {
+      TakeFlushed(ends[i].error);
+    } else {
+      TakeWritten(ends[i].tag, ends[i].error);
+    }
+  }
+  if (count > 0) Advance();
+  return static_cast<int>(count);
+}
+
+void LogWriter::TakeWritten(uint64_t number, int error) {
+  Block& block = At(number);
+  --writing_;
+  block.state = error == 0 ? State::kWritten : State::kSealed;
+  if (error != 0) {
+    NoteError();
+  } else {
+    bytes_written_ += block.bytes;
+  }
+}
+
+// After a flush that failed nothing that it covered counts as written (see Disk).
+void LogWriter::TakeFlushed(int error) {
+  flushing_ = false;
+  if (error != 0) NoteError();
+  for (uint64_t number = first_; number < next_; ++number) {
+    Block& block = At(number);
+    if (block.state != State::kFlushing) continue;
+    block.state = error == 0 ? State::kFree : State::kSealed;
+    if (error == 0) commit_latency_.Record(now_ns_ - block.sealed_ns);
+  }
+  if (error != 0) return;
+  ++commits_;
+  failing_ = false;
+}
+
+void LogWriter::NoteError() {
+  failing_ = true;
+  ++errors_;
+  retry_ns_ = now_ns_ + options_.retry_ns;
+}
+
+// Blocks that are durable leave from the front; one behind another that is not waits for it.
+void LogWriter::Advance() {
+  while (first_ != next_ && At(first_).state == State::kFree) {
+    const Block& block = At(first_);
+    durable_ = block.position + block.bytes;
+    said_durable_ = std::max(said_durable_, block.durable);
+    ++first_;
+  }
+  written_ = std::max(written_, durable_);
+  for (uint64_t number = first_; number < next_; ++number) {
+    const Block& block = At(number);
+    if (block.state != State::kWritten && block.state != State::kFlushing) break;
+    written_ = std::max(written_, block.position + block.bytes);
+  }
+  if (file_before_ && (first_ == next_ || At(first_).file != *file_before_)) {
+    disk_->Close(*file_before_);
+    file_before_.reset();
+  }
+}
+
+void LogWriter::BeginMarker() {
+  if (!hurried_ && now_ns_ - calm_since_ns_ < options_.marker_delay_ns) return;
+  if (failing_ && now_ns_ < retry_ns_) return;
+  // At the end of a segment without a next one it waits.
+  if (!BeginBlock(0)) return;
+  At(next_ - 1).urgent = true;
+  Seal(next_ - 1);
+}
+
+}  // namespace engram

@@ -1,0 +1,80 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "index/log/log_writer.h"
+#include "index/log/segment_handoff.h"
+#include "index/log/segment_keeper.h"
+#include "index/shard_recovery.h"
+#include "src/core/clock.h"
+#include "src/core/data_directory.h"
+#include "src/core/disk.h"
+#include "src/core/huge_page_arena.h"
+#include "src/core/result.h"
+
+namespace engram {
+
+struct LogStoreOptions {
+  uint16_t shards = 1;
+  InstanceId instance{};
+  // Logs that are there; those of shards that there are no longer are read, too.
+  std::vector<uint16_t> existing;
+  LogWriterOptions writer;      // log and instance are filled in
+  SegmentKeeperOptions keeper;  // likewise
+  HugePagePolicy huge_pages = HugePagePolicy::kAuto;
+  std::vector<int> shard_numa_node;  // by shard; -1 or missing: any
+};
+
+// The folder of a log in the data directory: "log-003".
+std::string LogFolder(uint16_t log);
+// The logs among the names of a data directory.
+std::vector<uint16_t> LogsAmong(const std::vector<DirectoryEntry>& entries);
+
+// All logs of an appliance: for each shard the disk, memory and writer of its log, and on the
+// control plane's core a keeper of its segments.
+//
+// Thread safety: made and polled by the control plane; what ForShard names is the shard core's.
+// Outlives the appliance.
+class LogStore {
+ public:
+  // A Disk over a folder of the data directory, made where it is missing. `note` may be nullptr.
+  using DiskFactory = std::function<Result<std::unique_ptr<Disk>>(
+      const std::string& folder, const DiskOptions& options, std::string* note)>;
+
+  // `clock` outlives the store. Errors: those of memory and disk. `note`: how the disk is used, for
+  // the start-up log.
+  static Result<std::unique_ptr<LogStore>> Open(const LogStoreOptions& options, Clock* clock,
+                                                const DiskFactory& make_disk, std::string* note);
+
+  const ShardStorage& ForShard(uint16_t shard) const { return logs_[shard]->storage; }
+  // Once all shards have recovered: each log has a segment to go on with when this returns. Errors:
+  // those of the disk, naming the file and the remedy.
+  Result<void> PrepareFirst();
+  // One bounded round of the keepers, which may wait for the disk; returns how much was done.
+  int Poll();
+
+ private:
+  struct Log {
+    // In this order: what comes later uses what comes before.
+    SegmentHandoff handoff;
+    std::unique_ptr<HugePageArena> memory;
+    std::unique_ptr<Disk> disk;
+    std::vector<std::unique_ptr<Disk>> other_disks;
+    std::unique_ptr<LogWriter> writer;
+    std::unique_ptr<Disk> keeper_disk;
+    std::unique_ptr<SegmentKeeper> keeper;
+    bool keeper_started = false;
+    ShardStorage storage;
+  };
+
+  LogStore() = default;
+  static Result<void> StartKeeper(Log* log);
+
+  std::vector<std::unique_ptr<Log>> logs_;  // by shard
+};
+
+}  // namespace engram
