@@ -112,7 +112,8 @@ RefusalReason DecodeRecall(std::span<const std::byte> body, RecallView* recall) 
 RefusalReason DecodeIntrospect(std::span<const std::byte> body, IntrospectWhat* what) {
   if (body.size() != sizeof(IntrospectBody)) return RefusalReason::kBadFrame;
   *what = LoadAs<IntrospectBody>(body.data()).what;
-  const bool known = *what == IntrospectWhat::kSpaces || *what == IntrospectWhat::kStatus;
+  const bool known = *what == IntrospectWhat::kSpaces || *what == IntrospectWhat::kStatus ||
+                     *what == IntrospectWhat::kCheckpoint;
   return known ? RefusalReason::kNone : RefusalReason::kBadFrame;
 }
 

@@ -129,7 +129,11 @@ struct ResultBody {
 };
 static_assert(sizeof(ResultBody) == 16);
 
-enum class IntrospectWhat : uint8_t { kSpaces = 1, kStatus = 2 };
+enum class IntrospectWhat : uint8_t {
+  kSpaces = 1,
+  kStatus = 2,
+  kCheckpoint = 3,  // asks for a checkpoint; the answer is an empty text
+};
 
 struct IntrospectBody {
   IntrospectWhat what = IntrospectWhat::kSpaces;

@@ -294,6 +294,12 @@ bool IngestCore::TakeIntrospect(Connection& connection, const FrameHeader& heade
     SendStatus(connection, header.sequence);
     return true;
   }
+  if (what == IntrospectWhat::kCheckpoint) {
+    if (options_.checkpoint_requests != nullptr) options_.checkpoint_requests->fetch_add(1);
+    SendIntrospection(network_, connection.id, connection.session.value(), header.sequence,
+                      {.what = what}, false, {});
+    return true;
+  }
   reason = PushIntrospect(connection, header.sequence);
   if (reason != RefusalReason::kNone) {
     RefuseRequest(connection, reason, header.type, header.sequence);

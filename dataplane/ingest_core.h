@@ -1,6 +1,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -36,6 +37,8 @@ struct IngestOptions {
   size_t send_pause_bytes = size_t{1} << 20;              // unread answers at which reading pauses
   int events_per_poll = 64;
   HugePagePolicy huge_pages = HugePagePolicy::kAuto;
+  // Counts the checkpoints that clients asked for; outlives the core. nullptr: none are made.
+  std::atomic<uint64_t>* checkpoint_requests = nullptr;
 };
 
 enum class IngestCounter : uint8_t {

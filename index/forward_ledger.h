@@ -39,8 +39,8 @@ struct Forward {
   uint64_t next_in_line = 0;     // likewise
   uint64_t id_hash = 0;
   const ObserveRequest* request = nullptr;
-  LogPosition logged_at = 0;  // its record begins here
-  LogPosition log_end = 0;    // and ends here
+  LogPosition block = 0;    // of the log, that its record is in, begins here
+  LogPosition log_end = 0;  // its record ends here
   CommitStamp stamp = kNoStamp;
   CommitStamp later = kNoStamp;  // the latest one that another shard has of the id
   int64_t received_ns = 0;

@@ -82,6 +82,9 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, const Sh
   listed_.reserve(2 * kMaxRecallResults);
   counters_[ShardCounter::kMemoryLimitBytes].Set(arena_->reserve_bytes());
   if (log_ == nullptr) return;
+  if (storage_.checkpoint != nullptr) {
+    saver_ = std::make_unique<ShardSaver>(storage_.checkpoint_disk, &heap_);
+  }
   recovery_ = std::make_unique<ShardRecovery>(storage_, &recovery_progress_);
   recovering_.store(true, std::memory_order_relaxed);
   port_.stamps->Publish(port_.shard, kNoStamp);
@@ -126,6 +129,7 @@ int Shard::Round() {
   if (observations > 0) work += PollLog();
   work += observations;
   work += Upkeep(observations > 0);
+  work += StepCheckpoint();
   SweepSessions();
   counters_[ShardCounter::kMemoryUsedBytes].Set(heap_.live_bytes());
   counters_[ShardCounter::kForwardsUnderWay].Set(ledger_.size());
@@ -262,13 +266,8 @@ uint32_t Shard::FindOrMakeSpace(SpaceEntry* entry) {
   uint32_t& space = space_of_entry_[entry->index()];
   if (space != kNoNode) return space;
   space = static_cast<uint32_t>(spaces_.size());
-  const SpaceOptions options{.metric = entry->metric(),
-                             .precision = entry->precision(),
-                             .traversal = options_.traversal,
-                             .dimension = entry->dimension(),
-                             .build = options_.build,
-                             .hash_seed = MixBits(hash_seed_ + entry->index())};
-  spaces_.push_back(std::make_unique<Space>(std::string(entry->name()), options, &heap_, &epochs_));
+  spaces_.push_back(
+      std::make_unique<Space>(std::string(entry->name()), OptionsOf(*entry), &heap_, &epochs_));
   entries_.push_back(entry);
   partition_of_.push_back(entry->PartitionIn(port_.shard));
   logged_partitions_.push_back(0);
@@ -279,6 +278,15 @@ uint32_t Shard::FindOrMakeSpace(SpaceEntry* entry) {
   credit_due_.push_back(false);
   counters_[ShardCounter::kSpaces].Set(spaces_.size());
   return space;
+}
+
+SpaceOptions Shard::OptionsOf(const SpaceEntry& entry) const {
+  return {.metric = entry.metric(),
+          .precision = entry.precision(),
+          .traversal = options_.traversal,
+          .dimension = entry.dimension(),
+          .build = options_.build,
+          .hash_seed = MixBits(hash_seed_ + entry.index())};
 }
 
 RefusalReason Shard::AttachSession(size_t producer, uint32_t space, HelloRequest* hello) {
@@ -372,7 +380,7 @@ bool Shard::BeginUpkeepOfNext() {
   const uint64_t kept = space.retired() + space.tombstones();
   // What a sweep took out is on no linker's way once the linker was free after it.
   if (!sweep_.active()) space.Reclaim(kReclaimBatch);
-  space.ForgetTombstones(complete);
+  if (!keeps_tombstones_) space.ForgetTombstones(complete);
   const bool has_freed = space.retired() + space.tombstones() < kept;
   const bool is_behind = space.backlog() > space.unlinked_count();
   if (!sweep_.active() && space.WantsSweep() && space.BeginSweep(&sweep_)) {

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "index/checkpoint/shard_saver.h"
 #include "index/forward_ledger.h"
 #include "index/hnsw_linker.h"
 #include "index/hnsw_params.h"
@@ -187,6 +188,7 @@ class Shard {
   StoreOutcome Hide(uint32_t space, const ObserveRequest& request, CommitStamp stamp);
   bool HasRoom(uint32_t space, bool in_credit) const;
   RefusalReason FixDimension(uint32_t space, const ObservationRef& observation);
+  SpaceOptions OptionsOf(const SpaceEntry& entry) const;
   static ObservationRef ObservationIn(const ObserveRequest& request);
   void Refuse(size_t producer, const Completion& completion);
 
@@ -208,10 +210,24 @@ class Shard {
   void BeginStoring(uint64_t ticket);
   void FinishForward(uint64_t ticket);
   int Recover();
+  bool MustWaitForOthers(const LogRecord& record) const;
   Result<bool> Replay(const LogEntry& entry);
+  void RestoreSession(SessionId id, uint32_t space, Sequence sequence, CommitStamp stamp);
   Result<bool> ReplayObservation(const LogEntry& entry, uint32_t space);
+  static ObserveRequest* RequestOf(const LogRecord& record, LogAddress address);
+  void ForwardReplayed(const ObserveRequest* request, uint32_t space, CommitStamp stamp);
   static void FreeReplayed(const Forward& forward);
   Result<void> EndRecovery();
+  Result<int> LoadCheckpoint();
+  Result<void> LoadExtent(std::span<const std::byte> extent);
+  Result<void> LoadSpaceList(std::span<const std::byte> body, uint32_t count);
+  Result<void> LoadSessions(std::span<const std::byte> body, uint32_t count);
+  Result<void> BeginLoadingSpace(std::span<const std::byte> extent);
+  Result<void> FinishLoadingSpace();
+  bool HandOn();
+  int StepCheckpoint();
+  void NoteForCheckpoint(CheckpointHandoff* handoff);
+  void ReportSave(CheckpointHandoff* handoff);
   void BeginForward(uint64_t ticket, size_t producer, const ObserveRequest& request,
                     const Completion& completion);
   void QueueAnswer(Session* session, size_t producer, const Completion& completion);
@@ -226,6 +242,7 @@ class Shard {
   int SendWaiting();
   int TakePeerRequests();
   bool TakePeerRequest(ShardId home, const PeerMessage& message);
+  bool Answer(ShardId home, const PeerMessage& message, const StoreOutcome& outcome);
   // Others may own its ids, or have owned them.
   bool MayForward(uint32_t space) const {
     return entries_[space]->max_partitions() > 1 ||
@@ -279,10 +296,14 @@ class Shard {
   const ShardStorage storage_;
   LogWriter* const log_;  // nullptr: observations live in memory only
   ForwardLedger ledger_;
-  uint64_t first_unlogged_ = 0;                   // tickets before it are logged
-  size_t pending_bytes_ = 0;                      // that these will take
-  std::unique_ptr<ShardRecovery> recovery_;       // while recovering
-  std::vector<uint32_t> asked_;                   // by shard: messages that it has not answered
+  uint64_t first_unlogged_ = 0;              // tickets before it are logged
+  size_t pending_bytes_ = 0;                 // that these will take
+  std::unique_ptr<ShardRecovery> recovery_;  // while recovering
+  std::unique_ptr<ShardSaver> saver_;        // where the storage has a place for checkpoints
+  uint32_t noted_round_ = 0;
+  uint32_t saved_round_ = 0;
+  bool keeps_tombstones_ = false;  // of what may be replayed over the checkpoint under way
+  std::vector<uint32_t> asked_;    // by shard: messages that it has not answered
   std::vector<std::optional<PeerMessage>> held_;  // by shard: what it asked and cannot be done yet
   HnswLinker linker_;
   HnswSweep sweep_;

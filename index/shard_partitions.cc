@@ -225,6 +225,11 @@ int Shard::TakePeerRequests() {
 bool Shard::TakePeerRequest(ShardId home, const PeerMessage& message) {
   const ObserveRequest& request = *message.request;
   const uint32_t space = FindOrMakeSpace(port_.catalogue->At(message.space));
+  if (request.op == ObservationOp::kSkip) {
+    // A session that belongs here, from the log of another shard.
+    sessions_.Restore(request.session, space, request.sequence, UnixNsOf(message.stamp));
+    return Answer(home, message, {});
+  }
   const StoreOutcome outcome = message.kind == PeerMessage::Kind::kStore
                                    ? Store(space, request, message.stamp, is_recovering())
                                    : Retire(space, ObservationIn(request).id, message.stamp);
@@ -234,6 +239,10 @@ bool Shard::TakePeerRequest(ShardId home, const PeerMessage& message) {
           "the home has judged it");
     return false;
   }
+  return Answer(home, message, outcome);
+}
+
+bool Shard::Answer(ShardId home, const PeerMessage& message, const StoreOutcome& outcome) {
   PeerMessage answer = message;
   answer.kind = PeerMessage::Kind::kDone;
   answer.existed = outcome.existed;

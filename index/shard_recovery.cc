@@ -23,52 +23,88 @@ constexpr int64_t kLongestShortageNs = 10 * kNanosPerSecond;
 }  // namespace
 
 ShardRecovery::ShardRecovery(const ShardStorage& storage, RecoveryProgress* progress)
-    : storage_(storage), progress_(progress) {}
+    : storage_(storage), progress_(progress), sources_(storage.sources.size()) {}
 
 Result<LogStep> ShardRecovery::Next(LogEntry* entry) {
-  while (source_ < storage_.sources.size()) {
-    if (!reader_) {
-      const LogSource& source = storage_.sources[source_];
-      reader_.emplace(source.disk, source.log, storage_.instance);
-      if (auto opened = reader_->Open(source.from); !opened) {
-        return std::unexpected(opened.error());
-      }
+  size_t first = sources_.size();
+  for (size_t i = 0; i < sources_.size(); ++i) {
+    const auto step = Fill(i);
+    if (!step || *step == LogStep::kPending) return step;
+    if (*step == LogStep::kEnd) continue;
+    if (first == sources_.size() ||
+        sources_[i].next->record.stamp < sources_[first].next->record.stamp) {
+      first = i;
     }
-    auto step = reader_->Next(entry);
-    progress_->bytes_read.store(bytes_before_ + reader_->bytes_read(), std::memory_order_relaxed);
-    progress_->total_bytes.store(bytes_before_ + reader_->total_bytes(), std::memory_order_relaxed);
-    if (!step || *step != LogStep::kEnd) return step;
-    EndSource();
   }
-  return LogStep::kEnd;
+  if (first == sources_.size()) return LogStep::kEnd;
+  from_ = first;
+  *entry = *sources_[first].next;
+  sources_[first].next.reset();
+  return LogStep::kRecord;
 }
 
-void ShardRecovery::EndSource() {
-  bytes_before_ += reader_->bytes_read();
-  const LogSource& source = storage_.sources[source_];
-  for (const auto& flip : reader_->mended()) {
+// So that its next record is there.
+Result<LogStep> ShardRecovery::Fill(size_t index) {
+  Source& source = sources_[index];
+  if (source.ended) return LogStep::kEnd;
+  if (source.next) return LogStep::kRecord;
+  if (source.reader == nullptr) {
+    const LogSource& log = storage_.sources[index];
+    source.reader = std::make_unique<LogReader>(log.disk, log.log, storage_.instance);
+    if (auto opened = source.reader->Open(log.from, log.epoch); !opened) {
+      return std::unexpected(opened.error());
+    }
+  }
+  LogEntry entry;
+  const auto step = source.reader->Next(&entry);
+  source.bytes_read = source.reader->bytes_read();
+  source.total_bytes = source.reader->total_bytes();
+  uint64_t bytes_read = 0;
+  uint64_t total_bytes = 0;
+  for (const Source& each : sources_) {
+    bytes_read += each.bytes_read;
+    total_bytes += each.total_bytes;
+  }
+  progress_->bytes_read.store(bytes_read, std::memory_order_relaxed);
+  progress_->total_bytes.store(total_bytes, std::memory_order_relaxed);
+  if (!step || *step == LogStep::kPending) return step;
+  if (*step == LogStep::kRecord) {
+    source.next = entry;
+  } else if (auto ended = EndSource(index); !ended) {
+    return std::unexpected(ended.error());
+  }
+  return *step;
+}
+
+Result<void> ShardRecovery::EndSource(size_t index) {
+  Source& source = sources_[index];
+  const LogReader& reader = *source.reader;
+  const LogSource& log = storage_.sources[index];
+  for (const auto& flip : reader.mended()) {
     progress_->mended_bits.fetch_add(1, std::memory_order_relaxed);
-    progress_->notes.push_back("log: " + source.disk->directory() + "/" + flip.file + ": bit " +
+    progress_->notes.push_back("log: " + log.disk->directory() + "/" + flip.file + ": bit " +
                                std::to_string(flip.bit % 8) + " of byte " +
                                std::to_string(flip.bit / 8) +
                                " was flipped and is mended in memory; check this disk");
   }
-  ++source_;
   // The shard's own log comes last.
-  end_ = reader_->end();
-  epoch_ = std::max(epoch_, reader_->highest_epoch());
-  reader_.reset();
+  if (index + 1 == sources_.size()) end_ = reader.end();
+  epoch_ = std::max(epoch_, reader.highest_epoch());
+  const LogPosition durable = reader.durable();
+  const LogPosition end = reader.end();
+  source.ended = true;
+  source.reader.reset();
+  return MakeLogDurable(log.disk, durable, end);
 }
 
 void ShardRecovery::Note(CommitStamp stamp) {
   latest_ = std::max(latest_, stamp);
-  // Before the last log anything may still come.
-  if (source_ + 1 >= storage_.sources.size()) complete_ = std::max(complete_, stamp);
+  complete_ = std::max(complete_, stamp);
 }
 
 std::string ShardRecovery::PlaceOf(const LogEntry& entry) const {
   const LogPosition position = PositionOf(entry.address);
-  return storage_.sources[source_].disk->directory() + "/" + SegmentName(SegmentOf(position)) +
+  return storage_.sources[from_].disk->directory() + "/" + SegmentName(SegmentOf(position)) +
          " at offset " + std::to_string(OffsetOf(position));
 }
 
@@ -76,13 +112,20 @@ std::string ShardRecovery::PlaceOf(const LogEntry& entry) const {
 
 int Shard::Recover() {
   if (recovery_progress_.failed.load(std::memory_order_relaxed)) return 0;
-  int work = TakePeerAnswers() + SendWaiting() + TakePeerRequests();
+  int work = TakePeerAnswers() + SendWaiting();
   const auto fail = [this](Error error) {
     recovery_progress_.error = std::move(error);
     recovery_progress_.failed.store(true, std::memory_order_release);
     return 0;
   };
-  for (int n = 0; n < kReplayBatch && ledger_.room() > 0; ++n) {
+  if (recovery_->loading.next < storage_.checkpoints.size()) {
+    const auto loaded = LoadCheckpoint();
+    if (!loaded) return fail(loaded.error());
+    // What others ask for waits until the spaces are here.
+    return work + *loaded + 1;
+  }
+  work += TakePeerRequests();
+  for (int n = 0; n < kReplayBatch && ledger_.room() > 1; ++n) {
     LogEntry entry;
     if (recovery_->held) {
       entry = *recovery_->held;
@@ -96,6 +139,12 @@ int Shard::Recover() {
         }
         return work + 1;
       }
+    }
+    if (MustWaitForOthers(entry.record)) {
+      recovery_->NoteBefore(entry.record.stamp);
+      recovery_->held = entry;
+      recovery_->held_since_ns = now_ns_;
+      break;
     }
     const auto replayed = Replay(entry);
     if (!replayed) return fail(replayed.error());
@@ -113,6 +162,23 @@ int Shard::Recover() {
     ++work;
   }
   return work + Upkeep(true);
+}
+
+// What it does depends on what came before it, which other logs may hold: then these come first. A
+// delete leaves no trace in a space of one partition, so nothing earlier may come after it.
+bool Shard::MustWaitForOthers(const LogRecord& record) const {
+  if (record.kind == LogRecordKind::kDelete) {
+    const SpaceEntry* entry = port_.catalogue->Find(record.space);
+    if (entry == nullptr || entry->partitions() > 1) return false;
+  } else if (record.kind != LogRecordKind::kSuppress && record.kind != LogRecordKind::kRestore) {
+    return false;
+  }
+  for (uint16_t s = 0; s < port_.stamps->shards(); ++s) {
+    if (s == port_.shard.value()) continue;
+    // One that has recovered has nothing earlier, whatever the clock says.
+    if (port_.stamps->CompleteUpTo(ShardId(s), INT64_MAX) < record.stamp - 1) return true;
+  }
+  return !ledger_.empty();
 }
 
 // False when there is no memory for it now.
@@ -139,16 +205,42 @@ Result<bool> Shard::Replay(const LogEntry& entry) {
     auto stored = ReplayObservation(entry, space);
     if (!stored || !*stored) return stored;
     recovery_progress_.observations.fetch_add(1, std::memory_order_relaxed);
+    recovery_progress_.replayed.fetch_add(1, std::memory_order_relaxed);
   }
   recovery_->Note(record.stamp);
   if (record.session.value() != 0) {
-    sessions_.Restore(record.session, space, record.sequence, UnixNsOf(record.stamp));
+    RestoreSession(record.session, space, record.sequence, record.stamp);
   }
   return true;
 }
 
-Result<bool> Shard::ReplayObservation(const LogEntry& entry, uint32_t space) {
-  const LogRecord& record = entry.record;
+// In its home, which is another one than it was where the number of shards has changed.
+void Shard::RestoreSession(SessionId id, uint32_t space, Sequence sequence, CommitStamp stamp) {
+  const auto home = static_cast<uint16_t>(HomeOfSession(id).value() % port_.catalogue->shards());
+  if (home == port_.shard.value()) {
+    sessions_.Restore(id, space, sequence, UnixNsOf(stamp));
+    return;
+  }
+  void* memory = std::aligned_alloc(kCacheLineBytes, kRequestBodyOffset);
+  CHECK(memory != nullptr, "there is memory for one request");
+  auto* request = new (memory) ObserveRequest();
+  request->op = ObservationOp::kSkip;
+  request->session = id;
+  request->sequence = sequence;
+  const uint64_t ticket = ledger_.Add(nullptr);
+  Forward& forward = ledger_.At(ticket);
+  forward.step = Forward::Step::kStore;
+  forward.is_replayed = true;
+  forward.request = request;
+  forward.space = entries_[space]->index();
+  forward.stamp = stamp;
+  forward.owner = forward.target = ShardId(home);
+  forward.next_partitions = UINT32_MAX;  // Nobody else is told.
+  Tell(ticket);
+}
+
+// In memory of its own, which FreeReplayed gives back.
+ObserveRequest* Shard::RequestOf(const LogRecord& record, LogAddress address) {
   const size_t body_bytes = record.vector.size() + record.id.size() + record.payload.size();
   void* memory =
       std::aligned_alloc(kCacheLineBytes, (kRequestBodyOffset + body_bytes + kCacheLineBytes - 1) /
@@ -164,13 +256,24 @@ Result<bool> Shard::ReplayObservation(const LogEntry& entry, uint32_t space) {
   request->when_ns = record.when_ns;
   request->confidence = record.confidence;
   request->scale = record.scale;
-  request->address = entry.address;
+  request->address = address;
   std::byte* body = reinterpret_cast<std::byte*>(memory) + kRequestBodyOffset;
-  // Vector, id and payload lie side by side in the record, too.
-  if (body_bytes > 0) std::memcpy(body, record.vector.data(), body_bytes);
+  const auto append = [&body](const void* from, size_t bytes) {
+    if (bytes > 0) std::memcpy(body, from, bytes);
+    body += bytes;
+  };
+  append(record.vector.data(), record.vector.size());
+  append(record.id.data(), record.id.size());
+  append(record.payload.data(), record.payload.size());
+  return request;
+}
+
+Result<bool> Shard::ReplayObservation(const LogEntry& entry, uint32_t space) {
+  const LogRecord& record = entry.record;
+  ObserveRequest* request = RequestOf(record, entry.address);
   if (OwnedHereAlone(space, *request)) {
     const StoreOutcome outcome = Store(space, *request, record.stamp, true);
-    std::free(memory);
+    std::free(request);
     if (outcome.reason == RefusalReason::kNone) return true;
     if (outcome.reason == RefusalReason::kMemoryFull) return false;
     return Fail(
@@ -179,17 +282,21 @@ Result<bool> Shard::ReplayObservation(const LogEntry& entry, uint32_t space) {
             " refuses what it once took: " + std::string(DescribeRefusal(outcome.reason).text) +
             "; has its configuration changed?");
   }
+  ForwardReplayed(request, space, record.stamp);
+  return true;
+}
+
+void Shard::ForwardReplayed(const ObserveRequest* request, uint32_t space, CommitStamp stamp) {
   const uint64_t ticket = ledger_.Add(nullptr);
   Forward& forward = ledger_.At(ticket);
   forward.step = Forward::Step::kLog;
   forward.is_replayed = true;
   forward.request = request;
   forward.space = entries_[space]->index();
-  forward.stamp = record.stamp;
+  forward.stamp = stamp;
   pending_bytes_ += PendingBytes(*request);
   if (request->op == ObservationOp::kUpsert) ++pending_[space];
   BeginStoring(ticket);
-  return true;
 }
 
 void Shard::FreeReplayed(const Forward& forward) {
@@ -197,7 +304,10 @@ void Shard::FreeReplayed(const Forward& forward) {
 }
 
 Result<void> Shard::EndRecovery() {
+  // All shards draw their stamps by one clock, so all draw later ones. The step of a stamp is
+  // added, as it may have been drawn ahead of the clock.
   stamp_clock_.Pass(recovery_->latest());
+  clock_->PassWallNs(UnixNsOf(recovery_->latest()) + (int64_t{1} << kStampShardBits));
   const LogPosition end = recovery_->end();
   const uint32_t epoch = recovery_->next_epoch();
   recovery_.reset();

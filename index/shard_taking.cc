@@ -189,7 +189,7 @@ Shard::Taken Shard::Take(uint32_t space, Session* session, ObserveRequest* reque
   forward.space = entries_[space]->index();
   forward.stamp = taken.stamp;
   forward.log_end = waits ? log_end : 0;
-  forward.logged_at = PositionOf(request->address);
+  if (log_ != nullptr) forward.block = log_->last_block();
   if (!consumed) pending_bytes_ += PendingBytes(*request);
   if (!consumed && request->op == ObservationOp::kUpsert) ++pending_[space];
   return taken;

@@ -679,6 +679,18 @@ NodeId Space::FindLive(std::string_view id) const {
   return node != kNoNode && IsLive(node) ? node : kNoNode;
 }
 
+std::optional<Space::Content> Space::ContentOf(NodeId node) const {
+  const NodeState state = nodes_[node].state;
+  const bool is_deleted = state == NodeState::kTombstone;
+  if (!IsLive(node) && state != NodeState::kHidden && !is_deleted) return std::nullopt;
+  if (FindId(HashOf(IdOf(node)), IdOf(node)) != node) return std::nullopt;
+  return Content{.kind = is_deleted                     ? Content::Kind::kDeleted
+                         : state == NodeState::kHidden ? Content::Kind::kHidden
+                                                       : Content::Kind::kLive,
+                 .stored = Get(node),
+                 .stamp = ContentStamp(node)};
+}
+
 void Space::Scroll(uint64_t* cursor, size_t limit, std::vector<NodeId>* nodes) const {
   ids_.VisitFrom(cursor, limit, [&](NodeId node) {
     if (IsLive(node)) nodes->push_back(node);

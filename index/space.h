@@ -198,6 +198,15 @@ class Space {
   // `nodes`. *cursor is where to go on, 0 at the end.
   void Scroll(uint64_t* cursor, size_t limit, std::vector<NodeId>* nodes) const;
 
+  // What a node holds, where that is the latest of its id; nothing for others.
+  struct Content {
+    enum class Kind : uint8_t { kLive, kHidden, kDeleted };
+    Kind kind = Kind::kLive;
+    StoredObservation stored;  // kDeleted: the id and the stamp alone
+    CommitStamp stamp = kNoStamp;  // of the content
+  };
+  std::optional<Content> ContentOf(NodeId node) const;
+
   bool IsLinked(NodeId node) const { return nodes_[node].state == NodeState::kLinked; }
 
   // Upkeep, by the shard's linker and sweep between other work.

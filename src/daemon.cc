@@ -16,6 +16,10 @@ constexpr int64_t kDrainDeadlineNs = 10 * kNanosPerSecond;
 constexpr int64_t kControlPeriodNs = 10 * kNanosPerMilli;
 // For calls that are under way when the daemon is told to stop; within kDrainDeadlineNs.
 constexpr int64_t kGrpcDrainNs = 5 * kNanosPerSecond;
+// A restart is faster by a checkpoint before the stop, where more than this would be replayed.
+constexpr uint64_t kWorthACheckpointBytes = uint64_t{4} << 20;
+constexpr uint64_t kWorthACheckpointRecords = 1'000;
+constexpr int64_t kLastCheckpointNs = 60 * kNanosPerSecond;
 // Memory made present ahead of a shard's use, and how much of it in one step.
 constexpr size_t kPrefaultAheadBytes = size_t{64} << 20;
 constexpr size_t kPrefaultStepBytes = size_t{16} << 20;
@@ -102,12 +106,15 @@ Result<void> Daemon::MakeNetworks(const Config& config, const NoteFn& note) {
 
 Result<void> Daemon::MakeLogs(const Config& config, const Topology& topology,
                               DataDirectory* directory, const NoteFn& note) {
-  auto entries = directory->List();
+  auto manifest = ReadManifest(directory->disk());
+  if (!manifest) return std::unexpected(manifest.error());
+  auto entries = directory->disk().List();
   if (!entries) return std::unexpected(entries.error());
   LogStoreOptions options;
   options.shards = static_cast<uint16_t>(config.shard_cpus.size());
   options.instance = directory->instance().id;
   options.existing = LogsAmong(*entries);
+  if (*manifest) options.checkpoint = **manifest;
   options.writer.flush_interval_ns = config.flush_interval_ms * kNanosPerMilli;
   options.keeper.segment_bytes = config.segment_mib << 20;
   options.huge_pages = config.huge_pages;
@@ -115,14 +122,24 @@ Result<void> Daemon::MakeLogs(const Config& config, const Topology& topology,
   std::string how;
   auto logs = LogStore::Open(
       options, clock_,
-      [&](const std::string& folder, const DiskOptions& disk, std::string* why) {
-        return CreateDisk(config.disk_backend, directory->path() + "/" + folder, disk, why);
+      [backend = config.disk_backend, path = directory->path()](
+          const std::string& folder, const DiskOptions& disk, std::string* why) {
+        return CreateDisk(backend, path + "/" + folder, disk, why);
       },
       &how);
   if (!logs) return std::unexpected(logs.error());
   if (!how.empty()) note("disk: " + how);
   logs_ = *std::move(logs);
-  return directory->Sync();
+  if (!options.checkpoint.gone.empty()) {
+    // The store has emptied them.
+    options.checkpoint.gone.clear();
+    auto written = WriteManifest(directory->disk(), options.checkpoint);
+    if (!written) return written;
+  }
+  checkpointer_ = std::make_unique<Checkpointer>(
+      CheckpointerOptions{.every_bytes = uint64_t{config.checkpoint_mib} << 20}, &directory->disk(),
+      logs_.get(), clock_, options.checkpoint);
+  return directory->disk().SyncDirectory();
 }
 
 Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topology) {
@@ -130,6 +147,7 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
   options.shards = static_cast<uint16_t>(config.shard_cpus.size());
   options.ingest.max_connections = config.limits.max_connections;
   options.ingest.huge_pages = config.huge_pages;
+  options.ingest.checkpoint_requests = &checkpointer_->requests();
   const size_t limit =
       config.memory_limit_mib > 0 ? config.memory_limit_mib << 20 : MachineMemoryBytes() / 4 * 3;
   options.shard.memory_limit_bytes = limit / options.shards;
@@ -249,6 +267,7 @@ Result<void> Daemon::MakeCores(const Config& config) {
     (*core)->runner->AddPoll([shard] { return shard->Poll(); });
   }
   if (auto made = MakeGateway(config); !made) return made;
+  checkpointer_->AddCounters(&appliance_->counters());
   for (const auto& core : cores_) {
     for (const auto& peer : cores_) {
       if (peer != core) core->runner->AddPeer(peer->runner.get());
@@ -384,7 +403,7 @@ bool Daemon::ServeUntil(const std::atomic<bool>& stop, const NoteFn& note) {
   CHECK(bell.has_value(), "a descriptor is left for the control plane");
   while (!stop.load()) {
     NoteGrowth(note);
-    const int work = logs_->Poll();
+    const int work = logs_->Poll() + checkpointer_->Poll(note);
     if (!Prefault()) bell->Wait(work > 0 ? kNanosPerMilli : kControlPeriodNs);
   }
   const int64_t deadline_ns = clock_->MonotonicNs() + kDrainDeadlineNs;
@@ -399,14 +418,32 @@ bool Daemon::ServeUntil(const std::atomic<bool>& stop, const NoteFn& note) {
     bell->Wait(kNanosPerMilli);
   }
   const bool drained = all_drained();
+  if (IsWorthACheckpoint()) checkpointer_->Request();
+  const int64_t saved_by_ns = clock_->MonotonicNs() + kLastCheckpointNs;
+  while (checkpointer_->busy() && clock_->MonotonicNs() < saved_by_ns) {
+    const int work = logs_->Poll() + checkpointer_->Poll(note);
+    for (const auto& core : cores_) core->runner->WakeIfSleeping();
+    if (work == 0) bell->Wait(kNanosPerMilli);
+  }
   for (size_t s = 0; s < appliance_->shards(); ++s) appliance_->shard(s).HurryLog();
-  while (!LogsSettled() && clock_->MonotonicNs() < deadline_ns) {
+  const int64_t settled_by_ns = clock_->MonotonicNs() + kDrainDeadlineNs;
+  while (!LogsSettled() && clock_->MonotonicNs() < settled_by_ns) {
     logs_->Poll();
     for (const auto& core : cores_) core->runner->WakeIfSleeping();
     bell->Wait(kNanosPerMilli);
   }
   Join();
   return drained;
+}
+
+// A restart would have much to replay.
+bool Daemon::IsWorthACheckpoint() const {
+  uint64_t replayed = 0;
+  for (size_t s = 0; s < appliance_->shards(); ++s) {
+    replayed += appliance_->shard(s).recovery().replayed.load(std::memory_order_relaxed);
+  }
+  return checkpointer_->bytes_since_last() >= kWorthACheckpointBytes ||
+         (checkpointer_->completed() == 0 && replayed >= kWorthACheckpointRecords);
 }
 
 bool Daemon::LogsSettled() const {

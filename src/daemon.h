@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "src/appliance.h"
+#include "src/checkpointer.h"
 #include "src/control/config.h"
 #include "src/control/gateway_core.h"
 #include "src/control/grpc_gateway.h"
@@ -68,6 +69,7 @@ class Daemon {
   Result<void> AwaitRecovery(const std::atomic<bool>& stop, const NoteFn& note);
   void NoteRecovery(const NoteFn& note) const;
   bool LogsSettled() const;
+  bool IsWorthACheckpoint() const;
   Result<void> StartGrpc(const Config& config);
   void RunCore(const Core& core, std::atomic<int>* started, std::atomic<bool>* failed);
   bool Prefault();
@@ -78,6 +80,7 @@ class Daemon {
   std::vector<std::unique_ptr<Network>> networks_;
   std::vector<Endpoint> endpoints_;
   std::unique_ptr<LogStore> logs_;
+  std::unique_ptr<Checkpointer> checkpointer_;
   std::unique_ptr<Appliance> appliance_;
   std::unique_ptr<GatewayCore> gateway_;  // nullptr: nothing needs it
   CoreRunner* gateway_runner_ = nullptr;

@@ -6,10 +6,12 @@
 #include <string>
 #include <vector>
 
+#include "index/checkpoint/checkpoint_handoff.h"
 #include "index/log/log_writer.h"
 #include "index/log/segment_handoff.h"
 #include "index/log/segment_keeper.h"
 #include "index/shard_recovery.h"
+#include "src/checkpoint_manifest.h"
 #include "src/core/clock.h"
 #include "src/core/data_directory.h"
 #include "src/core/disk.h"
@@ -23,6 +25,9 @@ struct LogStoreOptions {
   InstanceId instance{};
   // Logs that are there; those of shards that there are no longer are read, too.
   std::vector<uint16_t> existing;
+  // The latest checkpoint; no logs: there is none. What it calls gone is removed by Open, and the
+  // caller then writes it without.
+  CheckpointManifest checkpoint;
   LogWriterOptions writer;      // log and instance are filled in
   SegmentKeeperOptions keeper;  // likewise
   HugePagePolicy huge_pages = HugePagePolicy::kAuto;
@@ -34,11 +39,14 @@ std::string LogFolder(uint16_t log);
 // The logs among the names of a data directory.
 std::vector<uint16_t> LogsAmong(const std::vector<DirectoryEntry>& entries);
 
+// Removes all files of a log's folder.
+Result<void> EmptyFolder(Disk& disk);
+
 // All logs of an appliance: for each shard the disk, memory and writer of its log, and on the
 // control plane's core a keeper of its segments.
 //
 // Thread safety: made and polled by the control plane; what ForShard names is the shard core's.
-// Outlives the appliance.
+// Outlives the appliance. `make_disk` is called later too.
 class LogStore {
  public:
   // A Disk over a folder of the data directory, made where it is missing. `note` may be nullptr.
@@ -57,6 +65,23 @@ class LogStore {
   // One bounded round of the keepers, which may wait for the disk; returns how much was done.
   int Poll();
 
+  // ---- For checkpoints, by the control plane ----
+
+  uint16_t shards() const { return static_cast<uint16_t>(logs_.size()); }
+  CheckpointHandoff& checkpoint(uint16_t shard) { return logs_[shard]->checkpoint; }
+  // Logs that were read at the start and that no shard writes.
+  const std::vector<uint16_t>& others() const { return others_; }
+  // Of all logs, by how far their positions have come.
+  uint64_t bytes_written() const;
+  // The names in the folders stay. Waits.
+  Result<void> SyncFolders();
+  // Nothing before that position of the shard's log is replayed any more.
+  void FreeBefore(uint16_t shard, LogPosition position);
+  // Removes the checkpoint files of other rounds.
+  Result<void> RemoveCheckpointsBut(uint32_t round);
+  // Removes what is in the folders of others().
+  Result<void> RemoveOthers();
+
  private:
   struct Log {
     // In this order: what comes later uses what comes before.
@@ -68,13 +93,19 @@ class LogStore {
     std::unique_ptr<Disk> keeper_disk;
     std::unique_ptr<SegmentKeeper> keeper;
     bool keeper_started = false;
+    uint32_t free_before = 0;  // segments that the latest checkpoint does not need
+    CheckpointHandoff checkpoint;
+    std::unique_ptr<Disk> checkpoint_disk;
     ShardStorage storage;
   };
 
-  LogStore() = default;
+  explicit LogStore(const DiskFactory& make_disk) : make_disk_(make_disk) {}
+  Result<void> AddCheckpoints(const LogStoreOptions& options, uint16_t shard, Log* log);
   static Result<void> StartKeeper(Log* log);
 
+  const DiskFactory make_disk_;
   std::vector<std::unique_ptr<Log>> logs_;  // by shard
+  std::vector<uint16_t> others_;
 };
 
 }  // namespace engram

@@ -22,6 +22,19 @@ void FlipBit(std::span<std::byte> bytes, uint64_t bit) {
   bytes[bit / 8] ^= std::byte{1} << (bit % 8);
 }
 
+// The first page of a segment's file. False: the file is shorter.
+Result<bool> ReadHead(Disk& disk, uint32_t number, std::span<std::byte> page) {
+  const std::string name = SegmentName(number);
+  const auto file = disk.Open(name, OpenMode::kRead, Caching::kBuffered);
+  if (!file) return std::unexpected(file.error());
+  CHECK(disk.Read(file->id, 0, page, 0), "nothing is under way");
+  DiskCompletion end;
+  while (disk.Poll({&end, 1}) == 0) disk.Wait(kNanosPerSecond);
+  disk.Close(file->id);
+  if (end.error != 0) return FailErrno("read " + disk.directory() + "/" + name, end.error);
+  return end.bytes == page.size();
+}
+
 }  // namespace
 
 LogReader::LogReader(Disk* disk, uint16_t log, const LogInstance& instance)
@@ -86,22 +99,12 @@ Result<void> LogReader::AddSegment(uint32_t number, uint64_t file_bytes) {
     segment.trouble = "is shorter than a segment's header";
   } else {
     std::array<std::byte, kLogPageBytes> page;
-    if (auto read = ReadHead(page, &segment); !read) return read;
+    const auto read = ReadHead(*disk_, number, page);
+    if (!read) return std::unexpected(read.error());
+    if (!*read) segment.trouble = "is shorter than a segment's header";
     if (auto parsed = ParseHead(page, &segment); !parsed) return parsed;
   }
   segments_.push_back(std::move(segment));
-  return {};
-}
-
-Result<void> LogReader::ReadHead(std::span<std::byte> page, Segment* segment) {
-  const auto file = disk_->Open(SegmentName(segment->number), OpenMode::kRead, Caching::kBuffered);
-  if (!file) return std::unexpected(file.error());
-  CHECK(disk_->Read(file->id, 0, page, 0), "nothing is under way");
-  DiskCompletion end;
-  while (disk_->Poll({&end, 1}) == 0) disk_->Wait(kNanosPerSecond);
-  disk_->Close(file->id);
-  if (end.error != 0) return FailErrno("read " + FileOf(segment->number), end.error);
-  if (end.bytes < page.size()) segment->trouble = "is shorter than a segment's header";
   return {};
 }
 
@@ -522,6 +525,23 @@ uint64_t LogReader::bytes_read() const {
   uint64_t bytes = searching ? search_offset_ : OffsetOf(position_);
   for (size_t i = 0; i < last; ++i) bytes += segments_[i].bytes;
   return bytes;
+}
+
+Result<std::optional<SegmentHeader>> FindSegmentHeader(Disk& disk) {
+  const auto entries = disk.List();
+  if (!entries) return std::unexpected(entries.error());
+  for (const DirectoryEntry& entry : *entries) {
+    const auto number = SegmentNumber(entry.name);
+    if (!number) continue;
+    std::array<std::byte, kLogPageBytes> page;
+    const auto read = ReadHead(disk, *number, page);
+    if (!read) return std::unexpected(read.error());
+    if (!*read) continue;
+    if (const auto bit = FindFlippedBitOfSegmentHeader(page)) FlipBit(page, *bit);
+    SegmentHeader header;
+    if (ParseSegmentHeader(page, &header).empty()) return header;
+  }
+  return std::nullopt;
 }
 
 }  // namespace engram

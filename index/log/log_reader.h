@@ -39,6 +39,13 @@ struct MendedBit {
   friend bool operator==(const MendedBit&, const MendedBit&) = default;
 };
 
+// A place that is damaged, and where reading could go on with another reader; 0: nowhere.
+struct LogDamage {
+  std::string file;
+  uint64_t offset = 0;
+  LogPosition resume = 0;
+};
+
 // Reads a log from a position to its end, by FORMAT.md, "Where a log ends":
 //
 // 1. Open looks at the folder and at the header of each segment from there on.
@@ -113,14 +120,8 @@ class LogReader {
   const std::vector<Segment>& segments() const { return segments_; }
   uint64_t blocks() const { return blocks_; }
 
-  // After an error that a later live block proves: the file and offset that are damaged, and where
-  // reading could go on with another reader; 0: nowhere.
-  struct Damage {
-    std::string file;
-    uint64_t offset = 0;
-    LogPosition resume = 0;
-  };
-  const std::optional<Damage>& damage() const { return damage_; }
+  // After an error that what lies behind it proves.
+  const std::optional<LogDamage>& damage() const { return damage_; }
 
  private:
   enum class Phase : uint8_t {
@@ -147,7 +148,6 @@ class LogReader {
   std::string FileOf(uint32_t number) const;
   Result<void> ListSegments(LogPosition from);
   Result<void> AddSegment(uint32_t number, uint64_t file_bytes);
-  Result<void> ReadHead(std::span<std::byte> page, Segment* segment);
   Result<void> ParseHead(std::span<std::byte> page, Segment* segment);
   Result<void> BeginAt(LogPosition from);
 
@@ -209,7 +209,11 @@ class LogReader {
   uint32_t search_offset_ = 0;
   std::optional<uint32_t> missing_;  // the first segment that is not there
   LogPosition first_found_ = 0;      // the first live header behind
-  std::optional<Damage> damage_;
+  std::optional<LogDamage> damage_;
 };
+
+// The header of the first segment in a folder that has a sound one, or one with a single turned
+// bit; nothing where there is none. Waits for the disk, which has nothing under way.
+Result<std::optional<SegmentHeader>> FindSegmentHeader(Disk& disk);
 
 }  // namespace engram

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 
 #include "src/core/check.h"
 
@@ -12,14 +14,77 @@ namespace {
 
 // Tags of the disk's operations: a block's number, or this.
 constexpr uint64_t kFlushTag = UINT64_MAX;
+// Blocks that fit in the memory of one that is full: most are small where little comes in.
+constexpr size_t kBlocksForEach = 8;
 // The share of a segment that is kept for deletes when there is no next one.
 constexpr uint32_t kReservedShare = 8;
 
+// A page-aligned buffer for MakeLogDurable.
+constexpr size_t kCopyBytes = size_t{1} << 20;
+
+Result<void> WaitForEnd(Disk* disk, const std::string& what, size_t bytes) {
+  DiskCompletion end;
+  while (disk->Poll({&end, 1}) == 0) disk->Wait(kNanosPerSecond);
+  if (end.error != 0) return FailErrno(what, end.error);
+  if (end.bytes != bytes) return Fail(ErrorCode::kCorrupt, what + ": the file is shorter than it was");
+  return {};
+}
+
+// [begin, end) of one segment; `end` 0: to the end of the file.
+Result<void> WriteAgain(Disk* disk, const std::string& name, uint64_t begin, uint64_t end,
+                        std::span<std::byte> memory) {
+  auto file = disk->Open(name, OpenMode::kReadWrite, Caching::kDirect);
+  if (!file) return std::unexpected(file.error());
+  const std::string path = disk->directory() + "/" + name;
+  Result<void> done;
+  if (end == 0) end = file->size_bytes / kLogPageBytes * kLogPageBytes;
+  while (done && begin < end) {
+    const auto piece = memory.first(std::min<uint64_t>(memory.size(), end - begin));
+    CHECK(disk->Read(file->id, begin, piece, 0), "nothing is under way");
+    done = WaitForEnd(disk, "read " + path, piece.size());
+    if (!done) break;
+    CHECK(disk->Write(file->id, begin, piece, 0), "nothing is under way");
+    done = WaitForEnd(disk, "write " + path, piece.size());
+    begin += piece.size();
+  }
+  if (done) {
+    CHECK(disk->Flush(file->id, 0), "nothing is under way");
+    done = WaitForEnd(disk, "flush " + path, 0);
+  }
+  disk->Close(file->id);
+  return done;
+}
+
 }  // namespace
+
+Result<void> MakeLogDurable(Disk* disk, LogPosition durable, LogPosition end) {
+  if (end == 0) return {};
+  void* memory = std::aligned_alloc(kLogPageBytes, kCopyBytes);
+  CHECK(memory != nullptr, "there is memory for a buffer");
+  const std::unique_ptr<void, decltype(&std::free)> owner(memory, &std::free);
+  const std::span<std::byte> buffer(static_cast<std::byte*>(memory), kCopyBytes);
+  // Blocks that are not durable lie in two segments at most.
+  const uint32_t last = SegmentOf(end);
+  uint32_t segment = durable == 0 ? std::max<uint32_t>(last, 2) - 1 : SegmentOf(durable);
+  uint64_t begin = durable == 0 ? kLogPageBytes : OffsetOf(durable);
+  for (; segment <= last; ++segment, begin = kLogPageBytes) {
+    auto done = WriteAgain(disk, SegmentName(segment), begin, segment == last ? OffsetOf(end) : 0,
+                           buffer);
+    // Before the first one there is nothing.
+    if (!done && !(durable == 0 && segment < last && done.error().code == ErrorCode::kNotFound)) {
+      return done;
+    }
+  }
+  return {};
+}
 
 LogWriter::LogWriter(const LogWriterOptions& options, Disk* disk, SegmentHandoff* handoff,
                      std::span<std::byte> memory)
-    : options_(options), disk_(disk), handoff_(handoff), memory_(memory), blocks_(options.blocks) {
+    : options_(options),
+      disk_(disk),
+      handoff_(handoff),
+      memory_(memory),
+      blocks_(size_t{options.blocks} * kBlocksForEach) {
   CHECK(options.block_bytes >= kLeastBlockBytes && options.block_bytes <= kMaxBlockBytes &&
             options.block_bytes % kLogPageBytes == 0,
         "a block is whole pages and holds any record");
@@ -89,13 +154,10 @@ RefusalReason LogWriter::JudgeRoom(size_t bytes, bool frees) const {
   } else if (fills &&
              kBlockHeaderBytes + At(next_ - 1).record_bytes + bytes <= At(next_ - 1).room) {
     return RefusalReason::kNone;
-  } else if (next_ - first_ < blocks_.size()) {
-    // What the block under way will take of the segment is not settled before it is sealed.
-    const uint32_t taken = fills ? At(next_ - 1).room : 0;
-    const uint32_t left = LeftInSegment();
-    if (has_next || (left > taken && left - taken >= needs + kLogPageBytes)) {
-      return RefusalReason::kNone;
-    }
+  } else if (next_ - first_ < blocks_.size() &&
+             FindPlace(HeadAfterFilling(), PagesOf(needs)).bytes > 0) {
+    const uint32_t taken = fills ? PagesOf(kBlockHeaderBytes + At(next_ - 1).record_bytes) : 0;
+    if (has_next || LeftInSegment() >= taken + needs) return RefusalReason::kNone;
   }
   if (failing_) return RefusalReason::kDiskFailing;
   switch (handoff_->trouble.load(std::memory_order_relaxed)) {
@@ -109,12 +171,32 @@ RefusalReason LogWriter::JudgeRoom(size_t bytes, bool frees) const {
   return RefusalReason::kLogBusy;
 }
 
-size_t LogWriter::room_bytes() const {
-  const uint64_t used = next_ - first_;
-  const size_t whole = (blocks_.size() - used) * (options_.block_bytes - kBlockHeaderBytes);
-  if (!IsFilling()) return whole;
+// Where the next block goes if the last one is sealed now.
+size_t LogWriter::HeadAfterFilling() const {
+  if (!IsFilling()) return head_;
   const Block& block = At(next_ - 1);
-  return whole + block.room - kBlockHeaderBytes - block.record_bytes;
+  return block.memory_at + PagesOf(kBlockHeaderBytes + block.record_bytes);
+}
+
+// In the ring behind `head`, up to its end or else from its beginning.
+LogWriter::Place LogWriter::FindPlace(size_t head, size_t bytes) const {
+  if (first_ == next_) return {.at = 0, .bytes = memory_.size()};
+  const size_t tail = At(first_).memory_at;
+  if (head > tail) {
+    if (memory_.size() - head >= bytes) return {.at = head, .bytes = memory_.size() - head};
+    head = 0;
+  }
+  return tail - head >= bytes ? Place{.at = head, .bytes = tail - head} : Place{};
+}
+
+// Less what a block leaves at the end of the ring or of its last page.
+size_t LogWriter::room_bytes() const {
+  const size_t kept = options_.block_bytes / 2;
+  if (first_ == next_) return memory_.size() - kept;
+  const size_t head = HeadAfterFilling();
+  const size_t tail = At(first_).memory_at;
+  const size_t left = head > tail ? memory_.size() - head + tail : tail - head;
+  return left > kept ? left - kept : 0;
 }
 
 LogAddress LogWriter::Append(const LogRecord& record, bool urgent) {
@@ -133,13 +215,15 @@ LogAddress LogWriter::Append(const LogRecord& record, bool urgent) {
   ++block.record_count;
   block.urgent |= urgent;
   records_end_ = block.position + at + bytes;
+  last_block_ = block.position;
   return address;
 }
 
 // In the rest of the segment, or at the beginning of the next one.
 bool LogWriter::BeginBlock(size_t record_bytes) {
-  if (next_ - first_ == blocks_.size()) return false;
   const size_t needs = kBlockHeaderBytes + record_bytes;
+  const Place place = FindPlace(head_, PagesOf(needs));
+  if (next_ - first_ == blocks_.size() || place.bytes == 0) return false;
   if (LeftInSegment() < needs) {
     if (!MayBeginSegment()) return false;
     BeginSegment();
@@ -150,7 +234,9 @@ bool LogWriter::BeginBlock(size_t record_bytes) {
            .position = position_,
            .durable = durable_,
            .previous = previous_,
-           .room = std::min(options_.block_bytes, LeftInSegment()),
+           .memory_at = place.at,
+           .room = static_cast<uint32_t>(
+               std::min<size_t>({options_.block_bytes, LeftInSegment(), place.bytes})),
            .began_ns = now_ns_};
   ++next_;
   return true;
@@ -187,7 +273,7 @@ void LogWriter::OpenNextSegment() {
 void LogWriter::Seal(uint64_t number) {
   Block& block = At(number);
   const size_t used = kBlockHeaderBytes + block.record_bytes;
-  block.bytes = static_cast<uint32_t>((used + kLogPageBytes - 1) / kLogPageBytes * kLogPageBytes);
+  block.bytes = PagesOf(used);
   std::byte* memory = MemoryOf(number);
   std::memset(memory + used, 0, block.bytes - used);
   WriteBlockHeader({.log = options_.log,
@@ -202,7 +288,9 @@ void LogWriter::Seal(uint64_t number) {
                    memory);
   block.state = State::kSealed;
   block.sealed_ns = now_ns_;
+  head_ = block.memory_at + block.bytes;
   position_ = previous_ = block.position + block.bytes;
+  handoff_->bytes_taken.fetch_add(block.bytes, std::memory_order_relaxed);
 }
 
 std::span<const std::byte> LogWriter::NotDurable(LogAddress address) const {
@@ -272,7 +360,7 @@ bool LogWriter::WantsFlush(const Block& first) const {
     if (At(written).urgent || At(written).record_count == 0) return true;
   }
   return hurried_ || now_ns_ - first.sealed_ns >= options_.flush_interval_ns ||
-         2 * (next_ - first_) > blocks_.size();
+         2 * room_bytes() < memory_.size() || 2 * (next_ - first_) > blocks_.size();
 }
 
 // Of the oldest block's file: it covers what is written there.

@@ -15,13 +15,19 @@
 
 namespace engram {
 
+// What was read of a log, [durable, end), is on stable storage when this returns; before `durable`
+// (0: not known) it was so already. It may have come from the operating system's cache, also after
+// a flush that failed, which later flushes do not make good (see Disk): so it is written again, with
+// the bytes that are there. Waits for the disk. `disk` has nothing under way.
+Result<void> MakeLogDurable(Disk* disk, LogPosition durable, LogPosition end);
+
 struct LogWriterOptions {
   uint16_t log = 0;
   LogInstance instance{};
   // Of one block, a multiple of kLogPageBytes, at least kLeastBlockBytes.
   uint32_t block_bytes = 1u << 20;
-  // Blocks that may be filled or on their way to the disk.
-  uint32_t blocks = 8;
+  // Memory for what is filled or on its way to the disk, in whole blocks; at least 2.
+  uint32_t blocks = 16;
   // Of these, how many may be written at a time.
   uint32_t max_writes = 2;
   // How long what nobody waits for may stay in memory.
@@ -88,8 +94,12 @@ class LogWriter {
   // Everything before is at the disk, or on stable storage.
   LogPosition written() const { return written_; }
   LogPosition durable() const { return durable_; }
-  // Where the next block is going to begin, unless a segment ends before.
-  LogPosition position() const { return position_; }
+  // Where the block with the last record begins.
+  LogPosition last_block() const { return last_block_; }
+  // Where reading would have to begin for what comes from now on: at the block that is being
+  // filled, or where the next one begins unless the segment ends before.
+  LogPosition next_block() const { return IsFilling() ? At(next_ - 1).position : position_; }
+  uint32_t epoch() const { return epoch_; }
   // The last write or flush failed, and is tried again.
   bool failing() const { return failing_; }
   // The bytes of a record that is not durable yet, and what follows it in its block; empty where
@@ -111,6 +121,7 @@ class LogWriter {
     LogPosition position = 0;
     LogPosition durable = 0;  // as its header says
     LogPosition previous = 0;
+    size_t memory_at = 0;
     uint32_t room = 0;  // bytes that it may grow to
     uint32_t record_bytes = 0;
     uint32_t record_count = 0;
@@ -121,9 +132,17 @@ class LogWriter {
 
   Block& At(uint64_t block) { return blocks_[block % blocks_.size()]; }
   const Block& At(uint64_t block) const { return blocks_[block % blocks_.size()]; }
-  std::byte* MemoryOf(uint64_t block) const {
-    return memory_.data() + block % blocks_.size() * options_.block_bytes;
+  std::byte* MemoryOf(uint64_t block) const { return memory_.data() + At(block).memory_at; }
+  // A place in memory for a block.
+  struct Place {
+    size_t at = 0;
+    size_t bytes = 0;  // that lie there free, side by side; 0: there is no place
+  };
+  Place FindPlace(size_t head, size_t bytes) const;
+  static uint32_t PagesOf(size_t bytes) {
+    return static_cast<uint32_t>((bytes + kLogPageBytes - 1) / kLogPageBytes * kLogPageBytes);
   }
+  size_t HeadAfterFilling() const;
   bool IsFilling() const { return first_ != next_ && At(next_ - 1).state == State::kFilling; }
   Result<void> OpenLast(LogPosition end);
   Result<void> FlushNow(FileId file);
@@ -150,8 +169,10 @@ class LogWriter {
   SegmentHandoff* const handoff_;
   const std::span<std::byte> memory_;
 
-  // Owner only. Blocks [first_, next_) are in use, oldest first; the last one may be filled.
+  // Owner only. Blocks [first_, next_) are in use, oldest first; the last one may be filled. They
+  // follow each other in memory, which is used as a ring, up to head_.
   std::vector<Block> blocks_;
+  size_t head_ = 0;
   uint64_t first_ = 0;
   uint64_t next_ = 0;
   FileId file_;                        // of the segment that is written
@@ -164,6 +185,7 @@ class LogWriter {
   LogPosition written_ = 0;
   LogPosition durable_ = 0;
   LogPosition records_end_ = 0;
+  LogPosition last_block_ = 0;
   LogPosition said_durable_ = 0;
   uint32_t epoch_ = 0;
   uint32_t writing_ = 0;

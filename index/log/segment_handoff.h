@@ -23,6 +23,8 @@ struct SegmentHandoff {
   std::atomic<bool> started{false};
   // The writer's: the segment that it writes.
   std::atomic<uint32_t> current{0};
+  // The writer's: bytes of blocks that were sealed since the start.
+  std::atomic<uint64_t> bytes_taken{0};
 };
 
 }  // namespace engram

@@ -50,9 +50,11 @@ Result<void> SegmentKeeper::Start(uint32_t last) {
   handoff_->current.store(last, std::memory_order_relaxed);
   handoff_->prepared.store(last, std::memory_order_relaxed);
   std::vector<uint32_t> beyond;
+  oldest_ = last + 1;
   for (const DirectoryEntry& entry : *entries) {
     const auto number = SegmentNumber(entry.name);
     if (number && *number > last) beyond.push_back(*number);
+    if (number) oldest_ = std::min(oldest_, *number);
   }
   std::ranges::sort(beyond);
   for (const uint32_t number : beyond) {
@@ -100,7 +102,9 @@ Result<void> SegmentKeeper::PrepareFirst() {
   return {};
 }
 
-void SegmentKeeper::Free(uint32_t number) { spare_.push_back(number); }
+void SegmentKeeper::FreeBefore(uint32_t number) {
+  for (; oldest_ < number; ++oldest_) spare_.push_back(oldest_);
+}
 
 int SegmentKeeper::Poll() {
   const uint32_t before = in_flight_;

@@ -52,8 +52,9 @@ class SegmentKeeper {
   Result<void> PrepareFirst();
   // One bounded round; returns how much was done. Renaming and syncing wait for the disk.
   int Poll();
-  // Nothing needs that segment any more: it is used again or removed.
-  void Free(uint32_t number);
+  // Nothing needs the segments before `number` any more: they are used again or removed. Not the
+  // one that is written.
+  void FreeBefore(uint32_t number);
 
  private:
   enum class Step : uint8_t { kIdle, kFilling, kWritingHeader, kFlushing };
@@ -82,6 +83,7 @@ class SegmentKeeper {
   std::byte* header_ = nullptr;  // a page
   std::vector<uint32_t> spare_;  // freed segments that still lie under their old names
   Step step_ = Step::kIdle;
+  uint32_t oldest_ = 1;               // that may be there and was not freed
   uint32_t number_ = 0;               // being prepared
   std::optional<uint32_t> recycled_;  // the segment that it is made of
   std::optional<FileId> file_;

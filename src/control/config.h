@@ -92,6 +92,7 @@ struct Config {
   Durability durability = Durability::kFsync;  // of spaces that do not say otherwise
   uint32_t segment_mib = 64;
   uint32_t flush_interval_ms = 20;
+  uint32_t checkpoint_mib = 1'024;  // of all logs together; 0: only on request
   uint32_t session_keep_days = 7;
   // [cores]: processors, as in /proc/cpuinfo. Empty ones are PlanCores' to fill.
   std::vector<int> control_cpus;

@@ -134,6 +134,7 @@ std::vector<SchemaField> FieldsOf(Config* config) {
   add({"data", "durability", DurabilityChoice(&config->durability)});
   add({"data", "segment_mib", Integer(&config->segment_mib, 1, 1'024)});
   add({"data", "flush_interval_ms", Integer(&config->flush_interval_ms, 1, 10'000)});
+  add({"data", "checkpoint_mib", Integer(&config->checkpoint_mib, 0, kMaxMib)});
   add({"data", "session_keep_days", Integer(&config->session_keep_days, 1, 365)});
   add({"cores", "mode",
        Choice(&config->core_mode, CoreMode::kAuto, {"auto", "run_to_completion", "pipelined"})});

@@ -18,4 +18,11 @@ SystemClock::SystemClock() : wall_offset_ns_(ReadNs(CLOCK_REALTIME) - ReadNs(CLO
 
 int64_t SystemClock::MonotonicNs() { return ReadNs(CLOCK_MONOTONIC); }
 
+void SystemClock::PassWallNs(int64_t unix_ns) {
+  const int64_t wanted = unix_ns + 1 - MonotonicNs();
+  int64_t offset = wall_offset_ns_.load(std::memory_order_relaxed);
+  while (offset < wanted && !wall_offset_ns_.compare_exchange_weak(offset, wanted)) {
+  }
+}
+
 }  // namespace engram

@@ -5,7 +5,6 @@
 #include <memory>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "src/core/disk.h"
 #include "src/core/result.h"
@@ -44,10 +43,8 @@ class DataDirectory {
 
   const std::string& path() const { return disk_->directory(); }
   const InstanceInfo& instance() const { return instance_; }
-  // What is in it, folders too.
-  Result<std::vector<DirectoryEntry>> List() { return disk_->List(); }
-  // The names in it stay, also those of folders.
-  Result<void> Sync() { return disk_->SyncDirectory(); }
+  // For one thread at a time, with nothing under way between its calls.
+  Disk& disk() { return *disk_; }
 
  private:
   std::unique_ptr<Disk> disk_;  // Holds the lock.

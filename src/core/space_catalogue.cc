@@ -121,7 +121,9 @@ SpaceEntry* SpaceCatalogue::FindOrAdd(std::string_view name, Metric metric) {
 
 Result<SpaceEntry*> SpaceCatalogue::Restore(std::string_view name,
                                             const SpaceDefinition& definition) {
-  const auto partitions = std::min(std::max<uint16_t>(definition.partitions, 1), max_partitions_);
+  const auto within = [this](uint16_t count) {
+    return std::min(std::max<uint16_t>(count, 1), max_partitions_);
+  };
   SpaceEntry* entry = Find(name);
   if (entry == nullptr) {
     const std::lock_guard lock(mutex_);
@@ -132,7 +134,7 @@ Result<SpaceEntry*> SpaceCatalogue::Restore(std::string_view name,
       settings.precision = definition.precision;
       settings.durability = definition.durability;
       settings.dimension = definition.dimension;
-      settings.partitions = partitions;
+      settings.partitions = within(definition.first_partitions());
       entry = AddLocked(name, settings);
     }
   }
@@ -154,6 +156,7 @@ Result<SpaceEntry*> SpaceCatalogue::Restore(std::string_view name,
                     ", and what the data directory has of it is of dimension " +
                     std::to_string(definition.dimension) + "; write that one");
   }
+  const uint16_t partitions = within(definition.partitions);
   for (uint16_t seen = entry->partitions(); seen < partitions; seen = entry->partitions()) {
     if (uint32_t{seen} * 2 > max_partitions_) break;
     entry->Grow(seen);

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <atomic>
+#include <bit>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -29,9 +30,11 @@ struct SpaceDefinition {
   Metric metric = Metric::kUnspecified;
   Precision precision = Precision::kUnspecified;
   Durability durability = Durability::kUnspecified;
-  uint8_t reserved = 0;
+  uint8_t growths = 0;     // how often its partitions have doubled
   uint16_t dimension = 0;  // 0: it was open
   uint16_t partitions = 0;
+
+  uint16_t first_partitions() const { return static_cast<uint16_t>(partitions >> growths); }
 };
 static_assert(sizeof(SpaceDefinition) == 8);
 
@@ -47,11 +50,14 @@ class SpaceEntry {
   Precision precision() const { return precision_; }
   Durability durability() const { return durability_; }
   SpaceDefinition Definition() const {
-    return {.metric = metric_,
-            .precision = precision_,
-            .durability = durability_,
-            .dimension = dimension(),
-            .partitions = partitions()};
+    const uint16_t now = partitions();
+    return {
+        .metric = metric_,
+        .precision = precision_,
+        .durability = durability_,
+        .growths = static_cast<uint8_t>(std::bit_width(now) - std::bit_width(first_partitions_)),
+        .dimension = dimension(),
+        .partitions = now};
   }
   // 0 until the first observation.
   uint16_t dimension() const { return dimension_.load(std::memory_order_acquire); }

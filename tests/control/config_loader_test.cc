@@ -41,7 +41,7 @@ constexpr Wrong kWrongFiles[] = {
      "engram.toml:2: listen.tpc: unknown field; did you mean tcp?"},
     {"UnknownKeyLikeNone", "[data]\nsize = 1\n",
      "engram.toml:2: data.size: unknown field; here go directory, backend, durability, "
-     "segment_mib, flush_interval_ms and session_keep_days"},
+     "segment_mib, flush_interval_ms, checkpoint_mib and session_keep_days"},
     {"KeyOfAnotherSection", "[listen]\nmax_connections = 5\n",
      "engram.toml:2: listen.max_connections: unknown field; it belongs below [limits]"},
     {"KeyOfTwoSections", "[limits]\nprecision = \"f32\"\n",

@@ -3,6 +3,7 @@
 #include <arpa/inet.h>
 #include <gtest/gtest.h>
 #include <netinet/in.h>
+#include <poll.h>
 
 #include <array>
 
@@ -87,16 +88,84 @@ TEST(PrintableTest, TakesAwayWhatATerminalActsOn) {
   EXPECT_EQ(Printable("caf\xc3\xa9 \xc2\xb5s"), "caf\xc3\xa9 \xc2\xb5s");
 }
 
+// A TCP socket on a port of its own. While it does not listen it keeps the port from everybody
+// else.
+class TcpPort {
+ public:
+  TcpPort() : socket_fd_(socket(AF_INET, SOCK_STREAM, 0)) {
+    sockaddr_in name = {};
+    name.sin_family = AF_INET;
+    name.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t size = sizeof(name);
+    CHECK(bind(socket_fd_.get(), reinterpret_cast<sockaddr*>(&name), size) == 0, "bind");
+    CHECK(getsockname(socket_fd_.get(), reinterpret_cast<sockaddr*>(&name), &size) == 0, "name");
+    address_ = {"127.0.0.1", std::to_string(ntohs(name.sin_port))};
+  }
+  void Listen() { CHECK(listen(socket_fd_.get(), 4) == 0, "listen"); }
+  UniqueFd Accept() { return UniqueFd(accept(socket_fd_.get(), nullptr, nullptr)); }
+  const Address& address() const { return address_; }
+
+ private:
+  UniqueFd socket_fd_;
+  Address address_;
+};
+
+void AwaitReady(const Connection& connection, short events) {
+  pollfd entry = {.fd = connection.fd(), .events = events, .revents = 0};
+  ASSERT_EQ(poll(&entry, 1, static_cast<int>(kTimeoutNs / kNanosPerMilli)), 1);
+}
+
+TEST(ConnectTest, StartsAndSaysHelloWithoutWaiting) {
+  TcpPort port;
+  port.Listen();
+  auto connection = Connection::StartConnect(port.address(), /*attempt=*/7);
+  ASSERT_TRUE(connection.has_value()) << connection.error().message;
+  ASSERT_TRUE(connection->SendHello({.session = 9}).has_value());
+  EXPECT_GT(connection->PendingBytes(), 0u);
+  AwaitReady(*connection, POLLOUT);
+  auto answered = connection->PollHello();
+  ASSERT_TRUE(answered.has_value()) << answered.error().message;
+  EXPECT_FALSE(*answered);
+  EXPECT_EQ(connection->PendingBytes(), 0u);
+
+  const UniqueFd server = port.Accept();
+  const Bytes ack = ScriptedPeer::Framed(FrameType::kHelloAck, 0, 5, Bytes(sizeof(HelloAckBody)));
+  // In two pieces; the first is no answer yet.
+  ASSERT_EQ(send(server.get(), ack.data(), 40, 0), 40);
+  AwaitReady(*connection, POLLIN);
+  answered = connection->PollHello();
+  ASSERT_TRUE(answered.has_value());
+  EXPECT_FALSE(*answered);
+  ASSERT_GT(send(server.get(), ack.data() + 40, ack.size() - 40, 0), 0);
+  AwaitReady(*connection, POLLIN);
+  answered = connection->PollHello();
+  ASSERT_TRUE(answered.has_value());
+  EXPECT_TRUE(*answered);
+  EXPECT_EQ(connection->hello().last_sequence, 5u);
+  EXPECT_EQ(connection->hello().session, ScriptedPeer::kSession);
+}
+
+TEST(ConnectTest, AStartThatComesToNothingMayPass) {
+  const TcpPort port;  // and nobody listens
+  auto connection = Connection::StartConnect(port.address(), 0);
+  Error error;
+  if (!connection) {
+    error = connection.error();
+  } else {
+    ASSERT_TRUE(connection->SendHello({}).has_value());
+    AwaitReady(*connection, POLLIN | POLLOUT);
+    const auto answered = connection->PollHello();
+    ASSERT_FALSE(answered.has_value());
+    error = answered.error();
+  }
+  EXPECT_EQ(error.code, ErrorCode::kUnavailable);
+  EXPECT_NE(error.message.find("Connection refused; is engramd running?"), std::string::npos)
+      << error.message;
+}
+
 TEST(ConnectTest, SaysWhatToLookAtWhenNobodyListens) {
-  // A socket that is bound and does not listen keeps its port from everybody else.
-  const UniqueFd socket_fd(socket(AF_INET, SOCK_STREAM, 0));
-  sockaddr_in name = {};
-  name.sin_family = AF_INET;
-  name.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t size = sizeof(name);
-  ASSERT_EQ(bind(socket_fd.get(), reinterpret_cast<sockaddr*>(&name), size), 0);
-  ASSERT_EQ(getsockname(socket_fd.get(), reinterpret_cast<sockaddr*>(&name), &size), 0);
-  const Address address{"127.0.0.1", std::to_string(ntohs(name.sin_port))};
+  const TcpPort port;
+  const Address& address = port.address();
   const auto connection = Connection::Connect(address, kTimeoutNs);
   ASSERT_FALSE(connection.has_value());
   EXPECT_EQ(connection.error().message, "cannot connect to " + address.ToString() +
@@ -141,6 +210,34 @@ TEST_F(EngramClientTest, ARefusedHelloShowsNameTextAndTheServersWords) {
   EXPECT_EQ(MessageOf(greeted),
             "the server ended the connection: metric_mismatch: the space has another metric "
             "(space notes has l2?[2J)");
+}
+
+TEST_F(EngramClientTest, TheCodeOfARefusalSaysWhatCanBeDone) {
+  const std::pair<RefusalReason, ErrorCode> cases[] = {
+      {RefusalReason::kShuttingDown, ErrorCode::kUnavailable},
+      {RefusalReason::kConnectionLimit, ErrorCode::kUnavailable},
+      {RefusalReason::kSlowReader, ErrorCode::kUnavailable},
+      {RefusalReason::kSessionExpired, ErrorCode::kNotFound},
+      {RefusalReason::kFenced, ErrorCode::kAlreadyExists},
+      {RefusalReason::kBadFrame, ErrorCode::kInvalidArgument},
+      {RefusalReason::kSessionSpaceMismatch, ErrorCode::kInvalidArgument},
+      {static_cast<RefusalReason>(60'000), ErrorCode::kUnavailable},
+  };
+  for (const auto& [reason, code] : cases) {
+    peer_.SendNak({.reason = reason, .flags = kNakFlagClosing}, 0);
+    EXPECT_EQ(connection_.Hello({}, kTimeoutNs).error().code, code) << DescribeRefusal(reason).name;
+  }
+}
+
+TEST_F(EngramClientTest, AConnectionToItselfIsNoServer) {
+  ASSERT_TRUE(connection_.SendHello({}).has_value());
+  ASSERT_TRUE(connection_.Flush().has_value());
+  const auto own = peer_.NextFrame();
+  peer_.SendRaw(BytesOf(own->header));
+  peer_.SendRaw(own->body);
+  const auto answered = connection_.PollHello();
+  ASSERT_FALSE(answered.has_value());
+  EXPECT_EQ(answered.error().code, ErrorCode::kUnavailable);
 }
 
 TEST_F(EngramClientTest, AHelloAckThatIsTooShortIsNoAnswer) {

@@ -33,6 +33,17 @@ class FeedTest : public testing::Test {
         FeedOptions{.batch = batch, .stall_timeout_ns = kStallNs});
   }
 
+  // Ends the connection; another one says that the session is at `last_sequence`.
+  void Resume(uint64_t last_sequence, uint64_t credit) {
+    peer_ = ScriptedPeer();
+    peer_.SendHelloAck(last_sequence, credit);
+    Connection connection = peer_.Client();
+    ASSERT_TRUE(connection.Hello({}, kTimeoutNs).has_value());
+    ASSERT_TRUE(peer_.NextFrame().has_value());
+    const auto resumed = feed_->Resume(std::move(connection), clock_.MonotonicNs());
+    ASSERT_TRUE(resumed.has_value()) << resumed.error().message;
+  }
+
   void Step() {
     const auto polled = feed_->Poll(clock_.MonotonicNs());
     ASSERT_TRUE(polled.has_value()) << polled.error().message;
@@ -430,6 +441,75 @@ TEST_F(FeedTest, TimeWithoutAnythingToSendIsNoStall) {
   feed_->Offer(4);
   Step();
   EXPECT_EQ(feed_->counts().sent, 8u);
+}
+
+// Resume; how it goes on over many connections is in resuming_feed_test.cc -----------------------
+
+TEST_F(FeedTest, AResumeSendsFromTheServersLastAndWithinTheNewCredit) {
+  Start(/*last_sequence=*/100, /*credit=*/1'000);
+  feed_->Offer(12);
+  Step();
+  peer_.SendAck(103, 1'000);
+  Step();
+  Resume(/*last_sequence=*/105, /*credit=*/109);
+  EXPECT_EQ(feed_->counts().settled, 5u);
+  EXPECT_EQ(feed_->counts().resumed_ahead, 2u);
+  Step();
+  EXPECT_EQ(Arrived(), (Sequences{106, 107, 108, 109}));
+  EXPECT_EQ(feed_->counts().retried, 4u);
+  peer_.SendAck(109, 1'000);
+  Step();
+  EXPECT_EQ(Arrived(), (Sequences{110, 111, 112}));
+}
+
+TEST_F(FeedTest, AResumeForgetsThatTheOldConnectionHadToWait) {
+  Start(0, 1'000, /*batch=*/4);
+  feed_->Offer(8);
+  Step();
+  NakOverload(/*expected=*/1, /*retry_after_ms=*/5'000);
+  Step();
+  Resume(0, 1'000);
+  Step();
+  EXPECT_EQ(Arrived(), (Sequences{1, 2, 3, 4, 5, 6, 7, 8}));
+}
+
+TEST_F(FeedTest, ARefusalThatTheServerHasForgottenIsForgotten) {
+  Start(0, 1'000);
+  feed_->Offer(4);
+  Step();
+  NakConsumed(3, RefusalReason::kWrongDimension);
+  Step();
+  EXPECT_EQ(feed_->counts().refused.at("wrong_dimension"), 1u);
+  Resume(2, 1'000);
+  EXPECT_TRUE(feed_->counts().refused.empty());
+  Step();
+  EXPECT_EQ(Arrived(), (Sequences{3, 4}));
+  peer_.SendAck(4, 1'000);  // this time it was taken
+  Step();
+  EXPECT_EQ(feed_->counts().acked, 4u);
+}
+
+TEST_F(FeedTest, ARefusalThatTheServerRemembersStays) {
+  Start(0, 1'000);
+  feed_->Offer(4);
+  Step();
+  NakConsumed(2, RefusalReason::kWrongDimension);
+  Step();
+  Resume(3, 1'000);
+  EXPECT_EQ(feed_->counts().refused.at("wrong_dimension"), 1u);
+  EXPECT_EQ(feed_->counts().acked, 2u);
+  // Back over it, and once more.
+  Resume(0, 1'000);
+  EXPECT_EQ(feed_->counts().acked, 0u);
+  EXPECT_EQ(feed_->counts().rolled_back, 3u);
+  Step();
+  NakConsumed(2, RefusalReason::kWrongDimension);
+  NakConsumed(2, RefusalReason::kWrongDimension);
+  peer_.SendAck(4, 1'000);
+  Step();
+  EXPECT_EQ(feed_->counts().refused.at("wrong_dimension"), 1u);
+  EXPECT_EQ(feed_->counts().acked, 3u);
+  EXPECT_EQ(feed_->ack_latency().Count(), 4u);
 }
 
 }  // namespace

@@ -321,9 +321,6 @@ class ShardRig {
     return shards[of]->counter(which).Read();
   }
   SpaceEntry* entry(const std::string& space) { return catalogue_.Find(space); }
-  const SpaceCatalogue& catalogue() const { return catalogue_; }
-  // Of the last observation that came back, with the answer where it had no session.
-  const ObserveRequest& last_observe() const { return last_observe_; }
   SpaceEntry* MakeSpace(const std::string& space, Metric metric) {
     return catalogue_.FindOrAdd(space, metric);
   }
@@ -342,6 +339,7 @@ class ShardRig {
   // Everything that came back, in order.
   std::vector<std::pair<size_t, Completion>> completions;
   std::map<uint64_t, RigAnswer> answers;
+  std::map<uint64_t, CommitStamp> alone_stamps;  // without a session, by the request's number
   bool hold_completions = false;
   bool polled_elsewhere = false;  // by threads of the test; this one only takes what comes back
   bool hold_results = false;
@@ -403,6 +401,9 @@ class ShardRig {
       last_observe_ =
           *reinterpret_cast<const ObserveRequest*>(ports_[producer].slab->At(completion.slot));
       last_space_dimension = last_observe_.space_dimension;
+      if (last_observe_.session.value() == 0) {
+        alone_stamps[last_observe_.sequence] = last_observe_.stamp;
+      }
     }
     ports_[producer].slab->Release(completion.slot);
   }

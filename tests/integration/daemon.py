@@ -104,16 +104,25 @@ class Daemon:
             "listen.tcp": "127.0.0.1:0", "listen.grpc": "",
             "data.directory": str(self.path / "data"),
             "memory.limit_mib": 1024, **(settings or {})}))
+        self.spawn()
+        try:
+            self.wait_ready()
+        except RuntimeError:
+            self._directory.cleanup()
+            raise
+
+    def spawn(self):
+        """Starts the process, also again after kill(), and does not wait for it."""
         self.process = subprocess.Popen(
             [executable("ENGRAMD", "src/engramd"), "--config", str(self.config)], cwd=self.path,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             errors="replace")
         self.log = Log(self.process.stderr)
+
+    def wait_ready(self):
         if not self.log.wait_for(r"\bready$", START_DEADLINE_S):
             self.process.wait()
-            text = self.log.finish()
-            self._directory.cleanup()
-            raise RuntimeError(f"engramd did not start:\n{text}")
+            raise RuntimeError(f"engramd did not start:\n{self.log.finish()}")
         listening = self.log.wait_for(r"listening on (.*):(\d+)$", 0)
         self.address = (listening[1].strip("[]"), int(listening[2]))
         self.address_text = f"{listening[1]}:{listening[2]}"
@@ -124,6 +133,14 @@ class Daemon:
         if space is not None:
             client.hello(space, **fields)
         return client
+
+    def kill(self):
+        """SIGKILL. Raises with the log when the process had ended by itself before."""
+        self.process.kill()
+        code = self.process.wait()
+        text = self.log.finish()
+        if code != -signal.SIGKILL:
+            raise AssertionError(f"engramd ended with {code} before it was killed:\n{text}")
 
     def terminate(self):
         self.process.send_signal(signal.SIGTERM)

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -33,23 +34,23 @@ class FlushAudit {
 
   uint64_t NoteWrite(const std::string& file, std::span<const std::byte> bytes) {
     Write write{.file = file, .keys = {}, .ended = false};
-    BlockHeader header;
-    // The writer's own position and instance are read from the header: soundness is not at issue.
-    if (bytes.size() >= kBlockHeaderBytes) {
-      size_t at = kBlockHeaderBytes;
-      uint32_t magic = 0;
-      std::memcpy(&magic, bytes.data(), sizeof(magic));
-      uint32_t count = 0;
-      std::memcpy(&count, bytes.data() + kRecordCountOffset, sizeof(count));
-      if (magic == kBlockMagic) {
-        for (uint32_t i = 0; i < count; ++i) {
-          LogRecord record;
-          at += ReadLogRecord(bytes.subspan(at), &record);
-          if (!IsObservation(record.kind)) continue;
-          const uint64_t session = record.session.value();
-          write.keys.emplace_back(session, session != 0 ? record.sequence : record.stamp);
-        }
-      }
+    // Block after block, as far as they are sound.
+    for (size_t at = 0; at + kBlockHeaderBytes <= bytes.size();) {
+      LogPosition position = 0;
+      uint16_t log = 0;
+      std::memcpy(&position, bytes.data() + at + 8, sizeof(position));
+      std::memcpy(&log, bytes.data() + at + 48, sizeof(log));
+      LogInstance instance;
+      std::memcpy(instance.data(), bytes.data() + at + 56, sizeof(instance));
+      BlockHeader header;
+      const auto block = bytes.subspan(at);
+      if (CheckBlock(block, log, position, instance, &header).fault != BlockFault::kNone) break;
+      ForEachRecord(block, header, [&](const LogRecord& record, LogAddress, size_t) {
+        if (!IsObservation(record.kind)) return;
+        const uint64_t session = record.session.value();
+        write.keys.emplace_back(session, session != 0 ? record.sequence : record.stamp);
+      });
+      at += header.block_bytes;
     }
     for (const Key& key : write.keys) {
       written_.insert(key);
@@ -92,9 +93,6 @@ class FlushAudit {
   }
 
  private:
-  static constexpr uint32_t kBlockMagic = 0x4B4C4245;  // "EBLK"
-  static constexpr size_t kRecordCountOffset = 44;
-
   struct Write {
     std::string file;
     std::vector<Key> keys;
@@ -165,16 +163,16 @@ class RigDisk final : public Disk {
     return disk_->SyncDirectory();
   }
   bool Read(FileId file, uint64_t offset, std::span<std::byte> to, uint64_t tag) override {
-    if (all_->killed) return false;
     all_->CountDown();
+    if (IsGone()) return EndWithError(tag);
     const uint64_t inner = ++last_;
     if (!disk_->Read(file, offset, to, inner)) return false;
     under_way_[inner] = {.tag = tag};
     return true;
   }
   bool Write(FileId file, uint64_t offset, std::span<const std::byte> from, uint64_t tag) override {
-    if (all_->killed) return false;
     all_->CountDown();
+    if (IsGone()) return EndWithError(tag);
     const uint64_t inner = ++last_;
     if (!disk_->Write(file, offset, from, inner)) return false;
     Operation& operation = under_way_[inner];
@@ -187,8 +185,8 @@ class RigDisk final : public Disk {
     return true;
   }
   bool Flush(FileId file, uint64_t tag) override {
-    if (all_->killed) return false;
     all_->CountDown();
+    if (IsGone()) return EndWithError(tag);
     if (all_->lie == RigDisks::Lie::kFlushes) {
       untrue_.push_back({.tag = tag, .error = 0, .bytes = 0});
       return true;
@@ -200,14 +198,20 @@ class RigDisk final : public Disk {
     return true;
   }
   size_t Poll(std::span<DiskCompletion> out) override {
-    if (all_->killed) return 0;
+    // What was under way when the machine or the process ended.
+    if (IsGone()) {
+      for (const auto& [inner, operation] : under_way_) {
+        if (!operation.hidden) EndWithError(operation.tag);
+      }
+      under_way_.clear();
+    }
     size_t count = 0;
     for (; count < out.size() && !untrue_.empty(); ++count) {
       out[count] = untrue_.front();
       untrue_.erase(untrue_.begin());
     }
     DiskCompletion end;
-    while (count < out.size() && disk_->Poll({&end, 1}) > 0) {
+    while (!IsGone() && count < out.size() && disk_->Poll({&end, 1}) > 0) {
       const auto at = under_way_.find(end.tag);
       CHECK(at != under_way_.end(), "the disk ends what was begun");
       const Operation operation = std::move(at->second);
@@ -221,9 +225,8 @@ class RigDisk final : public Disk {
     return count;
   }
   uint32_t in_flight() const override {
-    return all_->killed || all_->power_failed
-               ? 0
-               : disk_->in_flight() + static_cast<uint32_t>(untrue_.size());
+    const auto untrue = static_cast<uint32_t>(untrue_.size());
+    return static_cast<uint32_t>(under_way_.size()) + untrue;
   }
   void Wait(int64_t timeout_ns) override {
     if (!all_->killed && untrue_.empty()) disk_->Wait(timeout_ns);
@@ -243,6 +246,12 @@ class RigDisk final : public Disk {
 
   static std::unexpected<Error> Gone() {
     return Fail(ErrorCode::kUnavailable, "the process was killed");
+  }
+  bool IsGone() const { return all_->killed || all_->power_failed; }
+  // So that nobody waits for it. Whoever asked does not know that the machine is gone.
+  bool EndWithError(uint64_t tag) {
+    untrue_.push_back({.tag = tag, .error = EIO, .bytes = 0});
+    return true;
   }
   const std::string& NameOf(FileId file) const { return names_.at({file.index, file.generation}); }
   bool HasHidden() const {
@@ -275,6 +284,9 @@ class DurableRig {
     disks.audit = &audit;
   }
   ~DurableRig() { Kill(); }
+
+  // Requests of a producer: there are slots for more.
+  static constexpr size_t kMostOutstanding = 48;
 
   static LogWriterOptions SmallWriter() {
     LogWriterOptions options;
@@ -328,7 +340,7 @@ class DurableRig {
       logs.insert(s);
       world.storage.push_back(store->ForShard(s));
     }
-    shards = std::make_unique<ShardRig>(setup.shard, setup.producers, /*lane_capacity=*/32,
+    shards = std::make_unique<ShardRig>(setup.shard, setup.producers, /*lane_capacity=*/64,
                                         /*max_spaces=*/16,
                                         RigShards{.shards = setup.shards,
                                                   .partitions = 1,

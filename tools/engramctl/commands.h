@@ -39,6 +39,8 @@ struct LoadOptions {
   std::string texts;  // path of the payloads, one a row; empty: none
   std::string id_prefix;
   bool wait_linked = false;
+  uint64_t retry_for_s = 0;  // connect again for so long without progress; 0: not at all
+  bool resume = false;       // not only the first time: also when a connection breaks
 };
 int RunLoad(const ServerOptions& server, const LoadOptions& options);
 
@@ -88,6 +90,8 @@ int RunDelete(const ServerOptions& server, const DeleteOptions& options);
 int RunStatus(const ServerOptions& server);
 int RunSpaces(const ServerOptions& server);
 int RunPing(const ServerOptions& server);
+// Has a checkpoint made and waits for its end.
+int RunCheckpoint(const ServerOptions& server);
 
 // These need no daemon.
 struct ConfigOptions {
@@ -104,6 +108,17 @@ struct TopologyOptions {
   bool json = false;
 };
 int RunTopology(const TopologyOptions& options);
+
+struct LogOptions {
+  std::string directory;  // a data directory, or the folder of one log
+  bool json = false;
+  // dump:
+  std::string from;   // SEGMENT:OFFSET where a block begins; empty: the beginning
+  std::string space;  // empty: all
+  bool vectors = false;
+};
+int RunLogDump(const LogOptions& options);
+int RunLogVerify(const LogOptions& options);
 
 // For the commands ------------------------------------------------------------------------------
 

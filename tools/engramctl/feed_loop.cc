@@ -20,13 +20,13 @@ void Sleep(std::span<pollfd> entries, int64_t wake_ns) {
   ppoll(entries.data(), entries.size(), &timeout, nullptr);
 }
 
-}  // namespace
+int FdOf(const Feed& feed) { return feed.connection().fd(); }
+int FdOf(const ResumingFeed& feed) { return feed.fd(); }
+bool WantsToWrite(const Feed& feed) { return feed.connection().PendingBytes() > 0; }
+bool WantsToWrite(const ResumingFeed& feed) { return feed.WantsToWrite(); }
 
-void SleepUntil(int64_t wake_ns) {
-  while (SystemClock().MonotonicNs() < wake_ns) Sleep({}, wake_ns);
-}
-
-Result<void> DriveFeeds(std::span<const std::unique_ptr<Feed>> feeds, const FeedTurn& turn) {
+template <typename AnyFeed>
+Result<void> DriveAll(std::span<const std::unique_ptr<AnyFeed>> feeds, const FeedTurn& turn) {
   SystemClock clock;
   std::vector<pollfd> entries(feeds.size());
   for (;;) {
@@ -35,20 +35,35 @@ Result<void> DriveFeeds(std::span<const std::unique_ptr<Feed>> feeds, const Feed
     bool all_settled = wake_ns == kNothingMore;
     bool more_work = false;
     for (size_t i = 0; i < feeds.size(); ++i) {
-      Feed& feed = *feeds[i];
+      AnyFeed& feed = *feeds[i];
       const Result<bool> worked = feed.Poll(now_ns);
       if (!worked) return std::unexpected(worked.error());
       more_work = more_work || *worked;
       all_settled = all_settled && feed.AllSettled();
       wake_ns = std::min(wake_ns, feed.NextWakeNs(now_ns));
-      const bool writes = feed.connection().PendingBytes() > 0;
-      entries[i] = {.fd = feed.connection().fd(),
-                    .events = static_cast<short>(writes ? POLLIN | POLLOUT : POLLIN),
+      // poll(2) passes over an fd of -1, which a feed between two connections has.
+      entries[i] = {.fd = FdOf(feed),
+                    .events = static_cast<short>(WantsToWrite(feed) ? POLLIN | POLLOUT : POLLIN),
                     .revents = 0};
     }
     if (all_settled) return {};
     if (!more_work) Sleep(entries, wake_ns);
   }
+}
+
+}  // namespace
+
+void SleepUntil(int64_t wake_ns) {
+  while (SystemClock().MonotonicNs() < wake_ns) Sleep({}, wake_ns);
+}
+
+Result<void> DriveFeeds(std::span<const std::unique_ptr<Feed>> feeds, const FeedTurn& turn) {
+  return DriveAll(feeds, turn);
+}
+
+Result<void> DriveFeeds(std::span<const std::unique_ptr<ResumingFeed>> feeds,
+                        const FeedTurn& turn) {
+  return DriveAll(feeds, turn);
 }
 
 }  // namespace engram

@@ -8,6 +8,7 @@
 
 #include "src/core/clock.h"
 #include "tools/engramctl/commands.h"
+#include "tools/engramctl/feed_loop.h"
 #include "tools/engramctl/space_listing.h"
 #include "tools/engramctl/table.h"
 
@@ -158,6 +159,76 @@ int RunPing(const ServerOptions& server) {
     std::printf("%s answers in %.1f us\n", server.address.c_str(), micros);
   }
   return kExitOk;
+}
+
+namespace {
+
+constexpr int64_t kCheckpointPollNs = 20 * kNanosPerMilli;
+constexpr int64_t kLongestCheckpointNs = 600 * kNanosPerSecond;
+
+// The value of one counter of the control plane.
+Result<uint64_t> ControlCounter(Connection& connection, std::string_view name) {
+  const Result<std::string> text = IntrospectStatus(connection, kAnswerTimeoutNs);
+  if (!text) return std::unexpected(text.error());
+  for (const StatusLine& line : ParseStatus(*text)) {
+    uint64_t value = 0;
+    if (line.core == "control" && line.name == name && ParseNumber(line.value, value)) {
+      return value;
+    }
+  }
+  return Fail(ErrorCode::kUnavailable, "this engramd makes no checkpoints");
+}
+
+// Until a checkpoint that began after the request has ended. One that was under way then counts
+// neither way, so two ends are awaited where the first may be its.
+Result<bool> AwaitCheckpoint(Connection& connection) {
+  const auto ended = [&connection]() -> Result<std::pair<uint64_t, uint64_t>> {
+    const auto completed = ControlCounter(connection, "checkpoints_completed");
+    if (!completed) return std::unexpected(completed.error());
+    const auto failed = ControlCounter(connection, "checkpoints_failed");
+    if (!failed) return std::unexpected(failed.error());
+    return std::pair(*completed, *failed);
+  };
+  const auto before = ended();
+  if (!before) return std::unexpected(before.error());
+  const auto under_way = ControlCounter(connection, "checkpoints_under_way");
+  if (!under_way) return std::unexpected(under_way.error());
+  if (auto asked = RequestCheckpoint(connection, kAnswerTimeoutNs); !asked) {
+    return std::unexpected(asked.error());
+  }
+  const uint64_t awaited = before->first + before->second + 1 + *under_way;
+  SystemClock clock;
+  const int64_t deadline_ns = clock.MonotonicNs() + kLongestCheckpointNs;
+  while (clock.MonotonicNs() < deadline_ns) {
+    const auto now = ended();
+    if (!now) return std::unexpected(now.error());
+    if (now->first + now->second >= awaited) return now->second == before->second;
+    SleepUntil(clock.MonotonicNs() + kCheckpointPollNs);
+  }
+  return Fail(ErrorCode::kUnavailable, "the checkpoint has not ended in 10 minutes");
+}
+
+}  // namespace
+
+int RunCheckpoint(const ServerOptions& server) {
+  auto connection = OpenReader(server, "");
+  if (!connection) return connection.error();
+  const auto done = AwaitCheckpoint(*connection);
+  if (!done) return ReportError(done.error());
+  const auto bytes = ControlCounter(*connection, "checkpoint_bytes");
+  const auto ms = ControlCounter(*connection, "checkpoint_ms");
+  if (!bytes || !ms) return ReportError((bytes ? ms : bytes).error());
+  if (server.json) {
+    std::printf(
+        "%s\n",
+        nlohmann::json({{"completed", *done}, {"bytes", *bytes}, {"ms", *ms}}).dump().c_str());
+  } else if (*done) {
+    std::printf("saved %s bytes in %s ms\n", WithThousands(*bytes).c_str(),
+                WithThousands(*ms).c_str());
+  } else {
+    std::fprintf(stderr, "engramctl: the checkpoint failed; the daemon's log says why\n");
+  }
+  return *done ? kExitOk : kExitFailed;
 }
 
 }  // namespace engram

@@ -11,6 +11,7 @@
 #include "src/core/clock.h"
 #include "src/core/latency_histogram.h"
 #include "tools/clients/cpp/feed.h"
+#include "tools/clients/cpp/resuming_feed.h"
 #include "tools/clients/cpp/vector_encoding.h"
 #include "tools/engramctl/commands.h"
 #include "tools/engramctl/feed_loop.h"
@@ -97,6 +98,7 @@ struct LoadTotals {
   FeedCounts counts;
   LatencyHistogram ack_latency;
   uint64_t bytes = 0;
+  uint64_t sessions_begun_anew = 0;
 
   uint64_t Refused() const {
     uint64_t total = 0;
@@ -105,12 +107,17 @@ struct LoadTotals {
   }
 };
 
-void AddTotals(const Feed& feed, LoadTotals& totals) {
+void AddTotals(const ResumingFeed& resuming, LoadTotals& totals) {
+  const Feed& feed = resuming.feed();
   const FeedCounts& counts = feed.counts();
   totals.counts.sent += counts.sent;
   totals.counts.settled += counts.settled;
   totals.counts.acked += counts.acked;
   totals.counts.retried += counts.retried;
+  totals.counts.resumes += counts.resumes;
+  totals.counts.resumed_ahead += counts.resumed_ahead;
+  totals.counts.rolled_back += counts.rolled_back;
+  totals.sessions_begun_anew += resuming.sessions_begun_anew();
   for (const auto& [reason, count] : counts.refused) totals.counts.refused[reason] += count;
   for (const auto& [reason, count] : counts.waited_for) totals.counts.waited_for[reason] += count;
   totals.ack_latency.Merge(feed.ack_latency());
@@ -123,7 +130,8 @@ class Pacer {
   Pacer(const RowDealing& dealing, uint64_t rate) : dealing_(dealing), rate_(rate) {}
 
   // Offers what is due, and returns when the next batch is.
-  int64_t OfferDue(std::span<const std::unique_ptr<Feed>> feeds, int64_t start_ns, int64_t now_ns) {
+  int64_t OfferDue(std::span<const std::unique_ptr<ResumingFeed>> feeds, int64_t start_ns,
+                   int64_t now_ns) {
     for (; next_batch_ < dealing_.Batches(); ++next_batch_) {
       const int64_t due_ns = start_ns + OffsetNs(next_batch_);
       if (due_ns > now_ns) return due_ns;
@@ -146,7 +154,7 @@ class Pacer {
 
 // Sends all rows and waits until they are settled.
 Result<void> StreamRows(const LoadOptions& options, const RowDealing& dealing,
-                        std::span<const std::unique_ptr<Feed>> feeds, int64_t start_ns) {
+                        std::span<const std::unique_ptr<ResumingFeed>> feeds, int64_t start_ns) {
   ProgressBar bar("load", dealing.rows);
   Pacer pacer(dealing, options.rate);
   if (options.rate == 0) {
@@ -161,8 +169,8 @@ Result<void> StreamRows(const LoadOptions& options, const RowDealing& dealing,
       uint64_t settled = 0;
       uint64_t acked = 0;
       for (const auto& feed : feeds) {
-        settled += feed->counts().settled;
-        acked += feed->counts().acked;
+        settled += feed->feed().counts().settled;
+        acked += feed->feed().counts().acked;
       }
       bar.Update(settled, settled - acked, now_ns);
     }
@@ -210,6 +218,10 @@ nlohmann::json ReportOf(const LoadOptions& options, const LoadTotals& totals, do
       {"refused", nlohmann::json::object()},
       {"retried", counts.retried},
       {"waited_for", nlohmann::json::object()},
+      {"reconnects", counts.resumes},
+      {"resumed_ahead", counts.resumed_ahead},
+      {"rolled_back", counts.rolled_back},
+      {"sessions_begun_anew", totals.sessions_begun_anew},
       {"observations_per_s", per_second(counts.acked)},
       {"seconds", Rounded(seconds, 3)},
       {"ack_p50_us", Micros(totals.ack_latency.QuantileNs(0.5))},
@@ -241,12 +253,23 @@ void PrintForPeople(const LoadTotals& totals, double seconds, std::optional<doub
     std::printf("refused      %s  %s\n", WithThousands(count).c_str(), reason.c_str());
   }
   if (counts.retried > 0) {
-    std::printf("sent again   %s, after refusals that asked to wait:",
-                WithThousands(counts.retried).c_str());
+    std::printf("sent again   %s", WithThousands(counts.retried).c_str());
+    if (!counts.waited_for.empty()) std::printf(", after refusals that asked to wait:");
     for (const auto& [reason, count] : counts.waited_for) {
       std::printf(" %s %s times", reason.c_str(), WithThousands(count).c_str());
     }
     std::printf("\n");
+  }
+  if (counts.resumes > 0) {
+    std::printf(
+        "reconnected  %s times: %s taken whose ack was lost, %s acked that the server lost\n",
+        WithThousands(counts.resumes).c_str(), WithThousands(counts.resumed_ahead).c_str(),
+        WithThousands(counts.rolled_back).c_str());
+  }
+  if (totals.sessions_begun_anew > 0) {
+    std::printf(
+        "new sessions %s: nothing of the old ones had been taken when their connections broke\n",
+        WithThousands(totals.sessions_begun_anew).c_str());
   }
   if (linked_s) std::printf("linked       %.2f s after the first was sent\n", *linked_s);
 }
@@ -286,6 +309,69 @@ Result<LoadInput> OpenInput(const LoadOptions& options) {
   return LoadInput{*std::move(file), std::move(texts), dtype};
 }
 
+// Connects and says hello; within --retry-for, again and again until it works. On failure says why
+// and returns the exit code.
+std::expected<Connection, int> OpenPatiently(const ServerOptions& server, const HelloOptions& hello,
+                                             uint64_t retry_for_s, uint64_t seed) {
+  if (retry_for_s == 0) return OpenConnection(server, hello);
+  const Result<Address> address = ParseAddress(server.address);
+  if (!address) {
+    ReportError(address.error());
+    return std::unexpected(kExitUsage);
+  }
+  SystemClock clock;
+  const RetryOptions defaults;
+  Backoff backoff(defaults.backoff_min_ns, defaults.backoff_max_ns, seed);
+  const int64_t give_up_ns =
+      clock.MonotonicNs() + static_cast<int64_t>(retry_for_s) * kNanosPerSecond;
+  for (;;) {
+    Result<Connection> connection = Connection::Connect(*address, defaults.greet_timeout_ns);
+    int exit_code = kExitCannotConnect;
+    Error error;
+    if (!connection) {
+      error = connection.error();
+    } else if (const Result<void> greeted = connection->Hello(hello, kAnswerTimeoutNs); !greeted) {
+      error = greeted.error();
+      exit_code = kExitFailed;
+    } else {
+      return *std::move(connection);
+    }
+    const int64_t now_ns = clock.MonotonicNs();
+    if (error.code != ErrorCode::kUnavailable || now_ns >= give_up_ns) {
+      ReportError(error);
+      return std::unexpected(exit_code);
+    }
+    SleepUntil(std::min(now_ns + backoff.NextNs(), give_up_ns));
+  }
+}
+
+// One feed a connection, each with its share of the rows.
+std::expected<std::vector<std::unique_ptr<ResumingFeed>>, int> OpenFeeds(
+    const ServerOptions& server, const LoadOptions& options, const HelloOptions& hello,
+    const RowDealing& dealing, RowSource& source) {
+  // Many loaders that lose one server shall not come back at the same moments.
+  const auto seed = static_cast<uint64_t>(SystemClock().WallNs());
+  std::vector<std::unique_ptr<ResumingFeed>> feeds;
+  for (uint32_t i = 0; i < dealing.connections; ++i) {
+    auto connection = OpenPatiently(server, hello, options.retry_for_s, seed + i);
+    if (!connection) return std::unexpected(connection.error());
+    RetryOptions retry;
+    if (options.resume) {
+      retry.retry_for_ns = static_cast<int64_t>(options.retry_for_s) * kNanosPerSecond;
+    }
+    retry.jitter_seed = seed + i;
+    const Address address = *ParseAddress(server.address);
+    feeds.push_back(std::make_unique<ResumingFeed>(
+        *std::move(connection), hello,
+        [&source, dealing, i](uint64_t index, Observation* observation) {
+          source.Show(dealing.RowAt(i, index), observation);
+        },
+        FeedOptions{.batch = options.batch},
+        [address](uint64_t attempt) { return Connection::StartConnect(address, attempt); }, retry));
+  }
+  return feeds;
+}
+
 }  // namespace
 
 int RunLoad(const ServerOptions& server, const LoadOptions& options) {
@@ -301,17 +387,9 @@ int RunLoad(const ServerOptions& server, const LoadOptions& options) {
   hello.dimension = input->file.dimension();
   hello.metric = options.metric;
   hello.priority = options.priority;
-  std::vector<std::unique_ptr<Feed>> feeds;
-  for (uint32_t i = 0; i < dealing.connections; ++i) {
-    auto connection = OpenConnection(server, hello);
-    if (!connection) return connection.error();
-    feeds.push_back(std::make_unique<Feed>(
-        *std::move(connection),
-        [&source, dealing, i](uint64_t index, Observation* observation) {
-          source.Show(dealing.RowAt(i, index), observation);
-        },
-        FeedOptions{.batch = options.batch}));
-  }
+  const auto opened = OpenFeeds(server, options, hello, dealing, source);
+  if (!opened) return opened.error();
+  const std::vector<std::unique_ptr<ResumingFeed>>& feeds = *opened;
 
   SystemClock clock;
   const auto seconds_since = [&](int64_t start_ns) {
@@ -333,7 +411,9 @@ int RunLoad(const ServerOptions& server, const LoadOptions& options) {
   }
   // All is settled: what the server still says at the end changes nothing.
   if (done) {
-    for (const auto& feed : feeds) (void)feed->connection().Close(kCloseTimeoutNs);
+    for (const auto& feed : feeds) {
+      if (feed->Streaming()) (void)feed->feed().connection().Close(kCloseTimeoutNs);
+    }
   }
 
   if (server.json) {

@@ -14,6 +14,7 @@ namespace {
 constexpr uint32_t kConnectionsMax = 1'000;
 constexpr uint32_t kConcurrencyMax = 10'000;
 constexpr uint64_t kRateMax = 1'000'000'000;
+constexpr uint64_t kRetryForMaxS = 7 * 24 * 3'600;  // a server keeps a session for 7 days
 
 const char* const kFooter =
     "Exit codes: 0 done, 1 failed or something was refused for good, 2 wrong usage, 3 cannot "
@@ -35,9 +36,10 @@ void AddServerOptions(CLI::App* command, ServerOptions& server) {
   command->add_flag("--json", server.json, "Print one line of JSON for programs");
 }
 
-void AddSpaceOption(CLI::App* command, std::string& space) {
+void AddSpaceOption(CLI::App* command, std::string& space, const char* absent = "default") {
   command
-      ->add_option("--space", space, "Name of the space, 1 to 64 of [a-z0-9_-]; default: default")
+      ->add_option("--space", space,
+                   std::string("Name of the space, 1 to 64 of [a-z0-9_-]; default: ") + absent)
       ->check(CLI::Validator(
           [](std::string& name) {
             return IsValidSpaceName(name) ? std::string()
@@ -85,6 +87,19 @@ CLI::App* AddLoad(CLI::App& app, ServerOptions& server, LoadOptions& options) {
   load->add_flag(
       "--wait-linked", options.wait_linked,
       "Then wait until the graph holds all, and report linked_s, counted from the start");
+  CLI::Option* retry_for =
+      load->add_option(
+              "--retry-for", options.retry_for_s,
+              "Seconds to go on trying to connect, with back-off from 10 ms to 1 s. Alone: "
+              "until the first connections are made")
+          ->check(CLI::Range(uint64_t{1}, kRetryForMaxS));
+  load->add_flag("--resume", options.resume,
+                 "When a connection breaks, or the server stops or is killed, connect again and go "
+                 "on in the same session, so that each row is acked once. Gives up after "
+                 "--retry-for seconds in which nothing was acked. A server that comes back with "
+                 "less than it had acked (durability interval or memory) gets that again; the "
+                 "report says rolled_back")
+      ->needs(retry_for);
   return load;
 }
 
@@ -157,6 +172,24 @@ CLI::App* AddTopology(CLI::App& app, TopologyOptions& options) {
   return topology;
 }
 
+// `log dump` and `log verify`.
+CLI::App* AddLog(CLI::App& app, LogOptions& options) {
+  CLI::App* log = app.add_subcommand("log", "Look into the logs of a data directory");
+  log->require_subcommand(1);
+  CLI::App* dump = log->add_subcommand("dump", "Print a line for each record");
+  CLI::App* verify = log->add_subcommand(
+      "verify", "Check every byte; exit code 1 and the places where something is damaged");
+  for (CLI::App* command : {dump, verify}) {
+    command->add_option("dir", options.directory, "The data directory, or the folder of one log")
+        ->required();
+    command->add_flag("--json", options.json, "Print JSON for programs: a line a record, or one");
+  }
+  dump->add_option("--from", options.from, "SEGMENT:OFFSET, as printed; default: all");
+  AddSpaceOption(dump, options.space, "all");
+  dump->add_flag("--vectors", options.vectors, "Also the numbers of the vectors");
+  return log;
+}
+
 int Run(int argc, char** argv) {
   CLI::App app("engramctl: the operator's tool of engramd", "engramctl");
   app.require_subcommand(1);
@@ -179,6 +212,10 @@ int Run(int argc, char** argv) {
   AddServerOptions(spaces, server);
   CLI::App* ping = app.add_subcommand("ping", "Time of a round trip");
   AddServerOptions(ping, server);
+
+  CLI::App* checkpoint = app.add_subcommand(
+      "checkpoint", "Have all shards saved, so that a restart reads the log from here");
+  AddServerOptions(checkpoint, server);
 
   EncodeOptions encode_options;
   CLI::App* encode = app.add_subcommand("encode", "Turn texts into an .fvecs file");
@@ -204,6 +241,8 @@ int Run(int argc, char** argv) {
   const CLI::App* config = AddConfig(app, config_options);
   TopologyOptions topology_options;
   const CLI::App* topology = AddTopology(app, topology_options);
+  LogOptions log_options;
+  const CLI::App* log = AddLog(app, log_options);
   try {
     app.parse(argc, argv);
     if (recall->parsed() && recall_options.queries.empty() && recall_options.text.empty()) {
@@ -221,10 +260,14 @@ int Run(int argc, char** argv) {
   if (status->parsed()) return RunStatus(server);
   if (spaces->parsed()) return RunSpaces(server);
   if (ping->parsed()) return RunPing(server);
+  if (checkpoint->parsed()) return RunCheckpoint(server);
   if (encode->parsed()) return RunEncode(encode_options);
   if (put->parsed()) return RunPut(server, put_options);
   if (config->parsed()) return RunConfig(config_options);
   if (topology->parsed()) return RunTopology(topology_options);
+  if (log->parsed()) {
+    return log->got_subcommand("dump") ? RunLogDump(log_options) : RunLogVerify(log_options);
+  }
   return RunDelete(server, delete_options);
 }
 

@@ -298,7 +298,7 @@ struct ReadResult {
   uint32_t last_epoch = 0;
   uint32_t highest_epoch = 0;
   std::vector<MendedBit> mended;
-  std::optional<LogReader::Damage> damage;
+  std::optional<LogDamage> damage;
   ErrorCode code = ErrorCode::kInternal;
   std::string error;  // empty: none
 };

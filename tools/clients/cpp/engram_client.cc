@@ -61,6 +61,76 @@ void MakeNonblocking(int fd) {
   CHECK(flags >= 0 && fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0, "fd is an open socket");
 }
 
+// `what` failed with `errno_value`. What comes of the network may pass.
+std::unexpected<Error> FailSocket(const std::string& what, int errno_value) {
+  switch (errno_value) {
+    case ECONNREFUSED:
+    case ECONNABORTED:
+    case ECONNRESET:
+    case EPIPE:
+    case ETIMEDOUT:
+    case EHOSTDOWN:
+    case EHOSTUNREACH:
+    case ENETDOWN:
+    case ENETRESET:
+    case ENETUNREACH:
+      return Fail(ErrorCode::kUnavailable, what + ": " + ExplainConnectErrno(errno_value));
+    default:
+      return FailErrno(what, errno_value);
+  }
+}
+
+using AddressList = std::unique_ptr<addrinfo, decltype(&freeaddrinfo)>;
+
+// At least one entry.
+Result<AddressList> Resolve(const Address& address) {
+  addrinfo hints = {};
+  hints.ai_socktype = SOCK_STREAM;
+  addrinfo* raw = nullptr;
+  const int resolved = getaddrinfo(address.host.c_str(), address.port.c_str(), &hints, &raw);
+  if (resolved != 0) {
+    return FailConnect(address, std::string(gai_strerror(resolved)) + "; check the host's name");
+  }
+  if (raw == nullptr) return FailConnect(address, "the host has no address");
+  return AddressList(raw, &freeaddrinfo);
+}
+
+// A socket that connects to `entry`, or has. Gives 0, EINPROGRESS or what went wrong.
+int BeginConnect(const addrinfo& entry, UniqueFd* fd) {
+  *fd = UniqueFd(socket(entry.ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  if (fd->get() < 0) return errno;
+  // Requests are small and are waited for; Nagle's algorithm would hold them back.
+  const int on = 1;
+  setsockopt(fd->get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+  return connect(fd->get(), entry.ai_addr, entry.ai_addrlen) == 0 ? 0 : errno;
+}
+
+// What a refusal that ends the connection comes to. Reasons that this version does not know may
+// pass.
+ErrorCode CodeOfClosing(RefusalReason reason) {
+  switch (reason) {
+    case RefusalReason::kSessionExpired:
+      return ErrorCode::kNotFound;
+    case RefusalReason::kFenced:
+      return ErrorCode::kAlreadyExists;
+    case RefusalReason::kBadMagic:
+    case RefusalReason::kBadVersion:
+    case RefusalReason::kBadType:
+    case RefusalReason::kFrameTooLong:
+    case RefusalReason::kBadCrc:
+    case RefusalReason::kBadFrame:
+    case RefusalReason::kHelloRequired:
+    case RefusalReason::kHelloRepeated:
+    case RefusalReason::kBadSpaceId:
+    case RefusalReason::kMetricMismatch:
+    case RefusalReason::kDimensionMismatch:
+    case RefusalReason::kSessionSpaceMismatch:
+      return ErrorCode::kInvalidArgument;
+    default:
+      return ErrorCode::kUnavailable;
+  }
+}
+
 std::unexpected<Error> FailGrammar(const std::string& what) {
   return Fail(ErrorCode::kCorrupt, "the server's answer breaks the frame grammar: " + what +
                                        "; do engramctl and engramd come from the same release?");
@@ -142,7 +212,7 @@ Result<void> CheckUnrelatedFrame(const Frame& frame) {
     case FrameType::kNak: {
       const Result<Refusal> refusal = ParseNak(frame);
       if (!refusal) return std::unexpected(refusal.error());
-      return Fail(refusal->closing() ? ErrorCode::kUnavailable : ErrorCode::kInvalidArgument,
+      return Fail(refusal->closing() ? CodeOfClosing(refusal->reason) : ErrorCode::kInvalidArgument,
                   (refusal->closing() ? "the server ended the connection: " : "refused: ") +
                       refusal->Describe());
     }
@@ -158,24 +228,12 @@ Result<void> CheckUnrelatedFrame(const Frame& frame) {
 
 Result<Connection> Connection::Connect(const Address& address, int64_t timeout_ns) {
   const int64_t deadline_ns = NowNs() + timeout_ns;
-  addrinfo hints = {};
-  hints.ai_socktype = SOCK_STREAM;
-  addrinfo* raw = nullptr;
-  const int resolved = getaddrinfo(address.host.c_str(), address.port.c_str(), &hints, &raw);
-  if (resolved != 0) {
-    return FailConnect(address, std::string(gai_strerror(resolved)) + "; check the host's name");
-  }
-  const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> list(raw, &freeaddrinfo);
-
-  std::string why = "the host has no address";
-  for (const addrinfo* entry = list.get(); entry != nullptr; entry = entry->ai_next) {
-    UniqueFd fd(socket(entry->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
-    if (fd.get() < 0) {
-      why = ErrnoText(errno);
-      continue;
-    }
-    int error = 0;
-    if (connect(fd.get(), entry->ai_addr, entry->ai_addrlen) != 0) error = errno;
+  const Result<AddressList> list = Resolve(address);
+  if (!list) return std::unexpected(list.error());
+  std::string why;
+  for (const addrinfo* entry = list->get(); entry != nullptr; entry = entry->ai_next) {
+    UniqueFd fd;
+    int error = BeginConnect(*entry, &fd);
     if (error == EINPROGRESS) {
       if (!WaitFor(fd.get(), POLLOUT, deadline_ns)) {
         why = "no answer within " + std::to_string(timeout_ns / kNanosPerMilli) +
@@ -189,12 +247,28 @@ Result<Connection> Connection::Connect(const Address& address, int64_t timeout_n
       why = ExplainConnectErrno(error);
       continue;
     }
-    // Requests are small and are waited for; Nagle's algorithm would hold them back.
-    const int on = 1;
-    setsockopt(fd.get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
     return Adopt(std::move(fd));
   }
   return FailConnect(address, why);
+}
+
+Result<Connection> Connection::StartConnect(const Address& address, uint64_t attempt) {
+  const Result<AddressList> list = Resolve(address);
+  if (!list) return std::unexpected(list.error());
+  uint64_t count = 0;
+  for (const addrinfo* entry = list->get(); entry != nullptr; entry = entry->ai_next) ++count;
+  const addrinfo* entry = list->get();
+  for (uint64_t skipped = attempt % count; skipped > 0; --skipped) entry = entry->ai_next;
+  UniqueFd fd;
+  const int error = BeginConnect(*entry, &fd);
+  if (error != 0 && error != EINPROGRESS) return FailConnect(address, ExplainConnectErrno(error));
+  return Adopt(std::move(fd));
+}
+
+void Connection::Abandon() {
+  fd_ = UniqueFd();
+  out_.clear();
+  out_head_ = 0;
 }
 
 Connection Connection::Adopt(UniqueFd fd) {
@@ -203,6 +277,30 @@ Connection Connection::Adopt(UniqueFd fd) {
 }
 
 Result<void> Connection::Hello(const HelloOptions& options, int64_t timeout_ns) {
+  const int64_t deadline_ns = NowNs() + timeout_ns;
+  if (auto sent = SendHello(options); !sent) return sent;
+  for (;;) {
+    const Result<Frame> frame = AwaitFrame(deadline_ns);
+    if (!frame) return std::unexpected(frame.error());
+    const Result<bool> answered = TakeHelloAnswer(*frame);
+    if (!answered) return std::unexpected(answered.error());
+    if (*answered) return {};
+  }
+}
+
+Result<bool> Connection::PollHello() {
+  if (auto flushed = Flush(); !flushed) return std::unexpected(flushed.error());
+  if (auto received = Receive(); !received) return std::unexpected(received.error());
+  for (;;) {
+    const Result<std::optional<Frame>> frame = NextFrame();
+    if (!frame) return std::unexpected(frame.error());
+    if (!frame->has_value()) return false;
+    const Result<bool> answered = TakeHelloAnswer(**frame);
+    if (!answered || *answered) return answered;
+  }
+}
+
+Result<void> Connection::SendHello(const HelloOptions& options) {
   if (options.space.size() > kMaxSpaceNameBytes || options.dimension > kMaxDimension) {
     return Fail(ErrorCode::kInvalidArgument,
                 "a space's name has at most 64 characters and a dimension is at most 4096");
@@ -218,26 +316,31 @@ Result<void> Connection::Hello(const HelloOptions& options, int64_t timeout_ns) 
   Append(BytesOf(body));
   Append(BytesOf(std::string_view(options.space)));
   EndFrame();
+  return {};
+}
 
-  const int64_t deadline_ns = NowNs() + timeout_ns;
-  for (;;) {
-    const Result<Frame> frame = AwaitFrame(deadline_ns);
-    if (!frame) return std::unexpected(frame.error());
-    if (frame->header.type != FrameType::kHelloAck) {
-      if (auto passed = CheckUnrelatedFrame(*frame); !passed) return passed;
-      continue;
-    }
-    if (frame->body.size() < sizeof(HelloAckBody)) return FailGrammar("hello_ack is too short");
-    const auto answer = LoadAs<HelloAckBody>(frame->body.data());
-    hello_.session = frame->header.session;
-    hello_.last_sequence = frame->header.sequence;
-    hello_.dimension = answer.dimension;
-    hello_.metric = answer.metric;
-    hello_.credit = answer.credit;
-    hello_.max_frame_bytes = std::min(answer.max_frame_bytes, kMaxFrameBodyBytes);
-    hello_.max_recalls = std::max<uint32_t>(answer.max_recalls, 1);
-    return {};
+Result<bool> Connection::TakeHelloAnswer(const Frame& frame) {
+  // While nothing listens, TCP may connect a socket to itself, when the port is one that the kernel
+  // gives to clients.
+  if (frame.header.type == FrameType::kHello) {
+    return Fail(ErrorCode::kUnavailable,
+                "the connection leads back to its own end; is engramd "
+                "running?");
   }
+  if (frame.header.type != FrameType::kHelloAck) {
+    if (auto passed = CheckUnrelatedFrame(frame); !passed) return std::unexpected(passed.error());
+    return false;
+  }
+  if (frame.body.size() < sizeof(HelloAckBody)) return FailGrammar("hello_ack is too short");
+  const auto answer = LoadAs<HelloAckBody>(frame.body.data());
+  hello_.session = frame.header.session;
+  hello_.last_sequence = frame.header.sequence;
+  hello_.dimension = answer.dimension;
+  hello_.metric = answer.metric;
+  hello_.credit = answer.credit;
+  hello_.max_frame_bytes = std::min(answer.max_frame_bytes, kMaxFrameBodyBytes);
+  hello_.max_recalls = std::max<uint32_t>(answer.max_recalls, 1);
+  return true;
 }
 
 // Connection: writing ---------------------------------------------------------------------------
@@ -304,7 +407,7 @@ Result<void> Connection::Flush() {
     } else if (errno == EPIPE || errno == ECONNRESET) {
       write_ended_ = true;
     } else if (errno != EINTR) {
-      return FailErrno("sending to the server", errno);
+      return FailSocket("sending to the server", errno);
     }
   }
   return {};
@@ -331,7 +434,7 @@ Result<void> Connection::Receive() {
     } else if (errno == EINTR) {
       continue;
     } else if (errno != EAGAIN && errno != EWOULDBLOCK) {
-      return FailErrno("receiving from the server", errno);
+      return FailSocket("receiving from the server", errno);
     }
     return {};
   }
@@ -606,6 +709,13 @@ Result<std::string> IntrospectStatus(Connection& connection, int64_t timeout_ns)
   const Result<void> done = Introspect(connection, IntrospectWhat::kStatus, timeout_ns, take);
   if (!done) return std::unexpected(done.error());
   return text;
+}
+
+Result<void> RequestCheckpoint(Connection& connection, int64_t timeout_ns) {
+  const auto take = [](const IntrospectionBody&, std::span<const std::byte>) -> Result<void> {
+    return {};
+  };
+  return Introspect(connection, IntrospectWhat::kCheckpoint, timeout_ns, take);
 }
 
 }  // namespace engram

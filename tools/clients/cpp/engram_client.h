@@ -17,7 +17,13 @@
 #include "src/core/unique_fd.h"
 
 // The C++ client of the native frames (dataplane/FORMAT.md): a connection, and on it recalls and
-// introspection. Observations are streamed by Feed (tools/clients/cpp/feed.h).
+// introspection. Observations are streamed by Feed (tools/clients/cpp/feed.h), and over broken
+// connections by ResumingFeed (tools/clients/cpp/resuming_feed.h).
+//
+// Error codes say what can be done: kUnavailable may pass when it is tried again on a new
+// connection (no route, refused, closed, timeout, a limit reached, the server is stopping);
+// kNotFound is a session that the server does not know (session_expired); kAlreadyExists is a
+// session that another connection took over (fenced); kInvalidArgument and kCorrupt stay.
 
 namespace engram {
 
@@ -80,7 +86,8 @@ Result<Refusal> ParseNak(const Frame& frame);
 // Copy of `text` in which bytes that a terminal would act on are replaced by '?'.
 std::string Printable(std::string_view text);
 
-// One stream of frames. Nothing but Await..., Hello and Close blocks, and those take a timeout.
+// One stream of frames. Nothing but Connect, Await..., Hello, Ping and Close blocks, and those take
+// a timeout.
 //
 // How to drive one without blocking: Append frames, Flush, wait with poll(2) for fd() to be
 // readable, or writable while PendingBytes() > 0, then Receive and NextFrame until that gives
@@ -91,12 +98,23 @@ class Connection {
  public:
   // Resolves and connects. Errors: kUnavailable; the message says what to look at.
   static Result<Connection> Connect(const Address& address, int64_t timeout_ns);
+  // Begins to connect and does not wait: frames can be appended at once, and Flush or Receive tell
+  // whether it came to nothing. A host with several addresses gets them in turn: attempt 0 takes
+  // the first. A host's name is looked up, which may block; numbers are not. Errors: kUnavailable.
+  static Result<Connection> StartConnect(const Address& address, uint64_t attempt);
   // Takes over a connected stream socket and makes it nonblocking.
   static Connection Adopt(UniqueFd fd);
+  // Closes the socket. Nothing but hello() and PendingBytes() may be called afterwards.
+  void Abandon();
 
-  // Says hello and awaits the answer. Errors: kUnavailable (no answer in time, closed), kCorrupt
-  // (not frames), kInvalidArgument (refused; the message has the reason's name and text).
+  // Says hello and awaits the answer. Errors: kUnavailable (no answer in time, closed, refused for
+  // now), kCorrupt (not frames), kNotFound (session_expired), kInvalidArgument (refused; the
+  // message has the reason's name and text).
   Result<void> Hello(const HelloOptions& options, int64_t timeout_ns);
+  // The same in steps that do not block: SendHello once, then PollHello whenever the socket may be
+  // ready, until it says true: the answer is there. Errors: as Hello, but for the timeout.
+  Result<void> SendHello(const HelloOptions& options);
+  Result<bool> PollHello();
   const HelloAnswer& hello() const { return hello_; }
 
   // A frame is written where it is sent from: BeginFrame, Append what belongs to its body,
@@ -136,6 +154,9 @@ class Connection {
  private:
   explicit Connection(UniqueFd fd) : fd_(std::move(fd)) {}
 
+  // Whether `frame` was the answer to hello; then it is noted.
+  Result<bool> TakeHelloAnswer(const Frame& frame);
+
   UniqueFd fd_;
   HelloAnswer hello_;
 
@@ -156,7 +177,8 @@ class Connection {
 };
 
 // What Feed and RecallStream answer to a frame that is theirs neither: an Error that says why the
-// stream ended (nak, close), or nothing where the frame can be passed over (ping, unknown types).
+// stream ended (nak, close; codes as above), or nothing where the frame can be passed over (ping,
+// unknown types).
 Result<void> CheckUnrelatedFrame(const Frame& frame);
 
 struct RecallQuery {
@@ -225,5 +247,8 @@ struct SpaceInfo {
 Result<std::vector<SpaceInfo>> IntrospectSpaces(Connection& connection, int64_t timeout_ns);
 // Lines of "core counter value".
 Result<std::string> IntrospectStatus(Connection& connection, int64_t timeout_ns);
+// Asks for a checkpoint, which then begins; the counters checkpoints_completed and
+// checkpoints_failed of the status tell how it ended.
+Result<void> RequestCheckpoint(Connection& connection, int64_t timeout_ns);
 
 }  // namespace engram

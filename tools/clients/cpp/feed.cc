@@ -21,12 +21,16 @@ constexpr int64_t kRetryAfterMaxNs = 10 * kNanosPerSecond;
 }  // namespace
 
 Feed::Feed(Connection connection, ObservationSource source, FeedOptions options)
-    : connection_(std::move(connection)),
-      source_(std::move(source)),
+    : source_(std::move(source)),
       options_(options),
-      base_(connection_.hello().last_sequence),
+      connection_(std::move(connection)),
+      base_(options.base.value_or(connection_.hello().last_sequence)),
       credit_(connection_.hello().credit) {
   CHECK(options_.batch >= 1 && options_.batch <= UINT16_MAX, "a frame has 1 to 65,535 records");
+  CHECK(base_ <= connection_.hello().last_sequence, "a feed goes on with what the session took");
+  offered_ = connection_.hello().last_sequence - base_;
+  next_ = timed_ = offered_;
+  counts_.sent = counts_.settled = counts_.acked = counts_.resumed_ahead = offered_;
 }
 
 void Feed::Offer(uint64_t count, int64_t since_ns) {
@@ -65,6 +69,63 @@ Result<bool> Feed::Poll(int64_t now_ns) {
   return worked && connection_.PendingBytes() == 0;
 }
 
+Result<void> Feed::Resume(Connection connection, int64_t now_ns) {
+  const HelloAnswer& hello = connection.hello();
+  // 1. Which session, and how far it is.
+  if (hello.session != connection_.hello().session) {
+    CHECK(SessionIsEmpty(), "a session of which something was settled is not replaced");
+    base_ = hello.last_sequence;
+  }
+  if (hello.last_sequence > base_ + counts_.sent) {
+    return FailStream({ErrorCode::kCorrupt,
+                       "the server resumes at sequence " + std::to_string(hello.last_sequence) +
+                           ", but the last one sent is " + std::to_string(base_ + counts_.sent)});
+  }
+  if (hello.last_sequence < base_) {
+    return FailStream({ErrorCode::kNotFound, "the server has lost sequences " +
+                                                 std::to_string(hello.last_sequence + 1) + " to " +
+                                                 std::to_string(base_) +
+                                                 " of the session, which are not this feed's"});
+  }
+  credit_ = hello.credit;
+  const uint64_t settled = hello.last_sequence - base_;
+  connection_ = std::move(connection);
+  ++counts_.resumes;
+
+  // 2. What the server has beyond the last ack, or no longer has.
+  if (settled >= counts_.settled) {
+    counts_.resumed_ahead += settled - counts_.settled;
+    Settle(settled, now_ns);
+    ForgetRefusalsFrom(settled);
+  } else {
+    const uint64_t lost = counts_.settled - settled;
+    const auto refused =
+        std::distance(refused_.lower_bound(settled), refused_.lower_bound(counts_.settled));
+    counts_.rolled_back += lost;
+    counts_.acked -= lost - static_cast<uint64_t>(refused);
+    counts_.settled = settled;
+    ForgetRefusalsFrom(settled);
+  }
+
+  // 3. From there on again, whatever the last connection had said.
+  next_ = settled;
+  probe_.reset();
+  resume_ns_ = INT64_MIN;
+  last_wait_.clear();
+  progress_ns_ = now_ns;
+  return {};
+}
+
+// They are sent again, and refused again.
+void Feed::ForgetRefusalsFrom(uint64_t index) {
+  const auto first = refused_.lower_bound(index);
+  for (auto entry = first; entry != refused_.end(); ++entry) {
+    const auto count = counts_.refused.find(entry->second);
+    if (--count->second == 0) counts_.refused.erase(count);
+  }
+  refused_.erase(first, refused_.end());
+}
+
 Result<void> Feed::TakeFrame(const Frame& frame, int64_t now_ns) {
   switch (frame.header.type) {
     case FrameType::kAck:
@@ -93,17 +154,15 @@ Result<void> Feed::TakeAck(const Frame& frame, int64_t now_ns) {
 }
 
 void Feed::Settle(uint64_t settled, int64_t now_ns) {
-  uint64_t index = counts_.settled;
-  while (index < settled) {
+  while (timed_ < settled) {
     CHECK(!latency_batches_.empty(), "what was sent has a time from which its latency counts");
     const Batch& batch = latency_batches_.front();
     const uint64_t end = std::min(settled, batch.end);
-    for (; index < end; ++index) ack_latency_.Record(now_ns - batch.since_ns);
+    for (; timed_ < end; ++timed_) ack_latency_.Record(now_ns - batch.since_ns);
     if (end == batch.end) latency_batches_.pop_front();
   }
-  const auto refused_end = refused_unsettled_.lower_bound(settled);
-  const auto refused = std::distance(refused_unsettled_.begin(), refused_end);
-  refused_unsettled_.erase(refused_unsettled_.begin(), refused_end);
+  const auto refused =
+      std::distance(refused_.lower_bound(counts_.settled), refused_.lower_bound(settled));
   counts_.acked += settled - counts_.settled - static_cast<uint64_t>(refused);
   counts_.settled = settled;
   if (probe_ && settled > *probe_) probe_.reset();
@@ -127,12 +186,10 @@ Result<void> Feed::TakeNak(const Frame& frame, int64_t now_ns) {
                                            ", which was not sent");
     }
     const uint64_t index = sequence - base_ - 1;
-    if (index < counts_.settled) {
-      // The ack came first and was taken for a store.
-      --counts_.acked;
-    } else if (!refused_unsettled_.insert(index).second) {
-      return {};  // sent twice after a go-back, it was refused twice
-    }
+    // Sent twice after a go-back, it may be refused twice.
+    if (!refused_.emplace(index, name).second) return {};
+    // Where the ack came first it was taken for a store.
+    if (index < counts_.settled) --counts_.acked;
     ++counts_.refused[name];
     progress_ns_ = now_ns;
     return {};
@@ -215,8 +272,9 @@ Result<bool> Feed::WriteFrame(int64_t now_ns) {
   if (next_ > counts_.sent) {
     counts_.sent = next_;
     // Offered without a time of their own: these count from now.
-    const uint64_t timed = latency_batches_.empty() ? counts_.settled : latency_batches_.back().end;
-    if (next_ > timed) latency_batches_.push_back({next_, now_ns});
+    if (latency_batches_.empty() || next_ > latency_batches_.back().end) {
+      latency_batches_.push_back({next_, now_ns});
+    }
   }
   return true;
 }
@@ -229,8 +287,7 @@ int64_t Feed::NextWakeNs(int64_t now_ns) const {
 
 std::unexpected<Error> Feed::FailStream(Error error) const {
   if (!AllSettled()) {
-    error.message +=
-        "; " + std::to_string(offered_ - counts_.settled) + " observations were not settled";
+    error.message += "; " + std::to_string(unsettled()) + " observations were not settled";
   }
   return std::unexpected(std::move(error));
 }
@@ -238,7 +295,7 @@ std::unexpected<Error> Feed::FailStream(Error error) const {
 std::unexpected<Error> Feed::FailStalled() const {
   std::string message = "nothing was settled for " +
                         std::to_string(options_.stall_timeout_ns / kNanosPerSecond) + " s; " +
-                        std::to_string(offered_ - counts_.settled) + " observations wait";
+                        std::to_string(unsettled()) + " observations wait";
   if (!last_wait_.empty()) message += "; the server's last refusal was " + last_wait_;
   return Fail(ErrorCode::kUnavailable, std::move(message));
 }

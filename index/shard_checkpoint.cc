@@ -1,0 +1,281 @@
+// A shard's part of checkpoints: saving (index/checkpoint/checkpoint_handoff.h has the rounds), and
+// loading when it starts.
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "index/checkpoint/checkpoint_file.h"
+#include "index/checkpoint/space_loader.h"
+#include "index/shard.h"
+
+namespace engram {
+
+namespace {
+
+constexpr int kExtentsPerPoll = 64;
+constexpr int kHandedOnPerPoll = 64;
+
+// The partitions are those that there were, or have doubled since.
+bool StaysInPlace(const SpaceDefinition& saved, const SpaceEntry& entry) {
+  return saved.first_partitions() == entry.first_partitions() &&
+         saved.partitions == saved.first_partitions() << saved.growths &&
+         saved.partitions <= entry.partitions();
+}
+
+}  // namespace
+
+// No recall is under way, so a save may begin.
+int Shard::StepCheckpoint() {
+  CheckpointHandoff* const handoff = storage_.checkpoint;
+  if (handoff == nullptr) return 0;
+  const uint32_t note = handoff->note.load(std::memory_order_acquire);
+  if (note != noted_round_) {
+    noted_round_ = note;
+    keeps_tombstones_ = true;
+    NoteForCheckpoint(handoff);
+    return 1;
+  }
+  if (keeps_tombstones_ && handoff->ended.load(std::memory_order_acquire) == noted_round_) {
+    saver_->Abort();
+    keeps_tombstones_ = false;
+  }
+  const uint32_t save = handoff->save.load(std::memory_order_acquire);
+  if (save != saved_round_ && save == noted_round_ && keeps_tombstones_) {
+    saved_round_ = save;
+    const ShardContents contents{.spaces = spaces_,
+                                 .entries = entries_,
+                                 .sessions = &sessions_,
+                                 .shard = port_.shard.value(),
+                                 .shards = port_.catalogue->shards()};
+    const CommitStamp hold = handoff->hold.load(std::memory_order_relaxed);
+    if (!saver_->Begin(save, hold, stamp_clock_.last(), contents)) ReportSave(handoff);
+    return 1;
+  }
+  if (!saver_->active()) return 0;
+  const int work = saver_->Step();
+  if (!saver_->active()) ReportSave(handoff);
+  return work;
+}
+
+// From where the log would have to be replayed: the oldest observation that is not answered, or
+// what is written next.
+void Shard::NoteForCheckpoint(CheckpointHandoff* handoff) {
+  const LogPosition from =
+      ledger_.empty() ? log_->next_block() : std::min(ledger_.Oldest().block, log_->next_block());
+  const CommitStamp complete = ledger_.empty() ? StampBefore(unix_ns_) : ledger_.OldestStamp() - 1;
+  handoff->replay_from.store(from, std::memory_order_relaxed);
+  handoff->epoch.store(log_->epoch(), std::memory_order_relaxed);
+  handoff->complete.store(complete, std::memory_order_relaxed);
+  handoff->noted.store(noted_round_, std::memory_order_release);
+}
+
+void Shard::ReportSave(CheckpointHandoff* handoff) {
+  if (saver_->done()) {
+    handoff->bytes.store(saver_->bytes(), std::memory_order_relaxed);
+    handoff->saved.store(saved_round_, std::memory_order_release);
+  } else {
+    handoff->error.store(saver_->error(), std::memory_order_relaxed);
+    handoff->failed.store(saved_round_, std::memory_order_release);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Loading
+
+// Some extents of the files, one file after the other. Returns how much was done.
+Result<int> Shard::LoadCheckpoint() {
+  CheckpointLoading& loading = recovery_->loading;
+  const CheckpointSource& source = storage_.checkpoints[loading.next];
+  if (!loading.reader) {
+    loading.reader = std::make_unique<CheckpointReader>(source.disk);
+    auto opened = loading.reader->Open(CheckpointName(source.round), source.bytes);
+    if (!opened) return std::unexpected(opened.error());
+  }
+  for (int n = 0; n < kExtentsPerPoll; ++n) {
+    if (loading.hands_on) return HandOn() ? 1 : 0;
+    std::span<const std::byte> extent;
+    const auto step = loading.reader->Next(&extent);
+    if (!step) return std::unexpected(step.error());
+    if (*step == CheckpointReader::Step::kPending) return n;
+    if (*step == CheckpointReader::Step::kEnd) {
+      return Fail(ErrorCode::kCorrupt,
+                  loading.reader->Place() + ": the file has no end: restore a backup");
+    }
+    if (auto loaded = LoadExtent(extent); !loaded) {
+      return Fail(loaded.error().code, loading.reader->Place() + ": " + loaded.error().message);
+    }
+    if (!loading.reader) return n + 1;  // That was all of the file.
+  }
+  recovery_progress_.bytes_read.store(loading.reader->offset(), std::memory_order_relaxed);
+  recovery_progress_.total_bytes.store(loading.reader->bytes(), std::memory_order_relaxed);
+  return kExtentsPerPoll;
+}
+
+Result<void> Shard::LoadExtent(std::span<const std::byte> extent) {
+  const auto damaged = [] { return Fail(ErrorCode::kCorrupt, "is damaged: restore a backup"); };
+  CheckpointLoading& loading = recovery_->loading;
+  ExtentHeader header;
+  std::memcpy(&header, extent.data(), sizeof(header));
+  if (header.kind < kShardExtent) {
+    if (loading.loader == nullptr) {
+      if (auto begun = BeginLoadingSpace(extent); !begun) return begun;
+    }
+    if (auto taken = loading.loader->Take(extent); !taken) return taken;
+    return loading.loader->is_complete() ? FinishLoadingSpace() : Result<void>();
+  }
+  const auto body = OpenShardExtent(extent, &header);
+  if (!body || loading.loader != nullptr) return damaged();
+  if (header.kind == kShardExtent) {
+    ShardExtent shard;
+    if (body->size() < sizeof(shard)) return damaged();
+    std::memcpy(&shard, body->data(), sizeof(shard));
+    const CheckpointSource& source = storage_.checkpoints[loading.next];
+    if (shard.round != source.round || shard.shard != source.shard) {
+      return Fail(ErrorCode::kCorrupt, "is the checkpoint of round " + std::to_string(shard.round) +
+                                           " of shard " + std::to_string(shard.shard) +
+                                           ", not what the manifest says: restore a backup");
+    }
+    recovery_->NoteLoaded(shard.latest_stamp);
+    return {};
+  }
+  if (header.kind == kSpaceListExtent) return LoadSpaceList(*body, header.count);
+  if (header.kind == kSessionsExtent) return LoadSessions(*body, header.count);
+  ShardEndExtent end;
+  if (header.kind != kShardEndExtent || body->size() < sizeof(end)) return damaged();
+  std::memcpy(&end, body->data(), sizeof(end));
+  if (end.sessions != loading.sessions || end.spaces != loading.spaces) return damaged();
+  const size_t next = loading.next + 1;
+  loading = CheckpointLoading();
+  loading.next = next;
+  return {};
+}
+
+Result<void> Shard::LoadSpaceList(std::span<const std::byte> body, uint32_t count) {
+  for (uint32_t i = 0; i < count; ++i) {
+    ListedSpace listed;
+    if (body.size() < sizeof(listed)) return Fail(ErrorCode::kCorrupt, "list of spaces is cut off");
+    std::memcpy(&listed, body.data(), sizeof(listed));
+    const std::string_view name(reinterpret_cast<const char*>(body.data()) + sizeof(listed),
+                                listed.name_bytes);
+    const size_t bytes = sizeof(listed) + PadTo8(listed.name_bytes);
+    if (body.size() < bytes || !IsValidSpaceName(name)) {
+      return Fail(ErrorCode::kCorrupt, "list of spaces has a name that is none");
+    }
+    auto entry = port_.catalogue->Restore(name, listed.definition);
+    if (!entry) return std::unexpected(entry.error());
+    recovery_->loading.listed.push_back(FindOrMakeSpace(*entry));
+    recovery_->loading.definitions[std::string(name)] = listed.definition;
+    body = body.subspan(bytes);
+  }
+  return {};
+}
+
+Result<void> Shard::LoadSessions(std::span<const std::byte> body, uint32_t count) {
+  CheckpointLoading& loading = recovery_->loading;
+  for (uint32_t i = 0; i < count; ++i) {
+    SavedSession saved;
+    if (body.size() < sizeof(saved)) return Fail(ErrorCode::kCorrupt, "sessions are cut off");
+    std::memcpy(&saved, body.data(), sizeof(saved));
+    if (saved.space >= loading.listed.size()) {
+      return Fail(ErrorCode::kCorrupt, "a session of a space that is not listed");
+    }
+    sessions_.Restore(SessionId(saved.id), loading.listed[saved.space], saved.last_sequence,
+                      saved.last_active_unix_ns);
+    ++loading.sessions;
+    body = body.subspan(sizeof(saved));
+  }
+  return {};
+}
+
+// Where as many shards are there as were, and the space began with as many partitions, each of its
+// observations is where it belongs.
+Result<void> Shard::BeginLoadingSpace(std::span<const std::byte> extent) {
+  CheckpointLoading& loading = recovery_->loading;
+  const auto saved = ReadSpaceExtent(extent);
+  if (!saved) return std::unexpected(saved.error());
+  SpaceEntry* entry = port_.catalogue->Find(saved->name);
+  if (entry == nullptr) {
+    return Fail(ErrorCode::kCorrupt, "space " + saved->name + " is not listed");
+  }
+  if (saved->dimension != 0 && !entry->FixDimension(static_cast<uint16_t>(saved->dimension))) {
+    return Fail(ErrorCode::kInvalidArgument,
+                "space " + saved->name + " is configured with dimension " +
+                    std::to_string(entry->dimension()) + ", and was saved with " +
+                    std::to_string(saved->dimension) + "; write that one");
+  }
+  loading.space = FindOrMakeSpace(entry);
+  const bool stays = storage_.checkpoints[loading.next].shards == port_.catalogue->shards() &&
+                     spaces_[loading.space]->node_count() == 0 &&
+                     StaysInPlace(loading.definitions[saved->name], *entry);
+  if (!stays) {
+    loading.apart = std::make_unique<Space>(saved->name, OptionsOf(*entry), &heap_, &epochs_);
+  }
+  Space* to = stays ? spaces_[loading.space].get() : loading.apart.get();
+  loading.loader = std::make_unique<SpaceLoader>(to);
+  return {};
+}
+
+Result<void> Shard::FinishLoadingSpace() {
+  CheckpointLoading& loading = recovery_->loading;
+  if (auto finished = loading.loader->Finish(); !finished) return finished;
+  loading.loader.reset();
+  ++loading.spaces;
+  if (loading.apart != nullptr) {
+    loading.hands_on = true;
+    loading.next_node = 0;
+    return {};
+  }
+  const Space& space = *spaces_[loading.space];
+  recovery_->NoteLoaded(space.latest_stamp());
+  recovery_progress_.observations.fetch_add(space.live(), std::memory_order_relaxed);
+  if (!recall_.Reserve(space.node_count())) {
+    return Fail(ErrorCode::kResourceExhausted,
+                "memory.limit_mib is too little for what was saved: raise it");
+  }
+  QueueForUpkeep(loading.space);
+  return {};
+}
+
+// What belongs to others goes to them as if the log said so. False when the ledger has no room.
+bool Shard::HandOn() {
+  CheckpointLoading& loading = recovery_->loading;
+  const Space& apart = *loading.apart;
+  std::vector<float> vector(apart.dimension());
+  for (int n = 0; n < kHandedOnPerPoll && loading.next_node < apart.node_count();
+       ++n, ++loading.next_node) {
+    // A hidden one is two records.
+    if (ledger_.room() < 2) return n > 0;
+    const auto content = apart.ContentOf(loading.next_node);
+    if (!content) continue;
+    LogRecord record;
+    record.id = content->stored.id;
+    if (content->kind == Space::Content::Kind::kDeleted) {
+      record.kind = LogRecordKind::kDelete;
+      ForwardReplayed(RequestOf(record, kNoLogAddress), loading.space, content->stamp);
+      continue;
+    }
+    apart.GetVector(loading.next_node, vector.data());
+    record.dtype = VectorDtype::kF32;
+    record.dimension = static_cast<uint16_t>(apart.dimension());
+    record.payload_kind = content->stored.payload_kind;
+    record.confidence = content->stored.confidence;
+    record.when_ns = content->stored.when_ns;
+    record.vector = std::as_bytes(std::span(vector));
+    record.payload = content->stored.payload;
+    ForwardReplayed(RequestOf(record, content->stored.origin), loading.space, content->stamp);
+    recovery_->NoteLoaded(content->stored.stamp);
+    recovery_progress_.observations.fetch_add(1, std::memory_order_relaxed);
+    if (content->kind == Space::Content::Kind::kLive) continue;
+    LogRecord hide;
+    hide.kind = LogRecordKind::kSuppress;
+    hide.id = record.id;
+    ForwardReplayed(RequestOf(hide, kNoLogAddress), loading.space, content->stored.stamp);
+  }
+  if (loading.next_node < apart.node_count() || !ledger_.empty()) return true;
+  loading.apart.reset();
+  loading.hands_on = false;
+  return true;
+}
+
+}  // namespace engram

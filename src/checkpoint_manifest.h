@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "src/core/disk.h"
+#include "src/core/log_address.h"
+#include "src/core/result.h"
+
+namespace engram {
+
+// The latest checkpoint: one file of the data directory, CHECKPOINT, that replaces the one before
+// in one step. Its grammar, in lines of text:
+//
+//   engram checkpoint
+//   version 1
+//   round DECIMAL
+//   shards DECIMAL                 that there were; each has a file and a log
+//   log NUMBER from HEXADECIMAL epoch DECIMAL file_bytes DECIMAL      for each, in this order
+//   gone NUMBER                    of a log that is not needed any more and is being removed
+//   crc32c 8 HEXADECIMAL DIGITS    of all bytes before this line
+struct CheckpointManifest {
+  struct Log {
+    LogPosition from = 0;  // the log is replayed from there
+    uint32_t epoch = 0;    // of the log there
+    uint64_t file_bytes = 0;
+    friend bool operator==(const Log&, const Log&) = default;
+  };
+  uint32_t round = 0;
+  std::vector<Log> logs;  // by shard
+  std::vector<uint16_t> gone;
+  friend bool operator==(const CheckpointManifest&, const CheckpointManifest&) = default;
+};
+
+inline constexpr const char* kCheckpointManifestName = "CHECKPOINT";
+
+std::string PrintManifest(const CheckpointManifest& manifest);
+// Nothing where the text is not whole.
+std::optional<CheckpointManifest> ParseManifest(std::string_view text);
+
+// Nothing where there is no checkpoint. Errors: kCorrupt naming the file and the remedy.
+Result<std::optional<CheckpointManifest>> ReadManifest(Disk& disk);
+Result<void> WriteManifest(Disk& disk, const CheckpointManifest& manifest);
+
+}  // namespace engram

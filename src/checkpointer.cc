@@ -1,0 +1,159 @@
+#include "src/checkpointer.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <string_view>
+
+#include "src/core/commit_stamp.h"
+
+namespace engram {
+
+Checkpointer::Checkpointer(const CheckpointerOptions& options, Disk* root, LogStore* logs,
+                           Clock* clock, const CheckpointManifest& latest)
+    : options_(options),
+      root_(root),
+      logs_(logs),
+      clock_(clock),
+      latest_(latest),
+      round_(latest.round),
+      bytes_at_last_(logs->bytes_written()) {}
+
+int Checkpointer::Poll(const NoteFn& note) {
+  switch (phase_) {
+    case Phase::kIdle:
+      if (!IsDue()) return 0;
+      Begin();
+      return 1;
+    case Phase::kNoting:
+      if (!AllNoted()) return 0;
+      BeginSaving();
+      return 1;
+    case Phase::kSaving:
+      return AwaitSaves(note);
+  }
+  return 0;
+}
+
+bool Checkpointer::IsDue() const {
+  if (requests_.load() != requests_taken_) return true;
+  return options_.every_bytes > 0 && clock_->MonotonicNs() >= retry_ns_ &&
+         logs_->bytes_written() - bytes_at_last_ >= options_.every_bytes;
+}
+
+void Checkpointer::Begin() {
+  requests_taken_ = requests_.load();
+  counters_[CheckpointCounter::kUnderWay].Set(1);
+  ++round_;
+  began_ns_ = clock_->MonotonicNs();
+  bytes_at_last_ = logs_->bytes_written();
+  phase_ = Phase::kNoting;
+  for (uint16_t s = 0; s < logs_->shards(); ++s) {
+    logs_->checkpoint(s).note.store(round_, std::memory_order_release);
+  }
+}
+
+bool Checkpointer::AllNoted() {
+  for (uint16_t s = 0; s < logs_->shards(); ++s) {
+    if (logs_->checkpoint(s).noted.load(std::memory_order_acquire) != round_) return false;
+  }
+  return true;
+}
+
+void Checkpointer::BeginSaving() {
+  CommitStamp hold = kOpenStamp;
+  for (uint16_t s = 0; s < logs_->shards(); ++s) {
+    hold = std::min(hold, logs_->checkpoint(s).complete.load(std::memory_order_relaxed));
+  }
+  for (uint16_t s = 0; s < logs_->shards(); ++s) {
+    logs_->checkpoint(s).hold.store(hold, std::memory_order_relaxed);
+    logs_->checkpoint(s).save.store(round_, std::memory_order_release);
+  }
+  phase_ = Phase::kSaving;
+}
+
+int Checkpointer::AwaitSaves(const NoteFn& note) {
+  bool all_saved = true;
+  for (uint16_t s = 0; s < logs_->shards(); ++s) {
+    const CheckpointHandoff& shard = logs_->checkpoint(s);
+    if (shard.failed.load(std::memory_order_acquire) == round_) {
+      note("checkpoint " + std::to_string(round_) + " failed: shard " + std::to_string(s) + ": " +
+           std::strerror(shard.error.load(std::memory_order_relaxed)) +
+           "; the one before stands, and the log keeps what came since");
+      End(false);
+      return 1;
+    }
+    all_saved &= shard.saved.load(std::memory_order_acquire) == round_;
+  }
+  if (!all_saved) return 0;
+  Commit(note);
+  return 1;
+}
+
+// 1. The files' names are made to stay, then the manifest takes the place of the one before.
+// 2. What only that one needed goes.
+void Checkpointer::Commit(const NoteFn& note) {
+  CheckpointManifest manifest;
+  manifest.round = round_;
+  uint64_t bytes = 0;
+  Result<void> done = logs_->SyncFolders();
+  for (uint16_t s = 0; s < logs_->shards(); ++s) {
+    const CheckpointHandoff& shard = logs_->checkpoint(s);
+    manifest.logs.push_back({.from = shard.replay_from.load(std::memory_order_relaxed),
+                             .epoch = shard.epoch.load(std::memory_order_relaxed),
+                             .file_bytes = shard.bytes.load(std::memory_order_relaxed)});
+    bytes += manifest.logs.back().file_bytes;
+  }
+  manifest.gone = logs_->others();
+  if (done) done = WriteManifest(*root_, manifest);
+  if (!done) {
+    note("checkpoint " + std::to_string(round_) + " failed: " + done.error().message +
+         "; the one before stands, and the log keeps what came since");
+    End(false);
+    return;
+  }
+  latest_ = manifest;
+  for (uint16_t s = 0; s < logs_->shards(); ++s) logs_->FreeBefore(s, manifest.logs[s].from);
+  if (auto removed = logs_->RemoveCheckpointsBut(round_); !removed) note(removed.error().message);
+  if (!manifest.gone.empty()) {
+    auto removed = logs_->RemoveOthers();
+    if (removed) {
+      manifest.gone.clear();
+      removed = WriteManifest(*root_, manifest);
+    }
+    if (!removed) note(removed.error().message);
+  }
+  const int64_t took_ms = (clock_->MonotonicNs() - began_ns_) / kNanosPerMilli;
+  note("checkpoint " + std::to_string(round_) + ": " + std::to_string(bytes >> 20) + " MiB in " +
+       std::to_string(took_ms) + " ms");
+  counters_[CheckpointCounter::kLastBytes].Set(bytes);
+  counters_[CheckpointCounter::kLastMs].Set(static_cast<uint64_t>(took_ms));
+  End(true);
+}
+
+void Checkpointer::AddCounters(CounterCatalogue* catalogue) const {
+  constexpr std::array<std::string_view, static_cast<size_t>(CheckpointCounter::kCount)> kNames = {
+      "checkpoints_completed", "checkpoints_failed", "checkpoints_under_way", "checkpoint_bytes",
+      "checkpoint_ms"};
+  for (size_t i = 0; i < kNames.size(); ++i) {
+    catalogue->push_back({"control", kNames[i], &counters_[static_cast<CheckpointCounter>(i)]});
+  }
+}
+
+void Checkpointer::End(bool succeeded) {
+  for (uint16_t s = 0; s < logs_->shards(); ++s) {
+    logs_->checkpoint(s).ended.store(round_, std::memory_order_release);
+  }
+  phase_ = Phase::kIdle;
+  counters_[CheckpointCounter::kUnderWay].Set(0);
+  if (succeeded) {
+    counters_[CheckpointCounter::kCompleted].Add(1);
+  } else {
+    retry_ns_ = clock_->MonotonicNs() + options_.retry_ns;
+    // A file that was begun would only take room.
+    (void)logs_->RemoveCheckpointsBut(latest_.round);
+    counters_[CheckpointCounter::kFailed].Add(1);
+  }
+}
+
+}  // namespace engram

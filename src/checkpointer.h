@@ -1,0 +1,90 @@
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "src/checkpoint_manifest.h"
+#include "src/core/clock.h"
+#include "src/core/counters.h"
+#include "src/core/disk.h"
+#include "src/log_store.h"
+
+namespace engram {
+
+struct CheckpointerOptions {
+  // Bytes that all logs together grow by until the next one; 0: only on request.
+  uint64_t every_bytes = 0;
+  // Between a round that failed and the next one.
+  int64_t retry_ns = 10 * kNanosPerSecond;
+};
+
+enum class CheckpointCounter : uint8_t {
+  kCompleted,
+  kFailed,
+  kUnderWay,
+  kLastBytes,
+  kLastMs,
+  kCount
+};
+
+// Conducts checkpoints, on the control plane's core (index/checkpoint/checkpoint_handoff.h has the
+// rounds). Once a round's manifest is written, what only the one before needed is given back: its
+// files, the segments of logs that are not replayed any more, the logs of shards that are gone.
+//
+// Thread safety: the control plane's alone, but for requests and counters.
+class Checkpointer {
+ public:
+  using NoteFn = std::function<void(const std::string&)>;
+
+  // `root` is over the data directory and has nothing else under way when this polls. `latest` as
+  // it was read at the start, 0 rounds where there was none. All outlive it.
+  Checkpointer(const CheckpointerOptions& options, Disk* root, LogStore* logs, Clock* clock,
+               const CheckpointManifest& latest);
+
+  // One bounded round, which may wait for the disk; returns how much was done. `note` receives
+  // lines for the log.
+  int Poll(const NoteFn& note);
+  // Begins a round as soon as none is under way. Any thread may count requests here, too.
+  void Request() { requests_.fetch_add(1); }
+  std::atomic<uint64_t>& requests() { return requests_; }
+  // A round is under way, or was asked for.
+  bool busy() const { return phase_ != Phase::kIdle || requests_.load() != requests_taken_; }
+  // By how much the logs have grown since the last round began.
+  uint64_t bytes_since_last() const { return logs_->bytes_written() - bytes_at_last_; }
+  // Rounds that succeeded.
+  uint64_t completed() const { return counters_[CheckpointCounter::kCompleted].Read(); }
+  void AddCounters(CounterCatalogue* catalogue) const;
+
+ private:
+  enum class Phase : uint8_t { kIdle, kNoting, kSaving };
+
+  bool IsDue() const;
+  void Begin();
+  bool AllNoted();
+  void BeginSaving();
+  int AwaitSaves(const NoteFn& note);
+  void Commit(const NoteFn& note);
+  void End(bool succeeded);
+
+  // Constant after construction.
+  const CheckpointerOptions options_;
+  Disk* const root_;
+  LogStore* const logs_;
+  Clock* const clock_;
+  // The control plane's.
+  CheckpointManifest latest_;
+  Phase phase_ = Phase::kIdle;
+  uint32_t round_;
+  int64_t began_ns_ = 0;
+  int64_t retry_ns_ = 0;
+  uint64_t bytes_at_last_ = 0;
+  uint64_t requests_taken_ = 0;
+  // Any thread's.
+  CounterSet<CheckpointCounter, static_cast<size_t>(CheckpointCounter::kCount)> counters_;
+  std::atomic<uint64_t> requests_{0};
+};
+
+}  // namespace engram
