@@ -145,7 +145,7 @@ class Shard {
   // A recall's slice: some 100 to 200 us of distances at 768-d.
   static constexpr uint32_t kRecallSliceDistances = 1024;
   // Observations that are stored in one round once they are logged.
-  static constexpr int kMostStoredAtOnce = 256;
+  static constexpr int kMostStoredAtOnce = 64;
 
   Shard(const ShardOptions& options, Clock* clock, ShardPort port, const ShardStorage& storage,
         HugePageArena arena);
@@ -202,6 +202,7 @@ class Shard {
   bool OwnedHereAlone(uint32_t space, const ObserveRequest& request) const;
   RefusalReason Judge(uint32_t space, const ObserveRequest& request, bool in_credit);
   RefusalReason JudgeLogRoom(uint32_t space, const ObserveRequest& request) const;
+  size_t RecordBytes(uint32_t space, const ObserveRequest& request) const;
   static size_t PendingBytes(const ObserveRequest& request);
   void Append(uint32_t space, RefusalReason skip_reason, CommitStamp stamp,
               ObserveRequest* request);
@@ -210,6 +211,7 @@ class Shard {
   void BeginStoring(uint64_t ticket);
   void FinishForward(uint64_t ticket);
   int Recover();
+  bool OthersHaveLoaded() const;
   bool MustWaitForOthers(const LogRecord& record) const;
   Result<bool> Replay(const LogEntry& entry);
   void RestoreSession(SessionId id, uint32_t space, Sequence sequence, CommitStamp stamp);
@@ -225,8 +227,10 @@ class Shard {
   Result<void> BeginLoadingSpace(std::span<const std::byte> extent);
   Result<void> FinishLoadingSpace();
   bool HandOn();
+  bool HandOnSessions();
   int StepCheckpoint();
   void NoteForCheckpoint(CheckpointHandoff* handoff);
+  int SyncForCheckpoint(CheckpointHandoff* handoff);
   void ReportSave(CheckpointHandoff* handoff);
   void BeginForward(uint64_t ticket, size_t producer, const ObserveRequest& request,
                     const Completion& completion);
@@ -302,6 +306,8 @@ class Shard {
   std::unique_ptr<ShardSaver> saver_;        // where the storage has a place for checkpoints
   uint32_t noted_round_ = 0;
   uint32_t saved_round_ = 0;
+  uint32_t synced_round_ = 0;
+  std::optional<LogPosition> sync_to_;  // in the round under way
   bool keeps_tombstones_ = false;  // of what may be replayed over the checkpoint under way
   std::vector<uint32_t> asked_;    // by shard: messages that it has not answered
   std::vector<std::optional<PeerMessage>> held_;  // by shard: what it asked and cannot be done yet

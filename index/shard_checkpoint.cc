@@ -2,6 +2,7 @@
 // loading when it starts.
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <string>
 
@@ -33,6 +34,8 @@ int Shard::StepCheckpoint() {
   if (note != noted_round_) {
     noted_round_ = note;
     keeps_tombstones_ = true;
+    sync_to_.reset();
+    saver_->Abort();  // The round before has failed elsewhere.
     NoteForCheckpoint(handoff);
     return 1;
   }
@@ -52,7 +55,7 @@ int Shard::StepCheckpoint() {
     if (!saver_->Begin(save, hold, stamp_clock_.last(), contents)) ReportSave(handoff);
     return 1;
   }
-  if (!saver_->active()) return 0;
+  if (!saver_->active()) return SyncForCheckpoint(handoff);
   const int work = saver_->Step();
   if (!saver_->active()) ReportSave(handoff);
   return work;
@@ -68,6 +71,22 @@ void Shard::NoteForCheckpoint(CheckpointHandoff* handoff) {
   handoff->epoch.store(log_->epoch(), std::memory_order_relaxed);
   handoff->complete.store(complete, std::memory_order_relaxed);
   handoff->noted.store(noted_round_, std::memory_order_release);
+}
+
+// Blocks go out within the flush interval whether somebody waits for them or not.
+int Shard::SyncForCheckpoint(CheckpointHandoff* handoff) {
+  const uint32_t sync = handoff->sync.load(std::memory_order_acquire);
+  if (sync == synced_round_ || sync != noted_round_ || !keeps_tombstones_) return 0;
+  if (!sync_to_) sync_to_ = log_->end();
+  if (!log_->idle() && log_->durable() < *sync_to_) {
+    if (!log_->failing()) return 0;
+    handoff->error.store(EIO, std::memory_order_relaxed);
+    handoff->failed.store(sync, std::memory_order_release);
+  } else {
+    handoff->synced.store(sync, std::memory_order_release);
+  }
+  synced_round_ = sync;
+  return 1;
 }
 
 void Shard::ReportSave(CheckpointHandoff* handoff) {
@@ -93,6 +112,7 @@ Result<int> Shard::LoadCheckpoint() {
     if (!opened) return std::unexpected(opened.error());
   }
   for (int n = 0; n < kExtentsPerPoll; ++n) {
+    if (!loading.away.empty()) return HandOnSessions() ? 1 : 0;
     if (loading.hands_on) return HandOn() ? 1 : 0;
     std::span<const std::byte> extent;
     const auto step = loading.reader->Next(&extent);
@@ -180,12 +200,25 @@ Result<void> Shard::LoadSessions(std::span<const std::byte> body, uint32_t count
     if (saved.space >= loading.listed.size()) {
       return Fail(ErrorCode::kCorrupt, "a session of a space that is not listed");
     }
-    sessions_.Restore(SessionId(saved.id), loading.listed[saved.space], saved.last_sequence,
-                      saved.last_active_unix_ns);
+    saved.space = loading.listed[saved.space];
+    loading.away.push_back(saved);
     ++loading.sessions;
     body = body.subspan(sizeof(saved));
   }
   return {};
+}
+
+// Each session to its home, which is another shard where the number of shards has changed. False
+// when the ledger has no room.
+bool Shard::HandOnSessions() {
+  std::vector<SavedSession>& away = recovery_->loading.away;
+  const size_t before = away.size();
+  for (; !away.empty() && ledger_.room() > 1; away.pop_back()) {
+    const SavedSession& saved = away.back();
+    RestoreSession(SessionId(saved.id), saved.space, saved.last_sequence,
+                   StampBefore(saved.last_active_unix_ns + (int64_t{1} << kStampShardBits)));
+  }
+  return away.size() < before;
 }
 
 // Where as many shards are there as were, and the space began with as many partitions, each of its

@@ -17,6 +17,8 @@ namespace engram {
 namespace {
 
 constexpr int kReplayBatch = 64;
+// No stamp is earlier: what is published before it says that a shard is still loading.
+constexpr CommitStamp kFirstReplayed = 2;
 // Without memory for what the log holds for so long, though upkeep went on.
 constexpr int64_t kLongestShortageNs = 10 * kNanosPerSecond;
 
@@ -121,10 +123,14 @@ int Shard::Recover() {
   if (recovery_->loading.next < storage_.checkpoints.size()) {
     const auto loaded = LoadCheckpoint();
     if (!loaded) return fail(loaded.error());
-    // What others ask for waits until the spaces are here.
+    // What others ask for waits until the spaces are here; but not while others are asked, who may
+    // wait for this shard.
+    if (recovery_->loading.hands_on || !recovery_->loading.away.empty()) work += TakePeerRequests();
     return work + *loaded + 1;
   }
   work += TakePeerRequests();
+  recovery_->NoteBefore(kFirstReplayed);
+  if (!OthersHaveLoaded()) return work + Upkeep(true) + 1;
   for (int n = 0; n < kReplayBatch && ledger_.room() > 1; ++n) {
     LogEntry entry;
     if (recovery_->held) {
@@ -162,6 +168,16 @@ int Shard::Recover() {
     ++work;
   }
   return work + Upkeep(true);
+}
+
+// What is replayed goes where the partitions say, and an earlier version may be in a later one. So
+// first everyone has read how many there are.
+bool Shard::OthersHaveLoaded() const {
+  for (uint16_t s = 0; s < port_.stamps->shards(); ++s) {
+    if (s == port_.shard.value()) continue;
+    if (port_.stamps->CompleteUpTo(ShardId(s), INT64_MAX) < kFirstReplayed - 1) return false;
+  }
+  return true;
 }
 
 // What it does depends on what came before it, which other logs may hold: then these come first. A

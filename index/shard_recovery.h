@@ -72,6 +72,8 @@ struct CheckpointLoading {
   std::vector<uint32_t> listed;  // by place in the file's list: the space in the shard
   std::map<std::string, SpaceDefinition> definitions;  // by name
   uint64_t sessions = 0;
+  // Of these, those that are not with their homes yet; `space` is the shard's.
+  std::vector<SavedSession> away;
   uint32_t spaces = 0;
   // The space that is being loaded: into its place, or, where what it holds belongs to other
   // shards, into one of its own, from which that is handed on.

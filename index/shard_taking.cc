@@ -234,11 +234,15 @@ size_t Shard::PendingBytes(const ObserveRequest& request) {
 
 RefusalReason Shard::JudgeLogRoom(uint32_t space, const ObserveRequest& request) const {
   if (log_ == nullptr) return RefusalReason::kNone;
-  const size_t name_bytes = entries_[space]->name().size();
-  const size_t bytes = LogRecordBytes(name_bytes, VectorBytes(request.dtype, request.dimension),
-                                      request.id_bytes, request.payload_bytes) +
-                       LogRecordBytes(name_bytes, 0, 0, sizeof(SpaceDefinition));
+  const size_t bytes = RecordBytes(space, request) + LogRecordBytes(entries_[space]->name().size(),
+                                                                    0, 0, sizeof(SpaceDefinition));
   return log_->JudgeRoom(bytes, request.op == ObservationOp::kDelete);
+}
+
+size_t Shard::RecordBytes(uint32_t space, const ObserveRequest& request) const {
+  return LogRecordBytes(entries_[space]->name().size(),
+                        VectorBytes(request.dtype, request.dimension), request.id_bytes,
+                        request.payload_bytes);
 }
 
 // 3. What the space is goes before its first observation in this log, and again when it has grown.
@@ -254,7 +258,7 @@ void Shard::Append(uint32_t space, RefusalReason skip_reason, CommitStamp stamp,
     made.stamp = stamp;
     made.space = entry.name();
     made.payload = std::as_bytes(std::span(&definition, 1));
-    log_->Append(made, false);
+    log_->Append(made, false, RecordBytes(space, *request));
   }
   LogRecord record;
   record.stamp = stamp;

@@ -17,7 +17,8 @@
 // deep    The same writes, the next ones going on while a flush is under way.
 //
 // Then, with observations sent by the clock at 10, 50 and 90 % of what the shard took at most: from
-// the moment an observation was due to its acknowledgement. At 50 % also with durability memory.
+// the moment an observation was due to its acknowledgement. At 50 % also with durability memory,
+// and with nothing to do at all (none): how late this thread itself is, by others on the machine.
 //
 // The segments are made and recycled between the rounds. Data lies in a folder that is made in
 // --dir (default: the current directory) and removed at the end.
@@ -489,6 +490,23 @@ class ShardContender {
     return histogram;
   }
 
+  // By the clock, with nothing to do. From due to noticed.
+  std::unique_ptr<LatencyHistogram> RunNothing(double per_second, uint64_t observations) {
+    auto histogram = std::make_unique<LatencyHistogram>();
+    const double interval_ns = kNanosPerSecond / per_second;
+    const int64_t start_ns = clock_->MonotonicNs();
+    for (uint64_t i = 0; i < observations;) {
+      const int64_t now_ns = clock_->MonotonicNs();
+      for (; i < observations; ++i) {
+        const int64_t due_ns =
+            start_ns + static_cast<int64_t>(interval_ns * static_cast<double>(i));
+        if (due_ns > now_ns) break;
+        histogram->Record(now_ns - due_ns);
+      }
+    }
+    return histogram;
+  }
+
  private:
   static constexpr int kBurst = 64;
   static constexpr uint32_t kMaxSpaces = 4'096;
@@ -737,6 +755,9 @@ int Run(const Options& options) {
     };
     for (const int percent : {10, 50, 90}) at(percent, Durability::kFsync, "fsync");
     at(50, Durability::kMemory, "memory");
+    late.push_back({&each, "none", 50, most / 2,
+                    shard.RunNothing(most / 2, std::min(options.observations,
+                                                        static_cast<uint64_t>(most / 2)))});
   }
   if (options.latency && !options.json) {
     std::printf("\n%-6s %-10s %6s %14s %10s %10s %10s\n", "dtype", "durability", "load",

@@ -31,6 +31,8 @@ int Checkpointer::Poll(const NoteFn& note) {
       return 1;
     case Phase::kSaving:
       return AwaitSaves(note);
+    case Phase::kSyncing:
+      return AwaitSyncs(note);
   }
   return 0;
 }
@@ -73,21 +75,37 @@ void Checkpointer::BeginSaving() {
 }
 
 int Checkpointer::AwaitSaves(const NoteFn& note) {
-  bool all_saved = true;
+  if (HasFailed(note)) return 1;
   for (uint16_t s = 0; s < logs_->shards(); ++s) {
-    const CheckpointHandoff& shard = logs_->checkpoint(s);
-    if (shard.failed.load(std::memory_order_acquire) == round_) {
-      note("checkpoint " + std::to_string(round_) + " failed: shard " + std::to_string(s) + ": " +
-           std::strerror(shard.error.load(std::memory_order_relaxed)) +
-           "; the one before stands, and the log keeps what came since");
-      End(false);
-      return 1;
-    }
-    all_saved &= shard.saved.load(std::memory_order_acquire) == round_;
+    if (logs_->checkpoint(s).saved.load(std::memory_order_acquire) != round_) return 0;
   }
-  if (!all_saved) return 0;
+  for (uint16_t s = 0; s < logs_->shards(); ++s) {
+    logs_->checkpoint(s).sync.store(round_, std::memory_order_release);
+  }
+  phase_ = Phase::kSyncing;
+  return 1;
+}
+
+int Checkpointer::AwaitSyncs(const NoteFn& note) {
+  if (HasFailed(note)) return 1;
+  for (uint16_t s = 0; s < logs_->shards(); ++s) {
+    if (logs_->checkpoint(s).synced.load(std::memory_order_acquire) != round_) return 0;
+  }
   Commit(note);
   return 1;
+}
+
+bool Checkpointer::HasFailed(const NoteFn& note) {
+  for (uint16_t s = 0; s < logs_->shards(); ++s) {
+    const CheckpointHandoff& shard = logs_->checkpoint(s);
+    if (shard.failed.load(std::memory_order_acquire) != round_) continue;
+    note("checkpoint " + std::to_string(round_) + " failed: shard " + std::to_string(s) + ": " +
+         std::strerror(shard.error.load(std::memory_order_relaxed)) +
+         "; the one before stands, and the log keeps what came since");
+    End(false);
+    return true;
+  }
+  return false;
 }
 
 // 1. The files' names are made to stay, then the manifest takes the place of the one before.

@@ -59,13 +59,15 @@ class Checkpointer {
   void AddCounters(CounterCatalogue* catalogue) const;
 
  private:
-  enum class Phase : uint8_t { kIdle, kNoting, kSaving };
+  enum class Phase : uint8_t { kIdle, kNoting, kSaving, kSyncing };
 
   bool IsDue() const;
   void Begin();
   bool AllNoted();
   void BeginSaving();
   int AwaitSaves(const NoteFn& note);
+  int AwaitSyncs(const NoteFn& note);
+  bool HasFailed(const NoteFn& note);
   void Commit(const NoteFn& note);
   void End(bool succeeded);
 

@@ -26,7 +26,8 @@ Result<void> WaitForEnd(Disk* disk, const std::string& what, size_t bytes) {
   DiskCompletion end;
   while (disk->Poll({&end, 1}) == 0) disk->Wait(kNanosPerSecond);
   if (end.error != 0) return FailErrno(what, end.error);
-  if (end.bytes != bytes) return Fail(ErrorCode::kCorrupt, what + ": the file is shorter than it was");
+  if (end.bytes != bytes)
+    return Fail(ErrorCode::kCorrupt, what + ": the file is shorter than it was");
   return {};
 }
 
@@ -68,8 +69,8 @@ Result<void> MakeLogDurable(Disk* disk, LogPosition durable, LogPosition end) {
   uint32_t segment = durable == 0 ? std::max<uint32_t>(last, 2) - 1 : SegmentOf(durable);
   uint64_t begin = durable == 0 ? kLogPageBytes : OffsetOf(durable);
   for (; segment <= last; ++segment, begin = kLogPageBytes) {
-    auto done = WriteAgain(disk, SegmentName(segment), begin, segment == last ? OffsetOf(end) : 0,
-                           buffer);
+    auto done =
+        WriteAgain(disk, SegmentName(segment), begin, segment == last ? OffsetOf(end) : 0, buffer);
     // Before the first one there is nothing.
     if (!done && !(durable == 0 && segment < last && done.error().code == ErrorCode::kNotFound)) {
       return done;
@@ -107,6 +108,13 @@ Result<void> LogWriter::Start(LogPosition end, uint32_t epoch) {
   if (end != 0) {
     if (auto opened = OpenLast(end); !opened) return opened;
   }
+  // What an earlier epoch began at the end and did not finish could be completed by what a later
+  // one leaves there unfinished; a marker in its place rules that out before anything follows. With
+  // the first epoch there is nothing of that kind.
+  opened_ = epoch == 1;
+  if (!opened_ && LeftInSegment() >= kLogPageBytes) {
+    if (auto marked = MarkEpoch(); !marked) return marked;
+  }
   handoff_->current.store(SegmentOf(end), std::memory_order_release);
   handoff_->started.store(true, std::memory_order_release);
   return {};
@@ -130,6 +138,29 @@ Result<void> LogWriter::OpenLast(LogPosition end) {
   return flushed;
 }
 
+Result<void> LogWriter::MarkEpoch() {
+  WriteBlockHeader({.log = options_.log,
+                    .position = position_,
+                    .previous = previous_,
+                    .durable = durable_,
+                    .epoch = epoch_,
+                    .block_bytes = kLogPageBytes,
+                    .record_bytes = 0,
+                    .record_count = 0,
+                    .instance = options_.instance},
+                   memory_.data());
+  std::memset(memory_.data() + kBlockHeaderBytes, 0, kLogPageBytes - kBlockHeaderBytes);
+  CHECK(disk_->Write(file_, OffsetOf(position_), memory_.first(kLogPageBytes), 0),
+        "nothing is under way");
+  const std::string what = "write the log in " + disk_->directory();
+  if (auto written = WaitForEnd(disk_, what, kLogPageBytes); !written) return written;
+  if (auto flushed = FlushNow(file_); !flushed) return flushed;
+  position_ += kLogPageBytes;
+  previous_ = written_ = durable_ = position_;
+  opened_ = true;
+  return {};
+}
+
 Result<void> LogWriter::FlushNow(FileId file) {
   CHECK(disk_->Flush(file, 0), "nothing is under way");
   DiskCompletion end;
@@ -146,6 +177,7 @@ uint32_t LogWriter::LeftInSegment() const {
 }
 
 RefusalReason LogWriter::JudgeRoom(size_t bytes, bool frees) const {
+  if (!opened_) return RefusalReason::kLogBusy;
   const bool fills = IsFilling();
   const size_t needs = kBlockHeaderBytes + bytes;
   const bool has_next = MayBeginSegment();
@@ -199,13 +231,13 @@ size_t LogWriter::room_bytes() const {
   return left > kept ? left - kept : 0;
 }
 
-LogAddress LogWriter::Append(const LogRecord& record, bool urgent) {
+LogAddress LogWriter::Append(const LogRecord& record, bool urgent, size_t follows) {
   const size_t bytes = LogRecordBytes(record);
   if (IsFilling()) {
     const Block& block = At(next_ - 1);
-    if (kBlockHeaderBytes + block.record_bytes + bytes > block.room) Seal(next_ - 1);
+    if (kBlockHeaderBytes + block.record_bytes + bytes + follows > block.room) Seal(next_ - 1);
   }
-  if (!IsFilling()) CHECK(BeginBlock(bytes), "room was judged before");
+  if (!IsFilling()) CHECK(BeginBlock(bytes + follows), "room was judged before");
   const uint64_t number = next_ - 1;
   Block& block = At(number);
   const uint32_t at = static_cast<uint32_t>(kBlockHeaderBytes) + block.record_bytes;
@@ -315,7 +347,9 @@ int LogWriter::Poll(int64_t now_ns) {
   int work = TakeCompletions();
   OpenNextSegment();
   if (IsFilling() && WantsSeal(At(next_ - 1))) Seal(next_ - 1);
-  if (first_ == next_ && in_flight_ == 0 && records_end_ > said_durable_) BeginMarker();
+  if (first_ == next_ && in_flight_ == 0 && (!opened_ || records_end_ > said_durable_)) {
+    BeginMarker();
+  }
   work += Submit();
   work += SubmitFlush();
   if (first_ != next_) calm_since_ns_ = now_ns;
@@ -434,6 +468,7 @@ void LogWriter::Advance() {
     const Block& block = At(first_);
     durable_ = block.position + block.bytes;
     said_durable_ = std::max(said_durable_, block.durable);
+    opened_ = true;
     ++first_;
   }
   written_ = std::max(written_, durable_);
@@ -449,6 +484,14 @@ void LogWriter::Advance() {
 }
 
 void LogWriter::BeginMarker() {
+  if (!opened_) {
+    // In the next segment, as soon as that is there.
+    if (BeginBlock(0)) {
+      At(next_ - 1).urgent = true;
+      Seal(next_ - 1);
+    }
+    return;
+  }
   if (!hurried_ && now_ns_ - calm_since_ns_ < options_.marker_delay_ns) return;
   if (failing_ && now_ns_ < retry_ns_) return;
   // At the end of a segment without a next one it waits.

@@ -17,8 +17,8 @@ namespace engram {
 
 // What was read of a log, [durable, end), is on stable storage when this returns; before `durable`
 // (0: not known) it was so already. It may have come from the operating system's cache, also after
-// a flush that failed, which later flushes do not make good (see Disk): so it is written again, with
-// the bytes that are there. Waits for the disk. `disk` has nothing under way.
+// a flush that failed, which later flushes do not make good (see Disk): so it is written again,
+// with the bytes that are there. Waits for the disk. `disk` has nothing under way.
 Result<void> MakeLogDurable(Disk* disk, LogPosition durable, LogPosition end);
 
 struct LogWriterOptions {
@@ -77,15 +77,16 @@ class LogWriter {
   RefusalReason JudgeRoom(size_t bytes, bool frees) const;
   // Of records, that fit in memory beside what is on its way to the disk.
   size_t room_bytes() const;
-  // There is room. `urgent`: somebody waits until it is durable.
-  LogAddress Append(const LogRecord& record, bool urgent);
+  // There is room. `urgent`: somebody waits until it is durable. `follows`: of a record that comes
+  // next and was judged together with this one: both go into one block.
+  LogAddress Append(const LogRecord& record, bool urgent, size_t follows = 0);
 
   // One bounded round; returns how much was done. Never blocks.
   int Poll(int64_t now_ns);
   // No write or flush is under way and nothing waits for one.
   bool idle() const { return in_flight_ == 0 && first_ == next_; }
   // All is durable and said to be so by the log itself.
-  bool settled() const { return idle() && records_end_ <= said_durable_; }
+  bool settled() const { return idle() && opened_ && records_end_ <= said_durable_; }
   // From now on everything is urgent and markers do not wait: before a shutdown.
   void Hurry() { hurried_ = true; }
 
@@ -146,6 +147,7 @@ class LogWriter {
   bool IsFilling() const { return first_ != next_ && At(next_ - 1).state == State::kFilling; }
   Result<void> OpenLast(LogPosition end);
   Result<void> FlushNow(FileId file);
+  Result<void> MarkEpoch();
   uint32_t LeftInSegment() const;
   bool MayBeginSegment() const { return next_file_ && !file_before_; }
   void OpenNextSegment();
@@ -188,6 +190,7 @@ class LogWriter {
   LogPosition last_block_ = 0;
   LogPosition said_durable_ = 0;
   uint32_t epoch_ = 0;
+  bool opened_ = false;  // a block of this epoch is durable
   uint32_t writing_ = 0;
   uint32_t in_flight_ = 0;
   bool flushing_ = false;

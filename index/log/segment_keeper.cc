@@ -131,8 +131,8 @@ bool SegmentKeeper::Begin() {
     // What is too much goes, one a round.
     if (spare_.size() <= options_.spare) return false;
     // Gone or not: nothing needs it, and the next start looks again.
-    (void)disk_->Remove(SegmentName(spare_.back()));
-    spare_.pop_back();
+    (void)disk_->Remove(SegmentName(spare_.front()));
+    spare_.pop_front();
     return true;
   }
   if (clock_->MonotonicNs() < retry_ns_) return false;
@@ -153,8 +153,8 @@ bool SegmentKeeper::Begin() {
 }
 
 bool SegmentKeeper::BeginRecycled() {
-  recycled_ = spare_.back();
-  spare_.pop_back();
+  recycled_ = spare_.front();
+  spare_.pop_front();
   auto file = disk_->Open(SegmentName(*recycled_), OpenMode::kReadWrite, Caching::kDirect);
   // One of another size, or that is gone, is no good any more.
   if (!file || file->size_bytes != options_.segment_bytes) {

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <string>
@@ -81,7 +82,9 @@ class SegmentKeeper {
   std::unique_ptr<std::byte[]> memory_;
   std::byte* zeros_ = nullptr;   // kFillBytes, aligned to a page
   std::byte* header_ = nullptr;  // a page
-  std::vector<uint32_t> spare_;  // freed segments that still lie under their old names
+  // Freed segments that still lie under their old names. The oldest goes first, so that what is
+  // left is always a log without gaps.
+  std::deque<uint32_t> spare_;
   Step step_ = Step::kIdle;
   uint32_t oldest_ = 1;               // that may be there and was not freed
   uint32_t number_ = 0;               // being prepared

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -130,8 +131,7 @@ class RecordingDisk final : public Disk {
       const auto at = under_way_.find(end.tag);
       CHECK(at != under_way_.end(), "the disk ends what was begun");
       if (!at->second.is_read) {
-        trace_->Add(
-            {.kind = DiskTrace::Kind::kEnd, .operation = end.tag, .error = end.error});
+        trace_->Add({.kind = DiskTrace::Kind::kEnd, .operation = end.tag, .error = end.error});
       }
       end.tag = at->second.tag;
       under_way_.erase(at);
@@ -312,7 +312,7 @@ class CrashStates {
   std::map<uint32_t, std::vector<std::byte>> contents_;  // by file, what is safe
   std::map<std::string, uint32_t> names_;                // that are safe
   std::vector<const DiskTrace::Event*> renames_;
-  std::map<uint64_t, PendingWrite> writes_;           // that are not safe, by operation
+  std::map<uint64_t, PendingWrite> writes_;         // that are not safe, by operation
   std::map<uint64_t, std::set<uint64_t>> covered_;  // by flush under way
 };
 

@@ -1184,7 +1184,7 @@ uint64_t UsualSeeds() {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   return 300;
 #else
-  return 2'000;
+  return 1'500;
 #endif
 }
 

@@ -68,7 +68,7 @@ inline std::string TextOf(const LogRecord& record) {
     }
     return text;
   };
-  const auto number = [](auto value) { return " " + std::to_string(value); };
+  const auto number = [](auto value) { return std::string(" ").append(std::to_string(value)); };
   const auto code = [&](auto value) { return number(static_cast<uint32_t>(value)); };
   return "stamp" + number(record.stamp) + code(record.kind) + code(record.dtype) +
          number(record.dimension) + code(record.payload_kind) + code(record.skip_reason) +

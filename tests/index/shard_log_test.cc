@@ -1,0 +1,188 @@
+// Shards with logs: single cases of what tests/sim/durable_programs_test.cc draws by chance.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "tests/sim/durable_rig.h"
+
+namespace engram {
+namespace {
+
+constexpr RefusalReason kNone = RefusalReason::kNone;
+const std::string kSpace = "s";
+
+DurableSetup SmallSetup(uint16_t shards = 1, uint16_t partitions = 1) {
+  DurableSetup setup;
+  setup.shards = shards;
+  setup.max_partitions = shards;
+  setup.shard = DurableRig::SmallShard();
+  setup.writer = DurableRig::SmallWriter();
+  setup.keeper = DurableRig::SmallKeeper();
+  setup.spaces = {{kSpace, {.metric = Metric::kL2, .partitions = partitions}}};
+  return setup;
+}
+
+class ShardLogTest : public testing::Test {
+ protected:
+  void Start(const DurableSetup& setup) {
+    DurableSetup seeded = setup;
+    seeded.shard.seed = ++starts_;
+    ASSERT_TRUE(rig_.Start(seeded).has_value());
+    for (int i = 0; i < 100'000 && rig_.IsRecovering(); ++i) rig_.shards->Poll();
+    ASSERT_EQ(rig_.RecoveryError(), "");
+    ASSERT_FALSE(rig_.IsRecovering());
+    ASSERT_TRUE(rig_.store->PrepareFirst().has_value());
+  }
+  RigSession OpenAt(size_t home, SessionId id = {}) {
+    return rig_.shards->Open(0, 100 + ++connections_, kSpace,
+                             {.dimension = 2, .session = id, .shard = home});
+  }
+  static RigSession AloneAt(size_t home) {
+    RigSession nobody;
+    nobody.shard = home;
+    nobody.space = kSpace;
+    nobody.origin = 1;
+    return nobody;
+  }
+  static Observation Upsert(const std::string& id, std::string payload) {
+    return {.id = id, .vector = {1, 2}, .payload = std::move(payload)};
+  }
+  size_t OwnerOf(const std::string& id) {
+    const SpaceEntry* entry = rig_.shards->entry(kSpace);
+    return entry->ShardOf(PartitionOf(SpaceCatalogue::HashOfId(id), entry->partitions())).value();
+  }
+  // Live ones, of all shards.
+  std::vector<std::string> PayloadsOf(const std::string& id) {
+    std::vector<std::string> payloads;
+    for (const auto& shard : rig_.shards->shards) {
+      const Space* part = shard->FindSpace(kSpace);
+      const NodeId node = part == nullptr ? kNoNode : part->FindLive(id);
+      if (node == kNoNode) continue;
+      const auto payload = part->Get(node).payload;
+      payloads.emplace_back(reinterpret_cast<const char*>(payload.data()), payload.size());
+    }
+    return payloads;
+  }
+  using Payloads = std::vector<std::string>;
+
+  DurableRig rig_{5};
+  uint64_t starts_ = 0;
+  Origin connections_ = 0;
+};
+
+TEST_F(ShardLogTest, WhatWasAcknowledgedIsThereAfterAPowerCutAtOnce) {
+  Start(SmallSetup());
+  RigSession session = OpenAt(0);
+  SessionId id = session.id;
+  for (int i = 1; i <= 20; ++i) {
+    const std::string text = std::to_string(i);
+    // At a segment's end the log may be busy for a moment.
+    RefusalReason reason = RefusalReason::kLogBusy;
+    for (int n = 0; n < 1'000 && reason == RefusalReason::kLogBusy; ++n) {
+      reason = rig_.shards->Observe(&session, Upsert("id" + text, text)).reason;
+    }
+    ASSERT_EQ(reason, kNone);
+    rig_.CutPower();
+    Start(SmallSetup());
+    session = OpenAt(0, id);
+    EXPECT_EQ(session.last_settled, static_cast<Sequence>(i));
+    EXPECT_EQ(PayloadsOf("id" + text), Payloads{text});
+  }
+}
+
+// The clock is set back while the daemon is down: what comes next is later all the same, whichever
+// shard takes it.
+TEST_F(ShardLogTest, AClockThatWasSetBackDoesNotMakeUpdatesOld) {
+  Start(SmallSetup(2, 2));
+  RigSession session = OpenAt(0);
+  for (const char* id : {"a", "b", "c", "d"}) {
+    ASSERT_EQ(rig_.shards->Observe(&session, Upsert(id, "old")).reason, kNone);
+  }
+  rig_.CutPower();
+  rig_.clock.StepWallNs(-3'600 * kNanosPerSecond);
+  Start(SmallSetup(2, 2));
+  // Of another home, whose log has nothing.
+  RigSession other = OpenAt(1);
+  for (const char* id : {"a", "b", "c", "d"}) {
+    ASSERT_EQ(rig_.shards->Observe(&other, Upsert(id, "new")).reason, kNone);
+    EXPECT_EQ(PayloadsOf(id), Payloads{"new"});
+  }
+}
+
+// What a session took lies in several logs once the number of shards has changed.
+TEST_F(ShardLogTest, ASessionIsResumedWhateverTheNumberOfShards) {
+  Start(SmallSetup(2));
+  RigSession session = OpenAt(1);
+  const SessionId id = session.id;
+  ASSERT_EQ(rig_.shards->Observe(&session, Upsert("a", "1")).reason, kNone);
+  rig_.CutPower();
+  Start(SmallSetup(1));
+  session = OpenAt(0, id);
+  EXPECT_EQ(session.last_settled, 1u);
+  ASSERT_EQ(rig_.shards->Observe(&session, Upsert("a", "2")).reason, kNone);
+  rig_.CutPower();
+  Start(SmallSetup(2));
+  session = OpenAt(1, id);
+  EXPECT_EQ(session.last_settled, 2u) << "number 2 lies in the log of shard 0";
+  EXPECT_EQ(PayloadsOf("a"), Payloads{"2"});
+}
+
+// The suppress lies in the owner's log, the observation in that of the session's home. Whichever is
+// read first, what was hidden is hidden again.
+TEST_F(ShardLogTest, WhatIsHiddenStaysHidden) {
+  for (const size_t home : {0u, 1u}) {
+    Start(SmallSetup(2, 2));
+    RigSession session = OpenAt(home);
+    std::vector<std::string> ids;
+    for (int i = 0; i < 8; ++i) ids.push_back("id" + std::to_string(i) + std::to_string(home));
+    for (const std::string& id : ids) {
+      ASSERT_EQ(rig_.shards->Observe(&session, Upsert(id, "x")).reason, kNone);
+    }
+    for (const std::string& id : ids) {
+      ASSERT_EQ(rig_.shards
+                    ->ObserveAlone(AloneAt(OwnerOf(id)), {.op = ObservationOp::kSuppress, .id = id})
+                    .first.reason,
+                kNone);
+    }
+    rig_.CutPower();
+    Start(SmallSetup(2, 2));
+    for (const std::string& id : ids) {
+      EXPECT_EQ(PayloadsOf(id), Payloads{}) << id;
+      ASSERT_EQ(
+          rig_.shards->ObserveAlone(AloneAt(OwnerOf(id)), {.op = ObservationOp::kRestore, .id = id})
+              .first.reason,
+          kNone);
+      EXPECT_EQ(PayloadsOf(id), Payloads{"x"}) << id;
+    }
+    rig_.CutPower();
+  }
+}
+
+// Its records lie in two logs, the delete in the one that is read by another shard.
+TEST_F(ShardLogTest, WhatWasDeletedStaysDeletedWhateverTheNumberOfShards) {
+  Start(SmallSetup(1));
+  RigSession session = OpenAt(0);
+  ASSERT_EQ(rig_.shards->Observe(&session, Upsert("a", "1")).reason, kNone);
+  for (const uint16_t shards : {3, 2, 1, 3}) {
+    rig_.CutPower();
+    Start(SmallSetup(shards));
+    const size_t owner = OwnerOf("a");
+    RigSession later = OpenAt(owner);
+    ASSERT_EQ(rig_.shards->Observe(&later, {.op = ObservationOp::kDelete, .id = "a"}).reason,
+              kNone);
+    for (const uint16_t again : {1, 2, 3}) {
+      rig_.CutPower();
+      Start(SmallSetup(again));
+      EXPECT_EQ(PayloadsOf("a"), Payloads{}) << shards << ", then " << again;
+    }
+    later = OpenAt(OwnerOf("a"));
+    ASSERT_EQ(rig_.shards->Observe(&later, Upsert("a", "2")).reason, kNone);
+  }
+}
+
+}  // namespace
+}  // namespace engram
