@@ -90,6 +90,14 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, const Sh
   port_.stamps->Publish(port_.shard, kNoStamp);
 }
 
+// One that ends while it recovers still has requests of its own under way.
+Shard::~Shard() {
+  for (uint64_t ticket = ledger_.oldest_ticket(); ticket < ledger_.next_ticket(); ++ticket) {
+    const Forward& forward = ledger_.At(ticket);
+    if (forward.is_replayed && forward.step != Forward::Step::kAnswered) FreeReplayed(forward);
+  }
+}
+
 // What the shard publishes of its stamps (see StampBoard): while it polls the clock as it was
 // before, so that what it takes now is later; between two polls nothing is under way but its
 // forwards.

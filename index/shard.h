@@ -111,6 +111,9 @@ class Shard {
   // `clock` outlives the shard. Errors: kResourceExhausted.
   static Result<std::unique_ptr<Shard>> Create(const ShardOptions& options, Clock* clock,
                                                ShardPort port, const ShardStorage& storage = {});
+  Shard(const Shard&) = delete;
+  Shard& operator=(const Shard&) = delete;
+  ~Shard();
 
   // One bounded round; returns how much was done. Never blocks.
   int Poll();
@@ -308,8 +311,8 @@ class Shard {
   uint32_t saved_round_ = 0;
   uint32_t synced_round_ = 0;
   std::optional<LogPosition> sync_to_;  // in the round under way
-  bool keeps_tombstones_ = false;  // of what may be replayed over the checkpoint under way
-  std::vector<uint32_t> asked_;    // by shard: messages that it has not answered
+  bool keeps_tombstones_ = false;       // of what may be replayed over the checkpoint under way
+  std::vector<uint32_t> asked_;         // by shard: messages that it has not answered
   std::vector<std::optional<PeerMessage>> held_;  // by shard: what it asked and cannot be done yet
   HnswLinker linker_;
   HnswSweep sweep_;

@@ -164,7 +164,10 @@ Result<void> Shard::LoadExtent(std::span<const std::byte> extent) {
   ShardEndExtent end;
   if (header.kind != kShardEndExtent || body->size() < sizeof(end)) return damaged();
   std::memcpy(&end, body->data(), sizeof(end));
-  if (end.sessions != loading.sessions || end.spaces != loading.spaces) return damaged();
+  if (end.sessions != loading.sessions || end.spaces != loading.spaces ||
+      loading.reader->offset() + extent.size() != loading.reader->bytes()) {
+    return damaged();
+  }
   const size_t next = loading.next + 1;
   loading = CheckpointLoading();
   loading.next = next;

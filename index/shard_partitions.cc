@@ -144,11 +144,12 @@ bool Shard::DoHere(Forward* forward) {
   return true;
 }
 
-// What is here already under the same stamp was loaded from a checkpoint, and is replayed since into
-// a partition that came later. It stays here, where it may have been hidden, and the other one ends.
+// What is here already under the same stamp was loaded from a checkpoint, and is replayed since
+// into a partition that came later. It stays here, where it may have been hidden, and the other one
+// ends.
 StoreOutcome Shard::Retire(uint32_t space, std::string_view id, CommitStamp stamp) {
   StoreOutcome outcome = spaces_[space]->Delete(id, stamp, true);
-  if (outcome.later == stamp) ++outcome.later;
+  if (outcome.existed && outcome.later == stamp) ++outcome.later;
   QueueForUpkeep(space);
   return outcome;
 }

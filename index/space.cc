@@ -684,7 +684,7 @@ std::optional<Space::Content> Space::ContentOf(NodeId node) const {
   const bool is_deleted = state == NodeState::kTombstone;
   if (!IsLive(node) && state != NodeState::kHidden && !is_deleted) return std::nullopt;
   if (FindId(HashOf(IdOf(node)), IdOf(node)) != node) return std::nullopt;
-  return Content{.kind = is_deleted                     ? Content::Kind::kDeleted
+  return Content{.kind = is_deleted                    ? Content::Kind::kDeleted
                          : state == NodeState::kHidden ? Content::Kind::kHidden
                                                        : Content::Kind::kLive,
                  .stored = Get(node),

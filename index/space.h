@@ -202,7 +202,7 @@ class Space {
   struct Content {
     enum class Kind : uint8_t { kLive, kHidden, kDeleted };
     Kind kind = Kind::kLive;
-    StoredObservation stored;  // kDeleted: the id and the stamp alone
+    StoredObservation stored;      // kDeleted: the id and the stamp alone
     CommitStamp stamp = kNoStamp;  // of the content
   };
   std::optional<Content> ContentOf(NodeId node) const;

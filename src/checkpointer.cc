@@ -123,7 +123,11 @@ void Checkpointer::Commit(const NoteFn& note) {
     bytes += manifest.logs.back().file_bytes;
   }
   manifest.gone = logs_->others();
-  if (done) done = WriteManifest(*root_, manifest);
+  if (done) {
+    // Until a manifest is there for good, either may be found after a crash.
+    either_may_stand_ = true;
+    done = WriteManifest(*root_, manifest);
+  }
   if (!done) {
     note("checkpoint " + std::to_string(round_) + " failed: " + done.error().message +
          "; the one before stands, and the log keeps what came since");
@@ -131,6 +135,7 @@ void Checkpointer::Commit(const NoteFn& note) {
     return;
   }
   latest_ = manifest;
+  either_may_stand_ = false;
   for (uint16_t s = 0; s < logs_->shards(); ++s) logs_->FreeBefore(s, manifest.logs[s].from);
   if (auto removed = logs_->RemoveCheckpointsBut(round_); !removed) note(removed.error().message);
   if (!manifest.gone.empty()) {
@@ -169,7 +174,7 @@ void Checkpointer::End(bool succeeded) {
   } else {
     retry_ns_ = clock_->MonotonicNs() + options_.retry_ns;
     // A file that was begun would only take room.
-    (void)logs_->RemoveCheckpointsBut(latest_.round);
+    if (!either_may_stand_) (void)logs_->RemoveCheckpointsBut(latest_.round);
     counters_[CheckpointCounter::kFailed].Add(1);
   }
 }

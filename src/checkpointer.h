@@ -78,6 +78,8 @@ class Checkpointer {
   Clock* const clock_;
   // The control plane's.
   CheckpointManifest latest_;
+  // A later manifest than latest_ may be in place: its files are kept as well.
+  bool either_may_stand_ = false;
   Phase phase_ = Phase::kIdle;
   uint32_t round_;
   int64_t began_ns_ = 0;

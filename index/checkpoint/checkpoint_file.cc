@@ -87,7 +87,9 @@ Result<void> CheckpointReader::Open(const std::string& name, uint64_t bytes) {
                                          std::to_string(bytes) +
                                          " that the manifest says: restore a backup");
   }
-  for (Part& part : parts_) part.memory.resize(kMaxExtentBytes + kReadBytes);
+  for (Part& part : parts_) {
+    part.memory.resize(kMaxExtentBytes + std::min<uint64_t>(kReadBytes, bytes));
+  }
   for (Part& part : parts_) ReadPart(&part);
   return {};
 }

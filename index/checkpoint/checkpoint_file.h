@@ -103,7 +103,7 @@ class CheckpointReader {
 
   // What is left of one part goes in front of the next one, so that extents lie whole.
   struct Part {
-    std::vector<std::byte> memory;  // kMaxExtentBytes, then kReadBytes
+    std::vector<std::byte> memory;  // kMaxExtentBytes, then kReadBytes or the file
     uint64_t offset = 0;            // in the file, of the bytes that were read
     size_t bytes = 0;
     bool ready = false;

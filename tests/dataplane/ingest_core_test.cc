@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <map>
 #include <random>
@@ -730,8 +731,22 @@ TEST_F(IngestCoreTest, StatusIsLinesOfText) {
         "core" + std::to_string(i) + " made_up_counter_name " + std::to_string(i) + "\n";
     ASSERT_NE(text.find(line), std::string::npos) << line;
   }
-  client.Send(IntrospectBytes(12, 3));
+  client.Send(IntrospectBytes(12, 4));
   ExpectRefusedAndClosed(client, RefusalReason::kBadFrame);
+}
+
+TEST_F(IngestCoreTest, ACheckpointIsAskedForAndAnsweredAtOnce) {
+  std::atomic<uint64_t> requests{0};
+  HarnessOptions options = Calm();
+  options.ingest.checkpoint_requests = &requests;
+  Start(options);
+  TestClient& client = Greeted();
+  client.Send(IntrospectBytes(13, 3));
+  const auto answers = client.Await(kWireIntrospection);
+  ASSERT_EQ(answers.size(), 1u);
+  EXPECT_EQ(answers[0].sequence, 13u);
+  EXPECT_EQ(WireNumber(answers[0].body, 2, 1), 3u);
+  EXPECT_EQ(requests.load(), 1u);
 }
 
 TEST_F(IngestCoreTest, PingIsAnsweredAlsoBeforeHello) {

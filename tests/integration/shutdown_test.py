@@ -147,9 +147,10 @@ def unread_recalls(running):
         slow = frames.Client(running.address, receive_buffer=4096)
         slow.hello("big", features=frames.NO_SESSION)
         before = client.counters()["recalls_answered"]
-        for request in range(slow.hello_ack.max_recalls):
-            slow.send(frame(frames.RECALL, frames.recall_body([0.0], 1000), flags=1,
-                            sequence=request))
+        # In one piece: once answers are left unread the daemon does not read on.
+        slow.send(b"".join(frame(frames.RECALL, frames.recall_body([0.0], 1000), flags=1,
+                                 sequence=request)
+                           for request in range(slow.hello_ack.max_recalls)))
         deadline = time.monotonic() + 30
         while client.counters()["recalls_answered"] < before + slow.hello_ack.max_recalls:
             if time.monotonic() > deadline:

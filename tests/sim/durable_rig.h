@@ -13,18 +13,23 @@
 #include <vector>
 
 #include "index/log/log_format.h"
+#include "src/checkpoint_manifest.h"
+#include "src/checkpointer.h"
 #include "src/core/simulated_disk.h"
 #include "src/log_store.h"
 #include "tests/index/shard_rig.h"
 
-// Shards with their logs on a simulated disk, which start, crash and start again.
+// Shards with their logs on a simulated disk, which start, crash and start
+// again.
 
 namespace engram {
 
-// What became of each record that was written, by the letter of what Disk promises: durable is what
-// a write carried that had ended when a flush of its file was asked for that then succeeded.
+// What became of each record that was written, by the letter of what Disk
+// promises: durable is what a write carried that had ended when a flush of its
+// file was asked for that then succeeded.
 //
-// A second opinion beside the crashes: it looks at what goes by, not at what survives.
+// A second opinion beside the crashes: it looks at what goes by, not at what
+// survives.
 class FlushAudit {
  public:
   // (session, sequence), or (0, stamp) of a record without a session.
@@ -110,11 +115,14 @@ struct RigDisks {
   SimulatedDisk* medium = nullptr;
   FlushAudit* audit = nullptr;
   Lie lie = Lie::kNone;
-  // The process was killed: nothing reaches the disk any more, and nobody waits for it.
+  // The process was killed: nothing reaches the disk any more, and nobody waits
+  // for it.
   bool killed = false;
   // Operations until the power fails in the midst of one; 0: it does not.
   uint64_t power_cut_in = 0;
   bool power_failed = false;
+  // The directory whose names cannot be made to stay; empty: none.
+  std::string fails_to_sync{};
 
   void CutPower() {
     medium->Crash();
@@ -127,7 +135,8 @@ struct RigDisks {
   }
 };
 
-// A Disk that watches, is killed, and may lie: flushes that do nothing, writes that end at once.
+// A Disk that watches, is killed, and may lie: flushes that do nothing, writes
+// that end at once.
 class RigDisk final : public Disk {
  public:
   RigDisk(std::unique_ptr<Disk> disk, RigDisks* all) : disk_(std::move(disk)), all_(all) {}
@@ -160,6 +169,7 @@ class RigDisk final : public Disk {
   Result<void> SyncDirectory() override {
     if (all_->killed) return Gone();
     all_->CountDown();
+    if (directory() == all_->fails_to_sync) return FailErrno("sync " + directory(), EIO);
     return disk_->SyncDirectory();
   }
   bool Read(FileId file, uint64_t offset, std::span<std::byte> to, uint64_t tag) override {
@@ -248,7 +258,8 @@ class RigDisk final : public Disk {
     return Fail(ErrorCode::kUnavailable, "the process was killed");
   }
   bool IsGone() const { return all_->killed || all_->power_failed; }
-  // So that nobody waits for it. Whoever asked does not know that the machine is gone.
+  // So that nobody waits for it. Whoever asked does not know that the machine
+  // is gone.
   bool EndWithError(uint64_t tag) {
     untrue_.push_back({.tag = tag, .error = EIO, .bytes = 0});
     return true;
@@ -274,6 +285,7 @@ struct DurableSetup {
   LogWriterOptions writer = {};
   SegmentKeeperOptions keeper = {};
   std::vector<std::pair<std::string, SpaceSettings>> spaces = {};
+  CheckpointerOptions checkpointer = {};
 };
 
 // The machine: a clock, a disk, and at times a process with its shards.
@@ -319,7 +331,11 @@ class DurableRig {
     CHECK(store == nullptr, "one process at a time");
     disks.killed = false;
     disks.power_failed = false;
+    root = std::make_unique<RigDisk>(medium.Open(kRootFolder), &disks);
+    const auto manifest = ReadManifest(*root);
+    if (!manifest) return std::unexpected(manifest.error());
     LogStoreOptions options;
+    if (*manifest) options.checkpoint = **manifest;
     options.shards = setup.shards;
     options.instance.fill(7);
     options.existing.assign(logs.begin(), logs.end());
@@ -335,6 +351,13 @@ class DurableRig {
         nullptr);
     if (!made) return std::unexpected(made.error());
     store = *std::move(made);
+    if (!options.checkpoint.gone.empty()) {
+      options.checkpoint.gone.clear();
+      if (auto written = WriteManifest(*root, options.checkpoint); !written) return written;
+    }
+    checkpointer = std::make_unique<Checkpointer>(setup.checkpointer, root.get(), store.get(),
+                                                  &clock, options.checkpoint);
+    if (auto synced = root->SyncDirectory(); !synced) return synced;
     RigWorld world{.clock = &clock, .spaces = setup.spaces};
     for (uint16_t s = 0; s < setup.shards; ++s) {
       logs.insert(s);
@@ -373,7 +396,9 @@ class DurableRig {
     disks.killed = true;
     if (!disks.power_failed) audit.NoteKilled();
     shards.reset();
+    checkpointer.reset();
     store.reset();
+    root.reset();
   }
   void CutPower() {
     if (!disks.power_failed) disks.CutPower();
@@ -384,8 +409,11 @@ class DurableRig {
   SimulatedDisk medium;
   FlushAudit audit;
   RigDisks disks;
+  static constexpr const char* kRootFolder = "root";
   std::set<uint16_t> logs;  // whose folders are there
+  std::unique_ptr<Disk> root;
   std::unique_ptr<LogStore> store;
+  std::unique_ptr<Checkpointer> checkpointer;
   std::unique_ptr<ShardRig> shards;
 };
 
