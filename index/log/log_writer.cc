@@ -90,9 +90,9 @@ LogWriter::LogWriter(const LogWriterOptions& options, Disk* disk, SegmentHandoff
             options.block_bytes % kLogPageBytes == 0,
         "a block is whole pages and holds any record");
   CHECK(options.blocks >= 2 && options.max_writes >= 1, "one block is filled while others go");
-  CHECK(memory.size() >= MemoryBytes(options) &&
-            std::bit_cast<uintptr_t>(memory.data()) % kLogPageBytes == 0,
-        "the memory is enough and aligned to a page");
+  const auto address = std::bit_cast<uintptr_t>(memory.data());
+  CHECK(address % kLogPageBytes == 0, "the memory is aligned to a page");
+  CHECK(memory.size() >= MemoryBytes(options), "the memory is enough");
 }
 
 LogWriter::~LogWriter() {
