@@ -88,10 +88,12 @@ Result<void> SegmentKeeper::TakeOver(uint32_t number) {
 }
 
 Result<void> SegmentKeeper::PrepareFirst() {
-  const uint32_t wanted = handoff_->current.load() + 1;
-  while (handoff_->prepared.load() < wanted) {
+  const uint32_t current = handoff_->current.load();
+  while (handoff_->prepared.load() < current + options_.ahead) {
     Poll();
     if (handoff_->trouble.load() != SegmentTrouble::kNone) {
+      // With one of them it can be begun; the others are tried again.
+      if (handoff_->prepared.load() > current) return {};
       return engram::FailErrno("prepare " + disk_->directory() + "/" + SegmentName(number_) +
                                    ": the log needs room on this disk; free some, or set "
                                    "data.segment_mib lower",

@@ -48,7 +48,8 @@ class SegmentKeeper {
   // Before the writer starts: `last` is the segment in which the log ends, 0 where there is none.
   // Takes over what was prepared beyond it before a restart, and removes what was not finished.
   Result<void> Start(uint32_t last);
-  // Prepares at least the segment after `last` before it returns. Errors: those of the disk, naming
+  // Prepares segments ahead before it returns, so that what comes at first finds the disk free; at
+  // least one. Errors: those of the disk, naming
   // the file and the remedy.
   Result<void> PrepareFirst();
   // One bounded round; returns how much was done. Renaming and syncing wait for the disk.
