@@ -1,5 +1,5 @@
-// The way of an observation and of a recall, from a real socket to the shard and back, takes no
-// memory from the allocator once the daemon is warm.
+// The way of an observation and of a recall, from a real socket to the shard, its log on a real
+// disk and back, takes no memory from the allocator once the daemon is warm.
 
 #include <arpa/inet.h>
 #include <gtest/gtest.h>
@@ -15,7 +15,9 @@
 #include "dataplane/frame_format.h"
 #include "src/appliance.h"
 #include "src/core/hash.h"
+#include "src/log_store.h"
 #include "tests/support/allocation_counter.h"
+#include "tests/support/scratch_directory.h"
 
 namespace engram {
 namespace {
@@ -103,13 +105,28 @@ class HotPath : public testing::TestWithParam<NetworkBackend> {
     const auto endpoint = network_->Listen({.host = "127.0.0.1", .port = 0});
     ASSERT_TRUE(endpoint.has_value());
     ASSERT_TRUE(network_->Start().has_value());
+    LogStoreOptions log_options;
+    const DiskBackend disk =
+        GetParam() == NetworkBackend::kUring ? DiskBackend::kUring : DiskBackend::kPosix;
+    auto logs = LogStore::Open(
+        log_options, &clock_,
+        [this, disk](const std::string& folder, const DiskOptions& disk_options, std::string* why) {
+          return CreateDisk(disk, directory_.path() + "/" + folder, disk_options, why);
+        },
+        nullptr);
+    if (!logs) GTEST_SKIP() << logs.error().message;
+    logs_ = *std::move(logs);
     ApplianceOptions options;
+    options.storage.push_back(logs_->ForShard(0));
     options.ingest.max_connections = 64;
     options.shard.memory_limit_bytes = size_t{256} << 20;
     options.shard.max_sessions = 64;
     auto appliance = Appliance::Create(options, &clock_, {network_.get()});
     ASSERT_TRUE(appliance.has_value());
     appliance_ = *std::move(appliance);
+    while (appliance_->shard(0).is_recovering()) appliance_->shard(0).Poll();
+    ASSERT_FALSE(appliance_->shard(0).recovery().failed.load());
+    ASSERT_TRUE(logs_->PrepareFirst().has_value());
     client_ = std::make_unique<LoopbackClient>(endpoint->port);
     HelloBody hello;
     hello.metric = Metric::kL2;
@@ -191,7 +208,9 @@ class HotPath : public testing::TestWithParam<NetworkBackend> {
   }
 
   SystemClock clock_;
+  ScratchDirectory directory_;
   std::unique_ptr<Network> network_;
+  std::unique_ptr<LogStore> logs_;
   std::unique_ptr<Appliance> appliance_;
   std::unique_ptr<LoopbackClient> client_;
   SplitMix64 random_{1};
@@ -209,9 +228,12 @@ TEST_P(HotPath, AllocatesNothingOnceWarm) {
   }));
   allocations_ = 0;
   const uint64_t linked = appliance_->shard(0).counter(ShardCounter::kObservationsLinked).Read();
+  const uint64_t commits = appliance_->shard(0).counter(ShardCounter::kLogCommits).Read();
   Feed(12'288);
   EXPECT_EQ(allocations_, 0u);
   EXPECT_EQ(client_->naks, 0u);
+  EXPECT_GT(appliance_->shard(0).counter(ShardCounter::kLogCommits).Read(), commits)
+      << "the log was not part of what was measured";
   EXPECT_GT(appliance_->shard(0).counter(ShardCounter::kObservationsLinked).Read(), linked)
       << "linking was not part of what was measured";
   // The counter counts.

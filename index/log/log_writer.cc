@@ -26,8 +26,9 @@ Result<void> WaitForEnd(Disk* disk, const std::string& what, size_t bytes) {
   DiskCompletion end;
   while (disk->Poll({&end, 1}) == 0) disk->Wait(kNanosPerSecond);
   if (end.error != 0) return FailErrno(what, end.error);
-  if (end.bytes != bytes)
+  if (end.bytes != bytes) {
     return Fail(ErrorCode::kCorrupt, what + ": the file is shorter than it was");
+  }
   return {};
 }
 
@@ -125,17 +126,7 @@ Result<void> LogWriter::OpenLast(LogPosition end) {
   if (!file) return std::unexpected(file.error());
   file_ = file->id;
   segment_bytes_ = static_cast<uint32_t>(file->size_bytes);
-  // What was read may have come from a cache; from now on it counts as durable.
-  if (auto flushed = FlushNow(file_); !flushed) return flushed;
-  const std::string before = SegmentName(SegmentOf(end) - 1);
-  auto earlier = disk_->Open(before, OpenMode::kRead, Caching::kBuffered);
-  if (!earlier) {
-    if (earlier.error().code == ErrorCode::kNotFound) return {};
-    return std::unexpected(earlier.error());
-  }
-  auto flushed = FlushNow(earlier->id);
-  disk_->Close(earlier->id);
-  return flushed;
+  return {};
 }
 
 Result<void> LogWriter::MarkEpoch() {
@@ -154,18 +145,11 @@ Result<void> LogWriter::MarkEpoch() {
         "nothing is under way");
   const std::string what = "write the log in " + disk_->directory();
   if (auto written = WaitForEnd(disk_, what, kLogPageBytes); !written) return written;
-  if (auto flushed = FlushNow(file_); !flushed) return flushed;
+  CHECK(disk_->Flush(file_, 0), "nothing is under way");
+  if (auto flushed = WaitForEnd(disk_, what, 0); !flushed) return flushed;
   position_ += kLogPageBytes;
   previous_ = written_ = durable_ = position_;
   opened_ = true;
-  return {};
-}
-
-Result<void> LogWriter::FlushNow(FileId file) {
-  CHECK(disk_->Flush(file, 0), "nothing is under way");
-  DiskCompletion end;
-  while (disk_->Poll({&end, 1}) == 0) disk_->Wait(kNanosPerSecond);
-  if (end.error != 0) return FailErrno("flush the log in " + disk_->directory(), end.error);
   return {};
 }
 
@@ -177,11 +161,12 @@ uint32_t LogWriter::LeftInSegment() const {
 }
 
 RefusalReason LogWriter::JudgeRoom(size_t bytes, bool frees) const {
-  if (!opened_) return RefusalReason::kLogBusy;
   const bool fills = IsFilling();
   const size_t needs = kBlockHeaderBytes + bytes;
   const bool has_next = MayBeginSegment();
-  if (!has_next && !frees && LeftInSegment() < segment_bytes_ / kReservedShare) {
+  if (!opened_) {
+    // Nothing comes before the marker of this epoch.
+  } else if (!has_next && !frees && LeftInSegment() < segment_bytes_ / kReservedShare) {
     // What is left is for deletes.
   } else if (fills &&
              kBlockHeaderBytes + At(next_ - 1).record_bytes + bytes <= At(next_ - 1).room) {
@@ -449,7 +434,6 @@ void LogWriter::TakeFlushed(int error) {
     Block& block = At(number);
     if (block.state != State::kFlushing) continue;
     block.state = error == 0 ? State::kFree : State::kSealed;
-    if (error == 0) commit_latency_.Record(now_ns_ - block.sealed_ns);
   }
   if (error != 0) return;
   ++commits_;

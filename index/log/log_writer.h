@@ -10,7 +10,6 @@
 #include "index/log/log_format.h"
 #include "index/log/segment_handoff.h"
 #include "src/core/disk.h"
-#include "src/core/latency_histogram.h"
 #include "src/core/refusal_reason.h"
 
 namespace engram {
@@ -69,7 +68,8 @@ class LogWriter {
   LogWriter& operator=(const LogWriter&) = delete;
 
   // Goes on at `end`, where reading ended (0: the log is empty), with an epoch that no block has
-  // yet. Errors: those of opening the segment.
+  // yet. What was read is durable (MakeLogDurable). Waits for the disk. Errors: those of opening
+  // the segment and of writing its marker.
   Result<void> Start(LogPosition end, uint32_t epoch);
 
   // kNone, or why a record of `bytes` cannot be taken now. `frees`: it makes room (a delete), so it
@@ -110,8 +110,6 @@ class LogWriter {
   uint64_t bytes_written() const { return bytes_written_; }
   uint64_t commits() const { return commits_; }
   uint64_t errors() const { return errors_; }
-  // From sealing a block to its being durable.
-  const LatencyHistogram& commit_latency() const { return commit_latency_; }
 
  private:
   enum class State : uint8_t { kFree, kFilling, kSealed, kWriting, kWritten, kFlushing };
@@ -146,7 +144,6 @@ class LogWriter {
   size_t HeadAfterFilling() const;
   bool IsFilling() const { return first_ != next_ && At(next_ - 1).state == State::kFilling; }
   Result<void> OpenLast(LogPosition end);
-  Result<void> FlushNow(FileId file);
   Result<void> MarkEpoch();
   uint32_t LeftInSegment() const;
   bool MayBeginSegment() const { return next_file_ && !file_before_; }
@@ -203,7 +200,6 @@ class LogWriter {
   uint64_t bytes_written_ = 0;
   uint64_t commits_ = 0;
   uint64_t errors_ = 0;
-  LatencyHistogram commit_latency_;
 };
 
 }  // namespace engram

@@ -170,7 +170,8 @@ bool SegmentKeeper::BeginRecycled() {
   return true;
 }
 
-// A few writes at a time, from front to back; the header's page too, with zeros for now.
+// A few writes at a time, from front to back. The header's page is one of them: the header itself
+// comes last, over zeros.
 void SegmentKeeper::Fill() {
   while (filled_ < options_.segment_bytes && in_flight_ < kFillsInFlight && error_ == 0) {
     const auto bytes = std::min<uint64_t>(kFillBytes, options_.segment_bytes - filled_);

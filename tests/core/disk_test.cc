@@ -31,25 +31,10 @@
 #include "src/core/clock.h"
 #include "src/core/simulated_disk.h"
 #include "tests/support/allocation_counter.h"
+#include "tests/support/scratch_directory.h"
 
 namespace engram {
 namespace {
-
-// A directory that goes with the test.
-class ScratchDirectory {
- public:
-  ScratchDirectory() {
-    std::string pattern = testing::TempDir() + "engram_disk_test_XXXXXX";
-    path_ = mkdtemp(pattern.data());
-  }
-  ScratchDirectory(const ScratchDirectory&) = delete;
-  ScratchDirectory& operator=(const ScratchDirectory&) = delete;
-  ~ScratchDirectory() { std::filesystem::remove_all(path_); }
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_;
-};
 
 class AlignedBuffer {
  public:

@@ -29,6 +29,7 @@
 #include "tests/core/recording_disk.h"
 #include "tests/index/log/log_builder.h"
 #include "tests/index/shard_rig.h"
+#include "tests/support/scratch_directory.h"
 
 namespace engram {
 namespace {
@@ -136,22 +137,6 @@ class LyingDisk final : public Disk {
   std::map<uint64_t, uint64_t> tags_;
   std::vector<DiskCompletion> ends_;
   uint64_t last_ = 0;
-};
-
-// A directory that goes with the test.
-class ScratchDirectory {
- public:
-  ScratchDirectory() {
-    std::string pattern = testing::TempDir() + "engram_real_disk_test_XXXXXX";
-    path_ = mkdtemp(pattern.data());
-  }
-  ScratchDirectory(const ScratchDirectory&) = delete;
-  ScratchDirectory& operator=(const ScratchDirectory&) = delete;
-  ~ScratchDirectory() { std::filesystem::remove_all(path_); }
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_;
 };
 
 // A shard with its log in a folder of the machine's disk, as it runs in one process.
