@@ -11,6 +11,7 @@
 
 #include "index/shard.h"
 #include "src/core/check.h"
+#include "src/core/log_files.h"
 
 namespace engram {
 

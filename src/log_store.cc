@@ -1,18 +1,13 @@
 #include "src/log_store.h"
 
 #include <algorithm>
-#include <array>
-#include <charconv>
-#include <cstdio>
-#include <string_view>
 #include <utility>
+
+#include "src/core/log_files.h"
 
 namespace engram {
 
 namespace {
-
-constexpr std::string_view kFolderPrefix = "log-";
-constexpr size_t kFolderDigits = 3;
 
 DiskOptions OptionsFor(uint32_t operations) {
   DiskOptions options;
@@ -31,23 +26,11 @@ LogInstance InstanceOf(const InstanceId& id) {
 
 }  // namespace
 
-std::string LogFolder(uint16_t log) {
-  std::array<char, 8> digits;
-  std::snprintf(digits.data(), digits.size(), "%03u", log);
-  return std::string(kFolderPrefix) + digits.data();
-}
-
 std::vector<uint16_t> LogsAmong(const std::vector<DirectoryEntry>& entries) {
   std::vector<uint16_t> logs;
   for (const DirectoryEntry& entry : entries) {
-    const std::string_view name = entry.name;
-    if (name.size() != kFolderPrefix.size() + kFolderDigits || !name.starts_with(kFolderPrefix)) {
-      continue;
-    }
-    const std::string_view digits = name.substr(kFolderPrefix.size());
-    uint16_t log = 0;
-    const auto [end, error] = std::from_chars(digits.begin(), digits.end(), log);
-    if (error == std::errc() && end == digits.end() && log < kMaxShards) logs.push_back(log);
+    const auto log = LogOfFolder(entry.name);
+    if (log && *log != kVaultLog) logs.push_back(*log);
   }
   std::ranges::sort(logs);
   return logs;

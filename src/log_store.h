@@ -34,8 +34,6 @@ struct LogStoreOptions {
   std::vector<int> shard_numa_node;  // by shard; -1 or missing: any
 };
 
-// The folder of a log in the data directory: "log-003".
-std::string LogFolder(uint16_t log);
 // The logs among the names of a data directory.
 std::vector<uint16_t> LogsAmong(const std::vector<DirectoryEntry>& entries);
 

@@ -13,9 +13,6 @@ namespace engram {
 
 namespace {
 
-constexpr std::string_view kNamePrefix = "segment-";
-constexpr std::string_view kNameSuffix = ".log";
-constexpr size_t kNameDigits = 8;
 
 constexpr uint64_t kSegmentMagic = 0x31474F4C4D524745;  // "EGRMLOG1"
 constexpr uint32_t kBlockMagic = 0x4B4C4245;            // "EBLK"
@@ -72,26 +69,6 @@ void FlipBit(std::span<std::byte> bytes, uint64_t bit) {
 }
 
 }  // namespace
-
-std::string SegmentName(uint32_t number) {
-  std::array<char, kNameDigits + 1> digits;
-  std::snprintf(digits.data(), digits.size(), "%08x", number);
-  return std::string(kNamePrefix) + digits.data() + std::string(kNameSuffix);
-}
-
-std::optional<uint32_t> SegmentNumber(std::string_view name) {
-  if (name.size() != kNamePrefix.size() + kNameDigits + kNameSuffix.size() ||
-      !name.starts_with(kNamePrefix) || !name.ends_with(kNameSuffix)) {
-    return std::nullopt;
-  }
-  const std::string_view digits = name.substr(kNamePrefix.size(), kNameDigits);
-  uint32_t number = 0;
-  const auto [end, error] = std::from_chars(digits.begin(), digits.end(), number, 16);
-  if (error != std::errc() || end != digits.end() || SegmentName(number) != name) {
-    return std::nullopt;
-  }
-  return number;
-}
 
 void WriteSegmentHeader(const SegmentHeader& header, std::byte* to) {
   std::memset(to, 0, kLogPageBytes);

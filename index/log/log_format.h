@@ -23,11 +23,6 @@ inline constexpr uint32_t kMaxSegmentBytes = 1u << 30;
 // A block holds at least one record of any size.
 inline constexpr uint32_t kMaxBlockBytes = 4u << 20;
 
-// "segment-0000002a.log" for 42.
-std::string SegmentName(uint32_t number);
-// Nothing for other names.
-std::optional<uint32_t> SegmentNumber(std::string_view name);
-
 // Tells a data directory's logs from those of any other: the first half of its instance id.
 using LogInstance = std::array<uint8_t, 8>;
 

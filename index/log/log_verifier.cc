@@ -11,6 +11,7 @@
 
 #include "src/core/check.h"
 #include "src/core/clock.h"
+#include "src/core/log_files.h"
 
 namespace engram {
 

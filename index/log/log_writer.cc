@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "src/core/check.h"
+#include "src/core/log_files.h"
 
 namespace engram {
 

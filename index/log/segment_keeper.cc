@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "src/core/check.h"
+#include "src/core/log_files.h"
 
 namespace engram {
 

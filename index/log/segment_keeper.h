@@ -12,6 +12,7 @@
 #include "index/log/segment_handoff.h"
 #include "src/core/clock.h"
 #include "src/core/disk.h"
+#include "src/core/log_files.h"
 #include "src/core/result.h"
 
 namespace engram {

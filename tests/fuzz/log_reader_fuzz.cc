@@ -21,6 +21,7 @@
 #include "index/log/log_verifier.h"
 #include "src/core/check.h"
 #include "src/core/crc32c.h"
+#include "src/core/log_files.h"
 #include "src/core/log_record.h"
 #include "tests/index/log/log_builder.h"
 

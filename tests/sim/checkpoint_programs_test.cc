@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "src/core/log_files.h"
 #include "tests/sim/durable_program.h"
 
 namespace engram {

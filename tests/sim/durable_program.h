@@ -15,6 +15,7 @@
 
 #include "index/log/log_reader.h"
 #include "src/core/hash.h"
+#include "src/core/log_files.h"
 #include "tests/sim/durable_rig.h"
 
 // Random programs over shards with logs on a simulated disk, against a model of

@@ -24,6 +24,7 @@
 #include "src/core/crc32c.h"
 #include "src/core/data_directory.h"
 #include "src/core/disk.h"
+#include "src/core/log_files.h"
 #include "src/core/refusal_reason.h"
 #include "src/core/vector_dtype.h"
 #include "tools/engramctl/commands.h"
@@ -37,7 +38,7 @@ constexpr size_t kMaxInstanceBytes = 4'096;
 constexpr size_t kPayloadShown = 48;  // bytes
 
 // One log, and whose it is.
-struct LogFolder {
+struct FoundLog {
   std::string path;
   uint16_t log = 0;
   LogInstance instance{};
@@ -98,12 +99,12 @@ std::optional<uint16_t> LogNumber(std::string_view name) {
 }
 
 // `directory` is a data directory or the folder of one log.
-Result<std::vector<LogFolder>> FindLogs(const std::string& directory) {
+Result<std::vector<FoundLog>> FindLogs(const std::string& directory) {
   const auto disk = OpenFolder(directory);
   if (!disk) return std::unexpected(disk.error());
   const auto entries = (*disk)->List();
   if (!entries) return std::unexpected(entries.error());
-  std::vector<LogFolder> logs;
+  std::vector<FoundLog> logs;
   if (std::ranges::find(*entries, kInstanceFileName, &DirectoryEntry::name) == entries->end()) {
     const auto header = FindSegmentHeader(**disk);
     if (!header) return std::unexpected(header.error());
@@ -122,7 +123,7 @@ Result<std::vector<LogFolder>> FindLogs(const std::string& directory) {
       logs.push_back({.path = directory + "/" + entry.name, .log = *log, .instance = *instance});
     }
   }
-  std::ranges::sort(logs, {}, &LogFolder::log);
+  std::ranges::sort(logs, {}, &FoundLog::log);
   return logs;
 }
 
@@ -231,7 +232,7 @@ std::string JsonLine(const nlohmann::json& json) {
 // ---------------------------------------------------------------------------------------------
 // log dump
 
-void PrintText(const LogFolder& folder, const LogEntry& entry, bool vectors) {
+void PrintText(const FoundLog& folder, const LogEntry& entry, bool vectors) {
   const LogRecord& record = entry.record;
   std::string line = std::to_string(folder.log) + "/" + PositionText(PositionOf(entry.address)) +
                      " " + TimeText(UnixNsOf(record.stamp)) + " ";
@@ -263,7 +264,7 @@ void PrintText(const LogFolder& folder, const LogEntry& entry, bool vectors) {
   std::printf("%s\n", line.c_str());
 }
 
-void PrintJson(const LogFolder& folder, const LogEntry& entry, bool vectors) {
+void PrintJson(const FoundLog& folder, const LogEntry& entry, bool vectors) {
   const LogRecord& record = entry.record;
   nlohmann::json json = {
       {"log", folder.log},           {"position", PositionText(PositionOf(entry.address))},
@@ -290,7 +291,7 @@ void PrintJson(const LogFolder& folder, const LogEntry& entry, bool vectors) {
   std::printf("%s\n", JsonLine(json).c_str());
 }
 
-int Dump(const LogFolder& folder, const LogOptions& options, LogPosition from) {
+int Dump(const FoundLog& folder, const LogOptions& options, LogPosition from) {
   const auto disk = OpenFolder(folder.path);
   if (!disk) return ReportError(disk.error());
   LogReader reader(disk->get(), folder.log, folder.instance);
@@ -345,7 +346,7 @@ nlohmann::json FindingsJson(const std::vector<LogFinding>& findings) {
   return list;
 }
 
-nlohmann::json ReportJson(const LogFolder& folder, const LogReport& report) {
+nlohmann::json ReportJson(const FoundLog& folder, const LogReport& report) {
   nlohmann::json mended = nlohmann::json::array();
   for (const MendedBit& bit : report.mended) {
     mended.push_back({{"file", bit.file}, {"offset", bit.bit / 8}, {"bit", bit.bit % 8}});
@@ -378,7 +379,7 @@ nlohmann::json ReportJson(const LogFolder& folder, const LogReport& report) {
   return json;
 }
 
-void PrintReport(const LogFolder& folder, const LogReport& report) {
+void PrintReport(const FoundLog& folder, const LogReport& report) {
   std::printf("%s: %s records in %s blocks, %s segments, %zu spaces, %s sessions; ends at %s\n",
               folder.path.c_str(), WithThousands(report.records).c_str(),
               WithThousands(report.blocks).c_str(), WithThousands(report.segments).c_str(),
@@ -429,7 +430,7 @@ int RunLogDump(const LogOptions& options) {
     return kExitUsage;
   }
   int exit_code = kExitOk;
-  for (const LogFolder& folder : *logs) {
+  for (const FoundLog& folder : *logs) {
     exit_code = std::max(exit_code, Dump(folder, options, from));
   }
   return exit_code;
@@ -441,7 +442,7 @@ int RunLogVerify(const LogOptions& options) {
   const bool in_use = IsInUse(options.directory);
   nlohmann::json list = nlohmann::json::array();
   bool sound = true;
-  for (const LogFolder& folder : *logs) {
+  for (const FoundLog& folder : *logs) {
     const auto disk = OpenFolder(folder.path);
     if (!disk) return ReportError(disk.error());
     const auto report = VerifyLog(**disk, folder.log, folder.instance);

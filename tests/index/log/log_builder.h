@@ -20,6 +20,7 @@
 #include "src/core/clock.h"
 #include "src/core/disk.h"
 #include "src/core/hash.h"
+#include "src/core/log_files.h"
 #include "src/core/log_record.h"
 
 // Logs for tests: records by chance, blocks and segments put together by hand.

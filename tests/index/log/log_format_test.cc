@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "src/core/crc32c.h"
+#include "src/core/log_files.h"
 #include "tests/index/log/log_builder.h"
 
 namespace engram {

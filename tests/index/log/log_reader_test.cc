@@ -14,6 +14,7 @@
 
 #include "src/core/clock.h"
 #include "src/core/crc32c.h"
+#include "src/core/log_files.h"
 #include "src/core/simulated_disk.h"
 #include "tests/index/log/log_builder.h"
 

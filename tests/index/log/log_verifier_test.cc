@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "src/core/log_files.h"
 #include "tests/index/log/log_builder.h"
 
 namespace engram {

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "src/core/log_files.h"
 #include "src/core/simulated_disk.h"
 #include "tests/index/log/log_builder.h"
 
