@@ -112,8 +112,7 @@ RefusalReason DecodeRecall(std::span<const std::byte> body, RecallView* recall) 
 RefusalReason DecodeIntrospect(std::span<const std::byte> body, IntrospectWhat* what) {
   if (body.size() != sizeof(IntrospectBody)) return RefusalReason::kBadFrame;
   *what = LoadAs<IntrospectBody>(body.data()).what;
-  const bool known = *what == IntrospectWhat::kSpaces || *what == IntrospectWhat::kStatus ||
-                     *what == IntrospectWhat::kCheckpoint;
+  const bool known = *what >= IntrospectWhat::kSpaces && *what <= IntrospectWhat::kRelease;
   return known ? RefusalReason::kNone : RefusalReason::kBadFrame;
 }
 

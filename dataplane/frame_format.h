@@ -133,7 +133,11 @@ enum class IntrospectWhat : uint8_t {
   kSpaces = 1,
   kStatus = 2,
   kCheckpoint = 3,  // asks for a checkpoint; the answer is an empty text
+  kHold = 4,        // no checkpoint is made and no file of the logs goes for kHoldNs; likewise
+  kRelease = 5,     // ends it; likewise
 };
+
+inline constexpr int64_t kHoldNs = 10'000'000'000;
 
 struct IntrospectBody {
   IntrospectWhat what = IntrospectWhat::kSpaces;

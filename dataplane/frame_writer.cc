@@ -42,7 +42,8 @@ void SendAck(Network* network, ConnectionId connection, uint64_t session, uint64
 
 void SendNak(Network* network, ConnectionId connection, RefusalReason reason,
              const NakDetail& detail) {
-  const RefusalInfo info = DescribeRefusal(reason);
+  RefusalInfo info = DescribeRefusal(reason);
+  if (!detail.text.empty()) info.text = detail.text;
   std::array<char, 256> text;
   int length = 0;
   if (detail.has_numbers) {

@@ -23,6 +23,8 @@ struct NakDetail {
   bool has_numbers = false;
   uint64_t got = 0;
   uint64_t wanted = 0;
+  // Takes the place of the table's text, at most 255 bytes of it; empty: that stands.
+  std::string_view text = {};
 };
 
 void SendHelloAck(Network* network, ConnectionId connection, uint64_t session,

@@ -20,20 +20,29 @@ constexpr uint32_t kHighKeepFreePercent = 10;    // for recalls
 
 Result<std::unique_ptr<IngestCore>> IngestCore::Create(const IngestOptions& options, Clock* clock,
                                                        Network* network, ProducerPort port,
-                                                       const CounterCatalogue* catalogue) {
+                                                       const CounterCatalogue* catalogue,
+                                                       const RecordAccess& access) {
   auto pool = PartialBlockPool::Create(options.partial_frame_bytes / PartialBlockPool::kBlockBytes,
                                        options.huge_pages);
   if (!pool) return std::unexpected(pool.error());
+  std::unique_ptr<RecordReader> records;
+  if (access.make_disk != nullptr) {
+    auto reader = RecordReader::Create({.huge_pages = options.huge_pages}, clock, access);
+    if (!reader) return std::unexpected(reader.error());
+    records = *std::move(reader);
+  }
   auto merger = RecallMerger::Create(options.max_merges, port.catalogue->max_partitions(),
-                                     options.huge_pages);
+                                     options.huge_pages, records.get());
   if (!merger) return std::unexpected(merger.error());
-  return std::unique_ptr<IngestCore>(new IngestCore(
-      options, clock, network, std::move(port), catalogue, *std::move(pool), *std::move(merger)));
+  return std::unique_ptr<IngestCore>(new IngestCore(options, clock, network, std::move(port),
+                                                    catalogue, *std::move(pool), std::move(records),
+                                                    *std::move(merger)));
 }
 
 IngestCore::IngestCore(const IngestOptions& options, Clock* clock, Network* network,
                        ProducerPort port, const CounterCatalogue* catalogue,
-                       PartialBlockPool partial_pool, std::unique_ptr<RecallMerger> merger)
+                       PartialBlockPool partial_pool, std::unique_ptr<RecordReader> records,
+                       std::unique_ptr<RecallMerger> merger)
     : options_(options),
       clock_(clock),
       network_(network),
@@ -44,6 +53,7 @@ IngestCore::IngestCore(const IngestOptions& options, Clock* clock, Network* netw
       connections_(options.max_connections),
       completions_(kCompletionBatch),
       request_slots_(port_.shards.size()),
+      records_(std::move(records)),
       merger_(std::move(merger)),
       merged_(options.max_merges) {
   request_shards_.reserve(port_.shards.size());
@@ -56,6 +66,8 @@ int IngestCore::Poll() {
   now_ns_ = clock_->MonotonicNs();
   int work = TakeCompletions();
   work += SendMerged();
+  // What was asked for just now may be there already.
+  if (records_ != nullptr && records_->Poll() > 0) work += 1 + SendMerged();
   FlushAcks();
   work += network_->Poll(*this, options_.events_per_poll);
   FlushAcks();
@@ -66,6 +78,7 @@ int IngestCore::Poll() {
 }
 
 void IngestCore::OnAccept(ConnectionId id) {
+  now_ns_ = clock_->MonotonicNs();  // It may come from a RecoveryGreeter, before the first Poll.
   CHECK(id.index < connections_.size(), "the network has as many places as the ingress core");
   Connection& connection = connections_[id.index];
   CHECK(connection.state == State::kFree, "a place is used by one connection at a time");
@@ -296,6 +309,14 @@ bool IngestCore::TakeIntrospect(Connection& connection, const FrameHeader& heade
   }
   if (what == IntrospectWhat::kCheckpoint) {
     if (options_.checkpoint_requests != nullptr) options_.checkpoint_requests->fetch_add(1);
+    SendIntrospection(network_, connection.id, connection.session.value(), header.sequence,
+                      {.what = what}, false, {});
+    return true;
+  }
+  if (what == IntrospectWhat::kHold || what == IntrospectWhat::kRelease) {
+    if (options_.held_until_ns != nullptr) {
+      options_.held_until_ns->store(what == IntrospectWhat::kHold ? now_ns_ + kHoldNs : 0);
+    }
     SendIntrospection(network_, connection.id, connection.session.value(), header.sequence,
                       {.what = what}, false, {});
     return true;

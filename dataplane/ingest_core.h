@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -15,6 +16,7 @@
 #include "dataplane/frame_format.h"
 #include "dataplane/frame_writer.h"
 #include "dataplane/recall_merger.h"
+#include "dataplane/record_reader.h"
 #include "dataplane/ring_mesh.h"
 #include "src/core/clock.h"
 #include "src/core/counters.h"
@@ -32,13 +34,17 @@ struct IngestOptions {
   int64_t slow_reader_timeout_ns = 30 * kNanosPerSecond;  // answers stay unread
   int64_t drain_timeout_ns = 5 * kNanosPerSecond;         // to settle and say close
   uint32_t max_recalls = 16;                              // of a connection, under way
-  uint32_t max_merges = 1'024;                            // recalls of all over several partitions
+  uint32_t max_merges = 1'024;                            // recalls of all that are merged or read
   size_t partial_frame_bytes = size_t{32} << 20;          // of all unfinished frames
   size_t send_pause_bytes = size_t{1} << 20;              // unread answers at which reading pauses
   int events_per_poll = 64;
   HugePagePolicy huge_pages = HugePagePolicy::kAuto;
   // Counts the checkpoints that clients asked for; outlives the core. nullptr: none are made.
   std::atomic<uint64_t>* checkpoint_requests = nullptr;
+  // Until when clients asked that files of the data directory stay as they are; likewise.
+  std::atomic<int64_t>* held_until_ns = nullptr;
+  // Told by `status`; empty: there is none.
+  std::string data_directory = {};
 };
 
 enum class IngestCounter : uint8_t {
@@ -76,15 +82,16 @@ constexpr Lane LaneOfPriority(Priority priority) {
 // Thread safety: one core's alone; counters and histograms may be read by others.
 // Invariants: a connection's observations are pushed in the order of their sequence numbers, on one
 // lane to one shard, the session's home; settled_sequence <= next_sequence - 1; every slot is free,
-// in a ring, or with a shard; a merge is released when all its partitions have answered, also where
-// its connection has gone before.
+// in a ring, or with a shard; a merge is released, and its pins left, when all its partitions have
+// answered and it was sent, or its connection has gone.
 class IngestCore final : public NetworkHandler {
  public:
   // `clock`, `network` and `catalogue` (counters for `status`; may be filled later) outlive the
-  // core. Errors: kResourceExhausted.
+  // core. `records`: the logs of the shards, where they have some. Errors: kResourceExhausted.
   static Result<std::unique_ptr<IngestCore>> Create(const IngestOptions& options, Clock* clock,
                                                     Network* network, ProducerPort port,
-                                                    const CounterCatalogue* catalogue);
+                                                    const CounterCatalogue* catalogue,
+                                                    const RecordAccess& records = {});
 
   // One bounded round; returns how much was done. Never blocks.
   int Poll();
@@ -97,8 +104,10 @@ class IngestCore final : public NetworkHandler {
   uint32_t open_connections() const { return open_connections_; }
   // Blocks that hold no unfinished frame.
   size_t free_partial_blocks() const { return partial_pool_.free_blocks(); }
-  // Recalls whose partitions are being merged.
+  // Recalls whose partitions are being merged, or whose records are being read.
   uint32_t merges_in_flight() const { return options_.max_merges - merger_->free_merges(); }
+  // nullptr where the shards have no logs.
+  const RecordReader* records() const { return records_.get(); }
   void AddCounters(std::string_view core, CounterCatalogue* catalogue) const;
   const LatencyHistogram& receive_to_ring() const { return receive_to_ring_; }
   const Counter& counter(IngestCounter which) const { return counters_[which]; }
@@ -146,19 +155,21 @@ class IngestCore final : public NetworkHandler {
     int64_t last_received_ns = 0;
     int64_t partial_since_ns = 0;  // of the unfinished frame, 0: none
     int64_t paused_since_ns = 0;
+    uint64_t send_round = 0;  // in which the first of its merges was not sent to its end
     FrameAssembler assembler;
   };
 
-  // What a recall over several partitions is answered to.
+  // What a recall that is merged is answered to.
   struct MergedRecall {
     Origin origin = 0;
     uint64_t request_id = 0;
     CommitStamp snapshot = kNoStamp;
+    ReadPins::Epoch pins = 0;  // inside these; 0: it reads no records
   };
 
   IngestCore(const IngestOptions& options, Clock* clock, Network* network, ProducerPort port,
              const CounterCatalogue* catalogue, PartialBlockPool partial_pool,
-             std::unique_ptr<RecallMerger> merger);
+             std::unique_ptr<RecordReader> records, std::unique_ptr<RecallMerger> merger);
 
   // Receiving.
   bool TakeFrame(Connection& connection, const FrameHeader& header,
@@ -191,7 +202,8 @@ class IngestCore final : public NetworkHandler {
   void FinishRecall(Connection& connection, RefusalReason reason, uint64_t request_id);
   void TakePartition(ShardId shard, const Completion& completion);
   int SendMerged();
-  bool SendMerge(Connection& connection, RecallMerger::MergeId merge);
+  void EndMerge(RecallMerger::MergeId merge);
+  bool SendMerge(Connection& connection, RecallMerger::MergeId merge, size_t most_backlog);
   void ForwardHits(Connection& connection, ShardId shard, const Completion& completion);
   void ForwardRecords(Connection& connection, ShardId shard, const Completion& completion);
   void FlushAcks();
@@ -228,7 +240,7 @@ class IngestCore final : public NetworkHandler {
   static Origin OriginOf(const Connection& connection) {
     return (uint64_t{connection.id.index} << 32) | connection.id.generation;
   }
-  // The shards' answers to a recall over several partitions name its merge, not its connection,
+  // The shards' answers to a recall that is merged name its merge, not its connection,
   // since that may go while the merge may not. No connection has so high an index.
   static constexpr Origin kMergeOrigin = Origin{1} << 63;
   SpscRing<SlotId>::Producer& LaneOf(ShardId shard, Lane lane) {
@@ -252,9 +264,11 @@ class IngestCore final : public NetworkHandler {
   // While one request is made for several shards: which, and its slot for each.
   std::vector<ShardId> request_shards_;
   std::vector<SlotId> request_slots_;
+  std::unique_ptr<RecordReader> records_;  // nullptr: the shards have no logs
   std::unique_ptr<RecallMerger> merger_;
   std::vector<MergedRecall> merged_;             // by merge
   std::vector<RecallMerger::MergeId> sendable_;  // merges that all partitions have answered
+  uint64_t send_round_ = 0;                      // of SendMerged
   uint32_t connections_used_ = 0;                // highest index ever + 1
   uint32_t open_connections_ = 0;
   uint32_t open_sessions_ = 0;

@@ -3,10 +3,11 @@
 //
 // 1. PushRecall gives every partition a slot with the recall, or none.
 // 2. The one partition of a space that has no more answers with the connection's origin, and its
-//    batches are forwarded as they come (ForwardHits). This is the usual case.
+//    batches are forwarded as they come (ForwardHits), where ids are asked for.
 // 3. Several answer with the origin of a merge (TakePartition), which copies their batches; so does
-//    one where the answer names a snapshot.
-// 4. When all have answered, SendMerged sends the merge as fast as the client reads.
+//    one where the answer names a snapshot, or where payload or vector lie in a log.
+// 4. When all have answered, SendMerged sends the merge as fast as the client reads, and as records
+//    are read.
 
 #include "dataplane/ingest_core.h"
 
@@ -60,7 +61,9 @@ RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& v
   reason = AdmitRecall(view, connection.rules, first);
   RecallMerger::MergeId merge = RecallMerger::kNone;
   const bool at_snapshot = (header.flags & kFrameFlagSnapshot) != 0;
-  if (reason == RefusalReason::kNone && (partitions > 1 || at_snapshot)) {
+  const bool reads =
+      records_ != nullptr && (header.flags & (kFrameFlagWithPayload | kFrameFlagWithVector)) != 0;
+  if (reason == RefusalReason::kNone && (partitions > 1 || at_snapshot || reads)) {
     merge = merger_->Begin(static_cast<uint16_t>(partitions), view.body.k);
     if (merge == RecallMerger::kNone) reason = RefusalReason::kMergesFull;
   }
@@ -79,7 +82,8 @@ RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& v
   if (merge != RecallMerger::kNone) {
     merged_[merge] = {.origin = request->origin,
                       .request_id = request->request_id,
-                      .snapshot = request->snapshot};
+                      .snapshot = request->snapshot,
+                      .pins = reads ? records_->EnterPins() : 0};
     request->origin = kMergeOrigin | merge;
   }
   // The first goes last: from then on its slot is the shard's.
@@ -134,30 +138,43 @@ void IngestCore::TakePartition(ShardId shard, const Completion& completion) {
   if (merger_->FinishPartition(merge, completion.reason)) sendable_.push_back(merge);
 }
 
-// Returns the merges that came to their end.
+// Returns the merges that came to their end. Of a connection that reads slowly the first one alone
+// goes on: else each would read its records again and again for a part of the room.
 int IngestCore::SendMerged() {
+  ++send_round_;
   return static_cast<int>(std::erase_if(sendable_, [this](RecallMerger::MergeId merge) {
     const MergedRecall& recall = merged_[merge];
     Connection* connection = FindOrigin(recall.origin);
     if (connection != nullptr) {
-      if (connection->state != State::kClosing && !SendMerge(*connection, merge)) return false;
+      const bool is_first = connection->send_round != send_round_;
+      const size_t backlog = is_first ? options_.send_pause_bytes : options_.send_pause_bytes / 4;
+      if (connection->state != State::kClosing && !SendMerge(*connection, merge, backlog)) {
+        connection->send_round = send_round_;
+        return false;
+      }
       FinishRecall(*connection, merger_->reason(merge), recall.request_id);
       if (connection->state == State::kSettling) FinishSettling(*connection);
     }
-    merger_->Release(merge);
+    EndMerge(merge);
     return true;
   }));
 }
 
-// False while the client has to read first: an answer may be larger than the backlog at which the
-// network gives a connection up.
-bool IngestCore::SendMerge(Connection& connection, RecallMerger::MergeId merge) {
+void IngestCore::EndMerge(RecallMerger::MergeId merge) {
+  merger_->Release(merge);
+  if (merged_[merge].pins != 0) records_->LeavePins(merged_[merge].pins);
+}
+
+// False while the client has to read first, as an answer may be larger than the backlog at which
+// the network gives a connection up, or while records are read.
+bool IngestCore::SendMerge(Connection& connection, RecallMerger::MergeId merge,
+                           size_t most_backlog) {
   // Between two frames nothing is in the scratch buffer.
   const std::span<std::byte> buffer = std::span(scratch_).first(kResultSlotBytes);
   bool done = merger_->reason(merge) != RefusalReason::kNone;
-  while (!done && network_->SendBacklog(connection.id) <= options_.send_pause_bytes) {
+  while (!done && network_->SendBacklog(connection.id) <= most_backlog) {
     const size_t bytes = merger_->Emit(merge, buffer);
-    CHECK(bytes > 0, "an answer has a last batch");
+    if (bytes == 0) return false;
     const auto batch = LoadAs<ResultBatch>(buffer.data());
     SendResult(network_, connection.id, connection.session.value(), merged_[merge].request_id,
                {.count = batch.count, .metric = batch.metric, .snapshot = merged_[merge].snapshot},
@@ -165,6 +182,8 @@ bool IngestCore::SendMerge(Connection& connection, RecallMerger::MergeId merge) 
     done = batch.last;
   }
   if (network_->SendBacklog(connection.id) > options_.send_pause_bytes) PauseReceiving(connection);
+  // Others have use for the room.
+  if (network_->SendBacklog(connection.id) > most_backlog) merger_->DropReads(merge);
   return done;
 }
 

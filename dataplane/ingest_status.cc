@@ -65,6 +65,7 @@ void IngestCore::AddCounters(std::string_view core, CounterCatalogue* catalogue)
     const auto which = static_cast<IngestCounter>(i);
     catalogue->push_back({std::string(core), IngestCounterName(which), &counters_[which]});
   }
+  if (records_ != nullptr) records_->AddCounters(core, catalogue);
   for (const RefusalInfo& info : kRefusals) {
     catalogue->push_back(
         {std::string(core), info.name, &refusals_[static_cast<size_t>(info.reason)]});
@@ -78,6 +79,11 @@ void IngestCore::SendStatus(Connection& connection, uint64_t request_id) {
   const IntrospectionBody body{.what = IntrospectWhat::kStatus};
   const uint64_t session = connection.session.value();
   constexpr size_t kLineRoom = 256;
+  if (!options_.data_directory.empty()) {
+    lines.Text("control data_directory ");
+    lines.Text(options_.data_directory);
+    lines.Text("\n");
+  }
   for (const CounterView& view : *catalogue_) {
     const uint64_t value = view.counter->Read();
     lines.Text(view.core);

@@ -14,6 +14,9 @@ namespace engram {
 
 namespace {
 
+// Hits that are worth a batch while others are still being read.
+constexpr uint32_t kLeastBatchHits = 16;
+static_assert(kLeastBatchHits <= HitWindow::kHits);
 // One partition's largest answer. Twice that in blocks holds it however its batches fall, as any
 // two neighbouring blocks are together at least half full.
 constexpr size_t kMaxAnswerBytes =
@@ -27,14 +30,9 @@ HitHeader HeaderOf(const std::byte* hit) {
   return header;
 }
 
-// Of header and vector: where the id begins.
-size_t IdOffsetOf(const HitHeader& header) {
-  return sizeof(HitHeader) + header.vector_dimension * sizeof(float);
-}
-
 std::string_view IdOf(const std::byte* hit) {
   const HitHeader header = HeaderOf(hit);
-  return {reinterpret_cast<const char*>(hit + IdOffsetOf(header)), header.id_bytes};
+  return {reinterpret_cast<const char*>(hit + HitIdOffset(header)), header.id_bytes};
 }
 
 // What a client can do about it decides: nothing, change the request, ask again.
@@ -56,7 +54,8 @@ size_t TablePlaces(size_t hits) { return std::bit_ceil(2 * std::max<size_t>(hits
 }  // namespace
 
 Result<std::unique_ptr<RecallMerger>> RecallMerger::Create(uint32_t merges, uint16_t max_partitions,
-                                                           HugePagePolicy huge_pages) {
+                                                           HugePagePolicy huge_pages,
+                                                           RecordReader* records) {
   CHECK(merges > 0 && max_partitions > 0, "a merger merges");
   const size_t answer_bytes = 2 * max_partitions * kMaxAnswerBytes;
   const size_t pool_bytes =
@@ -68,14 +67,15 @@ Result<std::unique_ptr<RecallMerger>> RecallMerger::Create(uint32_t merges, uint
                                                         ? HugePagePolicy::kTransparent
                                                         : HugePagePolicy::kOff});
   if (!arena) return std::unexpected(arena.error());
-  return std::unique_ptr<RecallMerger>(
-      new RecallMerger(merges, max_partitions, static_cast<uint32_t>(blocks), *std::move(arena)));
+  return std::unique_ptr<RecallMerger>(new RecallMerger(
+      merges, max_partitions, static_cast<uint32_t>(blocks), *std::move(arena), records));
 }
 
 RecallMerger::RecallMerger(uint32_t merges, uint16_t max_partitions, uint32_t blocks,
-                           HugePageArena arena)
+                           HugePageArena arena, RecordReader* records)
     : max_partitions_(max_partitions),
       max_blocks_(blocks),
+      records_(records),
       arena_(std::move(arena)),
       pool_(arena_.Allocate(blocks * kBlockBytes, kCacheLineBytes)),
       merges_(merges),
@@ -143,25 +143,19 @@ size_t RecallMerger::Emit(MergeId id, std::span<std::byte> out) {
   Merge& merge = merges_[id];
   CHECK(merge.in_use && merge.waiting == 0, "an answer is whole before it is handed out");
   if (merge.emitted_last || merge.reason != RefusalReason::kNone) return 0;
+  ReadAhead(id);
+  if (!IsWorthABatch(merge, out.size() - sizeof(ResultBatch))) return 0;
   ResultBatch batch;
   batch.metric = merge.metric;
   size_t bytes = sizeof(batch);
-  for (; merge.emitted < merge.kept; ++merge.emitted, ++batch.count) {
-    const std::byte* hit = OrderOf(id)[merge.emitted];
-    HitHeader header = HeaderOf(hit);
-    size_t used = IdOffsetOf(header) + header.id_bytes;
-    if (merge.payload_sent + header.payload_bytes > kMaxResultPayloadBytes) {
-      header.payload_bytes = 0;
-      header.flags |= kHitPayloadOmitted;
-    }
-    used += header.payload_bytes;
-    header.hit_bytes = static_cast<uint32_t>(PadTo8(used));
-    if (bytes + header.hit_bytes > out.size()) break;
-    std::memcpy(&out[bytes], &header, sizeof(header));
-    std::memcpy(&out[bytes] + sizeof(header), hit + sizeof(header), used - sizeof(header));
-    std::memset(&out[bytes] + used, 0, header.hit_bytes - used);
-    bytes += header.hit_bytes;
-    merge.payload_sent += header.payload_bytes;
+  while (merge.window.size() > 0) {
+    const size_t hit_bytes = merge.window.BytesAt(0, records_);
+    if (hit_bytes == 0 || bytes + hit_bytes > out.size()) break;
+    merge.window.WriteFirst(&out[bytes], records_);
+    bytes += hit_bytes;
+    ++merge.emitted;
+    ++batch.count;
+    ReadAhead(id);
   }
   CHECK(batch.count > 0 || merge.kept == 0, "a batch has room for any one hit");
   batch.body_bytes = static_cast<uint32_t>(bytes - sizeof(batch));
@@ -171,9 +165,32 @@ size_t RecallMerger::Emit(MergeId id, std::span<std::byte> out) {
   return bytes;
 }
 
+// As far as there is room.
+void RecallMerger::ReadAhead(MergeId id) {
+  Merge& merge = merges_[id];
+  while (!merge.window.full()) {
+    const uint32_t next = merge.emitted + merge.window.size();
+    if (next == merge.kept || !merge.window.Add(OrderOf(id)[next], records_)) return;
+  }
+}
+
+// So many hits that are there follow each other, or all that are left, or as many as fit.
+bool RecallMerger::IsWorthABatch(const Merge& merge, size_t room) const {
+  const uint32_t wanted = std::min(kLeastBatchHits, merge.kept - merge.emitted);
+  for (uint32_t place = 0; place < wanted; ++place) {
+    if (place == merge.window.size()) return false;
+    const size_t bytes = merge.window.BytesAt(place, records_);
+    if (bytes == 0) return false;
+    if (bytes > room) return true;
+    room -= bytes;
+  }
+  return true;
+}
+
 void RecallMerger::Release(MergeId id) {
   Merge& merge = merges_[id];
   CHECK(merge.in_use && merge.waiting == 0, "a merge ends when every partition is done");
+  merge.window.Clear(records_);
   for (uint32_t block = merge.first_block; block != kNoBlock; block = blocks_[block].next) {
     free_blocks_.push_back(block);
   }

@@ -6,6 +6,8 @@
 #include <span>
 #include <vector>
 
+#include "dataplane/hit_window.h"
+#include "dataplane/record_reader.h"
 #include "src/core/huge_page_arena.h"
 #include "src/core/observation.h"
 #include "src/core/refusal_reason.h"
@@ -22,8 +24,9 @@ namespace engram {
 //    one shard while it waited for another could stop both.
 // 3. FinishPartition counts; the last one puts the hits in order.
 // 4. Emit hands them out batch by batch; the payloads of all of them are at most
-//    kMaxResultPayloadBytes, those beyond are left out and the hit says so.
-// 5. Release gives back the merge and its memory.
+//    kMaxResultPayloadBytes, those beyond are left out and the hit says so. Records that the hits
+//    refer to are read a window ahead (HitWindow).
+// 5. Release gives back the merge and its memory, also when it was not handed out.
 //
 // Thread safety: one core's alone. Takes no memory after Create; pages are touched as they are used
 // first, and what was given back is used again first.
@@ -34,10 +37,12 @@ class RecallMerger {
   static constexpr MergeId kNone = UINT32_MAX;
 
   // At most `merges` at a time, each over at most `max_partitions`. They share address space for
-  // kUsualPoolBytes of hits, or for the largest single answer where that is more. Errors:
+  // kUsualPoolBytes of hits, or for the largest single answer where that is more. `records`
+  // outlives the merger; nullptr: no hit refers to a record. Errors:
   // kResourceExhausted.
   static Result<std::unique_ptr<RecallMerger>> Create(uint32_t merges, uint16_t max_partitions,
-                                                      HugePagePolicy huge_pages);
+                                                      HugePagePolicy huge_pages,
+                                                      RecordReader* records = nullptr);
 
   // kNone: all are in use. `k` is 1 to kMaxRecallResults.
   MergeId Begin(uint16_t partitions, uint32_t k);
@@ -51,8 +56,12 @@ class RecallMerger {
   RefusalReason reason(MergeId id) const { return merges_[id].reason; }
   // Once all are done and there is no reason against it: writes the next ResultBatch and its hits
   // to `out`, which holds any one hit (kResultSlotBytes). Returns the bytes; 0 when the last batch
-  // was handed out. An empty answer is one batch without hits.
+  // was handed out (handed_out), or while records of the next one are read. An empty answer is one
+  // batch without hits.
   size_t Emit(MergeId id, std::span<std::byte> out);
+  bool handed_out(MergeId id) const { return merges_[id].emitted_last; }
+  // Gives up the memory of what was read ahead, where nobody takes it now. Emit reads it again.
+  void DropReads(MergeId id) { merges_[id].window.Clear(records_); }
   // Once all are done.
   void Release(MergeId id);
 
@@ -79,7 +88,7 @@ class RecallMerger {
     uint32_t emitted = 0;  // of the order
     uint32_t first_block = kNoBlock;
     uint32_t last_block = kNoBlock;
-    size_t payload_sent = 0;
+    HitWindow window;  // on what follows
   };
   struct Block {
     uint32_t next = kNoBlock;
@@ -93,12 +102,15 @@ class RecallMerger {
     const std::byte* hit = nullptr;
   };
 
-  RecallMerger(uint32_t merges, uint16_t max_partitions, uint32_t blocks, HugePageArena arena);
+  RecallMerger(uint32_t merges, uint16_t max_partitions, uint32_t blocks, HugePageArena arena,
+               RecordReader* records);
 
   std::byte* TakeRoom(Merge* merge, size_t bytes);
   std::byte* BlockAt(uint32_t block) const { return pool_ + size_t{block} * kBlockBytes; }
   const std::byte** OrderOf(MergeId id) const { return &orders_[size_t{id} * kMaxRecallResults]; }
   void MakeOrder(MergeId id);
+  void ReadAhead(MergeId id);
+  bool IsWorthABatch(const Merge& merge, size_t room) const;
   std::span<Found> Gather(const Merge& merge);
   size_t Supersede(std::span<Found> found);
   static void NoteReason(Merge* merge, RefusalReason reason);
@@ -106,6 +118,7 @@ class RecallMerger {
   // Constant after construction.
   const uint16_t max_partitions_;
   const uint32_t max_blocks_;
+  RecordReader* const records_;
 
   HugePageArena arena_;
   std::byte* const pool_;

@@ -27,6 +27,7 @@ struct Forward {
   bool is_upsert = false;
   bool is_same_everywhere = false;  // suppress, restore: each shard does it where it has the id
   bool existed = false;
+  bool grows = false;          // counts for its space's quota until it is answered
   bool waits_to_send = false;  // in its target's line
   bool is_replayed = false;    // read from the log after a restart: nobody is answered
   ProducerId producer;

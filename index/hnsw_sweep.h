@@ -78,7 +78,10 @@ class HnswSweep {
   bool IsDominated(NeighbourKey candidate, std::span<const NodeId> kept);
   void End();
 
-  bool InBatch(NodeId node) const { return (bits_[node / 64] >> (node % 64) & 1) != 0; }
+  // Nodes that came since the beginning may lie beyond what bits_ has room for.
+  bool InBatch(NodeId node) const {
+    return node < end_node_ && (bits_[node / 64] >> (node % 64) & 1) != 0;
+  }
   float Distance(NodeId a, NodeId b) {
     ++distances_;
     return target_.DistanceBetween(a, b);

@@ -5,7 +5,9 @@
 #include <cstring>
 
 #include "src/core/check.h"
+#include "src/core/log_record.h"
 #include "src/core/spsc_ring.h"
+#include "src/core/vector_dtype.h"
 
 namespace engram {
 
@@ -20,8 +22,9 @@ constexpr size_t kMaxKept = kMaxRecallResults * kCompareFactor + kCompareExtra;
 
 }  // namespace
 
-RecallJob::RecallJob(ArenaHeap* heap)
-    : scratch_(heap),
+RecallJob::RecallJob(ArenaHeap* heap, const LogWriter* log)
+    : log_(log),
+      scratch_(heap),
       query_storage_(2 * Space::kMaxRowBytes + kCacheLineBytes),
       nearest_storage_(kMaxKept),
       found_(kMaxKept) {
@@ -184,12 +187,21 @@ void RecallJob::BeginEmit(bool with_payload, bool with_vector) {
   payload_sent_ = 0;
 }
 
-RecallJob::HitSize RecallJob::SizeOf(const StoredObservation& stored, size_t sent) const {
-  const bool fits = with_payload_ && sent + stored.payload.size() <= kMaxResultPayloadBytes;
-  const size_t payload_bytes = fits ? stored.payload.size() : 0;
+// What a log holds is bounded by who reads it, once it is known which hits are among the best.
+RecallJob::HitForm RecallJob::FormOf(const StoredObservation& stored, size_t sent) const {
+  HitForm form;
   const size_t vector_bytes = with_vector_ ? space_->dimension() * sizeof(float) : 0;
-  return {.payload_bytes = payload_bytes,
-          .hit_bytes = PadTo8(sizeof(HitHeader) + vector_bytes + stored.id.size() + payload_bytes)};
+  const size_t wanted = with_payload_ ? stored.payload_bytes : 0;
+  const bool fits = sent + wanted <= kMaxResultPayloadBytes;
+  if (stored.record_bytes != 0 && wanted + vector_bytes > 0) {
+    if (log_ != nullptr && fits) form.record = log_->NotDurable(stored.origin);
+    form.at_address = form.record.empty();
+  }
+  form.payload_bytes = fits || form.at_address ? wanted : 0;
+  form.hit_bytes =
+      PadTo8(sizeof(HitHeader) + stored.id.size() +
+             (form.at_address ? sizeof(HitReference) : vector_bytes + form.payload_bytes));
+  return form;
 }
 
 size_t RecallJob::NextBatchBytes(size_t max_bytes) const {
@@ -198,10 +210,10 @@ size_t RecallJob::NextBatchBytes(size_t max_bytes) const {
   for (size_t index = emitted_; index < hits_.size(); ++index) {
     const StoredObservation stored = space_->Get(NodeOf(hits_[index]));
     __builtin_prefetch(stored.id.data());  // for EmitBatch
-    const HitSize size = SizeOf(stored, sent);
-    if (bytes + size.hit_bytes > max_bytes) break;
-    bytes += size.hit_bytes;
-    sent += size.payload_bytes;
+    const HitForm form = FormOf(stored, sent);
+    if (bytes + form.hit_bytes > max_bytes) break;
+    bytes += form.hit_bytes;
+    if (!form.at_address) sent += form.payload_bytes;
   }
   return bytes;
 }
@@ -212,11 +224,11 @@ bool RecallJob::EmitBatch(std::span<std::byte> slot) {
   size_t bytes = sizeof(ResultBatch);
   while (emitted_ < hits_.size()) {
     const StoredObservation stored = space_->Get(NodeOf(hits_[emitted_]));
-    const HitSize size = SizeOf(stored, payload_sent_);
-    if (bytes + size.hit_bytes > slot.size()) break;
-    WriteHit(hits_[emitted_], stored, size, slot.data() + bytes);
-    bytes += size.hit_bytes;
-    payload_sent_ += size.payload_bytes;
+    const HitForm form = FormOf(stored, payload_sent_);
+    if (bytes + form.hit_bytes > slot.size()) break;
+    WriteHit(hits_[emitted_], stored, form, slot.data() + bytes);
+    bytes += form.hit_bytes;
+    if (!form.at_address) payload_sent_ += form.payload_bytes;
     ++emitted_;
     ++batch.count;
   }
@@ -227,31 +239,62 @@ bool RecallJob::EmitBatch(std::span<std::byte> slot) {
   return batch.last;
 }
 
-void RecallJob::WriteHit(NeighbourKey hit, const StoredObservation& stored, const HitSize& size,
+void RecallJob::WriteHit(NeighbourKey hit, const StoredObservation& stored, const HitForm& form,
                          std::byte* to) const {
-  const uint32_t dimension = with_vector_ ? space_->dimension() : 0;
-  const bool omitted = with_payload_ && size.payload_bytes < stored.payload.size();
-  const HitHeader header{.hit_bytes = static_cast<uint32_t>(size.hit_bytes),
-                         .score = scored_ ? space_->ScoreOf(DistanceOf(hit)) : 0,
-                         .when_ns = stored.when_ns,
-                         .stamp = stored.stamp,
-                         .confidence = stored.confidence,
-                         .payload_bytes = static_cast<uint32_t>(size.payload_bytes),
-                         .id_bytes = static_cast<uint16_t>(stored.id.size()),
-                         .flags = omitted ? kHitPayloadOmitted : uint8_t{0},
-                         .payload_kind = stored.payload_kind,
-                         .vector_dimension = static_cast<uint16_t>(dimension),
-                         .reserved = 0};
-  std::byte* const end = to + size.hit_bytes;
+  const bool omitted = with_payload_ && form.payload_bytes < stored.payload_bytes;
+  const uint8_t flags = static_cast<uint8_t>((omitted ? kHitPayloadOmitted : 0) |
+                                             (form.at_address ? kHitAtAddress : 0));
+  const HitHeader header{
+      .hit_bytes = static_cast<uint32_t>(form.hit_bytes),
+      .score = scored_ ? space_->ScoreOf(DistanceOf(hit)) : 0,
+      .when_ns = stored.when_ns,
+      .stamp = stored.stamp,
+      .confidence = stored.confidence,
+      .payload_bytes = static_cast<uint32_t>(form.payload_bytes),
+      .id_bytes = static_cast<uint16_t>(stored.id.size()),
+      .flags = flags,
+      .payload_kind = stored.payload_kind,
+      .vector_dimension = with_vector_ ? static_cast<uint16_t>(space_->dimension()) : uint16_t{0},
+      .reserved = 0};
+  std::byte* const end = to + form.hit_bytes;
   std::memcpy(to, &header, sizeof(header));
-  to += sizeof(header);
-  if (dimension > 0) space_->GetVector(NodeOf(hit), reinterpret_cast<float*>(to));
-  to += dimension * sizeof(float);
-  std::memcpy(to, stored.id.data(), stored.id.size());
-  to += stored.id.size();
-  if (size.payload_bytes > 0) std::memcpy(to, stored.payload.data(), size.payload_bytes);
-  to += size.payload_bytes;
+  to = WriteContent(NodeOf(hit), stored, form, to + sizeof(header));
   std::fill(to, end, std::byte{0});
+}
+
+// What follows the header, without padding. Returns where it ends.
+std::byte* RecallJob::WriteContent(NodeId node, const StoredObservation& stored,
+                                   const HitForm& form, std::byte* to) const {
+  const auto put = [&to](const void* from, size_t bytes) {
+    if (bytes > 0) std::memcpy(to, from, bytes);
+    to += bytes;
+  };
+  const std::byte* payload = stored.payload.data();
+  if (form.at_address) {
+    const HitReference reference{.address = stored.origin,
+                                 .record_bytes = stored.record_bytes,
+                                 .has_older_stamp = stored.was_hidden ? 1U : 0U};
+    put(&reference, sizeof(reference));
+    put(stored.id.data(), stored.id.size());
+    return to;
+  }
+  LogRecord record;
+  if (!form.record.empty()) {
+    ReadLogRecord(form.record, &record);
+    payload = record.payload.data();
+  }
+  if (with_vector_) {
+    if (form.record.empty()) {
+      space_->GetVector(node, reinterpret_cast<float*>(to));
+    } else {
+      DecodeVector(record.dtype, record.dimension, record.scale, record.vector.data(),
+                   reinterpret_cast<float*>(to));
+    }
+    to += space_->dimension() * sizeof(float);
+  }
+  put(stored.id.data(), stored.id.size());
+  put(payload, form.payload_bytes);
+  return to;
 }
 
 }  // namespace engram

@@ -7,6 +7,7 @@
 
 #include "index/fresh_list.h"
 #include "index/hnsw_search.h"
+#include "index/log/log_writer.h"
 #include "index/space.h"
 #include "src/core/arena_heap.h"
 #include "src/core/commit_stamp.h"
@@ -24,7 +25,10 @@ namespace engram {
 // 4. Merge: the nearest of both.
 // 5. Compare again: where the graph is walked with codes, the nearest some by the vectors as they
 //    are kept; then the k nearest are the answer.
-// 6. Emit: the hits in batches, as result slots become free.
+// 6. Emit: the hits in batches, as result slots become free. A hit whose payload or vector lies in
+// a
+//    log names its record (kHitAtAddress), but for records that the shard's log still holds in
+//    memory: they may not be on the disk yet, and are read here.
 // A get or a scroll is step 6 alone.
 //
 // Thread safety: one core's alone. On another core than the shard's, from inside the space's epochs
@@ -32,8 +36,9 @@ namespace engram {
 // since the last recall.
 class RecallJob {
  public:
-  // `heap` must outlive the job.
-  explicit RecallJob(ArenaHeap* heap);
+  // `heap` and `log`, the log of the shard whose core this is (nullptr: none, or another core),
+  // must outlive the job.
+  explicit RecallJob(ArenaHeap* heap, const LogWriter* log = nullptr);
 
   // Takes the memory for recalls of spaces of up to `nodes` nodes. Call it where a space grows, so
   // that a recall is not refused for lack of memory. False when the heap is spent.
@@ -71,15 +76,20 @@ class RecallJob {
   void CompareSlice(uint32_t max_distances);
   void FinishSearch();
   void BeginEmit(bool with_payload, bool with_vector);
-  // What a hit brings, given the payload that was sent before it.
-  struct HitSize {
-    size_t payload_bytes;
-    size_t hit_bytes;
+  // How a hit goes out, given the payload that was sent before it.
+  struct HitForm {
+    size_t payload_bytes = 0;  // that are sent with it, or that whoever reads its record will send
+    size_t hit_bytes = 0;
+    bool at_address = false;
+    std::span<const std::byte> record{};  // in the log's memory; else empty
   };
-  HitSize SizeOf(const StoredObservation& stored, size_t sent) const;
-  void WriteHit(NeighbourKey hit, const StoredObservation& stored, const HitSize& size,
+  HitForm FormOf(const StoredObservation& stored, size_t sent) const;
+  void WriteHit(NeighbourKey hit, const StoredObservation& stored, const HitForm& form,
                 std::byte* to) const;
+  std::byte* WriteContent(NodeId node, const StoredObservation& stored, const HitForm& form,
+                          std::byte* to) const;
 
+  const LogWriter* const log_;
   SearchScratch scratch_;
   GraphSearch<IsVisible> search_{IsVisible{nullptr, kNoStamp}};
   std::vector<std::byte> query_storage_;

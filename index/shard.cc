@@ -21,6 +21,11 @@ constexpr uint64_t kCreditEvery = 256;
 constexpr int64_t kLinkRetryNs = 100 * kNanosPerMilli;
 // Nodes given back in one round of upkeep.
 constexpr size_t kReclaimBatch = 64;
+// And this share of those that hold a place.
+constexpr size_t kReclaimShare = 64;
+// Where they end by age: from so many on that have ended and are scanned still, upkeep takes longer
+// slices.
+constexpr uint64_t kMostEndedListed = 1'024;
 // Sessions that are moved or dropped in one round.
 constexpr size_t kSessionSteps = 16;
 // Id and payload of an observation that credit makes room for in the log.
@@ -66,7 +71,7 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, const Sh
       held_(port_.catalogue->shards()),
       linker_(&heap_, options.build),
       sweep_(&heap_, options.build),
-      recall_(&heap_),
+      recall_(&heap_, storage.log),
       batch_(kObservationBatch) {
   const uint32_t max_spaces = port_.catalogue->max_spaces();
   spaces_.reserve(max_spaces);
@@ -74,6 +79,8 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, const Sh
   partition_of_.reserve(max_spaces);
   logged_partitions_.reserve(max_spaces);
   pending_.reserve(max_spaces);
+  growing_.reserve(max_spaces);
+  aging_.reserve(max_spaces);
   attached_.reserve(max_spaces);
   announced_links_.reserve(max_spaces);
   upkeep_queued_.reserve(max_spaces);
@@ -136,6 +143,7 @@ int Shard::Round() {
   const int observations = TakeObservations(Lane::kHigh) + TakeObservations(Lane::kNormal);
   if (observations > 0) work += PollLog();
   work += observations;
+  work += EndByAge();
   work += Upkeep(observations > 0);
   work += StepCheckpoint();
   SweepSessions();
@@ -280,6 +288,8 @@ uint32_t Shard::FindOrMakeSpace(SpaceEntry* entry) {
   partition_of_.push_back(entry->PartitionIn(port_.shard));
   logged_partitions_.push_back(0);
   pending_.push_back(0);
+  growing_.push_back(0);
+  if (entry->ends_by_age()) aging_.push_back(space);
   attached_.push_back(0);
   announced_links_.push_back(0);
   upkeep_queued_.push_back(false);
@@ -294,7 +304,9 @@ SpaceOptions Shard::OptionsOf(const SpaceEntry& entry) const {
           .traversal = options_.traversal,
           .dimension = entry.dimension(),
           .build = options_.build,
-          .hash_seed = MixBits(hash_seed_ + entry.index())};
+          .hash_seed = MixBits(hash_seed_ + entry.index()),
+          .ends_by_age = entry.ends_by_age(),
+          .homes = port_.catalogue->shards()};
 }
 
 RefusalReason Shard::AttachSession(size_t producer, uint32_t space, HelloRequest* hello) {
@@ -354,7 +366,9 @@ void Shard::SweepSessions() {
 // begun.
 int Shard::Upkeep(bool busy) {
   if (!linker_.active() && !sweep_.repairing_tree() && !BeginUpkeep() && !sweep_.active()) return 0;
-  const uint32_t distances = busy ? kBusyLinkDistances : kIdleLinkDistances;
+  const bool is_behind = linker_.active() && entries_[linking_space_]->ends_by_age() &&
+                         spaces_[linking_space_]->ended_listed() > kMostEndedListed;
+  const uint32_t distances = busy && !is_behind ? kBusyLinkDistances : kIdleLinkDistances;
   sweep_turn_ = !sweep_turn_;
   if (sweep_.active() && (sweep_turn_ || !linker_.active())) {
     StepSweep(distances);
@@ -386,8 +400,13 @@ bool Shard::BeginUpkeepOfNext() {
   space.SetHorizon(Horizon(complete));
   const NodeId node = space.NextToLink();
   const uint64_t kept = space.retired() + space.tombstones();
-  // What a sweep took out is on no linker's way once the linker was free after it.
-  if (!sweep_.active()) space.Reclaim(kReclaimBatch);
+  // What a sweep took out is on no linker's way once the linker was free after it, as it is now,
+  // and on that of the next sweep it never was. Where as many end as come, that one is not awaited.
+  if (entries_[index]->ends_by_age()) {
+    space.Reclaim(kReclaimBatch + space.retired() / kReclaimShare);
+  } else if (!sweep_.active()) {
+    space.Reclaim(kReclaimBatch);
+  }
   if (!keeps_tombstones_) space.ForgetTombstones(complete);
   const bool has_freed = space.retired() + space.tombstones() < kept;
   const bool is_behind = space.backlog() > space.unlinked_count();
@@ -450,6 +469,7 @@ void Shard::FinishLink() {
 }
 
 void Shard::QueueForUpkeep(uint32_t space) {
+  PublishUse(space);
   credit_due_[space] = true;
   fruitless_turns_ = 0;
   if (upkeep_queued_[space]) return;
@@ -503,7 +523,9 @@ uint32_t Shard::RetryAfterMs(const Space& space, RefusalReason reason) const {
   constexpr double kMaxMs = 1000;
   constexpr uint32_t kLogMs = 5;
   if (reason == RefusalReason::kLogBusy || reason == RefusalReason::kQueueFull) return kLogMs;
-  if (!space.has_graph()) return static_cast<uint32_t>(kMaxMs);
+  const bool is_quota =
+      reason == RefusalReason::kQuotaObservations || reason == RefusalReason::kQuotaMemory;
+  if (is_quota || !space.has_graph()) return static_cast<uint32_t>(kMaxMs);
   const double ms = link_ns_ * kCreditEvery / kNanosPerMilli;
   return static_cast<uint32_t>(std::clamp(ms, 1.0, kMaxMs));
 }
@@ -559,7 +581,9 @@ std::string_view ShardCounterName(ShardCounter counter) {
        "log_bytes_written",
        "log_commits",
        "log_errors",
-       "log_unsettled_bytes"};
+       "log_unsettled_bytes",
+       "observations_expired",
+       "observations_evicted"};
   return kNames[static_cast<size_t>(counter)];
 }
 

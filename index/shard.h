@@ -86,9 +86,11 @@ enum class ShardCounter : uint8_t {
   kMemoryUsedBytes,
   kMemoryLimitBytes,
   kLogBytesWritten,
-  kLogCommits,         // flushes that made something durable
-  kLogErrors,          // of the disk; what they concern is written again
-  kLogUnsettledBytes,  // that are not known to be durable by the log itself; 0 at rest
+  kLogCommits,           // flushes that made something durable
+  kLogErrors,            // of the disk; what they concern is written again
+  kLogUnsettledBytes,    // that are not known to be durable by the log itself; 0 at rest
+  kObservationsExpired,  // past the TTL of their space
+  kObservationsEvicted,  // for the quota of their space
   kCount,
 };
 std::string_view ShardCounterName(ShardCounter counter);
@@ -219,7 +221,8 @@ class Shard {
   Result<bool> Replay(const LogEntry& entry);
   void RestoreSession(SessionId id, uint32_t space, Sequence sequence, CommitStamp stamp);
   Result<bool> ReplayObservation(const LogEntry& entry, uint32_t space);
-  static ObserveRequest* RequestOf(const LogRecord& record, LogAddress address);
+  static ObserveRequest* RequestOf(const LogRecord& record, LogAddress address,
+                                   uint32_t record_bytes);
   void ForwardReplayed(const ObserveRequest* request, uint32_t space, CommitStamp stamp);
   static void FreeReplayed(const Forward& forward);
   Result<void> EndRecovery();
@@ -258,6 +261,16 @@ class Shard {
   void GrowIfFull(uint32_t space);
   CommitStamp CompleteEverywhere() const;
   CommitStamp Horizon(CommitStamp complete) const;
+  bool HasEnded(uint32_t space, CommitStamp stamp) const;
+  static CommitStamp EndOf(const SpaceEntry& entry, CommitStamp stamp);
+  int EndByAge();
+  void EndBeforeAnswer(uint32_t space);
+  int EndByAgeIn(uint32_t index, int most);
+  void KeepToQuota(uint32_t space, CommitStamp stamp);
+  int Evict(uint32_t space, CommitStamp end, int most);
+  bool IsOverShare(uint32_t space) const;
+  void PublishUse(uint32_t space);
+  RefusalReason JudgeQuota(uint32_t space, const ObserveRequest& request, bool* grows) const;
   int Upkeep(bool busy);
   bool BeginUpkeep();
   bool BeginUpkeepOfNext();
@@ -290,12 +303,15 @@ class Shard {
   std::vector<uint16_t> partition_of_;       // by space: the one that this shard holds
   std::vector<uint16_t> logged_partitions_;  // by space: as the log says last; 0: nothing yet
   std::vector<uint32_t> pending_;            // by space: upserts that were taken and not stored
-  std::vector<uint32_t> space_of_entry_;     // by index in the catalogue; kNoNode: none here
-  std::vector<uint32_t> attached_;           // by space: sessions with a connection
-  std::vector<uint64_t> announced_links_;    // by space: links made since credit was announced
-  std::vector<bool> upkeep_queued_;          // by space
-  std::vector<bool> credit_due_;             // by space: there may be room that nobody was told of
-  std::vector<uint32_t> upkeep_queue_;       // spaces with something to do, served in turn
+  std::vector<uint32_t> growing_;            // by space: of a quota, taken here and not answered
+  std::vector<uint32_t> aging_;              // spaces that end by age
+  size_t aging_turn_ = 0;
+  std::vector<uint32_t> space_of_entry_;   // by index in the catalogue; kNoNode: none here
+  std::vector<uint32_t> attached_;         // by space: sessions with a connection
+  std::vector<uint64_t> announced_links_;  // by space: links made since credit was announced
+  std::vector<bool> upkeep_queued_;        // by space
+  std::vector<bool> credit_due_;           // by space: there may be room that nobody was told of
+  std::vector<uint32_t> upkeep_queue_;     // spaces with something to do, served in turn
   size_t upkeep_turn_ = 0;
   size_t fruitless_turns_ = 0;  // in a row
   SessionTable sessions_;

@@ -53,6 +53,7 @@ RefusalReason Shard::JudgeAnswer() const {
 
 // False when it was answered with the reason why not.
 bool Shard::MayAnswer(uint32_t space) {
+  if (space != kNoNode) EndBeforeAnswer(space);
   RefusalReason reason = JudgeAnswer();
   if (reason == RefusalReason::kNone && space == kNoNode) reason = RefusalReason::kUnknownSpace;
   if (reason == RefusalReason::kNone) return true;

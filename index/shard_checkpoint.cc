@@ -14,6 +14,7 @@ namespace engram {
 
 namespace {
 
+constexpr size_t kMovesPerPoll = 128;
 constexpr int kExtentsPerPoll = 64;
 constexpr int kHandedOnPerPoll = 64;
 
@@ -24,12 +25,32 @@ bool StaysInPlace(const SpaceDefinition& saved, const SpaceEntry& entry) {
          saved.partitions <= entry.partitions();
 }
 
+// Some of the records that were taken over. Returns how much was done.
+int MoveOrigins(std::span<const std::unique_ptr<Space>> spaces, CheckpointHandoff* handoff) {
+  const uint32_t move = handoff->move.load(std::memory_order_acquire);
+  if (move == handoff->moved.load(std::memory_order_relaxed)) return 0;
+  const std::vector<OriginMove>& moves = *handoff->moves.load(std::memory_order_relaxed);
+  const size_t end = std::min(moves.size(), handoff->next_move + kMovesPerPoll);
+  for (; handoff->next_move < end; ++handoff->next_move) {
+    const OriginMove& each = moves[handoff->next_move];
+    Space* space = each.space < spaces.size() ? spaces[each.space].get() : nullptr;
+    if (space == nullptr || each.node >= space->node_count()) continue;
+    (void)space->MoveOrigin(each.node, each.from, each.to);
+  }
+  if (handoff->next_move == moves.size()) {
+    handoff->next_move = 0;
+    handoff->moved.store(move, std::memory_order_release);
+  }
+  return 1;
+}
+
 }  // namespace
 
 // No recall is under way, so a save may begin.
 int Shard::StepCheckpoint() {
   CheckpointHandoff* const handoff = storage_.checkpoint;
   if (handoff == nullptr) return 0;
+  if (const int moved = MoveOrigins(spaces_, handoff); moved > 0) return moved;
   const uint32_t note = handoff->note.load(std::memory_order_acquire);
   if (note != noted_round_) {
     noted_round_ = note;
@@ -50,7 +71,8 @@ int Shard::StepCheckpoint() {
                                  .entries = entries_,
                                  .sessions = &sessions_,
                                  .shard = port_.shard.value(),
-                                 .shards = port_.catalogue->shards()};
+                                 .shards = port_.catalogue->shards(),
+                                 .live = handoff->live.load(std::memory_order_relaxed)};
     const CommitStamp hold = handoff->hold.load(std::memory_order_relaxed);
     if (!saver_->Begin(save, hold, stamp_clock_.last(), contents)) ReportSave(handoff);
     return 1;
@@ -260,6 +282,9 @@ Result<void> Shard::FinishLoadingSpace() {
   if (loading.apart != nullptr) {
     loading.hands_on = true;
     loading.next_node = 0;
+    // So that each finds its place in the owner's queue at once.
+    loading.by_age.clear();
+    if (entries_[loading.space]->ends_by_age()) loading.by_age = loading.apart->NodesByAge();
     return {};
   }
   const Space& space = *spaces_[loading.space];
@@ -282,31 +307,35 @@ bool Shard::HandOn() {
        ++n, ++loading.next_node) {
     // A hidden one is two records.
     if (ledger_.room() < 2) return n > 0;
-    const auto content = apart.ContentOf(loading.next_node);
+    const NodeId node =
+        loading.by_age.empty() ? loading.next_node : loading.by_age[loading.next_node];
+    const auto content = apart.ContentOf(node);
     if (!content) continue;
     LogRecord record;
     record.id = content->stored.id;
     if (content->kind == Space::Content::Kind::kDeleted) {
       record.kind = LogRecordKind::kDelete;
-      ForwardReplayed(RequestOf(record, kNoLogAddress), loading.space, content->stamp);
+      ForwardReplayed(RequestOf(record, kNoLogAddress, 0), loading.space, content->stamp);
       continue;
     }
-    apart.GetVector(loading.next_node, vector.data());
+    apart.GetVector(node, vector.data());
     record.dtype = VectorDtype::kF32;
     record.dimension = static_cast<uint16_t>(apart.dimension());
     record.payload_kind = content->stored.payload_kind;
     record.confidence = content->stored.confidence;
     record.when_ns = content->stored.when_ns;
     record.vector = std::as_bytes(std::span(vector));
-    record.payload = content->stored.payload;
-    ForwardReplayed(RequestOf(record, content->stored.origin), loading.space, content->stamp);
+    // Its length alone where it lies in a log.
+    record.payload = {content->stored.payload.data(), content->stored.payload_bytes};
+    ForwardReplayed(RequestOf(record, content->stored.origin, content->stored.record_bytes),
+                    loading.space, content->stamp);
     recovery_->NoteLoaded(content->stored.stamp);
     recovery_progress_.observations.fetch_add(1, std::memory_order_relaxed);
     if (content->kind == Space::Content::Kind::kLive) continue;
     LogRecord hide;
     hide.kind = LogRecordKind::kSuppress;
     hide.id = record.id;
-    ForwardReplayed(RequestOf(hide, kNoLogAddress), loading.space, content->stored.stamp);
+    ForwardReplayed(RequestOf(hide, kNoLogAddress, 0), loading.space, content->stored.stamp);
   }
   if (loading.next_node < apart.node_count() || !ledger_.empty()) return true;
   loading.apart.reset();

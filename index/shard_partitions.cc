@@ -30,6 +30,7 @@
 // 3 goes on to p. Tombstones are kept until no home has anything earlier under way (StampBoard).
 
 #include <algorithm>
+#include <utility>
 
 #include "index/shard.h"
 #include "src/core/check.h"
@@ -66,6 +67,8 @@ void Shard::StepForward(uint64_t ticket) {
 }
 
 void Shard::FinishForward(uint64_t ticket) {
+  Forward& forward = ledger_.At(ticket);
+  if (std::exchange(forward.grows, false)) --growing_[space_of_entry_[forward.space]];
   ledger_.Finish(ticket, [this](const Forward& done) { AnswerForward(done); });
 }
 
@@ -228,6 +231,7 @@ int Shard::TakePeerRequests() {
 // False when it has to wait for room.
 bool Shard::TakePeerRequest(ShardId home, const PeerMessage& message) {
   const ObserveRequest& request = *message.request;
+  const ReplayScope scope(request.address);  // Only while shards recover does anyone look at it.
   const uint32_t space = FindOrMakeSpace(port_.catalogue->At(message.space));
   if (request.op == ObservationOp::kSkip) {
     // A session that belongs here, from the log of another shard.

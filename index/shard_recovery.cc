@@ -131,7 +131,7 @@ int Shard::Recover() {
   }
   work += TakePeerRequests();
   recovery_->NoteBefore(kFirstReplayed);
-  if (!OthersHaveLoaded()) return work + Upkeep(true) + 1;
+  if (!OthersHaveLoaded()) return work + EndByAge() + Upkeep(true) + 1;
   for (int n = 0; n < kReplayBatch && ledger_.room() > 1; ++n) {
     LogEntry entry;
     if (recovery_->held) {
@@ -168,7 +168,7 @@ int Shard::Recover() {
     recovery_->held.reset();
     ++work;
   }
-  return work + Upkeep(true);
+  return work + EndByAge() + Upkeep(true);
 }
 
 // What is replayed goes where the partitions say, and an earlier version may be in a later one. So
@@ -201,6 +201,14 @@ bool Shard::MustWaitForOthers(const LogRecord& record) const {
 // False when there is no memory for it now.
 Result<bool> Shard::Replay(const LogEntry& entry) {
   const LogRecord& record = entry.record;
+  const ReplayScope scope(entry.address);
+  bool left_out = false;
+  if (storage_.guard != nullptr) {
+    const auto judged = storage_.guard->LeavesOut(
+        entry, unix_ns_, [&] { return recovery_->PlaceOf(entry); }, &recovery_progress_.notes);
+    if (!judged) return std::unexpected(judged.error());
+    left_out = *judged;
+  }
   if (record.kind == LogRecordKind::kSpace) {
     SpaceDefinition definition;
     if (record.payload.size() < sizeof(definition)) {
@@ -218,7 +226,7 @@ Result<bool> Shard::Replay(const LogEntry& entry) {
                                          std::string(record.space) + ", which was never made");
   }
   const uint32_t space = FindOrMakeSpace(space_entry);
-  if (record.kind != LogRecordKind::kSkip && IsObservation(record.kind)) {
+  if (record.kind != LogRecordKind::kSkip && IsObservation(record.kind) && !left_out) {
     auto stored = ReplayObservation(entry, space);
     if (!stored || !*stored) return stored;
     recovery_progress_.observations.fetch_add(1, std::memory_order_relaxed);
@@ -256,9 +264,12 @@ void Shard::RestoreSession(SessionId id, uint32_t space, Sequence sequence, Comm
   Tell(ticket);
 }
 
-// In memory of its own, which FreeReplayed gives back.
-ObserveRequest* Shard::RequestOf(const LogRecord& record, LogAddress address) {
-  const size_t body_bytes = record.vector.size() + record.id.size() + record.payload.size();
+// In memory of its own, which FreeReplayed gives back. Without the payload where that lies in a log
+// (`record_bytes` is not 0).
+ObserveRequest* Shard::RequestOf(const LogRecord& record, LogAddress address,
+                                 uint32_t record_bytes) {
+  const size_t payload_bytes = record_bytes == 0 ? record.payload.size() : 0;
+  const size_t body_bytes = record.vector.size() + record.id.size() + payload_bytes;
   void* memory =
       std::aligned_alloc(kCacheLineBytes, (kRequestBodyOffset + body_bytes + kCacheLineBytes - 1) /
                                               kCacheLineBytes * kCacheLineBytes);
@@ -274,6 +285,7 @@ ObserveRequest* Shard::RequestOf(const LogRecord& record, LogAddress address) {
   request->confidence = record.confidence;
   request->scale = record.scale;
   request->address = address;
+  request->record_bytes = record_bytes;
   std::byte* body = reinterpret_cast<std::byte*>(memory) + kRequestBodyOffset;
   const auto append = [&body](const void* from, size_t bytes) {
     if (bytes > 0) std::memcpy(body, from, bytes);
@@ -281,13 +293,14 @@ ObserveRequest* Shard::RequestOf(const LogRecord& record, LogAddress address) {
   };
   append(record.vector.data(), record.vector.size());
   append(record.id.data(), record.id.size());
-  append(record.payload.data(), record.payload.size());
+  append(record.payload.data(), payload_bytes);
   return request;
 }
 
 Result<bool> Shard::ReplayObservation(const LogEntry& entry, uint32_t space) {
   const LogRecord& record = entry.record;
-  ObserveRequest* request = RequestOf(record, entry.address);
+  const size_t record_bytes = record.kind == LogRecordKind::kUpsert ? LogRecordBytes(record) : 0;
+  ObserveRequest* request = RequestOf(record, entry.address, static_cast<uint32_t>(record_bytes));
   if (OwnedHereAlone(space, *request)) {
     const StoreOutcome outcome = Store(space, *request, record.stamp, true);
     std::free(request);

@@ -15,6 +15,7 @@
 #include "index/checkpoint/space_loader.h"
 #include "index/log/log_reader.h"
 #include "index/log/log_writer.h"
+#include "index/log/replay_guard.h"
 #include "src/core/commit_stamp.h"
 #include "src/core/disk.h"
 #include "src/core/result.h"
@@ -49,6 +50,7 @@ struct ShardStorage {
   // For checkpoints that it makes; both or neither.
   CheckpointHandoff* checkpoint = nullptr;
   Disk* checkpoint_disk = nullptr;  // over the shard's folder, for its core
+  ReplayGuard* guard = nullptr;     // nullptr: every record is replayed
 };
 
 // How far a shard's recovery is. Written by the shard, read by anyone.
@@ -82,7 +84,8 @@ struct CheckpointLoading {
   std::unique_ptr<Space> apart;
   bool hands_on = false;
   NodeId next_node = 0;
-  std::string place;  // for messages
+  std::vector<NodeId> by_age;  // the nodes of a space that ends by age, in that order; else empty
+  std::string place;           // for messages
 };
 
 // Reads a shard's logs side by side, for its recovery: of the records that come next the one with

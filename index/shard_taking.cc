@@ -151,12 +151,22 @@ void Shard::TakeInSession(Session* session, size_t producer, ObserveRequest* req
 Shard::Taken Shard::Take(uint32_t space, Session* session, ObserveRequest* request,
                          bool in_credit) {
   Taken taken;
+  // Its payload stays there.
+  if (log_ != nullptr && request->op == ObservationOp::kUpsert) {
+    request->record_bytes = static_cast<uint32_t>(RecordBytes(space, *request));
+  }
   const bool waits = log_ != nullptr && entries_[space]->durability() != Durability::kMemory;
   const bool stores_now = !waits && OwnedHereAlone(space, *request);
   RefusalReason& reason = taken.outcome.reason;
   if (const RefusalReason no_room = JudgeLogRoom(space, *request);
       no_room != RefusalReason::kNone) {
     reason = no_room;
+    return taken;
+  }
+  bool grows = false;
+  if (const RefusalReason full = JudgeQuota(space, *request, &grows);
+      full != RefusalReason::kNone) {
+    reason = full;
     return taken;
   }
   if (request->op == ObservationOp::kSkip) {
@@ -180,6 +190,9 @@ Shard::Taken Shard::Take(uint32_t space, Session* session, ObserveRequest* reque
   if (log_ != nullptr) {
     Append(space, consumed ? reason : RefusalReason::kNone, taken.stamp, request);
     log_end = log_->end();
+    if (taken.outcome.node != kNoNode) {
+      spaces_[space]->MoveOrigin(taken.outcome.node, kNoLogAddress, request->address);
+    }
   }
   if (stores_now || (consumed && !waits)) return taken;
   taken.ticket = ledger_.Add(session);
@@ -192,6 +205,8 @@ Shard::Taken Shard::Take(uint32_t space, Session* session, ObserveRequest* reque
   if (log_ != nullptr) forward.block = log_->last_block();
   if (!consumed) pending_bytes_ += PendingBytes(*request);
   if (!consumed && request->op == ObservationOp::kUpsert) ++pending_[space];
+  forward.grows = grows && !consumed;
+  if (forward.grows) ++growing_[space];
   return taken;
 }
 
@@ -229,7 +244,8 @@ RefusalReason Shard::Judge(uint32_t space, const ObserveRequest& request, bool i
 size_t Shard::PendingBytes(const ObserveRequest& request) {
   if (request.op == ObservationOp::kSkip) return 0;
   constexpr size_t kLinksAndMore = 1'024;
-  return kLinksAndMore + 5 * size_t{request.dimension} + request.id_bytes + request.payload_bytes;
+  return kLinksAndMore + 5 * size_t{request.dimension} + request.id_bytes +
+         (request.record_bytes == 0 ? request.payload_bytes : 0);
 }
 
 RefusalReason Shard::JudgeLogRoom(uint32_t space, const ObserveRequest& request) const {
@@ -358,7 +374,8 @@ ObservationRef Shard::ObservationIn(const ObserveRequest& request) {
           .vector = vector,
           .when_ns = request.when_ns,
           .confidence = request.confidence,
-          .origin = request.address};
+          .origin = request.address,
+          .record_bytes = request.record_bytes};
 }
 
 // In this shard. A refusal changes nothing.
@@ -385,6 +402,7 @@ StoreOutcome Shard::Store(uint32_t space, const ObserveRequest& request, CommitS
   }
   outcome.reason = FixDimension(space, observation);
   if (outcome.reason != RefusalReason::kNone) return outcome;
+  if (HasEnded(space, stamp)) return outcome;
   // What recalls need comes first, so that they go on when the memory is full.
   if (!recall_.Reserve(target.node_count() + 1)) return {.reason = RefusalReason::kMemoryFull};
   outcome = target.Upsert(observation, stamp, several_homes);
@@ -395,6 +413,7 @@ StoreOutcome Shard::Store(uint32_t space, const ObserveRequest& request, CommitS
   }
   counters_[ShardCounter::kObservationsStored].Add(1);
   if (outcome.existed || several_homes || target.has_graph()) QueueForUpkeep(space);
+  KeepToQuota(space, stamp);
   GrowIfFull(space);
   return outcome;
 }

@@ -26,7 +26,9 @@ constexpr uint64_t kMostSweepShare = 8;
 // as they wait for the horizon first.
 constexpr uint64_t kGatheredShare = 4;
 constexpr int kTombstonesAtOnce = 64;
-constexpr int kEndedAtOnce = 64;
+constexpr uint64_t kEndedAtOnce = 64;
+// And where they end by age, as many as come, this share of all that are listed still.
+constexpr uint64_t kEndedAtOnceShare = 16;
 // Without a graph: as many ended nodes as this share of the live ones are taken out of the list.
 constexpr uint64_t kEndedShare = 8;
 
@@ -45,6 +47,7 @@ Space::Space(std::string name, const SpaceOptions& options, ArenaHeap* heap, Rea
       graph_(heap, options.build),
       ids_(heap) {
   if (options.dimension != 0) FixDimension(options.dimension);
+  if (options.ends_by_age) aged_.emplace(heap, options.homes);
 }
 
 Space::~Space() {
@@ -104,9 +107,10 @@ StoreOutcome Space::Upsert(const ObservationRef& observation, CommitStamp stamp,
   const uint64_t hash = HashOf(observation.id);
   const NodeId old = FindId(hash, observation.id);
   const bool existed = old != kNoNode && nodes_[old].state != NodeState::kTombstone;
-  if (old != kNoNode && ContentStamp(old) >= stamp) {
-    StoreLate(observation, true, numbers.data(), hash, old, stamp);
-    return {.existed = existed, .later = ContentStamp(old)};
+  // Before a tombstone with its own stamp it stands: that is there on its behalf (see Yield).
+  if (old != kNoNode && ContentStamp(old) >= stamp + (existed ? 0 : 1)) {
+    const NodeId late = StoreLate(observation, true, numbers.data(), hash, old, stamp);
+    return {.existed = existed, .later = ContentStamp(old), .node = late};
   }
 
   const NodeId node = TakeNode();
@@ -126,6 +130,7 @@ StoreOutcome Space::Upsert(const ObservationRef& observation, CommitStamp stamp,
   Store(&stamps_[node].end, kOpenStamp);
   nodes_[node].state = NodeState::kUnlinked;
   fresh_.Append(node);
+  if (aged_) aged_->Add(node, stamp);
   ++live_;
   ++unlinked_;
   if (old != kNoNode) {
@@ -134,7 +139,7 @@ StoreOutcome Space::Upsert(const ObservationRef& observation, CommitStamp stamp,
   }
   Advance(stamp);
   if (unlinked_ > options_.graph_from) has_graph_ = true;
-  return {.existed = existed};
+  return {.existed = existed, .node = node};
 }
 
 StoreOutcome Space::Delete(std::string_view id, CommitStamp stamp, bool several_homes) {
@@ -182,6 +187,7 @@ StoreOutcome Space::Suppress(std::string_view id, CommitStamp stamp, bool severa
   nodes_[node].state = NodeState::kHidden;
   ++hidden_;
   ids_.Replace(hash, old, node);
+  if (aged_) aged_->Replace(old, node);
   EndVersion(old, stamp);
   if (save_ != nullptr && save_->IsAhead(old)) Save::Set(save_->suppressed, old);
   if (several_homes) NoteSuperseded(hash, old);
@@ -257,10 +263,10 @@ void Space::NoteSuperseded(uint64_t hash, NodeId node) {
 // 3. It is stored as a version that has ended; a delete as one that no snapshot sees, for what may
 //    still come with an earlier stamp. Where memory is short it is left out: only a recall of such
 //    a snapshot could tell.
-void Space::StoreLate(const ObservationRef& observation, bool is_upsert, const float* numbers,
-                      uint64_t hash, NodeId latest, CommitStamp stamp) {
+NodeId Space::StoreLate(const ObservationRef& observation, bool is_upsert, const float* numbers,
+                        uint64_t hash, NodeId latest, CommitStamp stamp) {
   CommitStamp next = ContentStamp(latest);
-  if (next == stamp) return;
+  if (next == stamp) return kNoNode;
   const uint64_t kept = std::min<uint64_t>(superseded_count_, kSupersededKept);
   for (uint64_t i = 0; i < kept; ++i) {
     const auto [other_hash, node] = superseded_[i];
@@ -269,7 +275,7 @@ void Space::StoreLate(const ObservationRef& observation, bool is_upsert, const f
       continue;
     }
     const CommitStamp content = ContentStamp(node);
-    if (content == stamp) return;
+    if (content == stamp) return kNoNode;
     if (content > stamp) {
       next = std::min(next, content);
     } else if (Load(stamps_[node].end) > stamp) {
@@ -277,12 +283,13 @@ void Space::StoreLate(const ObservationRef& observation, bool is_upsert, const f
       Store(&stamps_[node].end, stamp);
     }
   }
-  if (dimension() == 0) return;  // Nothing but deletes so far, and no rows for a place in the list.
+  // Nothing but deletes so far, and no rows for a place in the list.
+  if (dimension() == 0) return kNoNode;
   const NodeId node = TakeNode();
-  if (node == kNoNode) return;
+  if (node == kNoNode) return kNoNode;
   if (!WriteText(&nodes_[node], observation) || !ReserveFresh()) {
     FreeNode(node);
-    return;
+    return kNoNode;
   }
   if (is_upsert) {
     code_format_->Encode(numbers, codes_->Row(node));
@@ -295,6 +302,7 @@ void Space::StoreLate(const ObservationRef& observation, bool is_upsert, const f
   ++retired_;
   NoteSuperseded(hash, node);
   Advance(stamp);
+  return node;
 }
 
 bool Space::MakeTombstone(uint64_t hash, std::string_view id, CommitStamp stamp, NodeId old) {
@@ -338,6 +346,7 @@ void Space::ForgetTombstones(CommitStamp complete) {
 void Space::EndVersion(NodeId node, CommitStamp stamp) {
   Node& stored = nodes_[node];
   if (stored.state == NodeState::kTombstone) return;
+  if (aged_) aged_->Remove(node);
   Store(&stamps_[node].end, stamp);
   --live_;
   ++retired_;
@@ -410,7 +419,10 @@ NodeId Space::TakeNode() {
   }
   const uint32_t count = node_count_.load(std::memory_order_relaxed);
   const size_t wanted = size_t{count} + 1;
-  if (!nodes_.Reserve(wanted) || !stamps_.Reserve(wanted) || !ReserveRows(wanted)) return kNoNode;
+  if (!nodes_.Reserve(wanted) || !stamps_.Reserve(wanted) || !ReserveRows(wanted) ||
+      (aged_ && !aged_->Reserve(wanted))) {
+    return kNoNode;
+  }
   node_count_.store(count + 1, std::memory_order_release);
   return count;
 }
@@ -420,6 +432,7 @@ bool Space::ReserveRows(size_t nodes) {
 }
 
 void Space::FreeNode(NodeId node) {
+  if (aged_) aged_->Remove(node);
   FreeText(&nodes_[node]);
   nodes_[node].state = NodeState::kFree;
   nodes_[node].next = first_free_;
@@ -427,21 +440,23 @@ void Space::FreeNode(NodeId node) {
 }
 
 bool Space::WriteText(Node* node, const ObservationRef& observation) {
-  const size_t bytes = observation.id.size() + observation.payload.size();
+  const bool keeps_payload = observation.record_bytes == 0 && !observation.payload.empty();
+  const size_t bytes =
+      observation.id.size() + (keeps_payload ? observation.payload.size() : size_t{0});
   node->text = heap_->Allocate(bytes);
   if (node->text == nullptr) return false;
   text_bytes_ += ArenaHeap::BlockBytes(bytes);
   std::memcpy(node->text, observation.id.data(), observation.id.size());
-  if (!observation.payload.empty()) {
+  if (keeps_payload) {
     std::memcpy(node->text + observation.id.size(), observation.payload.data(),
                 observation.payload.size());
   }
   static_assert(kMaxIdBytes < size_t{1} << 15);
   node->id_bytes = static_cast<uint16_t>(observation.id.size());
   node->was_hidden = 0;
-  node->payload_bytes = static_cast<uint32_t>(observation.payload.size());
+  node->payload_bytes = static_cast<uint32_t>(observation.payload.size()) & 0x1FFFF;
+  node->record_words = observation.record_bytes / 8 & 0x7FFF;
   node->payload_kind = observation.payload_kind;
-  node->received_dtype = observation.dtype;
   node->origin = observation.origin;
   node->when_ns = observation.when_ns;
   node->confidence = observation.confidence;
@@ -452,7 +467,7 @@ bool Space::WriteText(Node* node, const ObservationRef& observation) {
 bool Space::CopyText(NodeId node, NodeId from) {
   const Node& source = nodes_[from];
   const CommitStamp content = ContentStamp(from);
-  const size_t text_bytes = size_t{source.id_bytes} + source.payload_bytes;
+  const size_t text_bytes = ContentBytes(source);
   const size_t bytes = text_bytes + sizeof(content);
   std::byte* text = heap_->Allocate(bytes);
   if (text == nullptr) return false;
@@ -464,8 +479,8 @@ bool Space::CopyText(NodeId node, NodeId from) {
   copy.id_bytes = source.id_bytes;
   copy.was_hidden = 1;
   copy.payload_bytes = source.payload_bytes;
+  copy.record_words = source.record_words;
   copy.payload_kind = source.payload_kind;
-  copy.received_dtype = source.received_dtype;
   copy.origin = source.origin;
   copy.when_ns = source.when_ns;
   copy.confidence = source.confidence;
@@ -473,7 +488,7 @@ bool Space::CopyText(NodeId node, NodeId from) {
 }
 
 size_t Space::TextBytes(const Node& node) {
-  return size_t{node.id_bytes} + node.payload_bytes + (node.was_hidden ? sizeof(CommitStamp) : 0);
+  return ContentBytes(node) + (node.was_hidden ? sizeof(CommitStamp) : 0);
 }
 
 // When what it holds was upserted, or deleted.
@@ -481,7 +496,7 @@ CommitStamp Space::ContentStamp(NodeId node) const {
   const Node& stored = nodes_[node];
   if (!stored.was_hidden) return Load(stamps_[node].begin);
   CommitStamp stamp;
-  std::memcpy(&stamp, stored.text + stored.id_bytes + stored.payload_bytes, sizeof(stamp));
+  std::memcpy(&stamp, stored.text + ContentBytes(stored), sizeof(stamp));
   return stamp;
 }
 
@@ -497,7 +512,8 @@ void Space::FreeText(Node* node) {
 // Upkeep
 
 NodeId Space::NextToLink() {
-  for (int passed = 0; passed < kEndedAtOnce; ++passed) {
+  const uint64_t most = kEndedAtOnce + (aged_ ? ended_listed() / kEndedAtOnceShare : 0);
+  for (uint64_t passed = 0; passed < most; ++passed) {
     const NodeId node = fresh_.first();
     if (node != kNoNode && nodes_[node].state == NodeState::kEnded && IsPast(node)) {
       fresh_.PopFirst();
@@ -644,13 +660,24 @@ RefusalReason Space::PrepareQuery(VectorDtype dtype, uint32_t dimension, float s
 StoredObservation Space::Get(NodeId node) const {
   const Node& stored = nodes_[node];
   return {.id = {reinterpret_cast<const char*>(stored.text), stored.id_bytes},
-          .payload = {stored.text + stored.id_bytes, stored.payload_bytes},
+          .payload = {stored.text + stored.id_bytes, ContentBytes(stored) - stored.id_bytes},
+          .payload_bytes = stored.payload_bytes,
           .payload_kind = stored.payload_kind,
+          .was_hidden = stored.was_hidden != 0,
           .when_ns = stored.when_ns,
           .confidence = stored.confidence,
           .stamp = Load(stamps_[node].begin),
-          .origin = stored.origin,
-          .received_dtype = stored.received_dtype};
+          .origin = std::atomic_ref<LogAddress>(const_cast<LogAddress&>(stored.origin))
+                        .load(std::memory_order_relaxed),
+          .record_bytes = uint32_t{stored.record_words} * 8};
+}
+
+bool Space::MoveOrigin(NodeId node, LogAddress from, LogAddress to) {
+  if (node >= node_count()) return false;
+  Node& stored = nodes_[node];
+  if (stored.text == nullptr || stored.record_words == 0 || stored.origin != from) return false;
+  std::atomic_ref<LogAddress>(stored.origin).store(to, std::memory_order_relaxed);
+  return true;
 }
 
 void Space::GetVector(NodeId node, float* out) const {
@@ -706,7 +733,7 @@ uint64_t Space::resident_bytes() const {
                            (exact_ ? exact_->capacity() * exact_->row_bytes() : 0);
   const uint64_t links = graph_.capacity() * graph_.BottomBytes();
   return vectors + links + nodes_.capacity() * sizeof(Node) + stamps_.capacity() * sizeof(Stamps) +
-         fresh_.bytes() + ids_.size() * 12 + text_bytes_;
+         fresh_.bytes() + ids_.size() * 12 + text_bytes_ + (aged_ ? aged_->bytes() : 0);
 }
 
 uint64_t Space::HashOf(std::string_view id) const { return HashString(id, options_.hash_seed); }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "index/chunked_array.h"
+#include "index/expiry_queue.h"
 #include "index/fresh_list.h"
 #include "index/hnsw_graph.h"
 #include "index/hnsw_linker.h"
@@ -23,6 +24,7 @@
 #include "src/core/commit_stamp.h"
 #include "src/core/ids.h"
 #include "src/core/log_address.h"
+#include "src/core/log_record.h"
 #include "src/core/observation.h"
 #include "src/core/reader_epochs.h"
 #include "src/core/refusal_reason.h"
@@ -33,7 +35,7 @@ namespace engram {
 // One observation as it is given to a space. Points into the request.
 struct ObservationRef {
   std::string_view id;
-  std::span<const std::byte> payload;
+  std::span<const std::byte> payload;  // only its length counts where record_bytes is not 0
   PayloadKind payload_kind = PayloadKind::kOpaque;
   VectorDtype dtype = VectorDtype::kNone;
   uint32_t dimension = 0;
@@ -42,18 +44,21 @@ struct ObservationRef {
   int64_t when_ns = 0;
   float confidence = 1;
   LogAddress origin = kNoLogAddress;  // where its record lies
+  uint32_t record_bytes = 0;          // there; 0: in no log, so the space keeps the payload
 };
 
 // What a space keeps of an observation beside its vector.
 struct StoredObservation {
   std::string_view id;
-  std::span<const std::byte> payload;
+  std::span<const std::byte> payload;  // empty where it lies in a log
+  uint32_t payload_bytes = 0;          // wherever it lies
   PayloadKind payload_kind = PayloadKind::kOpaque;
+  bool was_hidden = false;  // `stamp` is later than that of its record
   int64_t when_ns = 0;
   float confidence = 1;
   CommitStamp stamp = kNoStamp;
   LogAddress origin = kNoLogAddress;
-  VectorDtype received_dtype = VectorDtype::kNone;  // of the vector in its record
+  uint32_t record_bytes = 0;  // at origin; 0: in no log
 };
 
 // What became of an observation. Where a later stamp was there already nothing that lives has
@@ -64,6 +69,7 @@ struct StoreOutcome {
   // one to suppress, a hidden one to restore.
   bool existed = false;
   CommitStamp later = kNoStamp;  // the stamp that was there already
+  NodeId node = kNoNode;         // that an upsert is stored in
 };
 
 struct SpaceOptions {
@@ -77,6 +83,8 @@ struct SpaceOptions {
   HnswBuildParams build;
   uint64_t hash_seed = 0;            // secret
   uint32_t graph_from = kGraphFrom;  // more unlinked nodes than this begin the graph
+  bool ends_by_age = false;          // EndOldest will be called
+  uint16_t homes = 1;                // with ends_by_age: shards that stamps come from
 };
 
 // The observations of one memory space in one shard: vectors, ids, payloads, and the graph over
@@ -181,6 +189,9 @@ class Space {
   StoreOutcome Suppress(std::string_view id, CommitStamp stamp, bool several_homes);
   // Brings back what was hidden with an earlier stamp. As Suppress.
   StoreOutcome Restore(std::string_view id, CommitStamp stamp);
+  // The node's record is at `to`, no longer at `from`, and as long as before. kNoLogAddress as
+  // `from`: it was stored with the record's length alone. False where the node has another one.
+  bool MoveOrigin(NodeId node, LogAddress from, LogAddress to);
   // Whether Upsert would refuse the vector, and why.
   RefusalReason Judge(const ObservationRef& observation) const;
   // What ended at `horizon` or before is no longer kept for recalls of earlier snapshots. Rises.
@@ -191,6 +202,24 @@ class Space {
   void ForgetTombstones(CommitStamp complete);
   bool has_tombstones() const { return first_tombstone_ != kNoNode; }
   uint64_t tombstones() const { return tombstones_; }
+
+  // Ending by age (space_expiry.cc), where the options say so.
+  // The stamp of the oldest content that lives or is hidden; kOpenStamp when there is none.
+  CommitStamp oldest_content() const;
+  // Ends the oldest content, which is there: no snapshot from `end` on sees it.
+  void EndOldest(CommitStamp end);
+  // As EndOldest, and whatever else comes with its stamp or an earlier one has ended, too.
+  void EvictOldest(CommitStamp end);
+  // The stamp of the latest content that was evicted. Nothing older is stored again.
+  CommitStamp evicted_up_to() const { return evicted_up_to_; }
+  // Whatever has an earlier stamp was here when the space was saved, if it was loaded.
+  CommitStamp loaded_up_to() const { return loaded_up_to_; }
+  // All nodes, those that have contents in the order of these. Allocates.
+  std::vector<NodeId> NodesByAge() const;
+  // There is an observation with this id, live or hidden.
+  bool HasContent(std::string_view id) const;
+  // Bytes for what is live or hidden, without what has ended and still holds a place.
+  uint64_t content_bytes() const;
 
   // kNoNode when there is none.
   NodeId FindLive(std::string_view id) const;
@@ -242,6 +271,8 @@ class Space {
   uint64_t linked() const { return live_ - unlinked_; }
   // Updated or deleted, still holding a place.
   uint64_t retired() const { return retired_; }
+  // Those that have ended and are scanned still.
+  uint64_t ended_listed() const { return fresh_.size() - unlinked_; }
   // Nodes that upkeep is behind by: those that wait for the graph, and the retired ones in it
   // beyond a share that sweeps let gather. 0 while there is no graph, as nothing waits for it.
   uint64_t backlog() const;
@@ -266,21 +297,28 @@ class Space {
     kCount,
   };
   struct Node {
-    // Written before the node is published, then constant.
-    std::byte* text;  // id, then payload; then, with was_hidden, the stamp of the content
+    // Written before the node is published, then constant, but for origin, which moves
+    // (MoveOrigin). `text`: id, then the payload where it lies in no log; then, with was_hidden,
+    // the stamp of the content.
+    std::byte* text;
     int64_t when_ns;
     LogAddress origin;
     float confidence;
-    uint32_t payload_bytes;
+    uint32_t payload_bytes : 17;
+    uint32_t record_words : 15;  // of 8 bytes, at origin; 0: in no log
     uint16_t id_bytes : 15;
     uint16_t was_hidden : 1;
-    PayloadKind payload_kind : 4;
-    VectorDtype received_dtype : 4;
+    PayloadKind payload_kind;
     // The shard's alone.
     NodeState state;
     uint32_t next;  // of the list that it is in, by its state
   };
   static_assert(sizeof(Node) == 40);
+  static_assert(kMaxPayloadBytes < size_t{1} << 17 && kMaxLogRecordBytes / 8 < size_t{1} << 15);
+  // Of id and payload, as they lie in `text`.
+  static size_t ContentBytes(const Node& node) {
+    return size_t{node.id_bytes} + (node.record_words == 0 ? node.payload_bytes : 0);
+  }
   struct Stamps {
     CommitStamp begin;
     CommitStamp end;
@@ -347,6 +385,8 @@ class Space {
   static size_t TextBytes(const Node& node);
   void FreeText(Node* node);
   CommitStamp ContentStamp(NodeId node) const;
+  bool QueueByAge();
+  uint64_t NodeBytes() const;
   void EndVersion(NodeId node, CommitStamp stamp);
   void ListRetired(NodeId node);
   void PutInLine(NodeId node);
@@ -355,8 +395,8 @@ class Space {
   void Supersede(uint64_t hash, NodeId old, CommitStamp stamp, bool several_homes);
   void NoteSuperseded(uint64_t hash, NodeId node);
   void EndEarlier(uint64_t hash, std::string_view id, CommitStamp stamp);
-  void StoreLate(const ObservationRef& observation, bool is_upsert, const float* numbers,
-                 uint64_t hash, NodeId latest, CommitStamp stamp);
+  NodeId StoreLate(const ObservationRef& observation, bool is_upsert, const float* numbers,
+                   uint64_t hash, NodeId latest, CommitStamp stamp);
   bool MakeTombstone(uint64_t hash, std::string_view id, CommitStamp stamp, NodeId old);
   void Advance(CommitStamp stamp);
   uint64_t HashOf(std::string_view id) const;
@@ -420,6 +460,10 @@ class Space {
   uint64_t retired_ = 0;
   uint64_t text_bytes_ = 0;
   bool has_graph_ = false;
+  // With ends_by_age: all that is live or hidden.
+  std::optional<ExpiryQueue> aged_;
+  CommitStamp evicted_up_to_ = kNoStamp;
+  CommitStamp loaded_up_to_ = kNoStamp;
   // Without a graph: what had ended by drop_end_ leaves the list once the horizon has passed that.
   CommitStamp drop_end_ = kNoStamp;
   bool memory_short_ = false;  // an upsert was refused

@@ -19,6 +19,11 @@ Result<void> Space::CheckNode(NodeId node) const {
     return Unsound("id not in the map", node);
   }
   if (live && Load(stamps_[node].end) != kOpenStamp) return Unsound("live but ended", node);
+  const bool has_content = live || stored.state == NodeState::kHidden;
+  if (aged_ && (aged_->Has(node) != has_content ||
+                (has_content && aged_->StampOf(node) != ContentStamp(node)))) {
+    return Unsound("queue by age and node disagree", node);
+  }
   if (stored.state == NodeState::kHidden) {
     if (FindId(HashOf(IdOf(node)), IdOf(node)) != node) return Unsound("hidden id is lost", node);
     if (Load(stamps_[node].begin) != Load(stamps_[node].end)) {
@@ -61,6 +66,9 @@ Result<void> Space::CheckCounts() const {
   if (count(NodeState::kTombstone) != tombstones_)
     return Unsound("tombstones are off", tombstones_);
   if (count(NodeState::kHidden) != hidden_) return Unsound("hidden count is off", hidden_);
+  if (aged_ && (aged_->size() != live + hidden_ || !aged_->IsSound())) {
+    return Unsound("queue by age is off", aged_->size());
+  }
   if (ids_.size() < live + hidden_ || ids_.size() > live + hidden_ + tombstones_) {
     return Unsound("id map's size is off", ids_.size());
   }

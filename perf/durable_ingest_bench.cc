@@ -196,7 +196,9 @@ class BenchLog {
   }
   // Enough is there for a round.
   void Recycle() {
-    keeper_->FreeBefore(handoff_.current.load());
+    while (keeper_->segments().begin()->first < handoff_.current.load()) {
+      keeper_->Free(keeper_->segments().begin()->first);
+    }
     while (handoff_.prepared.load() < handoff_.current.load() + ahead_) {
       keeper_->Poll();
       keeper_disk_->Wait(kNanosPerMilli);

@@ -11,6 +11,7 @@ namespace engram {
 Result<std::unique_ptr<Appliance>> Appliance::Create(const ApplianceOptions& options, Clock* clock,
                                                      const std::vector<Network*>& networks) {
   CHECK(!networks.empty() && options.shards > 0, "an appliance has an ingress and a shard core");
+  CHECK(options.storage.empty() || options.log_disks != nullptr, "what lies in logs can be read");
   MeshOptions mesh_options = options.mesh;
   const auto ingest_cores = static_cast<uint16_t>(networks.size());
   mesh_options.producers = static_cast<uint16_t>(ingest_cores + (options.gateway ? 1 : 0));
@@ -29,8 +30,9 @@ Result<std::unique_ptr<Appliance>> Appliance::Create(const ApplianceOptions& opt
   mesh_options.catalogue = spaces.get();
   auto mesh = RingMesh::Create(mesh_options);
   if (!mesh) return std::unexpected(mesh.error());
-  std::unique_ptr<Appliance> appliance(
-      new Appliance(std::move(spaces), *std::move(mesh), ProducerId(ingest_cores)));
+  std::unique_ptr<Appliance> appliance(new Appliance(std::move(spaces), *std::move(mesh),
+                                                     ProducerId(ingest_cores), options.log_disks,
+                                                     options.pins));
   for (uint16_t s = 0; s < options.shards; ++s) {
     ShardOptions shard_options = options.shard;
     if (s < mesh_options.shard_numa_node.size()) {
@@ -43,9 +45,9 @@ Result<std::unique_ptr<Appliance>> Appliance::Create(const ApplianceOptions& opt
     appliance->shards_.back()->AddCounters("shard" + std::to_string(s), &appliance->catalogue_);
   }
   for (uint16_t p = 0; p < ingest_cores; ++p) {
-    auto ingest =
-        IngestCore::Create(options.ingest, clock, networks[p],
-                           appliance->mesh_.TakeProducer(ProducerId(p)), &appliance->catalogue_);
+    auto ingest = IngestCore::Create(
+        options.ingest, clock, networks[p], appliance->mesh_.TakeProducer(ProducerId(p)),
+        &appliance->catalogue_, {options.log_disks, appliance->pins_, p});
     if (!ingest) return std::unexpected(ingest.error());
     appliance->ingest_.push_back(*std::move(ingest));
     appliance->ingest_.back()->AddCounters("ingress" + std::to_string(p), &appliance->catalogue_);

@@ -7,11 +7,14 @@
 #include <vector>
 
 #include "dataplane/ingest_core.h"
+#include "dataplane/record_reader.h"
 #include "dataplane/ring_mesh.h"
 #include "index/shard.h"
+#include "src/core/check.h"
 #include "src/core/clock.h"
 #include "src/core/counters.h"
 #include "src/core/network.h"
+#include "src/core/read_pins.h"
 #include "src/core/result.h"
 #include "src/core/space_catalogue.h"
 
@@ -23,6 +26,11 @@ struct ApplianceOptions {
   ShardOptions shard;  // memory_limit_bytes is one shard's
   // By shard; empty: observations live in memory only.
   std::vector<ShardStorage> storage;
+  // Over the folders of their logs, for the cores that answer; with storage.
+  RecordAccess::DiskFactory log_disks;
+  // With a place for each ingress core and one for the gateway; outlives the appliance. nullptr: it
+  // has its own.
+  ReadPins* pins = nullptr;
   MeshOptions mesh;  // producers, shards and catalogue are filled in
   // One producer more, for TakeGatewayPort.
   bool gateway = false;
@@ -56,14 +64,28 @@ class Appliance {
   SpaceCatalogue& spaces() { return *spaces_; }
   // Once, where the options asked for a gateway.
   ProducerPort TakeGatewayPort() { return mesh_.TakeProducer(gateway_); }
+  RecordAccess gateway_records() { return {log_disks_, pins_, gateway_.value()}; }
+  // Of all cores that answer; who frees what the logs hold closes epochs.
+  ReadPins* pins() { return pins_; }
 
  private:
-  Appliance(std::unique_ptr<SpaceCatalogue> spaces, RingMesh mesh, ProducerId gateway)
-      : spaces_(std::move(spaces)), mesh_(std::move(mesh)), gateway_(gateway) {}
+  Appliance(std::unique_ptr<SpaceCatalogue> spaces, RingMesh mesh, ProducerId gateway,
+            const RecordAccess::DiskFactory& log_disks, ReadPins* pins)
+      : spaces_(std::move(spaces)),
+        mesh_(std::move(mesh)),
+        gateway_(gateway),
+        log_disks_(log_disks),
+        own_pins_(gateway.value() + 1U),
+        pins_(pins != nullptr ? pins : &own_pins_) {
+    CHECK(pins_->readers() > gateway.value(), "each core that answers has its place");
+  }
 
   std::unique_ptr<SpaceCatalogue> spaces_;
   RingMesh mesh_;
   ProducerId gateway_;  // the last one
+  const RecordAccess::DiskFactory log_disks_;
+  ReadPins own_pins_;
+  ReadPins* const pins_;  // by producer
   CounterCatalogue catalogue_;
   std::vector<std::unique_ptr<IngestCore>> ingest_;
   std::vector<std::unique_ptr<Shard>> shards_;

@@ -10,7 +10,7 @@ namespace engram {
 
 namespace {
 
-constexpr std::string_view kTitle = "engram checkpoint\nversion 1\n";
+constexpr std::string_view kTitle = "engram checkpoint\nversion ";
 constexpr std::string_view kCrc = "crc32c ";
 constexpr size_t kMaxManifestBytes = size_t{1} << 20;
 
@@ -50,12 +50,15 @@ class Words {
 
 std::string PrintManifest(const CheckpointManifest& manifest) {
   std::string text(kTitle);
-  text += "round " + std::to_string(manifest.round) + "\n";
+  text += "2\nround " + std::to_string(manifest.round) + "\n";
   text += "shards " + std::to_string(manifest.logs.size()) + "\n";
   for (size_t i = 0; i < manifest.logs.size(); ++i) {
     const CheckpointManifest::Log& log = manifest.logs[i];
     text += "log " + std::to_string(i) + " from " + Hex(log.from, 16) + " epoch " +
             std::to_string(log.epoch) + " file_bytes " + std::to_string(log.file_bytes) + "\n";
+  }
+  for (const CheckpointManifest::Kept& kept : manifest.kept) {
+    text += "kept " + std::to_string(kept.log) + " from " + Hex(kept.from, 16) + "\n";
   }
   for (const uint16_t log : manifest.gone) text += "gone " + std::to_string(log) + "\n";
   return text + std::string(kCrc) + Hex(Crc32c(BytesOf(text)), 8) + "\n";
@@ -71,9 +74,9 @@ std::optional<CheckpointManifest> ParseManifest(std::string_view text) {
   Words words(text.substr(0, crc_at));
   CheckpointManifest manifest;
   size_t shards = 0;
-  if (!words.Take(kTitle) || !words.Take("round ") || !words.TakeNumber(&manifest.round) ||
-      !words.Take("\nshards ") || !words.TakeNumber(&shards) || !words.Take("\n") || shards == 0 ||
-      shards > kMaxShards) {
+  if (!words.Take(kTitle) || !(words.Take("1\n") || words.Take("2\n")) || !words.Take("round ") ||
+      !words.TakeNumber(&manifest.round) || !words.Take("\nshards ") ||
+      !words.TakeNumber(&shards) || !words.Take("\n") || shards == 0 || shards > kMaxShards) {
     return std::nullopt;
   }
   for (size_t i = 0; i < shards; ++i) {
@@ -86,6 +89,15 @@ std::optional<CheckpointManifest> ParseManifest(std::string_view text) {
       return std::nullopt;
     }
     manifest.logs.push_back(log);
+  }
+  while (words.Take("kept ")) {
+    CheckpointManifest::Kept kept;
+    if (!words.TakeNumber(&kept.log) || kept.log < shards || kept.log >= kMaxShards ||
+        (!manifest.kept.empty() && kept.log <= manifest.kept.back().log) || !words.Take(" from ") ||
+        !words.TakeNumber(&kept.from, 16) || !words.Take("\n")) {
+      return std::nullopt;
+    }
+    manifest.kept.push_back(kept);
   }
   while (words.Take("gone ")) {
     uint16_t log = 0;

@@ -18,11 +18,14 @@ namespace engram {
 // in one step. Its grammar, in lines of text:
 //
 //   engram checkpoint
-//   version 1
+//   version 2
 //   round DECIMAL
 //   shards DECIMAL                 that there were; each has a file and a log
 //   log NUMBER from HEXADECIMAL epoch DECIMAL file_bytes DECIMAL      for each, in this order
-//   gone NUMBER                    of a log that is not needed any more and is being removed
+//   kept NUMBER from HEXADECIMAL   a log of a shard that is gone: what lies before is not replayed,
+//                                  but observations may lie in it
+//   gone NUMBER                    of a log that is not needed any more and is being removed; only
+//                                  version 1 wrote it
 //   crc32c 8 HEXADECIMAL DIGITS    of all bytes before this line
 struct CheckpointManifest {
   struct Log {
@@ -31,8 +34,14 @@ struct CheckpointManifest {
     uint64_t file_bytes = 0;
     friend bool operator==(const Log&, const Log&) = default;
   };
+  struct Kept {
+    uint16_t log = 0;
+    LogPosition from = 0;
+    friend bool operator==(const Kept&, const Kept&) = default;
+  };
   uint32_t round = 0;
-  std::vector<Log> logs;  // by shard
+  std::vector<Log> logs;   // by shard
+  std::vector<Kept> kept;  // by log, none of a shard that there was
   std::vector<uint16_t> gone;
   friend bool operator==(const CheckpointManifest&, const CheckpointManifest&) = default;
 };

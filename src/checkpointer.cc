@@ -9,42 +9,61 @@
 
 namespace engram {
 
+namespace {
+
+// The first one counts, the second one lists what lives, the third one finds that it has moved.
+constexpr uint32_t kCompactionRounds = 3;
+constexpr uint32_t kAnyDeadBytes = 1000;
+
+}  // namespace
+
 Checkpointer::Checkpointer(const CheckpointerOptions& options, Disk* root, LogStore* logs,
-                           Clock* clock, const CheckpointManifest& latest)
+                           Clock* clock, const CheckpointManifest& latest, ReadPins* pins)
     : options_(options),
       root_(root),
       logs_(logs),
       clock_(clock),
       latest_(latest),
       round_(latest.round),
-      bytes_at_last_(logs->bytes_written()) {}
+      bytes_at_last_(logs->bytes_written()),
+      retention_(options.retention, logs, pins, clock) {}
 
 int Checkpointer::Poll(const NoteFn& note) {
+  const bool held = clock_->MonotonicNs() < held_until_ns_.load();
+  counters_[CheckpointCounter::kHeld].Set(held ? 1 : 0);
+  if (held) return 0;
+  const int work = retention_.Poll(note);
   switch (phase_) {
     case Phase::kIdle:
-      if (!IsDue()) return 0;
+      if (retention_.is_taking_over() || !IsDue()) return work;
       Begin();
-      return 1;
+      return work + 1;
     case Phase::kNoting:
-      if (!AllNoted()) return 0;
+      if (!AllNoted()) return work;
       BeginSaving();
-      return 1;
+      return work + 1;
     case Phase::kSaving:
-      return AwaitSaves(note);
+      return work + AwaitSaves(note);
     case Phase::kSyncing:
-      return AwaitSyncs(note);
+      return work + AwaitSyncs(note);
   }
-  return 0;
+  return work;
 }
 
 bool Checkpointer::IsDue() const {
   if (requests_.load() != requests_taken_) return true;
+  if (compactions_.load() != compactions_taken_) return true;
+  if (compaction_rounds_ > 0 && clock_->MonotonicNs() >= retry_ns_) return true;
   return options_.every_bytes > 0 && clock_->MonotonicNs() >= retry_ns_ &&
          logs_->bytes_written() - bytes_at_last_ >= options_.every_bytes;
 }
 
 void Checkpointer::Begin() {
   requests_taken_ = requests_.load();
+  if (compactions_.load() != compactions_taken_) {
+    compactions_taken_ = compactions_.load();
+    compaction_rounds_ = kCompactionRounds;
+  }
   counters_[CheckpointCounter::kUnderWay].Set(1);
   ++round_;
   began_ns_ = clock_->MonotonicNs();
@@ -63,6 +82,8 @@ bool Checkpointer::AllNoted() {
 }
 
 void Checkpointer::BeginSaving() {
+  retention_.BeginRound(compaction_rounds_ > 1 ? kAnyDeadBytes
+                                               : options_.retention.rewrite_below_permille);
   CommitStamp hold = kOpenStamp;
   for (uint16_t s = 0; s < logs_->shards(); ++s) {
     hold = std::min(hold, logs_->checkpoint(s).complete.load(std::memory_order_relaxed));
@@ -122,7 +143,7 @@ void Checkpointer::Commit(const NoteFn& note) {
                              .file_bytes = shard.bytes.load(std::memory_order_relaxed)});
     bytes += manifest.logs.back().file_bytes;
   }
-  manifest.gone = logs_->others();
+  if (done) done = logs_->DescribeKept(&manifest);
   if (done) {
     // Until a manifest is there for good, either may be found after a crash.
     either_may_stand_ = true;
@@ -136,16 +157,9 @@ void Checkpointer::Commit(const NoteFn& note) {
   }
   latest_ = manifest;
   either_may_stand_ = false;
-  for (uint16_t s = 0; s < logs_->shards(); ++s) logs_->FreeBefore(s, manifest.logs[s].from);
+  retention_.EndRound(manifest);
   if (auto removed = logs_->RemoveCheckpointsBut(round_); !removed) note(removed.error().message);
-  if (!manifest.gone.empty()) {
-    auto removed = logs_->RemoveOthers();
-    if (removed) {
-      manifest.gone.clear();
-      removed = WriteManifest(*root_, manifest);
-    }
-    if (!removed) note(removed.error().message);
-  }
+  if (auto cleaned = logs_->CleanKept(); !cleaned) note(cleaned.error().message);
   const int64_t took_ms = (clock_->MonotonicNs() - began_ns_) / kNanosPerMilli;
   note("checkpoint " + std::to_string(round_) + ": " + std::to_string(bytes >> 20) + " MiB in " +
        std::to_string(took_ms) + " ms");
@@ -156,11 +170,12 @@ void Checkpointer::Commit(const NoteFn& note) {
 
 void Checkpointer::AddCounters(CounterCatalogue* catalogue) const {
   constexpr std::array<std::string_view, static_cast<size_t>(CheckpointCounter::kCount)> kNames = {
-      "checkpoints_completed", "checkpoints_failed", "checkpoints_under_way", "checkpoint_bytes",
-      "checkpoint_ms"};
+      "checkpoints_completed", "checkpoints_failed", "checkpoints_under_way",
+      "checkpoint_bytes",      "checkpoint_ms",      "checkpoints_held"};
   for (size_t i = 0; i < kNames.size(); ++i) {
     catalogue->push_back({"control", kNames[i], &counters_[static_cast<CheckpointCounter>(i)]});
   }
+  retention_.AddCounters(catalogue);
 }
 
 void Checkpointer::End(bool succeeded) {
@@ -171,6 +186,7 @@ void Checkpointer::End(bool succeeded) {
   counters_[CheckpointCounter::kUnderWay].Set(0);
   if (succeeded) {
     counters_[CheckpointCounter::kCompleted].Add(1);
+    if (compaction_rounds_ > 0) --compaction_rounds_;
   } else {
     retry_ns_ = clock_->MonotonicNs() + options_.retry_ns;
     // A file that was begun would only take room.

@@ -10,7 +10,9 @@
 #include "src/core/clock.h"
 #include "src/core/counters.h"
 #include "src/core/disk.h"
+#include "src/core/read_pins.h"
 #include "src/log_store.h"
+#include "src/retention.h"
 
 namespace engram {
 
@@ -19,6 +21,7 @@ struct CheckpointerOptions {
   uint64_t every_bytes = 0;
   // Between a round that failed and the next one.
   int64_t retry_ns = 10 * kNanosPerSecond;
+  RetentionOptions retention;
 };
 
 enum class CheckpointCounter : uint8_t {
@@ -27,12 +30,14 @@ enum class CheckpointCounter : uint8_t {
   kUnderWay,
   kLastBytes,
   kLastMs,
+  kHeld,
   kCount
 };
 
 // Conducts checkpoints, on the control plane's core (index/checkpoint/checkpoint_handoff.h has the
 // rounds). Once a round's manifest is written, what only the one before needed is given back: its
-// files, the segments of logs that are not replayed any more, the logs of shards that are gone.
+// files at once, and, by what the round has counted, segments in which nothing lives any more
+// (src/retention.h).
 //
 // Thread safety: the control plane's alone, but for requests and counters.
 class Checkpointer {
@@ -40,9 +45,10 @@ class Checkpointer {
   using NoteFn = std::function<void(const std::string&)>;
 
   // `root` is over the data directory and has nothing else under way when this polls. `latest` as
-  // it was read at the start, 0 rounds where there was none. All outlive it.
+  // it was read at the start, 0 rounds where there was none. `pins` of those who read from the
+  // logs; nullptr: nobody does. All outlive it.
   Checkpointer(const CheckpointerOptions& options, Disk* root, LogStore* logs, Clock* clock,
-               const CheckpointManifest& latest);
+               const CheckpointManifest& latest, ReadPins* pins = nullptr);
 
   // One bounded round, which may wait for the disk; returns how much was done. `note` receives
   // lines for the log.
@@ -50,8 +56,18 @@ class Checkpointer {
   // Begins a round as soon as none is under way. Any thread may count requests here, too.
   void Request() { requests_.fetch_add(1); }
   std::atomic<uint64_t>& requests() { return requests_; }
+  // Begins the rounds that take over what lives in segments with any dead bytes, within the bounds
+  // of a round, and find the old ones empty. Any thread may ask, too.
+  void RequestCompaction() { compactions_.fetch_add(1); }
+  // Until that time of the clock no round begins or goes on, and no file of the logs goes that is
+  // there: somebody copies them. The counter `checkpoints_held` tells when it is so. Any thread.
+  std::atomic<int64_t>& held_until_ns() { return held_until_ns_; }
   // A round is under way, or was asked for.
-  bool busy() const { return phase_ != Phase::kIdle || requests_.load() != requests_taken_; }
+  bool busy() const {
+    return phase_ != Phase::kIdle || requests_.load() != requests_taken_ ||
+           compaction_rounds_ > 0 || compactions_.load() != compactions_taken_;
+  }
+  const Retention& retention() const { return retention_; }
   // By how much the logs have grown since the last round began.
   uint64_t bytes_since_last() const { return logs_->bytes_written() - bytes_at_last_; }
   // Rounds that succeeded.
@@ -86,9 +102,14 @@ class Checkpointer {
   int64_t retry_ns_ = 0;
   uint64_t bytes_at_last_ = 0;
   uint64_t requests_taken_ = 0;
+  uint64_t compactions_taken_ = 0;
+  uint32_t compaction_rounds_ = 0;  // still to be made
+  Retention retention_;
   // Any thread's.
   CounterSet<CheckpointCounter, static_cast<size_t>(CheckpointCounter::kCount)> counters_;
   std::atomic<uint64_t> requests_{0};
+  std::atomic<uint64_t> compactions_{0};
+  std::atomic<int64_t> held_until_ns_{0};
 };
 
 }  // namespace engram

@@ -4,9 +4,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <filesystem>
+#include <system_error>
 #include <utility>
 
 #include "src/core/check.h"
+#include "src/core/log_files.h"
+#include "src/replay_crashes.h"
 
 namespace engram {
 
@@ -19,6 +23,7 @@ constexpr int64_t kGrpcDrainNs = 5 * kNanosPerSecond;
 // A restart is faster by a checkpoint before the stop, where more than this would be replayed.
 constexpr uint64_t kWorthACheckpointBytes = uint64_t{4} << 20;
 constexpr uint64_t kWorthACheckpointRecords = 1'000;
+constexpr int kGreetingsPerPoll = 64;
 constexpr int64_t kLastCheckpointNs = 60 * kNanosPerSecond;
 // Memory made present ahead of a shard's use, and how much of it in one step.
 constexpr size_t kPrefaultAheadBytes = size_t{64} << 20;
@@ -50,7 +55,8 @@ uint64_t ToMib(uint64_t bytes) { return bytes >> 20; }
 
 Result<std::unique_ptr<Daemon>> Daemon::Start(const Config& config, const Topology& topology,
                                               Clock* clock, DataDirectory* directory,
-                                              const std::atomic<bool>& stop, const NoteFn& note) {
+                                              const std::atomic<bool>& stop, const NoteFn& note,
+                                              const ReplayHook& before_replay) {
   std::unique_ptr<Daemon> daemon(new Daemon(clock));
   NoteFieldsNotHonoured(config, note);
   if (config.grpc && !GrpcGateway::IsBuilt()) {
@@ -60,6 +66,9 @@ Result<std::unique_ptr<Daemon>> Daemon::Start(const Config& config, const Topolo
   if (auto made = daemon->MakeLogs(config, topology, directory, note); !made) {
     return std::unexpected(made.error());
   }
+  if (auto made = daemon->MakeGuards(config, directory, before_replay, note); !made) {
+    return std::unexpected(made.error());
+  }
   if (auto made = daemon->MakeAppliance(config, topology); !made) {
     return std::unexpected(made.error());
   }
@@ -67,17 +76,34 @@ Result<std::unique_ptr<Daemon>> Daemon::Start(const Config& config, const Topolo
   note(std::string("memory: observations in ") +
        std::string(PageKindName(daemon->appliance_->shard(0).page_kind())) + " pages, slots in " +
        std::string(PageKindName(daemon->appliance_->slot_page_kind())) + " pages");
-  auto started = daemon->StartThreads();
-  if (started) started = daemon->AwaitRecovery(stop, note);
-  if (started) started = daemon->logs_->PrepareFirst();
-  if (started) started = daemon->StartGrpc(config);
-  if (!started) {
+  if (auto recovered = daemon->Recover(config, directory, stop, note); !recovered) {
     daemon->Join();
-    return std::unexpected(started.error());
+    return std::unexpected(recovered.error());
   }
   daemon->serving_.store(true, std::memory_order_release);
   for (const auto& core : daemon->cores_) core->runner->WakeIfSleeping();
+  if (daemon->grpc_ != nullptr) daemon->grpc_->SetServing();
   return daemon;
+}
+
+// From the first thread until the appliance can serve. Whoever asks meanwhile is told how far it
+// is; a record that ends the process is known to the next start.
+Result<void> Daemon::Recover(const Config& config, DataDirectory* directory,
+                             const std::atomic<bool>& stop, const NoteFn& note) {
+  {
+    const ReplayCrashHandler handler(directory->path());
+    if (auto started = StartThreads(); !started) return started;
+    if (auto started = StartGrpc(config); !started) return started;
+    for (const Endpoint& endpoint : endpoints_) {
+      note("recovering: " + endpoint.ToString() + " answers with how far it is");
+    }
+    if (grpc_ != nullptr) {
+      note("recovering: grpc health at " + grpc_->endpoint().ToString() + " is NOT_SERVING");
+    }
+    if (auto recovered = AwaitRecovery(stop, note); !recovered) return recovered;
+  }
+  if (auto removed = RemoveReplayCrashes(directory->disk()); !removed) return removed;
+  return logs_->PrepareFirst();
 }
 
 Daemon::~Daemon() { Join(); }
@@ -136,10 +162,39 @@ Result<void> Daemon::MakeLogs(const Config& config, const Topology& topology,
     auto written = WriteManifest(directory->disk(), options.checkpoint);
     if (!written) return written;
   }
+  pins_ = std::make_unique<ReadPins>(static_cast<uint32_t>(config.ingress_cpus.size()) + 1);
   checkpointer_ = std::make_unique<Checkpointer>(
-      CheckpointerOptions{.every_bytes = uint64_t{config.checkpoint_mib} << 20}, &directory->disk(),
-      logs_.get(), clock_, options.checkpoint);
+      CheckpointerOptions{.every_bytes = uint64_t{config.checkpoint_mib} << 20, .retention = {}},
+      &directory->disk(), logs_.get(), clock_, options.checkpoint, pins_.get());
   return directory->disk().SyncDirectory();
+}
+
+// What is in quarantine, and what earlier starts have died of.
+Result<void> Daemon::MakeGuards(const Config& config, DataDirectory* directory,
+                                const ReplayHook& before_replay, const NoteFn& note) {
+  ReplayGuardOptions options;
+  auto crashes = ReadReplayCrashes(directory->disk());
+  if (!crashes) return std::unexpected(crashes.error());
+  options.crashes = *std::move(crashes);
+  options.before_replay = before_replay;
+  options.open_folder = [backend = config.disk_backend,
+                         path = directory->path() + "/" + kQuarantineFolder] {
+    return CreateDisk(backend, path,
+                      {.max_in_flight = 1, .max_open_files = 1, .registered_buffers = {}}, nullptr);
+  };
+  auto entries = directory->disk().List();
+  if (!entries) return std::unexpected(entries.error());
+  if (std::ranges::find(*entries, kQuarantineFolder, &DirectoryEntry::name) != entries->end()) {
+    const auto folder = options.open_folder();
+    if (!folder) return std::unexpected(folder.error());
+    auto quarantined = ReadQuarantine(**folder, note);
+    if (!quarantined) return std::unexpected(quarantined.error());
+    options.quarantined = *std::move(quarantined);
+  }
+  for (uint16_t s = 0; s < logs_->shards(); ++s) {
+    guards_.push_back(std::make_unique<ReplayGuard>(options));
+  }
+  return {};
 }
 
 Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topology) {
@@ -148,6 +203,10 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
   options.ingest.max_connections = config.limits.max_connections;
   options.ingest.huge_pages = config.huge_pages;
   options.ingest.checkpoint_requests = &checkpointer_->requests();
+  options.ingest.held_until_ns = &checkpointer_->held_until_ns();
+  std::error_code ignored;
+  options.ingest.data_directory =
+      std::filesystem::absolute(config.data_directory, ignored).string();
   const size_t limit =
       config.memory_limit_mib > 0 ? config.memory_limit_mib << 20 : MachineMemoryBytes() / 4 * 3;
   options.shard.memory_limit_bytes = limit / options.shards;
@@ -155,9 +214,15 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
   options.shard.default_ef = config.index.default_ef;
   options.max_spaces = config.limits.max_spaces;
   options.max_partitions = static_cast<uint16_t>(config.index.max_partitions);
-  for (uint16_t s = 0; s < options.shards; ++s) options.storage.push_back(logs_->ForShard(s));
+  for (uint16_t s = 0; s < options.shards; ++s) {
+    options.storage.push_back(logs_->ForShard(s));
+    options.storage.back().guard = guards_[s].get();
+  }
+  options.log_disks = logs_->disks();
+  options.pins = pins_.get();
   options.space_defaults.precision = config.index.precision;
   options.space_defaults.durability = config.durability;
+  options.space_defaults.ttl_ns = static_cast<int64_t>(config.ttl_s) * kNanosPerSecond;
   options.space_defaults.partitions = static_cast<uint16_t>(config.index.partitions);
   for (const SpaceConfig& space : config.spaces) {
     SpaceSettings settings;
@@ -166,6 +231,10 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
     settings.durability = space.durability;
     settings.dimension = static_cast<uint16_t>(space.dimension);
     settings.partitions = static_cast<uint16_t>(space.partitions);
+    settings.ttl_ns = static_cast<int64_t>(space.ttl_s) * kNanosPerSecond;
+    settings.quota_observations = space.quota_observations;
+    settings.quota_bytes = space.quota_mib << 20;
+    settings.when_full = space.quota_when_full;
     options.spaces.emplace_back(space.name, settings);
   }
   options.shard.traversal = config.index.traversal;
@@ -203,7 +272,8 @@ Result<void> Daemon::MakeGateway(const Config& config) {
   if (!config.grpc || !GrpcGateway::IsBuilt()) return {};
   GatewayOptions options;
   options.huge_pages = config.huge_pages;
-  auto gateway = GatewayCore::Create(options, clock_, appliance_->TakeGatewayPort());
+  auto gateway = GatewayCore::Create(options, clock_, appliance_->TakeGatewayPort(),
+                                     appliance_->gateway_records());
   if (!gateway) return std::unexpected(gateway.error());
   gateway_ = *std::move(gateway);
   gateway_->AddCounters("gateway", &appliance_->counters());
@@ -244,21 +314,33 @@ Result<Daemon::Core*> Daemon::CoreOn(int cpu, const Config& config) {
   return cores_.back().get();
 }
 
+void Daemon::MakeIngress(CoreRunner* runner, size_t index) {
+  drained_.push_back(std::make_unique<std::atomic<bool>>(false));
+  IngestCore* ingest = &appliance_->ingest(index);
+  std::atomic<bool>* drained = drained_.back().get();
+  std::unique_ptr<RecoveryGreeter>* greeter = &greeters_[index];
+  runner->AddPoll([this, ingest, drained, greeter] {
+    if (*greeter != nullptr) {
+      if (!serving_.load(std::memory_order_acquire)) return (*greeter)->Poll(kGreetingsPerPoll);
+      (*greeter)->HandOver(ingest);
+      greeter->reset();
+    }
+    if (drain_.load(std::memory_order_relaxed)) {
+      ingest->BeginDrain();
+      if (ingest->drained()) drained->store(true, std::memory_order_release);
+    }
+    return ingest->Poll();
+  });
+}
+
 Result<void> Daemon::MakeCores(const Config& config) {
+  greeters_.reserve(config.ingress_cpus.size());
   for (size_t i = 0; i < config.ingress_cpus.size(); ++i) {
     auto core = CoreOn(config.ingress_cpus[i], config);
     if (!core) return std::unexpected(core.error());
-    drained_.push_back(std::make_unique<std::atomic<bool>>(false));
-    IngestCore* ingest = &appliance_->ingest(i);
-    std::atomic<bool>* drained = drained_.back().get();
-    (*core)->runner->AddPoll([this, ingest, drained] {
-      if (!serving_.load(std::memory_order_acquire)) return 0;
-      if (drain_.load(std::memory_order_relaxed)) {
-        ingest->BeginDrain();
-        if (ingest->drained()) drained->store(true, std::memory_order_release);
-      }
-      return ingest->Poll();
-    });
+    greeters_.push_back(std::make_unique<RecoveryGreeter>(
+        networks_[i].get(), config.limits.max_connections, [this] { return DescribeRecovery(); }));
+    MakeIngress((*core)->runner.get(), i);
   }
   for (size_t i = 0; i < config.shard_cpus.size(); ++i) {
     auto core = CoreOn(config.shard_cpus[i], config);
@@ -268,6 +350,10 @@ Result<void> Daemon::MakeCores(const Config& config) {
   }
   if (auto made = MakeGateway(config); !made) return made;
   checkpointer_->AddCounters(&appliance_->counters());
+  for (size_t s = 0; s < guards_.size(); ++s) {
+    appliance_->counters().push_back(
+        {"shard" + std::to_string(s), "records_quarantined", &guards_[s]->left_out()});
+  }
   for (const auto& core : cores_) {
     for (const auto& peer : cores_) {
       if (peer != core) core->runner->AddPeer(peer->runner.get());
@@ -312,25 +398,29 @@ Result<void> Daemon::AwaitRecovery(const std::atomic<bool>& stop, const NoteFn& 
     bool recovering = false;
     for (size_t s = 0; s < appliance_->shards(); ++s) {
       const RecoveryProgress& progress = appliance_->shard(s).recovery();
-      if (progress.failed.load(std::memory_order_acquire)) return std::unexpected(progress.error);
+      if (progress.failed.load(std::memory_order_acquire)) {
+        for (const std::string& line : progress.notes) note(line);
+        return std::unexpected(progress.error);
+      }
       recovering |= appliance_->shard(s).is_recovering();
     }
     if (!recovering) break;
     if (stop.load()) return Fail(ErrorCode::kUnavailable, "stopped while recovering");
     if (clock_->MonotonicNs() >= next_note_ns) {
       next_note_ns += kNanosPerSecond;
-      NoteRecovery(note);
+      note("recovery: " + DescribeRecovery());
     }
     if (!Prefault()) bell->Wait(kNanosPerMilli);
   }
-  NoteRecovery(note);
+  note("recovery: " + DescribeRecovery());
   for (size_t s = 0; s < appliance_->shards(); ++s) {
     for (const std::string& line : appliance_->shard(s).recovery().notes) note(line);
   }
   return {};
 }
 
-void Daemon::NoteRecovery(const NoteFn& note) const {
+// Any thread, once the shards are made.
+std::string Daemon::DescribeRecovery() const {
   uint64_t read = 0;
   uint64_t total = 0;
   uint64_t observations = 0;
@@ -340,9 +430,9 @@ void Daemon::NoteRecovery(const NoteFn& note) const {
     total += progress.total_bytes.load(std::memory_order_relaxed);
     observations += progress.observations.load(std::memory_order_relaxed);
   }
-  note("recovery: " + std::to_string(observations) + " observations stored again, " +
-       std::to_string(ToMib(read)) + " of " + std::to_string(ToMib(total)) +
-       " MiB of the log read");
+  return std::to_string(observations) + " observations stored again, " +
+         std::to_string(ToMib(read)) + " of " + std::to_string(ToMib(total)) +
+         " MiB of the log read";
 }
 
 // Once the gateway core polls: what a client asks is answered from the first call on.
@@ -351,6 +441,7 @@ Result<void> Daemon::StartGrpc(const Config& config) {
   GrpcOptions options;
   options.endpoint = *config.grpc;
   options.cpus = config.control_cpus;
+  options.recovering = [this] { return DescribeRecovery(); };
   auto door = gateway_->OpenDoor([runner = gateway_runner_] { runner->WakeIfSleeping(); });
   auto grpc = GrpcGateway::Start(options, std::move(door), clock_, &appliance_->counters());
   if (!grpc) return std::unexpected(grpc.error());
@@ -360,6 +451,7 @@ Result<void> Daemon::StartGrpc(const Config& config) {
 
 void Daemon::RunCore(const Core& core, std::atomic<int>* started, std::atomic<bool>* failed) {
   pthread_setname_np(pthread_self(), core.runner->name().c_str());
+  const SignalStack signal_stack;
   bool sound = PinThisThread(core.cpu).has_value();
   if (sound && core.network != nullptr) sound = core.network->Start().has_value();
   if (!sound) failed->store(true);
@@ -398,11 +490,26 @@ void Daemon::NoteGrowth(const NoteFn& note) {
   }
 }
 
+// Each place once, and of many at a time the last.
+void Daemon::NoteUnreadable(const NoteFn& note) {
+  const auto look = [&](const RecordReader* records) {
+    const LogAddress address = records == nullptr ? kNoLogAddress : records->unreadable();
+    if (address == kNoLogAddress || !unreadable_noted_.insert(address).second) return;
+    const LogPosition position = PositionOf(address);
+    note("error: " + LogFolder(LogOf(address)) + "/" + SegmentName(SegmentOf(position)) +
+         " is damaged at offset " + std::to_string(OffsetOf(position)) +
+         ": recalls leave out the payload that lies there; check this disk");
+  };
+  for (size_t i = 0; i < appliance_->ingest_cores(); ++i) look(appliance_->ingest(i).records());
+  if (gateway_ != nullptr) look(gateway_->records());
+}
+
 bool Daemon::ServeUntil(const std::atomic<bool>& stop, const NoteFn& note) {
   auto bell = Doorbell::Create();
   CHECK(bell.has_value(), "a descriptor is left for the control plane");
   while (!stop.load()) {
     NoteGrowth(note);
+    NoteUnreadable(note);
     const int work = logs_->Poll() + checkpointer_->Poll(note);
     if (!Prefault()) bell->Wait(work > 0 ? kNanosPerMilli : kControlPeriodNs);
   }
@@ -418,6 +525,7 @@ bool Daemon::ServeUntil(const std::atomic<bool>& stop, const NoteFn& note) {
     bell->Wait(kNanosPerMilli);
   }
   const bool drained = all_drained();
+  checkpointer_->held_until_ns().store(0);  // Whoever held it has no connection any more.
   if (IsWorthACheckpoint()) checkpointer_->Request();
   const int64_t saved_by_ns = clock_->MonotonicNs() + kLastCheckpointNs;
   while (checkpointer_->busy() && clock_->MonotonicNs() < saved_by_ns) {

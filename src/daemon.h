@@ -3,10 +3,13 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "dataplane/recovery_greeter.h"
+#include "index/log/replay_guard.h"
 #include "src/appliance.h"
 #include "src/checkpointer.h"
 #include "src/control/config.h"
@@ -14,6 +17,8 @@
 #include "src/control/grpc_gateway.h"
 #include "src/core/data_directory.h"
 #include "src/core/doorbell.h"
+#include "src/core/log_address.h"
+#include "src/core/read_pins.h"
 #include "src/core/result.h"
 #include "src/core/topology.h"
 #include "src/core_runner.h"
@@ -28,13 +33,17 @@ namespace engram {
 class Daemon {
  public:
   using NoteFn = std::function<void(const std::string&)>;
+  // For tests: called by a shard's thread before each record that it replays.
+  using ReplayHook = std::function<void(const LogRecord&)>;
   // What the data directory has is in memory again, and clients are served, when this returns.
   // `directory` outlives the daemon. `note` receives lines for the log, also of how far recovery
-  // is. Errors name the field of the configuration, its value and the remedy; kUnavailable when
-  // `stop` became true meanwhile.
+  // is. Until then pings and health are answered, and all else is refused with how far it is.
+  // Errors name the field of the configuration, its value and the remedy; kUnavailable when `stop`
+  // became true meanwhile.
   static Result<std::unique_ptr<Daemon>> Start(const Config& config, const Topology& topology,
                                                Clock* clock, DataDirectory* directory,
-                                               const std::atomic<bool>& stop, const NoteFn& note);
+                                               const std::atomic<bool>& stop, const NoteFn& note,
+                                               const ReplayHook& before_replay = {});
   ~Daemon();
   Daemon(const Daemon&) = delete;
   Daemon& operator=(const Daemon&) = delete;
@@ -61,34 +70,44 @@ class Daemon {
   Result<void> MakeNetworks(const Config& config, const NoteFn& note);
   Result<void> MakeLogs(const Config& config, const Topology& topology, DataDirectory* directory,
                         const NoteFn& note);
+  Result<void> MakeGuards(const Config& config, DataDirectory* directory,
+                          const ReplayHook& before_replay, const NoteFn& note);
   Result<void> MakeAppliance(const Config& config, const Topology& topology);
   Result<void> MakeCores(const Config& config);
+  void MakeIngress(CoreRunner* runner, size_t index);
   Result<void> MakeGateway(const Config& config);
   Result<Core*> CoreOn(int cpu, const Config& config);
   Result<void> StartThreads();
+  Result<void> Recover(const Config& config, DataDirectory* directory,
+                       const std::atomic<bool>& stop, const NoteFn& note);
   Result<void> AwaitRecovery(const std::atomic<bool>& stop, const NoteFn& note);
-  void NoteRecovery(const NoteFn& note) const;
+  std::string DescribeRecovery() const;
   bool LogsSettled() const;
   bool IsWorthACheckpoint() const;
   Result<void> StartGrpc(const Config& config);
   void RunCore(const Core& core, std::atomic<int>* started, std::atomic<bool>* failed);
   bool Prefault();
   void NoteGrowth(const NoteFn& note);
+  void NoteUnreadable(const NoteFn& note);
   void Join();
 
   Clock* const clock_;
   std::vector<std::unique_ptr<Network>> networks_;
   std::vector<Endpoint> endpoints_;
   std::unique_ptr<LogStore> logs_;
+  std::unique_ptr<ReadPins> pins_;  // of the cores that answer
   std::unique_ptr<Checkpointer> checkpointer_;
+  std::vector<std::unique_ptr<ReplayGuard>> guards_;  // by shard
   std::unique_ptr<Appliance> appliance_;
   std::unique_ptr<GatewayCore> gateway_;  // nullptr: nothing needs it
   CoreRunner* gateway_runner_ = nullptr;
   std::vector<std::unique_ptr<Core>> cores_;
+  std::vector<std::unique_ptr<RecoveryGreeter>> greeters_;  // by ingress core, until it serves
   std::vector<std::thread> threads_;
   uint64_t growths_noted_ = 0;
   std::vector<uint16_t> partitions_noted_;  // by space
-  std::atomic<bool> serving_{false};        // ingress cores wait for it
+  std::set<LogAddress> unreadable_noted_;
+  std::atomic<bool> serving_{false};  // ingress cores wait for it
   std::atomic<bool> drain_{false};
   std::vector<std::unique_ptr<std::atomic<bool>>> drained_;  // by ingress core
   // Last: its threads use what stands above.

@@ -39,11 +39,16 @@ std::vector<uint16_t> LogsAmong(const std::vector<DirectoryEntry>& entries) {
 Result<std::unique_ptr<LogStore>> LogStore::Open(const LogStoreOptions& options, Clock* clock,
                                                  const DiskFactory& make_disk, std::string* note) {
   std::unique_ptr<LogStore> store(new LogStore(make_disk));
+  CHECK(options.shards <= kVaultLog, "the vault's number is no log's");
+  store->instance_ = InstanceOf(options.instance);
+  store->segment_bytes_ = options.keeper.segment_bytes;
   for (const uint16_t gone : options.checkpoint.gone) {
     auto disk = make_disk(LogFolder(gone), OptionsFor(1), nullptr);
     if (!disk) return std::unexpected(disk.error());
     if (auto emptied = EmptyFolder(**disk); !emptied) return std::unexpected(emptied.error());
   }
+  if (auto opened = store->OpenKept(options); !opened) return std::unexpected(opened.error());
+  if (auto opened = store->OpenVault(); !opened) return std::unexpected(opened.error());
   for (uint16_t s = 0; s < options.shards; ++s) {
     auto log = std::make_unique<Log>();
     LogWriterOptions writer = options.writer;
@@ -65,25 +70,19 @@ Result<std::unique_ptr<LogStore>> LogStore::Open(const LogStoreOptions& options,
     log->disk = *std::move(disk);
     log->storage.instance = writer.instance;
     for (const uint16_t other : options.existing) {
-      if (other == s || other % options.shards != s) continue;
+      if (other < options.shards || other % options.shards != s) continue;
+      auto source = store->SourceOf(options, other);
+      if (!source) continue;
       auto other_disk = make_disk(LogFolder(other), OptionsFor(kLogOperations), nullptr);
       if (!other_disk) return std::unexpected(other_disk.error());
-      LogSource source{.log = other, .disk = other_disk->get()};
-      if (other < options.checkpoint.logs.size()) {
-        source.from = options.checkpoint.logs[other].from;
-        source.epoch = options.checkpoint.logs[other].epoch;
-      }
-      log->storage.sources.push_back(source);
-      store->others_.push_back(other);
+      source->disk = other_disk->get();
+      log->storage.sources.push_back(*source);
       log->other_disks.push_back(*std::move(other_disk));
     }
-    LogSource own{.log = s, .disk = log->disk.get()};
-    if (s < options.checkpoint.logs.size()) {
-      own.from = options.checkpoint.logs[s].from;
-      own.epoch = options.checkpoint.logs[s].epoch;
-      log->free_before = SegmentOf(own.from);
-    }
-    log->storage.sources.push_back(own);
+    auto own = store->OwnSource(options, clock, s);
+    if (!own) return std::unexpected(own.error());
+    own->disk = log->disk.get();
+    log->storage.sources.push_back(*own);
     if (auto added = store->AddCheckpoints(options, s, log.get()); !added) {
       return std::unexpected(added.error());
     }
@@ -100,6 +99,103 @@ Result<std::unique_ptr<LogStore>> LogStore::Open(const LogStoreOptions& options,
     store->logs_.push_back(std::move(log));
   }
   return store;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Logs that nobody writes, and the vault
+
+const CheckpointManifest::Kept* LogStore::FindKept(const LogStoreOptions& options, uint16_t log) {
+  const auto at = std::ranges::find(options.checkpoint.kept, log, &CheckpointManifest::Kept::log);
+  return at == options.checkpoint.kept.end() ? nullptr : &*at;
+}
+
+Result<LogStore::Kept> LogStore::ListKept(uint16_t log) {
+  Kept kept{.log = log, .disk = nullptr, .segments = {}};
+  auto disk = make_disk_(LogFolder(log), OptionsFor(kKeeperOperations), nullptr);
+  if (!disk) return std::unexpected(disk.error());
+  kept.disk = *std::move(disk);
+  const auto entries = kept.disk->List();
+  if (!entries) return std::unexpected(entries.error());
+  for (const DirectoryEntry& entry : *entries) {
+    if (const auto number = SegmentNumber(entry.name)) {
+      kept.segments.emplace(*number, entry.size_bytes);
+    }
+  }
+  return kept;
+}
+
+// What is there now is loaded or replayed: none of it is replayed after the next checkpoint.
+Result<void> LogStore::OpenKept(const LogStoreOptions& options) {
+  for (const uint16_t log : options.existing) {
+    if (log < options.shards) continue;
+    auto kept = ListKept(log);
+    if (!kept) return std::unexpected(kept.error());
+    uint32_t next = kept->segments.empty() ? 1 : kept->segments.rbegin()->first + 1;
+    if (const auto* before = FindKept(options, log)) {
+      next = std::max(next, SegmentOf(before->from));
+    }
+    kept->from = MakeLogPosition(next, kLogPageBytes);
+    kept_.push_back(*std::move(kept));
+  }
+  std::ranges::sort(kept_, {}, &Kept::log);
+  return {};
+}
+
+Result<void> LogStore::OpenVault() {
+  auto vault = ListKept(kVaultLog);
+  if (!vault) return std::unexpected(vault.error());
+  vault_ = *std::move(vault);
+  const auto entries = vault_.disk->List();
+  if (!entries) return std::unexpected(entries.error());
+  for (const DirectoryEntry& entry : *entries) {
+    if (!entry.name.ends_with(kTemporarySuffix)) continue;
+    if (auto removed = vault_.disk->Remove(entry.name); !removed) return removed;
+  }
+  if (!vault_.segments.empty()) next_vault_number_ = vault_.segments.rbegin()->first + 1;
+  return {};
+}
+
+// From where the log of a shard that is gone is replayed; nothing where it is not.
+std::optional<LogSource> LogStore::SourceOf(const LogStoreOptions& options, uint16_t log) const {
+  LogSource source{.log = log};
+  if (log < options.checkpoint.logs.size()) {
+    source.from = options.checkpoint.logs[log].from;
+    source.epoch = options.checkpoint.logs[log].epoch;
+  } else if (const auto* before = FindKept(options, log)) {
+    // Its shard may have been back since that checkpoint.
+    const auto kept = std::ranges::find(kept_, log, &Kept::log);
+    if (kept->segments.lower_bound(SegmentOf(before->from)) == kept->segments.end()) {
+      return std::nullopt;
+    }
+    source.from = before->from;
+  }
+  return source;
+}
+
+// A shard that is back goes on behind what its log has kept, in a segment that is made first.
+Result<LogSource> LogStore::OwnSource(const LogStoreOptions& options, Clock* clock, uint16_t log) {
+  LogSource source{.log = log};
+  if (log < options.checkpoint.logs.size()) {
+    source.from = options.checkpoint.logs[log].from;
+    source.epoch = options.checkpoint.logs[log].epoch;
+    return source;
+  }
+  const auto* before = FindKept(options, log);
+  if (before == nullptr) return source;
+  source.from = before->from;
+  const auto kept = ListKept(log);
+  if (!kept) return std::unexpected(kept.error());
+  const uint32_t first = SegmentOf(before->from);
+  if (kept->segments.lower_bound(first) != kept->segments.end()) return source;
+  SegmentKeeperOptions keeper_options = options.keeper;
+  keeper_options.log = log;
+  keeper_options.instance = instance_;
+  keeper_options.ahead = 1;
+  SegmentHandoff handoff;
+  SegmentKeeper keeper(keeper_options, kept->disk.get(), clock, &handoff);
+  if (auto started = keeper.Start(first - 1); !started) return std::unexpected(started.error());
+  if (auto made = keeper.PrepareFirst(); !made) return std::unexpected(made.error());
+  return source;
 }
 
 // The files that this shard loads, and what it saves itself with.
@@ -128,7 +224,6 @@ Result<void> LogStore::StartKeeper(Log* log) {
   if (log->keeper_started) return {};
   if (auto started = log->keeper->Start(log->handoff.current.load()); !started) return started;
   log->keeper_started = true;
-  log->keeper->FreeBefore(log->free_before);
   return {};
 }
 
@@ -163,12 +258,6 @@ Result<void> LogStore::SyncFolders() {
   return {};
 }
 
-void LogStore::FreeBefore(uint16_t shard, LogPosition position) {
-  Log& log = *logs_[shard];
-  log.free_before = SegmentOf(position);
-  if (log.keeper_started) log.keeper->FreeBefore(log.free_before);
-}
-
 Result<void> LogStore::RemoveCheckpointsBut(uint32_t round) {
   for (const auto& log : logs_) {
     const auto entries = log->keeper_disk->List();
@@ -182,14 +271,69 @@ Result<void> LogStore::RemoveCheckpointsBut(uint32_t round) {
   return {};
 }
 
-Result<void> LogStore::RemoveOthers() {
-  for (const uint16_t other : others_) {
-    auto disk = make_disk_(LogFolder(other), OptionsFor(1), nullptr);
-    if (!disk) return std::unexpected(disk.error());
-    if (auto emptied = EmptyFolder(**disk); !emptied) return emptied;
+// One in which nothing is left is as if it had never been: its folder is empty for good first.
+Result<void> LogStore::DescribeKept(CheckpointManifest* manifest) {
+  for (Kept& kept : kept_) {
+    if (!kept.segments.empty() || !kept.is_clean) {
+      manifest->kept.push_back({.log = kept.log, .from = kept.from});
+    } else if (auto synced = kept.disk->SyncDirectory(); !synced) {
+      return synced;
+    }
   }
-  others_.clear();
+  std::erase_if(kept_, [](const Kept& kept) { return kept.segments.empty() && kept.is_clean; });
   return {};
+}
+
+Result<void> LogStore::CleanKept() {
+  for (Kept& kept : kept_) {
+    if (kept.is_clean) continue;
+    const auto entries = kept.disk->List();
+    if (!entries) return std::unexpected(entries.error());
+    for (const DirectoryEntry& entry : *entries) {
+      if (SegmentNumber(entry.name)) continue;
+      if (auto removed = kept.disk->Remove(entry.name); !removed) return removed;
+    }
+    kept.is_clean = true;
+  }
+  return {};
+}
+
+// ---------------------------------------------------------------------------------------------
+// Retention
+
+std::vector<LogStore::SegmentFile> LogStore::Segments() const {
+  std::vector<SegmentFile> files;
+  const auto add = [&files](uint16_t log, const std::map<uint32_t, uint64_t>& segments) {
+    for (const auto& [number, bytes] : segments) files.push_back({{log, number}, bytes});
+  };
+  for (uint16_t s = 0; s < shards(); ++s) add(s, logs_[s]->keeper->segments());
+  for (const Kept& kept : kept_) add(kept.log, kept.segments);
+  add(kVaultLog, vault_.segments);
+  return files;
+}
+
+// What cannot be removed is found dead again.
+void LogStore::Free(LogSegment segment) {
+  if (segment.log < shards()) {
+    logs_[segment.log]->keeper->Free(segment.number);
+    return;
+  }
+  Kept* kept = &vault_;
+  if (segment.log != kVaultLog) {
+    const auto at = std::ranges::find(kept_, segment.log, &Kept::log);
+    if (at == kept_.end()) return;
+    kept = &*at;
+  }
+  if (kept->disk->Remove(SegmentName(segment.number))) kept->segments.erase(segment.number);
+}
+
+Result<std::unique_ptr<Disk>> LogStore::OpenLog(uint16_t log) {
+  return make_disk_(LogFolder(log), OptionsFor(kKeeperOperations), nullptr);
+}
+
+void LogStore::AddToVault(uint32_t number, uint64_t bytes) {
+  vault_.segments.emplace(number, bytes);
+  next_vault_number_ = std::max(next_vault_number_, number + 1);
 }
 
 Result<void> EmptyFolder(Disk& disk) {

@@ -2,7 +2,9 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -23,7 +25,7 @@ namespace engram {
 struct LogStoreOptions {
   uint16_t shards = 1;
   InstanceId instance{};
-  // Logs that are there; those of shards that there are no longer are read, too.
+  // Logs that are there, without the vault; those of shards that there are no longer are read, too.
   std::vector<uint16_t> existing;
   // The latest checkpoint; no logs: there is none. What it calls gone is removed by Open, and the
   // caller then writes it without.
@@ -63,22 +65,44 @@ class LogStore {
   // One bounded round of the keepers, which may wait for the disk; returns how much was done.
   int Poll();
 
+  // For others who read the logs.
+  const DiskFactory& disks() const { return make_disk_; }
+
   // ---- For checkpoints, by the control plane ----
 
   uint16_t shards() const { return static_cast<uint16_t>(logs_.size()); }
   CheckpointHandoff& checkpoint(uint16_t shard) { return logs_[shard]->checkpoint; }
-  // Logs that were read at the start and that no shard writes.
-  const std::vector<uint16_t>& others() const { return others_; }
   // Of all logs, by how far their positions have come.
   uint64_t bytes_written() const;
   // The names in the folders stay. Waits.
   Result<void> SyncFolders();
-  // Nothing before that position of the shard's log is replayed any more.
-  void FreeBefore(uint16_t shard, LogPosition position);
   // Removes the checkpoint files of other rounds.
   Result<void> RemoveCheckpointsBut(uint32_t round);
-  // Removes what is in the folders of others().
-  Result<void> RemoveOthers();
+  // The logs of shards that are gone and in which something may live still: what a checkpoint says
+  // that is made now. Waits.
+  Result<void> DescribeKept(CheckpointManifest* manifest);
+  // That checkpoint is there: what such logs have beside their segments goes.
+  Result<void> CleanKept();
+
+  // ---- For retention, by the control plane ----
+
+  struct SegmentFile {
+    LogSegment segment;
+    uint64_t bytes = 0;
+  };
+  // All that are there and were not freed, rising: of the shards' logs, of those of shards that are
+  // gone, of the vault.
+  std::vector<SegmentFile> Segments() const;
+  // Nothing names it any more: it is used again or removed.
+  void Free(LogSegment segment);
+  // A Disk over a log's folder, or the vault's.
+  Result<std::unique_ptr<Disk>> OpenLog(uint16_t log);
+  Disk* vault() { return vault_.disk.get(); }
+  // Above all that there were since the start.
+  uint32_t next_vault_number() const { return next_vault_number_; }
+  void AddToVault(uint32_t number, uint64_t bytes);
+  const LogInstance& instance() const { return instance_; }
+  uint32_t segment_bytes() const { return segment_bytes_; }
 
  private:
   struct Log {
@@ -91,19 +115,37 @@ class LogStore {
     std::unique_ptr<Disk> keeper_disk;
     std::unique_ptr<SegmentKeeper> keeper;
     bool keeper_started = false;
-    uint32_t free_before = 0;  // segments that the latest checkpoint does not need
     CheckpointHandoff checkpoint;
     std::unique_ptr<Disk> checkpoint_disk;
     ShardStorage storage;
   };
 
+  // A log that nobody writes, or the vault.
+  struct Kept {
+    uint16_t log = 0;
+    std::unique_ptr<Disk> disk;
+    std::map<uint32_t, uint64_t> segments;  // bytes by number
+    LogPosition from = 0;  // what lies before is not replayed after the next checkpoint
+    bool is_clean = false;
+  };
+
   explicit LogStore(const DiskFactory& make_disk) : make_disk_(make_disk) {}
+  Result<void> OpenKept(const LogStoreOptions& options);
+  Result<Kept> ListKept(uint16_t log);
+  Result<void> OpenVault();
+  static const CheckpointManifest::Kept* FindKept(const LogStoreOptions& options, uint16_t log);
+  std::optional<LogSource> SourceOf(const LogStoreOptions& options, uint16_t log) const;
+  Result<LogSource> OwnSource(const LogStoreOptions& options, Clock* clock, uint16_t log);
   Result<void> AddCheckpoints(const LogStoreOptions& options, uint16_t shard, Log* log);
   static Result<void> StartKeeper(Log* log);
 
   const DiskFactory make_disk_;
   std::vector<std::unique_ptr<Log>> logs_;  // by shard
-  std::vector<uint16_t> others_;
+  std::vector<Kept> kept_;                  // by number
+  Kept vault_;
+  uint32_t next_vault_number_ = 1;
+  LogInstance instance_{};
+  uint32_t segment_bytes_ = 0;
 };
 
 }  // namespace engram

@@ -23,7 +23,8 @@ CheckpointManifest Sample() {
   manifest.logs = {{.from = 0x1'0000'2000, .epoch = 3, .file_bytes = 123'456},
                    {.from = 0, .epoch = 0, .file_bytes = 176},
                    {.from = UINT64_MAX, .epoch = UINT32_MAX, .file_bytes = UINT64_MAX}};
-  manifest.gone = {3, kMaxShards - 1};
+  manifest.kept = {{.log = 3, .from = 0x7'0000'1000}, {.log = 254, .from = 0x1000}};
+  manifest.gone = {4, kMaxShards - 1};
   return manifest;
 }
 
@@ -35,7 +36,7 @@ std::string Signed(const std::string& lines) {
   return lines + crc;
 }
 
-constexpr std::string_view kHead = "engram checkpoint\nversion 1\n";
+constexpr std::string_view kHead = "engram checkpoint\nversion 2\n";
 constexpr std::string_view kLog0 = "log 0 from 0000000000001000 epoch 2 file_bytes 176\n";
 constexpr std::string_view kLog1 = "log 1 from 0000000000002000 epoch 3 file_bytes 184\n";
 
@@ -61,9 +62,22 @@ TEST(CheckpointManifestTest, HasThisText) {
   manifest.round = 7;
   manifest.logs = {{.from = 0x1000, .epoch = 2, .file_bytes = 176},
                    {.from = 0x2000, .epoch = 3, .file_bytes = 184}};
+  manifest.kept = {{.log = 2, .from = 0x3'0000'1000}};
+  EXPECT_EQ(PrintManifest(manifest),
+            Text(kHead, "round 7\nshards 2\n",
+                 std::string(kLog0) + std::string(kLog1) + "kept 2 from 0000000300001000\n"));
+}
+
+// What a daemon of before has written.
+TEST(CheckpointManifestTest, ReadsVersionOne) {
+  CheckpointManifest manifest;
+  manifest.round = 7;
+  manifest.logs = {{.from = 0x1000, .epoch = 2, .file_bytes = 176},
+                   {.from = 0x2000, .epoch = 3, .file_bytes = 184}};
   manifest.gone = {5};
-  EXPECT_EQ(PrintManifest(manifest), Text(kHead, "round 7\nshards 2\n",
-                                          std::string(kLog0) + std::string(kLog1) + "gone 5\n"));
+  EXPECT_EQ(ParseManifest(Text("engram checkpoint\nversion 1\n", "round 7\nshards 2\n",
+                               std::string(kLog0) + std::string(kLog1) + "gone 5\n")),
+            manifest);
 }
 
 TEST(CheckpointManifestTest, EveryFlippedBitIsRefused) {
@@ -94,7 +108,7 @@ TEST(CheckpointManifestTest, KeepsToOrderAndBounds) {
   const std::string logs = std::string(kLog0) + std::string(kLog1);
   ASSERT_TRUE(ParseManifest(Text(kHead, "round 7\nshards 2\n", logs)));
   const std::string bad[] = {
-      Text("engram checkpoint\nversion 2\n", "round 7\nshards 2\n", logs),
+      Text("engram checkpoint\nversion 3\n", "round 7\nshards 2\n", logs),
       Text(kHead, "shards 2\nround 7\n", logs),
       Text(kHead, "round 7\nshards 1\n", logs),
       Text(kHead, "round 7\nshards 3\n", logs),
@@ -106,6 +120,11 @@ TEST(CheckpointManifestTest, KeepsToOrderAndBounds) {
       Text(kHead, "round 7\nshards 2\n", std::string(kLog1) + std::string(kLog0)),
       Text(kHead, "round 7\nshards 2\n", std::string(kLog0) + std::string(kLog0)),
       Text(kHead, "round 7\nshards 2\n", logs + "gone 256\n"),
+      Text(kHead, "round 7\nshards 2\n", logs + "kept 1 from 0000000000001000\n"),
+      Text(kHead, "round 7\nshards 2\n", logs + "kept 256 from 0000000000001000\n"),
+      Text(kHead, "round 7\nshards 2\n", logs + "kept 2\n"),
+      Text(kHead, "round 7\nshards 2\n",
+           logs + "kept 3 from 0000000000001000\nkept 2 from 0000000000001000\n"),
       Text(kHead, "round 7\nshards 2\n", logs + "gone \n"),
       Text(kHead, "round 7\nshards 2\n", "gone 3\n" + logs),
       Text(kHead, "round 7\nshards 2\n", logs + "more\n"),

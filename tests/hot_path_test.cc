@@ -1,5 +1,6 @@
-// The way of an observation and of a recall, from a real socket to the shard, its log on a real
-// disk and back, takes no memory from the allocator once the daemon is warm.
+// The way of an observation and of a recall, also of one whose payload is read from the log, from a
+// real socket to the shard, its log on a real disk and back, takes no memory from the allocator
+// once the daemon is warm.
 
 #include <arpa/inet.h>
 #include <gtest/gtest.h>
@@ -24,6 +25,7 @@ namespace {
 
 constexpr uint16_t kDimension = 64;
 constexpr size_t kFrameObservations = 32;
+constexpr size_t kPayloadBytes = 100;
 
 // A client on a blocking-free socket, driven by the same thread as the appliance. Its own buffers
 // are made before anything is counted.
@@ -118,6 +120,7 @@ class HotPath : public testing::TestWithParam<NetworkBackend> {
     logs_ = *std::move(logs);
     ApplianceOptions options;
     options.storage.push_back(logs_->ForShard(0));
+    options.log_disks = logs_->disks();
     options.ingest.max_connections = 64;
     options.shard.memory_limit_bytes = size_t{256} << 20;
     options.shard.max_sessions = 64;
@@ -164,11 +167,14 @@ class HotPath : public testing::TestWithParam<NetworkBackend> {
         record.dtype = VectorDtype::kF32;
         record.dimension = kDimension;
         record.id_bytes = static_cast<uint16_t>(id.size());
-        record.record_bytes = static_cast<uint32_t>(RecordBytes(kDimension * 4, id.size(), 0));
+        record.payload_bytes = kPayloadBytes;
+        record.record_bytes =
+            static_cast<uint32_t>(RecordBytes(kDimension * 4, id.size(), kPayloadBytes));
         const size_t begin = body.size();
         append(BytesOf(record));
         append(std::as_bytes(std::span(vector)));
         append(BytesOf(std::string_view(id)));
+        append(BytesOf(std::string_view(std::string(kPayloadBytes, 'p'))));
         body.resize(begin + record.record_bytes);
       }
       client_->Queue({.type = FrameType::kObserve, .session = client_->session, .sequence = next_},
@@ -186,7 +192,9 @@ class HotPath : public testing::TestWithParam<NetworkBackend> {
     std::vector<std::byte> body(sizeof(recall) + kDimension * 4);
     std::memcpy(body.data(), &recall, sizeof(recall));
     std::memcpy(body.data() + sizeof(recall), vector.data(), kDimension * 4);
-    client_->Queue({.type = FrameType::kRecall, .sequence = ++recalls_}, body);
+    // With payload every second time.
+    const uint16_t flags = recalls_ % 2 == 0 ? kFrameFlagWithPayload : uint16_t{0};
+    client_->Queue({.type = FrameType::kRecall, .flags = flags, .sequence = ++recalls_}, body);
   }
 
   std::vector<float> RandomVector() {
@@ -228,6 +236,8 @@ TEST_P(HotPath, AllocatesNothingOnceWarm) {
   }));
   allocations_ = 0;
   const uint64_t linked = appliance_->shard(0).counter(ShardCounter::kObservationsLinked).Read();
+  const RecordReader& records = *appliance_->ingest(0).records();
+  const uint64_t read = records.counter(RecordReaderCounter::kRecordsRead).Read();
   const uint64_t commits = appliance_->shard(0).counter(ShardCounter::kLogCommits).Read();
   Feed(12'288);
   EXPECT_EQ(allocations_, 0u);
@@ -236,6 +246,9 @@ TEST_P(HotPath, AllocatesNothingOnceWarm) {
       << "the log was not part of what was measured";
   EXPECT_GT(appliance_->shard(0).counter(ShardCounter::kObservationsLinked).Read(), linked)
       << "linking was not part of what was measured";
+  EXPECT_GT(records.counter(RecordReaderCounter::kRecordsRead).Read(), read + 400)
+      << "payloads were not part of what was measured";
+  EXPECT_EQ(records.counter(RecordReaderCounter::kRecordsUnreadable).Read(), 0u);
   // The counter counts.
   const uint64_t before = AllocationCount();
   std::string(1000, 'x').swap(sink_);

@@ -1,8 +1,11 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
+#include "index/checkpoint/live_table.h"
 #include "src/core/commit_stamp.h"
 #include "src/core/log_address.h"
 
@@ -20,14 +23,20 @@ namespace engram {
 // durable: one shard may have been saved before such an observation came and another one after it,
 // and then it has to be in the log.
 //
+// Between two rounds records may have been taken over into the vault (src/retention.h). Then `move`
+// rises: the shard lets the nodes in `moves` name the new places, and answers with `moved`.
+//
 // Thread safety: each member has one writer; what stands behind a round's number is read after it.
 struct CheckpointHandoff {
   // The control plane's.
   std::atomic<uint32_t> note{0};
   std::atomic<uint32_t> save{0};
   std::atomic<CommitStamp> hold{kNoStamp};  // before `save`: the least of what the shards noted
+  std::atomic<LiveTable*> live{nullptr};    // likewise: filled by the save; nullptr: none
   std::atomic<uint32_t> sync{0};
   std::atomic<uint32_t> ended{0};
+  std::atomic<uint32_t> move{0};
+  std::atomic<const std::vector<OriginMove>*> moves{nullptr};  // before `move`
   // The shard's.
   std::atomic<uint32_t> noted{0};
   std::atomic<LogPosition> replay_from{0};      // before `noted`: where a block begins
@@ -38,6 +47,8 @@ struct CheckpointHandoff {
   std::atomic<uint32_t> synced{0};
   std::atomic<uint32_t> failed{0};
   std::atomic<int> error{0};  // before `failed`: an errno value
+  std::atomic<uint32_t> moved{0};
+  size_t next_move = 0;  // for the shard alone
 };
 
 }  // namespace engram

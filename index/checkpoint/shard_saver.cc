@@ -186,7 +186,9 @@ bool ShardSaver::FillSpaces() {
       return true;
     }
     // For lack of memory: again with the next slice.
-    if (!space_saver_.Begin(contents_.spaces[next_space_].get(), hold_)) return true;
+    const SpaceSaver::Options options{
+        .with_payload = true, .live = contents_.live, .space = next_space_};
+    if (!space_saver_.Begin(contents_.spaces[next_space_].get(), hold_, options)) return true;
   }
   const size_t bytes = space_saver_.Step(Room(), kNodesPerStep);
   buffers_[filling_].used += bytes;

@@ -26,6 +26,7 @@ struct ShardContents {
   SessionTable* sessions = nullptr;
   uint16_t shard = 0;
   uint16_t shards = 0;
+  LiveTable* live = nullptr;  // filled with what the spaces name in the logs
 };
 
 // Writes a shard's checkpoint file in slices while the shard goes on:

@@ -81,14 +81,15 @@ struct SavedLinks {
 };
 static_assert(sizeof(SavedLinks) == 16);
 
-// One node in the body of kNodes. Then, each padded: code row, exact row, id and payload.
+// One node in the body of kNodes. Then, each padded: code row, exact row, id and, where it lies in
+// no log, payload.
 struct SavedNode {
   uint64_t begin;    // stamp
   uint64_t end;      // stamp; kOpenStamp while it lives
   uint64_t content;  // stamp; another than begin with kSavedWasHidden
   int64_t when_ns;
   LogAddress origin;
-  uint32_t record_bytes;  // this header and all that follows
+  uint32_t saved_bytes;  // this header and all that follows
   uint32_t node;
   uint32_t payload_bytes;
   float confidence;
@@ -96,12 +97,18 @@ struct SavedNode {
   SavedState state;
   uint8_t flags;
   PayloadKind payload_kind;
-  VectorDtype received_dtype;
-  uint8_t zero[2];
+  uint8_t zero;
+  uint16_t record_words;  // of 8 bytes, of the record at origin; 0: in no log
+
+  // Of id and payload, as they lie in the extent.
+  constexpr size_t text_bytes() const {
+    return size_t{id_bytes} + (record_words == 0 ? payload_bytes : 0);
+  }
 };
 static_assert(sizeof(SavedNode) == 64);
 
-// The body of kEnd.
+// The body of kEnd. Where something was evicted, the stamp of the latest such content follows
+// (u64): nothing with that stamp or an earlier one is there, or stored again.
 struct EndExtent {
   uint64_t nodes;
   uint64_t linked;  // nodes with links

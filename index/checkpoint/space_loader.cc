@@ -355,13 +355,13 @@ Result<void> SpaceLoader::TakeNodes(const ExtentHeader& header, std::span<const 
     SavedNode saved;
     if (extent.size() - at < sizeof(saved)) return Corrupt("a node is cut off");
     std::memcpy(&saved, extent.data() + at, sizeof(saved));
-    if (saved.record_bytes > extent.size() - at) return Corrupt("a node is cut off");
+    if (saved.saved_bytes > extent.size() - at) return Corrupt("a node is cut off");
     if (Result<void> sound = CheckRecord(saved, header); !sound) return sound;
     if (Result<void> taken = TakeNode(saved, extent.data() + at + sizeof(saved)); !taken) {
       return taken;
     }
     next_slot_ = saved.node + 1;
-    at += saved.record_bytes;
+    at += saved.saved_bytes;
   }
   offset_ = begin + at;
   if (at != extent.size()) return Corrupt("bytes behind the last node");
@@ -373,8 +373,15 @@ Result<void> SpaceLoader::TakeNodes(const ExtentHeader& header, std::span<const 
 
 Result<void> SpaceLoader::TakeEnd(const ExtentHeader& header, std::span<const std::byte> body) {
   EndExtent end;
-  if (body.size() != sizeof(end)) return Corrupt("length of the end");
+  CommitStamp evicted = kNoStamp;
+  if (body.size() != sizeof(end) && body.size() != sizeof(end) + sizeof(evicted)) {
+    return Corrupt("length of the end");
+  }
   std::memcpy(&end, body.data(), sizeof(end));
+  if (body.size() > sizeof(end)) {
+    std::memcpy(&evicted, body.data() + sizeof(end), sizeof(evicted));
+    if (evicted == kNoStamp || evicted > kMaxStamp) return Corrupt("stamp of what was evicted");
+  }
   if (header.first != 0 || header.slots != 0 || header.count != 0 || end.has_graph > 1 ||
       !IsZero(reinterpret_cast<const std::byte*>(end.zero), sizeof(end.zero))) {
     return Corrupt("padding of the end is not zero");
@@ -386,6 +393,7 @@ Result<void> SpaceLoader::TakeEnd(const ExtentHeader& header, std::span<const st
   latest_ = std::max(latest_, end.latest_stamp);
   entry_point_ = end.entry_point;
   has_graph_ = end.has_graph != 0;
+  if (space_->options_.ends_by_age) space_->evicted_up_to_ = evicted;
   phase_ = Phase::kComplete;
   return {};
 }
@@ -402,21 +410,31 @@ Result<void> SpaceLoader::CheckRecord(const SavedNode& saved, const ExtentHeader
   if (saved.node < next_slot_ || saved.node - header.first >= header.slots) {
     return Corrupt("a node's place");
   }
-  if (!IsZero(reinterpret_cast<const std::byte*>(saved.zero), sizeof(saved.zero))) {
-    return Corrupt("padding of a node is not zero");
-  }
+  if (saved.zero != 0) return Corrupt("padding of a node is not zero");
   if (saved.id_bytes > kMaxIdBytes || saved.payload_bytes > kMaxPayloadBytes) {
     return Corrupt("length of an id or a payload");
   }
 
-  if (saved.payload_kind > PayloadKind::kMemory || saved.received_dtype > VectorDtype::kInt8) {
-    return Corrupt("kind of payload or vector");
-  }
-  const size_t bytes =
-      sizeof(saved) + RowBytes(saved) + PadTo8(size_t{saved.id_bytes} + saved.payload_bytes);
-  if (saved.record_bytes != bytes) return Corrupt("length of a node");
+  if (saved.payload_kind > PayloadKind::kMemory) return Corrupt("kind of payload");
+  if (Result<void> sound = CheckOrigin(saved); !sound) return sound;
+  const size_t bytes = sizeof(saved) + RowBytes(saved) + PadTo8(saved.text_bytes());
+  if (saved.saved_bytes != bytes) return Corrupt("length of a node");
   if (Result<void> sound = CheckKind(saved); !sound) return sound;
   return CheckStamps(saved);
+}
+
+Result<void> SpaceLoader::CheckOrigin(const SavedNode& saved) const {
+  if ((saved.origin == kNoLogAddress) != (saved.record_words == 0)) {
+    return Corrupt("a record without a place or a length");
+  }
+  if (saved.record_words == 0) return {};
+  const size_t least =
+      LogRecordBytes(space_->name().size(), 0, saved.id_bytes, saved.payload_bytes);
+  if (size_t{saved.record_words} * 8 < least ||
+      size_t{saved.record_words} * 8 > kMaxLogRecordBytes) {
+    return Corrupt("length of a record");
+  }
+  return {};
 }
 
 Result<void> SpaceLoader::CheckKind(const SavedNode& saved) const {
@@ -432,10 +450,11 @@ Result<void> SpaceLoader::CheckKind(const SavedNode& saved) const {
       fits = was_hidden;
       break;
     case SavedState::kTombstone:
-      fits = !was_hidden && saved.payload_bytes == 0;
+      fits = !was_hidden && saved.payload_bytes == 0 && saved.record_words == 0;
       break;
     case SavedState::kRetired:
-      fits = !was_hidden && saved.id_bytes == 0 && saved.payload_bytes == 0;
+      fits =
+          !was_hidden && saved.id_bytes == 0 && saved.payload_bytes == 0 && saved.record_words == 0;
       break;
   }
   if (!fits) return Corrupt("state and flags of a node");
@@ -488,8 +507,7 @@ Result<void> SpaceLoader::CheckLinks(const SavedLinks& saved, const std::byte* w
 // 3.
 Result<void> SpaceLoader::TakeNode(const SavedNode& saved, const std::byte* body) {
   const std::byte* text = body + RowBytes(saved);
-  const size_t text_bytes = size_t{saved.id_bytes} + saved.payload_bytes;
-
+  const size_t text_bytes = saved.text_bytes();
   if (!IsZero(text + text_bytes, PadTo8(text_bytes) - text_bytes)) {
     return Corrupt("padding of a text is not zero");
   }
@@ -556,7 +574,7 @@ bool SpaceLoader::LoadRow(const VectorFormat& format, const std::byte* rows, std
 
 bool SpaceLoader::LoadText(const SavedNode& saved, const std::byte* text) {
   const bool was_hidden = (saved.flags & kSavedWasHidden) != 0;
-  const size_t text_bytes = size_t{saved.id_bytes} + saved.payload_bytes;
+  const size_t text_bytes = saved.text_bytes();
   const size_t bytes = text_bytes + (was_hidden ? sizeof(saved.content) : 0);
   std::byte* to = space_->heap_->Allocate(bytes);
   if (to == nullptr) return false;
@@ -568,11 +586,11 @@ bool SpaceLoader::LoadText(const SavedNode& saved, const std::byte* text) {
   node.when_ns = saved.when_ns;
   node.origin = saved.origin;
   node.confidence = saved.confidence;
-  node.payload_bytes = saved.payload_bytes;
+  node.payload_bytes = saved.payload_bytes & 0x1FFFF;
+  node.record_words = saved.record_words & 0x7FFF;
   node.id_bytes = saved.id_bytes & 0x7FFF;
   node.was_hidden = was_hidden ? 1 : 0;
   node.payload_kind = saved.payload_kind;
-  node.received_dtype = saved.received_dtype;
   return true;
 }
 
@@ -595,10 +613,12 @@ bool SpaceLoader::Stand(NodeId node) {
   const uint64_t hash = space_->HashOf(id);
   const NodeId other = space_->FindId(hash, id);
   if (other == kNoNode) return space_->ids_.Insert(hash, node);
-  const auto stamps_of = [this](NodeId of) {
-    return std::pair(space_->ContentStamp(of), Space::Load(space_->stamps_[of].begin));
+  // An observation stands before a tombstone with its own stamp, as in Space::Upsert.
+  const auto rank_of = [this](NodeId of) {
+    return std::tuple(space_->ContentStamp(of), Space::Load(space_->stamps_[of].begin),
+                      space_->nodes_[of].state != Space::NodeState::kTombstone);
   };
-  if (stamps_of(node) > stamps_of(other)) {
+  if (rank_of(node) > rank_of(other)) {
     space_->ids_.Replace(hash, other, node);
     EndNode(other, Space::Load(space_->stamps_[node].begin));
   } else {
@@ -616,6 +636,7 @@ void SpaceLoader::EndNode(NodeId node, CommitStamp stamp) {
   space_->FreeText(&stored);
   stored.id_bytes = 0;
   stored.payload_bytes = 0;
+  stored.record_words = 0;
   stored.was_hidden = 0;
   stored.state = stored.state == Space::NodeState::kLinked ? Space::NodeState::kRetired
                                                            : Space::NodeState::kFree;
@@ -643,7 +664,10 @@ Result<void> SpaceLoader::Finish() {
                        space_->unlinked_ > space_->options_.graph_from;
   space_->latest_stamp_.store(latest_, std::memory_order_release);
   space_->SetHorizon(latest_);
-  if (!ListUnlinked()) return MemoryFull();
+  if (!ListUnlinked() || !space_->QueueByAge()) return MemoryFull();
+  space_->loaded_up_to_ = latest_;
+  // Some may have been saved before they were evicted.
+  while (space_->oldest_content() <= space_->evicted_up_to_) space_->EndOldest(latest_);
   phase_ = Phase::kFinished;
   return {};
 }

@@ -95,6 +95,7 @@ class SpaceLoader {
   Result<void> CheckSlots(const ExtentHeader& header) const;
   Result<void> TakeEnd(const ExtentHeader& header, std::span<const std::byte> body);
   Result<void> CheckRecord(const SavedNode& saved, const ExtentHeader& header) const;
+  Result<void> CheckOrigin(const SavedNode& saved) const;
   Result<void> CheckKind(const SavedNode& saved) const;
   Result<void> CheckStamps(const SavedNode& saved) const;
   Result<void> CheckLinks(const SavedLinks& saved, const std::byte* words) const;

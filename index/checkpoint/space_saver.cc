@@ -194,9 +194,12 @@ size_t SpaceSaver::WriteNodes(std::span<std::byte> to, uint64_t* budget) {
     SavedNode saved;
     uint64_t cost = kSkipCost;
     if (DescribeNode(node, &saved)) {
-      if (saved.record_bytes > room - used) break;
+      if (saved.saved_bytes > room - used) break;
       PutNode(saved, to.data() + used);
-      used += saved.record_bytes;
+      if (options_.live != nullptr && saved.record_words != 0) {
+        options_.live->Count(options_.space, node, saved.origin, uint32_t{saved.record_words} * 8);
+      }
+      used += saved.saved_bytes;
       cost = kNodeCost;
       ++count;
     }
@@ -211,8 +214,10 @@ size_t SpaceSaver::WriteNodes(std::span<std::byte> to, uint64_t* budget) {
 }
 
 size_t SpaceSaver::WriteEnd(std::span<std::byte> to) {
-  constexpr size_t kBytes = sizeof(ExtentHeader) + sizeof(EndExtent);
-  if (to.size() < kBytes) return 0;
+  const CommitStamp evicted = space_->evicted_up_to_;
+  const size_t body_bytes = sizeof(EndExtent) + (evicted != kNoStamp ? sizeof(evicted) : 0);
+  const size_t all_bytes = sizeof(ExtentHeader) + body_bytes;
+  if (to.size() < all_bytes) return 0;
   EndExtent body{};
   body.nodes = nodes_;
   body.linked = linked_nodes_;
@@ -220,7 +225,10 @@ size_t SpaceSaver::WriteEnd(std::span<std::byte> to) {
   body.entry_point = space_->graph_.entry_point();
   body.has_graph = static_cast<uint8_t>(space_->has_graph_);
   std::memcpy(to.data() + sizeof(ExtentHeader), &body, sizeof(body));
-  const size_t bytes = Seal(to.first(kBytes), {.kind = ExtentKind::kEnd});
+  if (evicted != kNoStamp) {
+    std::memcpy(to.data() + sizeof(ExtentHeader) + sizeof(body), &evicted, sizeof(evicted));
+  }
+  const size_t bytes = Seal(to.first(all_bytes), {.kind = ExtentKind::kEnd});
   Abort();
   done_ = true;
   return bytes;
@@ -295,9 +303,8 @@ bool SpaceSaver::DescribeNode(NodeId node, SavedNode* saved) const {
   saved->end = Space::Load(space.stamps_[node].end);
   saved->content = saved->begin;
   if (saved->state != SavedState::kRetired) DescribeText(node, saved);
-  saved->record_bytes =
-      static_cast<uint32_t>(sizeof(SavedNode) + RowBytes(*saved) +
-                            PadTo8(size_t{saved->id_bytes} + saved->payload_bytes));
+  saved->saved_bytes =
+      static_cast<uint32_t>(sizeof(SavedNode) + RowBytes(*saved) + PadTo8(saved->text_bytes()));
   return true;
 }
 
@@ -308,9 +315,10 @@ void SpaceSaver::DescribeText(NodeId node, SavedNode* saved) const {
   saved->origin = stored.origin;
   saved->confidence = stored.confidence;
   saved->id_bytes = stored.id_bytes;
-  saved->payload_bytes = options_.with_payload ? stored.payload_bytes : 0;
+  const bool keeps_length = options_.with_payload || stored.record_words != 0;
+  saved->payload_bytes = keeps_length ? stored.payload_bytes : uint32_t{0};
+  saved->record_words = stored.record_words;
   saved->payload_kind = stored.payload_kind;
-  saved->received_dtype = stored.received_dtype;
   if (stored.was_hidden) saved->flags |= kSavedWasHidden;
 }
 
@@ -328,7 +336,7 @@ void SpaceSaver::PutNode(const SavedNode& saved, std::byte* to) const {
     if (space.exact_) to = PutPadded(space.exact_->Row(saved.node), space.exact_->row_bytes(), to);
   }
   // The payload lies behind the id.
-  PutPadded(space.nodes_[saved.node].text, size_t{saved.id_bytes} + saved.payload_bytes, to);
+  PutPadded(space.nodes_[saved.node].text, saved.text_bytes(), to);
 }
 
 }  // namespace engram

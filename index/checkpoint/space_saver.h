@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <span>
 
+#include "index/checkpoint/live_table.h"
 #include "index/checkpoint/space_extent.h"
 #include "index/chunked_array.h"
 #include "index/space.h"
@@ -43,7 +44,10 @@ namespace engram {
 class SpaceSaver {
  public:
   struct Options {
-    bool with_payload = true;  // payloads lie in the checkpoint too
+    bool with_payload = true;  // those that lie in no log
+    // Counts the records of what is saved, under this number of the space; nullptr: nobody does.
+    LiveTable* live = nullptr;
+    uint32_t space = 0;
   };
 
   // `heap` outlives the saver.

@@ -13,7 +13,6 @@ namespace engram {
 
 namespace {
 
-
 constexpr uint64_t kSegmentMagic = 0x31474F4C4D524745;  // "EGRMLOG1"
 constexpr uint32_t kBlockMagic = 0x4B4C4245;            // "EBLK"
 
@@ -26,10 +25,13 @@ struct SegmentPage {
   uint32_t segment_bytes;
   uint16_t log;
   uint8_t recycled;
-  uint8_t reserved[5];
+  uint8_t vault;
+  uint8_t reserved[4];
   LogInstance instance;
+  uint32_t record_bytes;
+  uint32_t record_count;
 };
-static_assert(sizeof(SegmentPage) == 40);
+static_assert(sizeof(SegmentPage) == 48);
 
 struct BlockPage {
   uint32_t magic;
@@ -80,6 +82,9 @@ void WriteSegmentHeader(const SegmentHeader& header, std::byte* to) {
   page.log = header.log;
   page.recycled = header.recycled ? 1 : 0;
   page.instance = header.instance;
+  page.vault = header.vault ? 1 : 0;
+  page.record_bytes = header.record_bytes;
+  page.record_count = header.record_count;
   std::memcpy(to, &page, sizeof(page));
   page.crc = CrcAround({to, kLogPageBytes}, offsetof(SegmentPage, crc));
   std::memcpy(to, &page, sizeof(page));
@@ -130,9 +135,12 @@ std::string ParseSegmentHeader(std::span<const std::byte> bytes, SegmentHeader* 
     return "is of log format version " + std::to_string(page.version) + "; this program reads " +
            std::to_string(kLogFormatVersion);
   }
-  if (page.number == 0 || page.number > kMaxSegment || page.segment_bytes < kMinSegmentBytes ||
+  const uint32_t least_bytes = page.vault == 1 ? 2 * kLogPageBytes : kMinSegmentBytes;
+  if (page.number == 0 || page.number > kMaxSegment || page.segment_bytes < least_bytes ||
       page.segment_bytes > kMaxSegmentBytes || page.segment_bytes % kLogPageBytes != 0 ||
-      page.recycled > 1) {
+      page.recycled > 1 || page.vault > 1 ||
+      page.record_bytes > (page.vault == 1 ? page.segment_bytes - kLogPageBytes : 0) ||
+      page.record_count > page.record_bytes / kLogRecordHeaderBytes) {
     return "has a header with a field out of range";
   }
   header->log = page.log;
@@ -140,6 +148,9 @@ std::string ParseSegmentHeader(std::span<const std::byte> bytes, SegmentHeader* 
   header->segment_bytes = page.segment_bytes;
   header->recycled = page.recycled != 0;
   header->instance = page.instance;
+  header->vault = page.vault == 1;
+  header->record_bytes = page.record_bytes;
+  header->record_count = page.record_count;
   return "";
 }
 

@@ -32,6 +32,11 @@ struct SegmentHeader {
   uint32_t segment_bytes = 0;
   bool recycled = false;  // what follows the last block may be older bytes; else it is zero
   LogInstance instance{};
+  // Of the vault: no blocks, but records back to back behind this page, then zeros. It may be
+  // shorter than kMinSegmentBytes.
+  bool vault = false;
+  uint32_t record_bytes = 0;  // of all records; 0 where it is not of the vault
+  uint32_t record_count = 0;  // likewise
   friend bool operator==(const SegmentHeader&, const SegmentHeader&) = default;
 };
 

@@ -63,10 +63,10 @@ std::string LogReader::FileOf(uint32_t number) const {
 // ---------------------------------------------------------------------------------------------
 // Opening
 
-Result<void> LogReader::Open(LogPosition from, uint32_t epoch) {
+Result<void> LogReader::Open(LogPosition from, uint32_t epoch, const Range& range) {
   CHECK(phase_ == Phase::kClosed && disk_->in_flight() == 0, "a reader is opened once, alone");
   last_epoch_ = highest_epoch_ = epoch;
-  if (auto listed = ListSegments(from); !listed) return listed;
+  if (auto listed = ListSegments(from, range); !listed) return listed;
   if (auto begun = BeginAt(from); !begun) return begun;
   uint32_t most_bytes = kLogPageBytes;
   for (const Segment& segment : segments_) most_bytes = std::max(most_bytes, segment.bytes);
@@ -74,12 +74,13 @@ Result<void> LogReader::Open(LogPosition from, uint32_t epoch) {
   return {};
 }
 
-Result<void> LogReader::ListSegments(LogPosition from) {
+Result<void> LogReader::ListSegments(LogPosition from, const Range& range) {
   const auto entries = disk_->List();
   if (!entries) return std::unexpected(entries.error());
   for (const DirectoryEntry& entry : *entries) {
     const auto number = SegmentNumber(entry.name);
     if (!number || *number < SegmentOf(from)) continue;
+    if (*number < range.first || *number > range.last) continue;
     if (auto added = AddSegment(*number, entry.size_bytes); !added) return added;
   }
   std::ranges::sort(segments_, {}, &Segment::number);

@@ -78,10 +78,16 @@ class LogReader {
   LogReader& operator=(const LogReader&) = delete;
   ~LogReader();
 
+  // Segments with other numbers are as if they were not there.
+  struct Range {
+    uint32_t first = 0;
+    uint32_t last = UINT32_MAX;
+  };
   // Once. `from` is 0, for the oldest segment, or where a block begins, or where the log once ended
   // (end()): blocks cannot be found from elsewhere. `epoch` is last_epoch() as it was there: what
   // an earlier epoch left behind is then not taken for live. May wait for the disk.
-  Result<void> Open(LogPosition from, uint32_t epoch = 0);
+  Result<void> Open(LogPosition from, uint32_t epoch = 0) { return Open(from, epoch, Range()); }
+  Result<void> Open(LogPosition from, uint32_t epoch, const Range& range);
 
   // Never waits, but for opening a segment's file. Polls the disk itself; on kPending the caller
   // may wait for it.
@@ -146,7 +152,7 @@ class LogReader {
   static constexpr uint32_t kPagesPerStep = 1024;
 
   std::string FileOf(uint32_t number) const;
-  Result<void> ListSegments(LogPosition from);
+  Result<void> ListSegments(LogPosition from, const Range& range);
   Result<void> AddSegment(uint32_t number, uint64_t file_bytes);
   Result<void> ParseHead(std::span<std::byte> page, Segment* segment);
   Result<void> BeginAt(LogPosition from);

@@ -22,13 +22,18 @@ constexpr uint32_t kPieceBytes = 1u << 20;
 
 class Verifier {
  public:
-  Verifier(Disk& disk, uint16_t log, const LogInstance& instance)
-      : disk_(disk), log_(log), instance_(instance) {}
+  Verifier(Disk& disk, uint16_t log, const LogInstance& instance, LogPosition replay_from)
+      : disk_(disk), log_(log), instance_(instance), replayed_(SegmentOf(replay_from)) {}
 
   Result<LogReport> Run();
 
  private:
-  Result<LogPosition> ReadFrom(LogPosition from);
+  Result<std::vector<LogReader::Range>> FindRuns();
+  Result<bool> IsUsedAgain(uint32_t number);
+  Result<void> ReadRun(const LogReader::Range& run);
+  Result<LogPosition> ReadFrom(LogPosition from, const LogReader::Range& run);
+  Result<void> CheckEnd(const LogReader& reader);
+  Result<size_t> ReadAt(uint32_t number, uint64_t offset, std::span<std::byte> to);
   void Count(const LogEntry& entry);
   void TakeSegments(const LogReader& reader);
   Result<void> CheckRests();
@@ -39,6 +44,7 @@ class Verifier {
   Disk& disk_;
   const uint16_t log_;
   const LogInstance instance_;
+  const uint32_t replayed_;  // segments from this one on are replayed
   LogReport report_;
   std::unordered_set<uint64_t> sessions_;
   std::map<uint32_t, LogReader::Segment> segments_;
@@ -46,21 +52,109 @@ class Verifier {
 };
 
 Result<LogReport> Verifier::Run() {
-  for (LogPosition from = 0;;) {
-    const auto resume = ReadFrom(from);
-    if (!resume) return std::unexpected(resume.error());
-    if (*resume <= from) break;
-    from = *resume;
+  const auto runs = FindRuns();
+  if (!runs) return std::unexpected(runs.error());
+  for (const LogReader::Range& run : *runs) {
+    if (const auto read = ReadRun(run); !read) return std::unexpected(read.error());
   }
   if (const auto checked = CheckRests(); !checked) return std::unexpected(checked.error());
   report_.sessions = sessions_.size();
   return std::move(report_);
 }
 
+// Segments that follow each other, but for gaps among those that are not replayed. What is missing
+// of the others is damage.
+Result<std::vector<LogReader::Range>> Verifier::FindRuns() {
+  const auto entries = disk_.List();
+  if (!entries) return std::unexpected(entries.error());
+  std::vector<uint32_t> numbers;
+  for (const DirectoryEntry& entry : *entries) {
+    const auto number = SegmentNumber(entry.name);
+    if (!number) continue;
+    if (*number < replayed_) {
+      const auto used = IsUsedAgain(*number);
+      if (!used) return std::unexpected(used.error());
+      if (*used) {
+        report_.unfinished.push_back({.file = SegmentName(*number),
+                                      .offset = 0,
+                                      .bytes = entry.size_bytes,
+                                      .text = "was about to be used again"});
+        continue;
+      }
+    }
+    numbers.push_back(*number);
+  }
+  std::ranges::sort(numbers);
+  std::vector<LogReader::Range> runs;
+  for (const uint32_t number : numbers) {
+    const bool follows = !runs.empty() && (number == runs.back().last + 1 || number > replayed_);
+    if (follows) {
+      runs.back().last = number;
+    } else {
+      runs.push_back({.first = number, .last = number});
+    }
+  }
+  return runs;
+}
+
+// It has the header of a later one, whose name it was to get.
+Result<bool> Verifier::IsUsedAgain(uint32_t number) {
+  std::array<std::byte, kLogPageBytes> page;
+  const auto read = ReadAt(number, 0, page);
+  if (!read) return std::unexpected(read.error());
+  SegmentHeader header;
+  return *read == page.size() && ParseSegmentHeader(page, &header).empty() && header.log == log_ &&
+         header.instance == instance_ && header.number > number;
+}
+
+Result<void> Verifier::ReadRun(const LogReader::Range& run) {
+  for (LogPosition from = 0;;) {
+    const auto resume = ReadFrom(from, run);
+    if (!resume) return std::unexpected(resume.error());
+    if (*resume <= from) return {};
+    from = *resume;
+  }
+}
+
+// Where a run ends that is followed by others, nothing was cut off: a block that is not sound was
+// acknowledged. One of an earlier epoch is what a crash has left.
+Result<void> Verifier::CheckEnd(const LogReader& reader) {
+  const LogPosition end = reader.end();
+  std::array<std::byte, kSectorBytes> sector;
+  const auto read = ReadAt(SegmentOf(end), OffsetOf(end), sector);
+  if (!read) return std::unexpected(read.error());
+  BlockHeader header;
+  const BlockFault fault = ParseBlockHeader(sector, log_, end, instance_, &header);
+  if (*read < sector.size() || (fault != BlockFault::kNone && fault != BlockFault::kBadHeader)) {
+    return {};
+  }
+  if (fault == BlockFault::kNone && header.epoch < reader.last_epoch()) return {};
+  report_.damages.push_back({.file = SegmentName(SegmentOf(end)),
+                             .offset = OffsetOf(end),
+                             .bytes = fault == BlockFault::kNone ? header.block_bytes : 0,
+                             .text = "the block here is not sound, and others followed it"});
+  return {};
+}
+
+// Fewer bytes at the end of the file.
+Result<size_t> Verifier::ReadAt(uint32_t number, uint64_t offset, std::span<std::byte> to) {
+  const auto file = disk_.Open(SegmentName(number), OpenMode::kRead, Caching::kBuffered);
+  if (!file) return std::unexpected(file.error());
+  CHECK(disk_.Read(file->id, offset, to, 0), "nothing else is under way");
+  DiskCompletion end;
+  while (disk_.Poll({&end, 1}) == 0) disk_.Wait(kNanosPerSecond);
+  disk_.Close(file->id);
+  if (end.error != 0) {
+    return FailErrno("read " + disk_.directory() + "/" + SegmentName(number), end.error);
+  }
+  return end.bytes;
+}
+
 // Returns where reading can go on behind damage; 0: it came to the end.
-Result<LogPosition> Verifier::ReadFrom(LogPosition from) {
+Result<LogPosition> Verifier::ReadFrom(LogPosition from, const LogReader::Range& run) {
   LogReader reader(&disk_, log_, instance_);
-  if (const auto opened = reader.Open(from, report_.last_epoch); !opened) {
+  const uint32_t epoch = from == 0 ? 0 : report_.last_epoch;
+  if (const auto opened = reader.Open(from, epoch, run); !opened) {
     return std::unexpected(opened.error());
   }
   LogEntry entry;
@@ -94,6 +188,9 @@ Result<LogPosition> Verifier::ReadFrom(LogPosition from) {
   report_.blocks += reader.blocks();
   report_.last_epoch = reader.last_epoch();
   report_.end = reader.end();
+  if (resume == 0 && run.last + 1 < replayed_ && SegmentOf(report_.end) == run.last) {
+    if (const auto checked = CheckEnd(reader); !checked) return std::unexpected(checked.error());
+  }
   return resume;
 }
 
@@ -221,8 +318,9 @@ void Verifier::AddRest(uint32_t number, uint32_t offset, std::string text) {
 
 }  // namespace
 
-Result<LogReport> VerifyLog(Disk& disk, uint16_t log, const LogInstance& instance) {
-  return Verifier(disk, log, instance).Run();
+Result<LogReport> VerifyLog(Disk& disk, uint16_t log, const LogInstance& instance,
+                            LogPosition replay_from) {
+  return Verifier(disk, log, instance, replay_from).Run();
 }
 
 }  // namespace engram

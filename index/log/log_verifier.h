@@ -51,13 +51,16 @@ struct LogReport {
 // Reads the whole log in `disk`'s folder as a start would, and looks at what that leaves out:
 //
 // 1. Everything that LogReader checks, from the first segment that is there: those before it were
-//    freed. Where it finds damage, reading goes on at the next sound block.
+//    freed. Before the segment in which `replay_from` lies, the position from where a start replays
+//    the log, any may have been freed: what is there is read as so many runs, each to its end.
+//    Where there is damage, reading goes on at the next sound block.
 // 2. In segments that were not recycled what lies behind the last block must be zero. What looks
 //    like a write that was cut off is told apart from damage: it has the header of a block, or it
 //    is more than a single bit in a disk's sector.
 //
 // Waits for the disk; for tools, not for a core. Nothing is written. Errors: those of the disk, and
 // a segment of another log, directory or version.
-Result<LogReport> VerifyLog(Disk& disk, uint16_t log, const LogInstance& instance);
+Result<LogReport> VerifyLog(Disk& disk, uint16_t log, const LogInstance& instance,
+                            LogPosition replay_from = 0);
 
 }  // namespace engram

@@ -51,11 +51,10 @@ Result<void> SegmentKeeper::Start(uint32_t last) {
   handoff_->current.store(last, std::memory_order_relaxed);
   handoff_->prepared.store(last, std::memory_order_relaxed);
   std::vector<uint32_t> beyond;
-  oldest_ = last + 1;
   for (const DirectoryEntry& entry : *entries) {
     const auto number = SegmentNumber(entry.name);
     if (number && *number > last) beyond.push_back(*number);
-    if (number) oldest_ = std::min(oldest_, *number);
+    if (number && *number <= last) segments_.emplace(*number, entry.size_bytes);
   }
   std::ranges::sort(beyond);
   for (const uint32_t number : beyond) {
@@ -82,6 +81,7 @@ Result<void> SegmentKeeper::TakeOver(uint32_t number) {
   disk_->Close(file->id);
   const uint32_t prepared = handoff_->prepared.load(std::memory_order_relaxed);
   if (sound && number == prepared + 1) {
+    segments_.emplace(number, header.segment_bytes);
     handoff_->prepared.store(number, std::memory_order_release);
     return {};
   }
@@ -105,8 +105,10 @@ Result<void> SegmentKeeper::PrepareFirst() {
   return {};
 }
 
-void SegmentKeeper::FreeBefore(uint32_t number) {
-  for (; oldest_ < number; ++oldest_) spare_.push_back(oldest_);
+void SegmentKeeper::Free(uint32_t number) {
+  CHECK(number < handoff_->current.load(std::memory_order_acquire),
+        "what is written is needed, and what comes after it");
+  if (segments_.erase(number) > 0) spare_.push_back(number);
 }
 
 int SegmentKeeper::Poll() {
@@ -229,6 +231,7 @@ void SegmentKeeper::Finish() {
   }
   recycled_.reset();
   step_ = Step::kIdle;
+  segments_.emplace(number_, options_.segment_bytes);
   handoff_->trouble.store(SegmentTrouble::kNone, std::memory_order_relaxed);
   handoff_->prepared.store(number_, std::memory_order_release);
 }

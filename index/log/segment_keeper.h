@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -55,9 +56,11 @@ class SegmentKeeper {
   Result<void> PrepareFirst();
   // One bounded round; returns how much was done. Renaming and syncing wait for the disk.
   int Poll();
-  // Nothing needs the segments before `number` any more: they are used again or removed. Not the
-  // one that is written.
-  void FreeBefore(uint32_t number);
+  // Nothing needs this segment any more, which lies before the one that is written: it is used
+  // again or removed. Does nothing where it is not there.
+  void Free(uint32_t number);
+  // Those that are there and were not freed, prepared ones included, with their bytes.
+  const std::map<uint32_t, uint64_t>& segments() const { return segments_; }
 
  private:
   enum class Step : uint8_t { kIdle, kFilling, kWritingHeader, kFlushing };
@@ -84,11 +87,10 @@ class SegmentKeeper {
   std::unique_ptr<std::byte[]> memory_;
   std::byte* zeros_ = nullptr;   // kFillBytes, aligned to a page
   std::byte* header_ = nullptr;  // a page
-  // Freed segments that still lie under their old names. The oldest goes first, so that what is
-  // left is always a log without gaps.
+  std::map<uint32_t, uint64_t> segments_;
+  // Freed segments that still lie under their old names.
   std::deque<uint32_t> spare_;
   Step step_ = Step::kIdle;
-  uint32_t oldest_ = 1;               // that may be there and was not freed
   uint32_t number_ = 0;               // being prepared
   std::optional<uint32_t> recycled_;  // the segment that it is made of
   std::optional<FileId> file_;

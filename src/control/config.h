@@ -13,6 +13,7 @@
 #include "src/core/huge_page_arena.h"
 #include "src/core/network.h"
 #include "src/core/observation.h"
+#include "src/core/space_catalogue.h"
 #include "src/core/topology.h"
 #include "src/core_runner.h"
 
@@ -64,9 +65,10 @@ struct SpaceConfig {
   Precision precision = Precision::kF32;             // where the file is silent: index.precision
   uint32_t partitions = 1;                           // where the file is silent: index.partitions
   Durability durability = Durability::kUnspecified;  // kUnspecified: data.durability
-  uint64_t ttl_s = 0;                                // 0: for ever
+  uint64_t ttl_s = 0;                                // 0: for ever; silent: data.ttl_s
   uint64_t quota_observations = 0;                   // 0: no bound of its own
   uint64_t quota_mib = 0;                            // 0: no bound of its own
+  WhenFull quota_when_full = WhenFull::kRefuse;
   std::vector<std::string> filter_keys;
 };
 
@@ -94,6 +96,7 @@ struct Config {
   uint32_t flush_interval_ms = 20;
   uint32_t checkpoint_mib = 1'024;  // of all logs together; 0: only on request
   uint32_t session_keep_days = 7;
+  uint64_t ttl_s = 0;  // of spaces that do not say otherwise; 0: for ever
   // [cores]: processors, as in /proc/cpuinfo. Empty ones are PlanCores' to fill.
   std::vector<int> control_cpus;
   std::vector<int> ingress_cpus;

@@ -404,6 +404,7 @@ class Reader {
     SpaceConfig space;
     space.precision = reading_.config.index.precision;
     space.partitions = reading_.config.index.partitions;
+    space.ttl_s = reading_.config.ttl_s;
     const std::vector<SchemaField> fields = FieldsOf(&space);
     for (const auto& [key, node] : table) {
       const auto field = std::ranges::find(fields, key.str(), &SchemaField::key);

@@ -21,7 +21,6 @@ constexpr std::string_view kNoQueueLimit =
 constexpr std::string_view kNoBatchLimit = "a shard takes what one round has room for";
 constexpr std::string_view kNoPressure = "credit alone slows a sender down";
 constexpr std::string_view kChosen = "chosen from the machine";
-constexpr std::string_view kNoQuota = "the memory of its shard is the only bound";
 
 template <typename T>
 IntegerField Integer(T* to, int64_t min, int64_t max) {
@@ -136,6 +135,7 @@ std::vector<SchemaField> FieldsOf(Config* config) {
   add({"data", "flush_interval_ms", Integer(&config->flush_interval_ms, 1, 10'000)});
   add({"data", "checkpoint_mib", Integer(&config->checkpoint_mib, 0, kMaxMib)});
   add({"data", "session_keep_days", Integer(&config->session_keep_days, 1, 365)});
+  add({"data", "ttl_s", Integer(&config->ttl_s, 0, kMaxTtlS)});
   add({"cores", "mode",
        Choice(&config->core_mode, CoreMode::kAuto, {"auto", "run_to_completion", "pipelined"})});
   add({"cores", "idle", Choice(&config->idle, IdleStrategy::kSpin, {"spin", "hybrid", "sleep"})});
@@ -174,11 +174,11 @@ std::vector<SchemaField> FieldsOf(SpaceConfig* space) {
   add({"space", "precision", PrecisionChoice(&space->precision)});
   add({"space", "partitions", Integer(&space->partitions, 1, kMaxCoresOfRole)});
   add({"space", "durability", DurabilityChoice(&space->durability), {}, "data.durability"});
-  add({"space", "ttl_s", Integer(&space->ttl_s, 0, kMaxTtlS),
-       "observations stay until they are deleted"});
-  add({"space", "quota_observations", Integer(&space->quota_observations, 0, kMaxObservations),
-       kNoQuota});
-  add({"space", "quota_mib", Integer(&space->quota_mib, 0, kMaxMib), kNoQuota});
+  add({"space", "ttl_s", Integer(&space->ttl_s, 0, kMaxTtlS)});
+  add({"space", "quota_observations", Integer(&space->quota_observations, 0, kMaxObservations)});
+  add({"space", "quota_mib", Integer(&space->quota_mib, 0, kMaxMib)});
+  add({"space", "quota_when_full",
+       Choice(&space->quota_when_full, WhenFull::kRefuse, {"refuse", "evict_oldest"})});
   add({"space", "filter_keys", NameListField{&space->filter_keys}, "recalls do not filter"});
   return fields;
 }

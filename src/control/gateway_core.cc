@@ -33,22 +33,47 @@ static_assert(kScrollPageBytes + kScrollStep * (kMaxPayloadBytes + kMaxDimension
                                                 kMaxIdBytes + sizeof(HitHeader) + 8) <
               size_t{4} << 20);
 static_assert(std::has_single_bit(kMaxShards));
+
+HitHeader HeaderOf(const std::byte* hit) {
+  HitHeader header;
+  std::memcpy(&header, hit, sizeof(header));
+  return header;
+}
+
+// Of hits, once what they refer to is with them.
+size_t FullBytesOf(std::span<const std::byte> hits) {
+  size_t bytes = 0;
+  while (!hits.empty()) {
+    const HitHeader header = HeaderOf(hits.data());
+    bytes += FullHitBytes(header);
+    hits = hits.subspan(header.hit_bytes);
+  }
+  return bytes;
+}
 static_assert(kLeastRequestsPerCall > std::bit_width(kMaxShards),
               "one id may be in as many partitions as a space has doubled");
 
 }  // namespace
 
 Result<std::unique_ptr<GatewayCore>> GatewayCore::Create(const GatewayOptions& options,
-                                                         Clock* clock, ProducerPort port) {
+                                                         Clock* clock, ProducerPort port,
+                                                         const RecordAccess& access) {
   CHECK(!port.shards.empty(), "a gateway has shards to ask");
+  std::unique_ptr<RecordReader> records;
+  if (access.make_disk != nullptr) {
+    auto reader = RecordReader::Create({.huge_pages = options.huge_pages}, clock, access);
+    if (!reader) return std::unexpected(reader.error());
+    records = *std::move(reader);
+  }
   auto merger = RecallMerger::Create(options.max_merges, static_cast<uint16_t>(port.shards.size()),
-                                     options.huge_pages);
+                                     options.huge_pages, records.get());
   if (!merger) return std::unexpected(merger.error());
   return std::unique_ptr<GatewayCore>(
-      new GatewayCore(options, clock, std::move(port), *std::move(merger)));
+      new GatewayCore(options, clock, std::move(port), std::move(records), *std::move(merger)));
 }
 
 GatewayCore::GatewayCore(const GatewayOptions& options, Clock* clock, ProducerPort port,
+                         std::unique_ptr<RecordReader> records,
                          std::unique_ptr<RecallMerger> merger)
     : options_(options),
       clock_(clock),
@@ -56,12 +81,14 @@ GatewayCore::GatewayCore(const GatewayOptions& options, Clock* clock, ProducerPo
           std::max(kLeastRequestsPerCall, static_cast<uint16_t>(port.shards.size()))),
       inbox_(options.inbox_capacity),
       port_(std::move(port)),
+      records_(std::move(records)),
       merger_(std::move(merger)),
       places_(options.max_calls),
       sent_(size_t{options.max_calls} * requests_per_call_),
       completions_(kCompletionsPerBatch),
       slots_(port_.shards.size()),
       scratch_(kResultSlotBytes) {
+  reading_.reserve(options.max_calls);
   free_places_.reserve(options.max_calls);
   for (uint32_t i = options.max_calls; i > 0; --i) free_places_.push_back(i - 1);
 }
@@ -76,6 +103,8 @@ GatewayCore::~GatewayCore() {
 int GatewayCore::Poll() {
   now_ns_ = clock_->MonotonicNs();
   int work = TakeCompletions();
+  if (records_ != nullptr) work += records_->Poll();
+  work += ContinueReading();
   work += TakeCommands();
   work += SweepDeadlines();
   MeasureRate();
@@ -136,6 +165,9 @@ RefusalReason GatewayCore::StartKind(Place* place) {
   // A space that nobody has written to holds nothing.
   if (place->space == nullptr) return RefusalReason::kNone;
   place->call->answer.metric = place->space->metric();
+  if (records_ != nullptr && (question.with_payload || question.with_vector)) {
+    place->pins = records_->EnterPins();
+  }
   switch (question.kind) {
     case CallKind::kRecall:
       return StartRecall(place);
@@ -214,7 +246,7 @@ RefusalReason GatewayCore::StartRecall(Place* place) {
     reason = AdmitRecall(view, rules, port_.slab->At(slots_[0]));
     place->call->answer.space_dimension = rules.dimension;
   }
-  if (reason == RefusalReason::kNone && partitions > 1) {
+  if (reason == RefusalReason::kNone && (partitions > 1 || place->pins != 0)) {
     place->merge = merger_->Begin(partitions, question.k);
     if (place->merge == RecallMerger::kNone) reason = RefusalReason::kMergesFull;
   }
@@ -392,14 +424,17 @@ void GatewayCore::TakeBatch(Place* place, ShardId shard, const Completion& compl
   }
   // Refused already, and its last requests come back.
   if (place->reason != RefusalReason::kNone) return;
-  if (answer_bytes_ + head.body_bytes > options_.answer_memory_bytes) {
+  const std::byte* body = batch + sizeof(head);
+  const size_t full_bytes = completion.kind == CompletionKind::kRecords
+                                ? head.body_bytes
+                                : FullBytesOf({body, head.body_bytes});
+  if (answer_bytes_ + full_bytes > options_.answer_memory_bytes) {
     NoteReason(place, RefusalReason::kSlotsExhausted, 0);
     return;
   }
-  place->answer_bytes += head.body_bytes;
-  answer_bytes_ += head.body_bytes;
+  place->answer_bytes += full_bytes;
+  answer_bytes_ += full_bytes;
   GatewayAnswer& answer = place->call->answer;
-  const std::byte* body = batch + sizeof(head);
   if (completion.kind == CompletionKind::kRecords) {
     answer.records.insert(answer.records.end(), body, body + head.body_bytes);
     return;
@@ -454,7 +489,7 @@ void GatewayCore::ContinueScroll(Place* place) {
   answer.scroll_ended = place->partition >= place->space->partitions();
   answer.next_partition = place->partition;
   if (answer.scroll_ended || answer.hit_count >= place->call->question.limit ||
-      answer.hits.size() >= kScrollPageBytes) {
+      place->answer_bytes >= kScrollPageBytes) {
     return;
   }
   NoteReason(place, PushScroll(place, place->partition, answer.next_cursor), 0);
@@ -467,10 +502,17 @@ void GatewayCore::Answer(Place* place) {
     Free(place);
     return;
   }
-  if (place->merge != RecallMerger::kNone) {
-    place->reason = merger_->reason(place->merge);
-    if (place->reason == RefusalReason::kNone) AnswerMerged(place);
+  if (place->merge != RecallMerger::kNone) place->reason = merger_->reason(place->merge);
+  if (place->reason == RefusalReason::kNone && !Deliver(place)) {
+    reading_.push_back(IndexOf(*place));
+    return;
   }
+  Finish(place);
+}
+
+// Nor is anything left to be read.
+void GatewayCore::Finish(Place* place) {
+  GatewayCall* call = place->call;
   if (place->reason == RefusalReason::kUnknownSpace && place->kind != CallKind::kObserve) {
     place->reason = RefusalReason::kNone;
   }
@@ -484,7 +526,22 @@ void GatewayCore::Answer(Place* place) {
   call->Answered();
 }
 
-void GatewayCore::AnswerMerged(Place* place) {
+int GatewayCore::ContinueReading() {
+  return static_cast<int>(std::erase_if(reading_, [this](uint32_t index) {
+    Place* place = &places_[index];
+    if (!Deliver(place)) return false;
+    Finish(place);
+    return true;
+  }));
+}
+
+// The hits with all that was asked for. False while records are read.
+bool GatewayCore::Deliver(Place* place) {
+  if (place->merge != RecallMerger::kNone) return DeliverMerged(place);
+  return place->pins == 0 || DeliverRead(place);
+}
+
+bool GatewayCore::DeliverMerged(Place* place) {
   GatewayAnswer& answer = place->call->answer;
   while (const size_t bytes = merger_->Emit(place->merge, scratch_)) {
     ResultBatch head;
@@ -493,6 +550,31 @@ void GatewayCore::AnswerMerged(Place* place) {
                        scratch_.begin() + static_cast<ptrdiff_t>(bytes));
     answer.hit_count += head.count;
   }
+  return merger_->handed_out(place->merge);
+}
+
+bool GatewayCore::DeliverRead(Place* place) {
+  GatewayAnswer& answer = place->call->answer;
+  if (place->reading == nullptr) {
+    place->reading = std::make_unique<Reading>();
+    place->reading->done.reserve(place->answer_bytes);
+  }
+  Reading& reading = *place->reading;
+  for (;;) {
+    while (!reading.window.full() && reading.next < answer.hits.size() &&
+           reading.window.Add(&answer.hits[reading.next], records_.get())) {
+      reading.next += HeaderOf(&answer.hits[reading.next]).hit_bytes;
+    }
+    if (reading.window.size() == 0) break;
+    const size_t bytes = reading.window.BytesAt(0, records_.get());
+    if (bytes == 0) return false;
+    const size_t at = reading.done.size();
+    reading.done.resize(at + bytes);
+    reading.window.WriteFirst(&reading.done[at], records_.get());
+  }
+  if (reading.next < answer.hits.size()) return false;
+  answer.hits = std::move(reading.done);
+  return true;
 }
 
 // The first thing that went wrong is what the caller is told. That one partition does not know the
@@ -523,11 +605,18 @@ void GatewayCore::Abandon(Place* place, RefusalReason reason) {
   }
   counters_[GatewayCounter::kCallsAbandoned].Add(1);
   call->place_ = GatewayCall::kNotUnderWay;
+  if (place->requests == 0) {
+    std::erase(reading_, IndexOf(*place));
+    Free(place);
+  }
   Refuse(call, reason);
 }
 
 void GatewayCore::Free(Place* place) {
   if (place->merge != RecallMerger::kNone) merger_->Release(place->merge);
+  if (place->reading != nullptr) place->reading->window.Clear(records_.get());
+  place->reading.reset();
+  if (place->pins != 0) records_->LeavePins(std::exchange(place->pins, 0));
   free_places_.push_back(IndexOf(*place));
   place->in_use = false;
   answer_bytes_ -= std::exchange(place->answer_bytes, 0);
@@ -569,6 +658,7 @@ void GatewayCore::MeasureRate() {
 }
 
 void GatewayCore::AddCounters(std::string_view core, CounterCatalogue* catalogue) const {
+  if (records_ != nullptr) records_->AddCounters(core, catalogue);
   static constexpr std::array<std::string_view, static_cast<size_t>(GatewayCounter::kCount)>
       kNames = {"calls_started", "calls_answered",     "calls_refused",  "calls_abandoned",
                 "requests_sent", "requests_under_way", "calls_under_way"};

@@ -10,7 +10,9 @@
 #include <utility>
 #include <vector>
 
+#include "dataplane/hit_window.h"
 #include "dataplane/recall_merger.h"
+#include "dataplane/record_reader.h"
 #include "dataplane/ring_mesh.h"
 #include "src/control/gateway_call.h"
 #include "src/control/gateway_inbox.h"
@@ -24,7 +26,7 @@ namespace engram {
 struct GatewayOptions {
   uint32_t max_calls = 4'096;       // under way
   uint32_t inbox_capacity = 4'096;  // commands that wait
-  uint32_t max_merges = 256;        // recalls over several partitions, under way
+  uint32_t max_merges = 256;        // recalls that are merged or read, under way
   // What the answers of calls under way may take; a call that would have more of it is refused.
   size_t answer_memory_bytes = size_t{256} << 20;
   int commands_per_poll = 64;
@@ -47,20 +49,23 @@ enum class GatewayCounter : uint8_t {
 //
 // The way of a call: TakeCommands -> Start -> StartObserve | StartRecall | PushGets | PushScroll |
 // StartIntrospect -> Send (ring mesh); back: TakeCompletions -> TakeBatch and FinishRequest ->
-// Continue -> Answer.
+// Continue -> Answer -> Deliver, which reads the records that hits refer to, maybe over several
+// rounds (ContinueReading).
 //
 // A call whose deadline passes or whose asker goes is answered at once; its place in the table is
 // kept until the shards have given its slots back, which they are told to hurry with.
 //
 // Thread safety: one core's alone; the doors and the counters may be used by others.
-// Invariants: a place of the table is free, or has a call or requests under way, or both; every
-// slot is free, in a ring, or with a shard; every call that left the inbox is answered exactly
-// once.
+// Invariants: a place of the table is free, or has a call or requests under way, or both; one that
+// reads records has no requests, and is in reading_; every slot is free, in a ring, or with a
+// shard; every call that left the inbox is answered exactly once; the pins are left with the place.
 class GatewayCore {
  public:
-  // `clock` outlives the core. Errors: kResourceExhausted.
+  // `clock` outlives the core. `records`: the logs of the shards, where they have some. Errors:
+  // kResourceExhausted.
   static Result<std::unique_ptr<GatewayCore>> Create(const GatewayOptions& options, Clock* clock,
-                                                     ProducerPort port);
+                                                     ProducerPort port,
+                                                     const RecordAccess& records = {});
   ~GatewayCore();
 
   // One bounded round; returns how much was done. Never blocks.
@@ -71,6 +76,8 @@ class GatewayCore {
     return {&inbox_, &retry_after_ms_, std::move(wake)};
   }
 
+  // nullptr where the shards have no logs.
+  const RecordReader* records() const { return records_.get(); }
   // Calls that have a place in the table, those that were answered early included.
   uint32_t calls_under_way() const { return options_.max_calls - FreePlaces(); }
   void AddCounters(std::string_view core, CounterCatalogue* catalogue) const;
@@ -78,6 +85,12 @@ class GatewayCore {
 
  private:
   using Sent = SlotId;  // the slot of a request that a shard has
+  // The hits of a get or a scroll on their way to the answer.
+  struct Reading {
+    HitWindow window{SIZE_MAX};
+    size_t next = 0;  // offset of the next hit that is added to the window
+    std::vector<std::byte> done{};
+  };
   // A call under way.
   struct Place {
     bool in_use = false;
@@ -90,13 +103,15 @@ class GatewayCore {
     RefusalReason reason = RefusalReason::kNone;
     RecallMerger::MergeId merge = RecallMerger::kNone;
     int64_t deadline_ns = 0;
-    size_t answer_bytes = 0;  // taken of the answer so far
+    size_t answer_bytes = 0;   // of the answer so far, with what is to be read
+    ReadPins::Epoch pins = 0;  // inside these; 0: it reads no records
+    std::unique_ptr<Reading> reading{};
     SpaceEntry* space = nullptr;
     GatewayCall* call = nullptr;  // nullptr: answered early
   };
 
   GatewayCore(const GatewayOptions& options, Clock* clock, ProducerPort port,
-              std::unique_ptr<RecallMerger> merger);
+              std::unique_ptr<RecordReader> records, std::unique_ptr<RecallMerger> merger);
 
   // Calls in.
   int TakeCommands();
@@ -124,7 +139,11 @@ class GatewayCore {
   void Continue(Place* place);
   void ContinueScroll(Place* place);
   void Answer(Place* place);
-  void AnswerMerged(Place* place);
+  bool Deliver(Place* place);
+  bool DeliverMerged(Place* place);
+  bool DeliverRead(Place* place);
+  int ContinueReading();
+  void Finish(Place* place);
   void NoteReason(Place* place, RefusalReason reason, uint32_t retry_after_ms);
 
   // Endings.
@@ -155,10 +174,12 @@ class GatewayCore {
 
   // Owner core only.
   ProducerPort port_;
+  const std::unique_ptr<RecordReader> records_;  // nullptr: the shards have no logs
   const std::unique_ptr<RecallMerger> merger_;
   std::vector<Place> places_;
   std::vector<Sent> sent_;  // by place, requests_per_call_ each
   std::vector<uint32_t> free_places_;
+  std::vector<uint32_t> reading_;        // places whose shards have answered
   std::vector<Completion> completions_;  // of one batch
   std::vector<SlotId> slots_;            // while one request is made for each shard
   std::vector<std::byte> scratch_;       // one batch of a merge

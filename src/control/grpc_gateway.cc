@@ -32,6 +32,8 @@ namespace engram {
 namespace {
 
 constexpr const char* kServiceName = "engram.v1.EngramService";
+constexpr const char* kLivenessName = "liveness";
+constexpr uint32_t kRecoveryRetryMs = 1'000;
 // A deadline further away than this is none.
 constexpr auto kLongestDeadline = std::chrono::hours(24 * 365);
 // At the end calls are refused with UNAVAILABLE, which clients take as a word to try again
@@ -112,6 +114,8 @@ struct CallContext {
   const CounterCatalogue* counters;
   UnreadAnswers unread;
   CallCount calls;
+  std::function<std::string()> recovering;
+  std::atomic<bool> serves;  // what was recovered is there
 };
 
 // The call's deadline on our monotonic clock; 0: none.
@@ -183,6 +187,11 @@ class UnaryCall : public grpc::ServerUnaryReactor, public GatewayCall {
     if (!counted_) {
       Finish({grpc::StatusCode::UNAVAILABLE,
               std::string(DescribeRefusal(RefusalReason::kShuttingDown).text)});
+      return;
+    }
+    if (!context_->serves.load(std::memory_order_acquire)) {
+      Finish(StatusWithRetry(StatusCodeOf(RefusalReason::kRecovering),
+                             "recovering: " + context_->recovering(), kRecoveryRetryMs));
       return;
     }
     if (auto read = ReadMessage(request_bytes, &request_); !read.ok()) {
@@ -421,7 +430,9 @@ class GrpcServer final : public GrpcGateway {
                  .clock = clock,
                  .counters = counters,
                  .unread = UnreadAnswers(options.unread_bytes, options.unread_small_bytes),
-                 .calls = {}},
+                 .calls = {},
+                 .recovering = options.recovering,
+                 .serves = !options.recovering},
         service_(&context_) {}
   ~GrpcServer() override { Shutdown(0); }
 
@@ -464,8 +475,14 @@ class GrpcServer final : public GrpcGateway {
                       "another, or \"\" to switch gRPC off");
     }
     endpoint_.port = static_cast<uint16_t>(port);
-    server_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
+    server_->GetHealthCheckService()->SetServingStatus(kLivenessName, true);
+    SetHealth(!context_.recovering);
     return {};
+  }
+
+  void SetServing() override {
+    context_.serves.store(true, std::memory_order_release);
+    SetHealth(true);
   }
 
   const Endpoint& endpoint() const override { return endpoint_; }
@@ -483,6 +500,12 @@ class GrpcServer final : public GrpcGateway {
   }
 
  private:
+  // "" is what a probe asks for that names no service.
+  void SetHealth(bool serves) {
+    server_->GetHealthCheckService()->SetServingStatus("", serves);
+    server_->GetHealthCheckService()->SetServingStatus(kServiceName, serves);
+  }
+
   Endpoint endpoint_;
   CallContext context_;
   EngramService service_;

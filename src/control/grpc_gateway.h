@@ -1,7 +1,9 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "src/control/gateway_inbox.h"
@@ -29,13 +31,20 @@ struct GrpcOptions {
   int keepalive_ms = 60'000;
   int keepalive_timeout_ms = 20'000;
   int max_calls_of_connection = 1'024;  // under way
+  // Where it is given, calls are refused with UNAVAILABLE and what this says (any thread asks),
+  // and health is NOT_SERVING, until SetServing. Empty: it serves at once.
+  std::function<std::string()> recovering = {};
 };
 
 // Engram's unary calls over gRPC (engram.v1.EngramService), with grpc.health.v1 and server
 // reflection. Threads are gRPC's own; they reach the appliance through the gateway core's door
 // only.
 //
-// Lifecycle: Start, once the gateway core polls; Shutdown, while it still does; destructor.
+// Lifecycle: Start, once the gateway core polls; SetServing, where the options asked for it;
+// Shutdown, while it still does; destructor.
+//
+// Health is told under three names. "" and the service's are SERVING while calls are answered;
+// "liveness" is from the start until Shutdown.
 class GrpcGateway {
  public:
   // Whether this program was built with gRPC; without it Start fails with kUnavailable.
@@ -48,6 +57,8 @@ class GrpcGateway {
 
   // With the port that was given.
   virtual const Endpoint& endpoint() const = 0;
+  // What was recovered is there: calls are answered from now on. Any thread, once.
+  virtual void SetServing() = 0;
   // Takes no more calls, waits until those that were taken are answered, and cuts those that are
   // not by then. Blocks.
   virtual void Shutdown(int64_t timeout_ns) = 0;

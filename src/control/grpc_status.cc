@@ -26,6 +26,7 @@ grpc::StatusCode StatusCodeOf(RefusalReason reason) {
     case RefusalReason::kSpaceLimit:
       return grpc::StatusCode::RESOURCE_EXHAUSTED;
     case RefusalReason::kShuttingDown:
+    case RefusalReason::kRecovering:
       return grpc::StatusCode::UNAVAILABLE;
     case RefusalReason::kSnapshotTooOld:
       return grpc::StatusCode::OUT_OF_RANGE;
@@ -41,16 +42,21 @@ grpc::StatusCode StatusCodeOf(RefusalReason reason) {
 }
 
 grpc::Status BusyStatus(const std::string& message, uint32_t retry_after_ms) {
+  return StatusWithRetry(grpc::StatusCode::RESOURCE_EXHAUSTED, message, retry_after_ms);
+}
+
+grpc::Status StatusWithRetry(grpc::StatusCode code, const std::string& message,
+                             uint32_t retry_after_ms) {
   v1::RetryInfo retry;
   retry.mutable_retry_delay()->set_seconds(retry_after_ms / 1000);
   retry.mutable_retry_delay()->set_nanos(static_cast<int32_t>(retry_after_ms % 1000) * 1'000'000);
   v1::RpcStatus details;
-  details.set_code(grpc::StatusCode::RESOURCE_EXHAUSTED);
+  details.set_code(code);
   details.set_message(message + "; call again in " + std::to_string(retry_after_ms) + " ms");
   google::protobuf::Any* any = details.add_details();
   any->set_type_url("type.googleapis.com/google.rpc.RetryInfo");
   any->set_value(retry.SerializeAsString());
-  return {grpc::StatusCode::RESOURCE_EXHAUSTED, details.message(), details.SerializeAsString()};
+  return {code, details.message(), details.SerializeAsString()};
 }
 
 grpc::Status RefusalStatus(RefusalReason reason, const std::string& message,

@@ -12,6 +12,10 @@ namespace engram {
 // The status code that a refusal is told with.
 grpc::StatusCode StatusCodeOf(RefusalReason reason);
 
+// With google.rpc.RetryInfo.
+grpc::Status StatusWithRetry(grpc::StatusCode code, const std::string& message,
+                             uint32_t retry_after_ms);
+
 // RESOURCE_EXHAUSTED with google.rpc.RetryInfo.
 grpc::Status BusyStatus(const std::string& message, uint32_t retry_after_ms);
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string_view>
 
+#include "src/core/log_address.h"
 #include "src/core/vector_dtype.h"
 
 namespace engram {
@@ -76,7 +77,8 @@ enum class PayloadKind : uint8_t {
 
 // One neighbour in a recall's answer. Behind it: its vector where that was asked for
 // (vector_dimension float32 numbers), id, payload, then zeros up to a multiple of 8. The same bytes
-// travel from shard to producer and from there to the client.
+// travel from shard to producer and from there to the client, but for hits whose record has to be
+// read (kHitAtAddress): these hold a HitReference in place of vector and payload.
 struct HitHeader {
   uint32_t hit_bytes;      // this header, vector, id, payload and padding
   float score;             // see Metric; 0 where nothing was compared
@@ -85,15 +87,27 @@ struct HitHeader {
   float confidence;        // as the client gave it
   uint32_t payload_bytes;  // 0 when there is none or it was not asked for
   uint16_t id_bytes;
-  uint8_t flags;  // kHitPayloadOmitted
+  uint8_t flags;  // kHitPayloadOmitted, kHitAtAddress
   PayloadKind payload_kind;
   uint16_t vector_dimension;  // 0 when it was not asked for
   uint16_t reserved;
 };
 static_assert(sizeof(HitHeader) == 40);
-// The payload did not fit in the answer's bound (kMaxResultPayloadBytes in all).
+// The payload did not fit in the answer's bound (kMaxResultPayloadBytes in all), or its record
+// cannot be read (then the vector is missing as well).
 inline constexpr uint8_t kHitPayloadOmitted = 1;
+// Inside the appliance only: payload and vector lie in a log. Header, HitReference, id, padding.
+// payload_bytes and vector_dimension are those that the hit will have, 0 where not asked for.
+inline constexpr uint8_t kHitAtAddress = 2;
 inline constexpr size_t kMaxResultPayloadBytes = size_t{1} << 20;
+
+// Where a hit's record lies.
+struct HitReference {
+  LogAddress address;
+  uint32_t record_bytes;
+  uint32_t has_older_stamp;  // 1: it was restored since, so its record's stamp is an earlier one
+};
+static_assert(sizeof(HitReference) == 16);
 
 // One space as its shard sees it; the name follows, then zeros up to a multiple of 8.
 struct SpaceRecord {
@@ -113,5 +127,17 @@ struct SpaceRecord {
 static_assert(sizeof(SpaceRecord) == 56);
 
 constexpr size_t PadTo8(size_t bytes) { return (bytes + 7) & ~size_t{7}; }
+
+// Of a hit's header and what lies before its id.
+constexpr size_t HitIdOffset(const HitHeader& header) {
+  return sizeof(HitHeader) + ((header.flags & kHitAtAddress) != 0
+                                  ? sizeof(HitReference)
+                                  : header.vector_dimension * sizeof(float));
+}
+// The hit's bytes with its vector and payload.
+constexpr size_t FullHitBytes(const HitHeader& header) {
+  return PadTo8(sizeof(HitHeader) + header.vector_dimension * sizeof(float) + header.id_bytes +
+                header.payload_bytes);
+}
 
 }  // namespace engram

@@ -34,6 +34,7 @@ enum class RefusalEffect : uint8_t {
   X(14, kShuttingDown, "shutting_down", kCloses, "the daemon is stopping; connect again later")   \
   X(15, kPartialFrameLimit, "partial_frame_limit", kCloses,                                       \
     "memory for unfinished frames ran out and this one was the oldest")                           \
+  X(16, kRecovering, "recovering", kCloses, "the daemon reads its log; connect again later")      \
   X(20, kWrongDimension, "wrong_dimension", kConsumes,                                            \
     "the vector's dimension is not the space's, or not 1 to 4096")                                \
   X(21, kNotFinite, "not_finite", kConsumes, "the vector has a NaN or an infinity")               \
@@ -51,6 +52,12 @@ enum class RefusalEffect : uint8_t {
   X(44, kDiskFull, "disk_full", kWaits, "the log has no room on its disk; free some, or delete")  \
   X(45, kDiskFailing, "disk_failing", kWaits, "the disk of the log fails; see the daemon's log")  \
   X(46, kLogBusy, "log_busy", kWaits, "the disk is slower than what is sent")                     \
+  X(47, kQuotaObservations, "quota_observations", kWaits,                                         \
+    "the space has as many observations as quota_observations allows; delete some, raise it, or " \
+    "set quota_when_full = \"evict_oldest\"")                                                     \
+  X(48, kQuotaMemory, "quota_memory", kWaits,                                                     \
+    "the space takes as much memory as quota_mib allows; delete some, raise it, or set "          \
+    "quota_when_full = \"evict_oldest\"")                                                         \
   X(60, kSequenceGap, "sequence_gap", kAnswers, "send the expected sequence number next")         \
   X(61, kSessionExpired, "session_expired", kCloses, "the session is not known; begin a new one") \
   X(62, kFenced, "fenced", kCloses, "another connection took over this session")                  \

@@ -95,9 +95,10 @@ struct HelloRequest {
   SpaceName space;
 };
 
-// One observation. The vector (as received) lies at kRequestBodyOffset, then id, then payload.
-// Without a session (0) it stands alone: no sequence, no credit, and the space is named. It then
-// goes to the shard that owns the id (SpaceCatalogue).
+// One observation. The vector (as received) lies at kRequestBodyOffset, then id, then payload
+// (which may be missing where shards hand on what lies in a log). Without a session (0) it stands
+// alone: no sequence, no credit, and the space is named. It then goes to the shard that owns the id
+// (SpaceCatalogue).
 struct ObserveRequest {
   RequestHeader header{RequestKind::kObserve};
   ObservationOp op = ObservationOp::kUpsert;
@@ -120,6 +121,7 @@ struct ObserveRequest {
   float scale = 1;                     // of an int8 vector
   SpaceName space;                     // without a session
   LogAddress address = kNoLogAddress;  // its home shard's: where it lies in the log
+  uint32_t record_bytes = 0;           // there; 0 without a log
 };
 
 // One recall. The query vector (as received) lies at kRequestBodyOffset.

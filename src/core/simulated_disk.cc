@@ -428,6 +428,19 @@ std::optional<std::vector<std::byte>> SimulatedDisk::ContentOf(const std::string
   return file->second->content;
 }
 
+std::optional<std::vector<std::byte>> SimulatedDisk::BytesOf(const std::string& directory,
+                                                             const std::string& name,
+                                                             uint64_t offset, size_t bytes) const {
+  const auto at = directories_.find(directory);
+  if (at == directories_.end()) return std::nullopt;
+  const auto file = at->second.names.find(name);
+  if (file == at->second.names.end()) return std::nullopt;
+  const std::span<const std::byte> content = file->second->content;
+  if (offset > content.size() || bytes > content.size() - offset) return std::nullopt;
+  const auto part = content.subspan(offset, bytes);
+  return std::vector<std::byte>(part.begin(), part.end());
+}
+
 uint64_t SimulatedDisk::used_bytes() const {
   uint64_t used = 0;
   for (const auto& [path, directory] : directories_) {

@@ -66,6 +66,10 @@ class SimulatedDisk {
   // What a reader would find now, or nothing when there is no such file.
   std::optional<std::vector<std::byte>> ContentOf(const std::string& directory,
                                                   const std::string& name) const;
+  // Some bytes of that; nothing where they are not all there.
+  std::optional<std::vector<std::byte>> BytesOf(const std::string& directory,
+                                                const std::string& name, uint64_t offset,
+                                                size_t bytes) const;
   // Bytes of all files.
   uint64_t used_bytes() const;
 

@@ -59,6 +59,16 @@ bool SpaceEntry::Grow(uint16_t from) {
                                              std::memory_order_acq_rel);
 }
 
+SpaceEntry::Use SpaceEntry::TotalUse() const {
+  Use total;
+  const uint16_t count = partitions();
+  for (uint16_t p = 0; p < count; ++p) {
+    total.observations += use_[p].observations.load(std::memory_order_relaxed);
+    total.bytes += use_[p].bytes.load(std::memory_order_relaxed);
+  }
+  return total;
+}
+
 uint16_t SpaceEntry::PartitionIn(ShardId shard) const {
   const auto found = std::ranges::find(shards_, shard);
   return found == shards_.end() ? kNoPartition : static_cast<uint16_t>(found - shards_.begin());
@@ -198,6 +208,13 @@ SpaceEntry* SpaceCatalogue::AddLocked(std::string_view name, const SpaceSettings
   entry.metric_ = settings.metric;
   entry.precision_ = settings.precision;
   entry.durability_ = settings.durability;
+  entry.ttl_ns_ = settings.ttl_ns;
+  entry.quota_observations_ = settings.quota_observations;
+  entry.quota_bytes_ = settings.quota_bytes;
+  entry.when_full_ = settings.when_full;
+  if (settings.quota_observations > 0 || settings.quota_bytes > 0) {
+    entry.use_ = std::make_unique<SpaceEntry::PartitionUse[]>(max_partitions_);
+  }
   entry.first_partitions_ = settings.partitions;
   entry.dimension_.store(settings.dimension, std::memory_order_relaxed);
   entry.partitions_.store(settings.partitions, std::memory_order_relaxed);

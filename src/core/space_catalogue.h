@@ -13,8 +13,15 @@
 #include "src/core/ids.h"
 #include "src/core/observation.h"
 #include "src/core/result.h"
+#include "src/core/spsc_ring.h"
 
 namespace engram {
+
+// What becomes of an observation for which its space's quota has no room.
+enum class WhenFull : uint8_t {
+  kRefuse = 1,
+  kEvictOldest = 2,  // it is taken, and the oldest one ends
+};
 
 // What an operator says of a space beforehand; 0 and kUnspecified leave it open.
 struct SpaceSettings {
@@ -23,6 +30,11 @@ struct SpaceSettings {
   Durability durability = Durability::kUnspecified;
   uint16_t dimension = 0;
   uint16_t partitions = 0;
+  // Not filled from the defaults of spaces that were not configured.
+  int64_t ttl_ns = 0;               // an observation ends when it is so old; 0: never
+  uint64_t quota_observations = 0;  // over all partitions; 0: no bound
+  uint64_t quota_bytes = 0;         // likewise, of memory
+  WhenFull when_full = WhenFull::kRefuse;
 };
 
 // What a log or a checkpoint says of a space. Stored: unchangeable.
@@ -40,8 +52,8 @@ static_assert(sizeof(SpaceDefinition) == 8);
 
 // One memory space, as all cores know it.
 //
-// Invariants: name, index, metric, precision, durability and shards never change; dimension goes
-// from 0 to its value once; partitions only grows, by doubling.
+// Invariants: name, index, metric, precision, durability, TTL, quotas and shards never change;
+// dimension goes from 0 to its value once; partitions only grows, by doubling.
 class SpaceEntry {
  public:
   std::string_view name() const { return {name_.data(), name_bytes_}; }
@@ -49,6 +61,14 @@ class SpaceEntry {
   Metric metric() const { return metric_; }
   Precision precision() const { return precision_; }
   Durability durability() const { return durability_; }
+  int64_t ttl_ns() const { return ttl_ns_; }
+  uint64_t quota_observations() const { return quota_observations_; }
+  uint64_t quota_bytes() const { return quota_bytes_; }
+  WhenFull when_full() const { return when_full_; }
+  bool has_quota() const { return use_ != nullptr; }
+  bool evicts() const { return has_quota() && when_full_ == WhenFull::kEvictOldest; }
+  // Its observations have to be known by age.
+  bool ends_by_age() const { return ttl_ns_ > 0 || evicts(); }
   SpaceDefinition Definition() const {
     const uint16_t now = partitions();
     return {
@@ -82,8 +102,27 @@ class SpaceEntry {
     return shards_[sessions_dealt_.fetch_add(1, std::memory_order_relaxed) % partitions()];
   }
 
+  // Of what quotas bound. Only with has_quota().
+  struct Use {
+    uint64_t observations = 0;
+    uint64_t bytes = 0;
+  };
+  // Each partition's shard says what it has; `partition` is below max_partitions().
+  void PublishUse(uint16_t partition, const Use& use) {
+    use_[partition].observations.store(use.observations, std::memory_order_relaxed);
+    use_[partition].bytes.store(use.bytes, std::memory_order_relaxed);
+  }
+  // Of all partitions, as they said last.
+  Use TotalUse() const;
+
  private:
   friend class SpaceCatalogue;
+
+  // alignas: each is written by another core with every observation.
+  struct alignas(kFalseSharingBytes) PartitionUse {
+    std::atomic<uint64_t> observations{0};
+    std::atomic<uint64_t> bytes{0};
+  };
 
   std::array<char, kMaxSpaceNameBytes> name_{};
   uint8_t name_bytes_ = 0;
@@ -91,8 +130,13 @@ class SpaceEntry {
   Metric metric_ = Metric::kUnspecified;
   Precision precision_ = Precision::kUnspecified;
   Durability durability_ = Durability::kUnspecified;
+  WhenFull when_full_ = WhenFull::kRefuse;
   uint16_t first_partitions_ = 1;
-  std::span<const ShardId> shards_;  // by partition, all that there may ever be
+  int64_t ttl_ns_ = 0;
+  uint64_t quota_observations_ = 0;
+  uint64_t quota_bytes_ = 0;
+  std::unique_ptr<PartitionUse[]> use_;  // by partition; nullptr: no quota
+  std::span<const ShardId> shards_;      // by partition, all that there may ever be
   std::atomic<uint16_t> dimension_{0};
   std::atomic<uint16_t> partitions_{1};
   std::atomic<uint32_t> sessions_dealt_{0};

@@ -198,7 +198,7 @@ TEST(FieldsNotHonouredTest, NamesThoseThatWereChanged) {
   config.spaces.push_back({.name = "notes", .ttl_s = 6, .filter_keys = {}});
   EXPECT_EQ(FieldsNotHonoured(config),
             (std::vector<std::string>{"limits.overload_threshold", "limits.recall_batch",
-                                      "space.ttl_s", "space.filter_keys"}));
+                                      "space.filter_keys"}));
 }
 
 }  // namespace

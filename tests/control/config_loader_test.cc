@@ -41,7 +41,7 @@ constexpr Wrong kWrongFiles[] = {
      "engram.toml:2: listen.tpc: unknown field; did you mean tcp?"},
     {"UnknownKeyLikeNone", "[data]\nsize = 1\n",
      "engram.toml:2: data.size: unknown field; here go directory, backend, durability, "
-     "segment_mib, flush_interval_ms, checkpoint_mib and session_keep_days"},
+     "segment_mib, flush_interval_ms, checkpoint_mib, session_keep_days and ttl_s"},
     {"KeyOfAnotherSection", "[listen]\nmax_connections = 5\n",
      "engram.toml:2: listen.max_connections: unknown field; it belongs below [limits]"},
     {"KeyOfTwoSections", "[limits]\nprecision = \"f32\"\n",
@@ -176,7 +176,8 @@ constexpr Wrong kWrongFiles[] = {
      "most 2, or give cores.shard more processors"},
     {"SpaceKey", "[[space]]\nname = \"a\"\ndims = 4\n",
      "engram.toml:3: space.dims: unknown field; here go name, dimension, metric, precision, "
-     "partitions, durability, ttl_s, quota_observations, quota_mib and filter_keys"},
+     "partitions, durability, ttl_s, quota_observations, quota_mib, "
+     "quota_when_full and filter_keys"},
     {"FilterKeyTwice", "[[space]]\nname = \"a\"\nfilter_keys = [\"lang\", \"lang\"]\n",
      "engram.toml:3: space.filter_keys: \"lang\" is listed twice; list it once"},
     {"FilterKeyEmpty", "[[space]]\nname = \"a\"\nfilter_keys = [\"\"]\n",
@@ -281,6 +282,7 @@ durability = "interval"
 ttl_s = 86_400
 quota_observations = 1_000_000
 quota_mib = 2_048
+quota_when_full = "evict_oldest"
 filter_keys = ["lang"]
 [[space]]
 name = "talks"
@@ -321,6 +323,7 @@ partitions = 1
   EXPECT_EQ(films.ttl_s, 86'400u);
   EXPECT_EQ(films.quota_observations, 1'000'000u);
   EXPECT_EQ(films.quota_mib, 2'048u);
+  EXPECT_EQ(films.quota_when_full, WhenFull::kEvictOldest);
   EXPECT_EQ(films.filter_keys, std::vector<std::string>{"lang"});
   EXPECT_EQ(read->spaces[1].precision, Precision::kInt8);
   EXPECT_EQ(read->spaces[1].partitions, 1u);

@@ -16,6 +16,7 @@
 #include "src/core/clock.h"
 #include "src/core/commit_stamp.h"
 #include "src/core/shard_port.h"
+#include "tests/dataplane/fake_log_disk.h"
 
 namespace engram {
 
@@ -43,6 +44,7 @@ class GatewayFakeShard {
   std::map<std::string, Space> spaces;           // by name
   std::vector<RequestHeader> seen;               // as they were when answered
   std::optional<CommitStamp> last_snapshot;      // of a recall
+  FakeLogs* logs = nullptr;                      // where payloads and vectors lie; nullptr: here
   void Publish(CommitStamp complete) { port_.stamps->Publish(port_.shard, complete); }
   size_t held() const { return waiting_.size(); }
   uint32_t free_result_slots() const { return port_.result_slab->free_slots(); }
@@ -237,8 +239,8 @@ class GatewayFakeShard {
     SendBatch(origin, CompletionKind::kRecords, body, spaces.size());
   }
 
-  static std::string HitOf(const Space::value_type& entry, float score, bool with_payload,
-                           bool with_vector) {
+  std::string HitOf(const Space::value_type& entry, float score, bool with_payload,
+                    bool with_vector) {
     const auto& [id, kept] = entry;
     HitHeader header{};
     header.score = score;
@@ -252,6 +254,15 @@ class GatewayFakeShard {
     const size_t vector_bytes = header.vector_dimension * sizeof(float);
     header.hit_bytes = static_cast<uint32_t>(
         PadTo8(sizeof(header) + vector_bytes + id.size() + header.payload_bytes));
+    if (logs != nullptr && header.payload_bytes + vector_bytes > 0) {
+      std::vector<std::byte> hit = logs->Put(port_.shard.value(), 1, next_record_, id, kept.payload,
+                                             kept.stamp, kept.vector);
+      next_record_ += static_cast<uint32_t>(PadTo8(1'024 + vector_bytes + kept.payload.size()));
+      header.flags = kHitAtAddress;
+      header.hit_bytes = static_cast<uint32_t>(hit.size());
+      std::memcpy(hit.data(), &header, sizeof(header));
+      return {reinterpret_cast<const char*>(hit.data()), hit.size()};
+    }
     std::string bytes(reinterpret_cast<const char*>(&header), sizeof(header));
     bytes.append(reinterpret_cast<const char*>(kept.vector.data()), vector_bytes);
     bytes += id;
@@ -287,6 +298,7 @@ class GatewayFakeShard {
   Clock* clock_;
   StampClock stamps_;
   std::deque<SlotId> waiting_;
+  uint32_t next_record_ = 4'096;
 };
 
 }  // namespace engram

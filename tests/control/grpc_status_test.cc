@@ -40,6 +40,7 @@ TEST(GrpcStatusTest, OtherRefusalsHaveTheirCode) {
            {RefusalReason::kSnapshotTooOld, StatusCode::OUT_OF_RANGE},
            {RefusalReason::kSpaceLimit, StatusCode::RESOURCE_EXHAUSTED},
            {RefusalReason::kShuttingDown, StatusCode::UNAVAILABLE},
+           {RefusalReason::kRecovering, StatusCode::UNAVAILABLE},
            {RefusalReason::kFenced, StatusCode::INTERNAL}}) {
     const grpc::Status status = RefusalStatus(reason, "text", 5);
     EXPECT_EQ(status.error_code(), code) << DescribeRefusal(reason).name;

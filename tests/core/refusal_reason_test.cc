@@ -68,6 +68,8 @@ TEST(RefusalReasonTest, CodesOnTheWireStayWhatTheyAre) {
   EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(20)).name, "wrong_dimension");
   EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(22)).name, "zero_vector");
   EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(40)).name, "queue_full");
+  EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(47)).name, "quota_observations");
+  EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(48)).name, "quota_memory");
   EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(60)).name, "sequence_gap");
   EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(71)).name, "session_space_mismatch");
   EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(73)).name, "merges_full");

@@ -354,12 +354,12 @@ TEST(DecodeRecallTest, FaultsAreNamed) {
   }
 }
 
-TEST(DecodeIntrospectTest, KnowsThreeQuestions) {
+TEST(DecodeIntrospectTest, KnowsItsQuestions) {
   IntrospectWhat what{};
   for (int value = 0; value < 256; ++value) {
     const Exact body(WireWriter().U8(static_cast<uint64_t>(value)).Take());
     const RefusalReason reason = DecodeIntrospect(body.get(), &what);
-    EXPECT_EQ(reason, value >= 1 && value <= 3 ? RefusalReason::kNone : RefusalReason::kBadFrame);
+    EXPECT_EQ(reason, value >= 1 && value <= 5 ? RefusalReason::kNone : RefusalReason::kBadFrame);
     if (reason == RefusalReason::kNone) {
       EXPECT_EQ(static_cast<int>(what), value);
     }

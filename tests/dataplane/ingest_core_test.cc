@@ -731,8 +731,26 @@ TEST_F(IngestCoreTest, StatusIsLinesOfText) {
         "core" + std::to_string(i) + " made_up_counter_name " + std::to_string(i) + "\n";
     ASSERT_NE(text.find(line), std::string::npos) << line;
   }
-  client.Send(IntrospectBytes(12, 4));
+  client.Send(IntrospectBytes(12, 6));
   ExpectRefusedAndClosed(client, RefusalReason::kBadFrame);
+}
+
+TEST_F(IngestCoreTest, FilesAreHeldForAWhileOrUntilTheyNeedNotBe) {
+  std::atomic<int64_t> until_ns{0};
+  HarnessOptions options = Calm();
+  options.ingest.held_until_ns = &until_ns;
+  Start(options);
+  TestClient& client = Greeted();
+  client.Send(IntrospectBytes(11, 4));
+  EXPECT_EQ(client.Await(kWireIntrospection).size(), 1u);
+  const int64_t first_ns = until_ns.load();
+  EXPECT_GT(first_ns, 9 * kNanosPerSecond);
+  client.Send(IntrospectBytes(12, 4));
+  EXPECT_EQ(client.Await(kWireIntrospection).size(), 2u);
+  EXPECT_GT(until_ns.load(), first_ns);
+  client.Send(IntrospectBytes(13, 5));
+  EXPECT_EQ(client.Await(kWireIntrospection).size(), 3u);
+  EXPECT_EQ(until_ns.load(), 0);
 }
 
 TEST_F(IngestCoreTest, ACheckpointIsAskedForAndAnsweredAtOnce) {

@@ -30,6 +30,7 @@ struct HarnessOptions {
   uint16_t partitions = 1;  // of a new space
   uint32_t lane_capacity = 64;
   uint32_t recall_lane_capacity = 64;
+  RecordAccess records = {};
   uint64_t seed = 1;
 };
 
@@ -47,8 +48,8 @@ class IngestHarness {
       shards_.push_back(
           std::make_unique<FakeShard>(mesh_->TakeShard(ShardId(s)), &clock_, options_.seed + s));
     }
-    auto core =
-        IngestCore::Create(options_.ingest, &clock_, &network_, std::move(port), &catalogue_);
+    auto core = IngestCore::Create(options_.ingest, &clock_, &network_, std::move(port),
+                                   &catalogue_, options_.records);
     CHECK(core.has_value(), "the core was made");
     core_ = *std::move(core);
     partial_blocks_ = core_->free_partial_blocks();

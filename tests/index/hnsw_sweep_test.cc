@@ -106,6 +106,24 @@ TEST(HnswSweepTest, WhatStaysIsFoundAtEachMoment) {
   });
 }
 
+// So many come between two slices that the lists lead beyond what there was when it began.
+TEST(HnswSweepTest, TheGraphMayGrowFarDuringASweep) {
+  GraphFixture fixture(Metric::kL2, 4, kSmall);
+  constexpr NodeId kBefore = 200;
+  constexpr NodeId kAfter = 6'000;
+  const TestVectors data = GaussianVectors(kAfter, 4, 9);
+  for (NodeId node = 0; node < kBefore; ++node) fixture.Link(fixture.Store(data[node]));
+  std::vector<NodeId> batch(20);
+  std::iota(batch.begin(), batch.end(), NodeId{0});
+  NodeId next = kBefore;
+  fixture.Sweep(batch, 1, [&] {
+    if (fixture.sweep.repairing_tree()) return;
+    for (; next < kAfter; ++next) fixture.Link(fixture.Store(data[next]));
+  });
+  EXPECT_EQ(next, kAfter);
+  ForgetBatch(&fixture);
+}
+
 // New nodes come between a sweep's slices: none is linked to a doomed one.
 TEST(HnswSweepTest, LinkingGoesOnDuringASweep) {
   GraphFixture fixture(Metric::kL2, 6, kSmall);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -309,6 +310,57 @@ TEST(RecallJobTest, PayloadsBeyondTheBoundAreOmittedAndMarked) {
   EXPECT_EQ(sent, kMaxResultPayloadBytes);
   // The next recall has the whole bound again.
   EXPECT_FALSE(rig.Recall({16}, {.k = 1, .with_payload = true}).hits[0].payload_omitted);
+}
+
+// Whoever answers reads them, and settles which payloads fit.
+TEST(RecallJobTest, HitsNameTheRecordsOfWhatLiesInALog) {
+  RecallRig rig(Metric::kL2);
+  rig.Add("memory", {0}, "here");
+  const std::string payload(kMaxPayloadBytes, 'p');
+  for (uint32_t i = 1; i <= 20; ++i) {
+    const std::string id = "id" + std::to_string(i);
+    const float number = static_cast<float>(i);
+    const ObservationRef observation{.id = id,
+                                     .payload = BytesOf(i < 20 ? payload : ""),
+                                     .dtype = VectorDtype::kF32,
+                                     .dimension = 1,
+                                     .vector = reinterpret_cast<const std::byte*>(&number),
+                                     .origin = 1'000 + i,
+                                     .record_bytes = 70'000};
+    ASSERT_EQ(rig.space.Upsert(observation, 100 + i).reason, RefusalReason::kNone);
+  }
+  rig.space.Suppress("id2", 200, false);
+  rig.space.Restore("id2", 201);
+  for (const bool with_vector : {false, true}) {
+    const RecallAnswer answer =
+        rig.Recall({0}, {.k = 21, .with_payload = true, .with_vector = with_vector});
+    ASSERT_EQ(answer.hits.size(), 21u);
+    EXPECT_EQ(answer.hits[0].payload, "here");
+    EXPECT_EQ(answer.hits[0].vector.size(), with_vector ? 1u : 0u);
+    for (size_t i = 1; i < 21; ++i) {
+      const Hit& hit = answer.hits[i];
+      EXPECT_EQ(hit.id, "id" + std::to_string(i));
+      EXPECT_FALSE(hit.payload_omitted) << "they are not sent, so they have no bound";
+      if (i == 20 && !with_vector) {
+        EXPECT_TRUE(hit.at_address.empty()) << "there is nothing to read";
+        continue;
+      }
+      ASSERT_GE(hit.at_address.size(), sizeof(HitHeader) + sizeof(HitReference));
+      HitHeader header;
+      std::memcpy(&header, hit.at_address.data(), sizeof(header));
+      EXPECT_EQ(header.payload_bytes, i < 20 ? payload.size() : 0);
+      EXPECT_EQ(header.vector_dimension, with_vector ? 1 : 0);
+      HitReference reference;
+      std::memcpy(&reference, hit.at_address.data() + sizeof(header), sizeof(reference));
+      EXPECT_EQ(reference.address, 1'000 + i);
+      EXPECT_EQ(reference.record_bytes, 70'000u);
+      EXPECT_EQ(reference.has_older_stamp, i == 2 ? 1u : 0u);
+    }
+  }
+  for (const Hit& hit : rig.Recall({0}, {.k = 21}).hits) {
+    EXPECT_TRUE(hit.at_address.empty()) << "ids alone need no record";
+    EXPECT_EQ(hit.payload, "");
+  }
 }
 
 }  // namespace

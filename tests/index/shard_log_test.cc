@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -62,8 +63,7 @@ class ShardLogTest : public testing::Test {
       const Space* part = shard->FindSpace(kSpace);
       const NodeId node = part == nullptr ? kNoNode : part->FindLive(id);
       if (node == kNoNode) continue;
-      const auto payload = part->Get(node).payload;
-      payloads.emplace_back(reinterpret_cast<const char*>(payload.data()), payload.size());
+      payloads.push_back(rig_.PayloadOf(part->Get(node)).value_or("unreadable"));
     }
     return payloads;
   }
@@ -182,6 +182,61 @@ TEST_F(ShardLogTest, WhatWasDeletedStaysDeletedWhateverTheNumberOfShards) {
     later = OpenAt(OwnerOf("a"));
     ASSERT_EQ(rig_.shards->Observe(&later, Upsert("a", "2")).reason, kNone);
   }
+}
+
+// What its own log still holds in memory the shard reads from there, as it may not be on the disk.
+TEST_F(ShardLogTest, WhatIsNotOnTheDiskYetIsRecalledWithItsPayload) {
+  DurableSetup setup = SmallSetup();
+  setup.spaces[0].second.durability = Durability::kMemory;
+  Start(setup);
+  RigSession session = OpenAt(0);
+  rig_.medium.StallUntil(rig_.clock.MonotonicNs() + kNanosPerSecond);
+  for (const auto& [id, payload] : {std::pair("a", "first"), {"b", "second"}, {"a", "third"}}) {
+    ASSERT_EQ(rig_.shards->Observe(&session, Upsert(id, payload)).reason, kNone);
+  }
+  const auto recall = [&] {
+    std::map<std::string, std::pair<std::string, std::vector<float>>> found;
+    const RigAnswer answer =
+        rig_.shards->Recall(kSpace, {1, 2}, {.k = 5, .with_payload = true, .with_vector = true});
+    for (const Hit& hit : answer.hits) found[hit.id] = {hit.payload, hit.vector};
+    return found;
+  };
+  const auto expected = recall();
+  EXPECT_EQ(expected.size(), 2u);
+  EXPECT_EQ(expected.at("a"), std::pair(std::string("third"), std::vector<float>{1, 2}));
+  EXPECT_EQ(expected.at("b").first, "second");
+  EXPECT_EQ(rig_.shards->records->counter(RecordReaderCounter::kRecordsRead).Read(), 0u);
+  EXPECT_EQ(PayloadsOf("a"), Payloads{"third"});
+  // Later they are read from the disk.
+  rig_.clock.AdvanceNs(2 * kNanosPerSecond);
+  rig_.shards->Settle();
+  EXPECT_EQ(recall(), expected);
+  EXPECT_EQ(rig_.shards->records->counter(RecordReaderCounter::kRecordsRead).Read(), 2u);
+  EXPECT_EQ(PayloadsOf("a"), Payloads{"third"});
+}
+
+// The record lies in the log of the shard that took it, which has not written it yet: it is
+// awaited.
+TEST_F(ShardLogTest, WhatAnotherShardHasNotWrittenYetIsAwaited) {
+  DurableSetup setup = SmallSetup(2, 2);
+  setup.spaces[0].second.durability = Durability::kMemory;
+  Start(setup);
+  RigSession session = OpenAt(0);
+  rig_.medium.StallUntil(rig_.clock.MonotonicNs() + 20 * kNanosPerMilli);
+  size_t elsewhere = 0;
+  for (int i = 0; i < 8; ++i) {
+    const std::string id = "id" + std::to_string(i);
+    elsewhere += OwnerOf(id) == 1 ? 1 : 0;
+    ASSERT_EQ(rig_.shards->Observe(&session, Upsert(id, "of " + id)).reason, kNone);
+  }
+  ASSERT_GT(elsewhere, 0u);
+  const RigAnswer answer =
+      rig_.shards->Recall(kSpace, {1, 2}, {.k = 8, .with_payload = true}, /*at_shard=*/1);
+  EXPECT_EQ(answer.hits.size(), elsewhere);
+  for (const Hit& hit : answer.hits) EXPECT_EQ(hit.payload, "of " + hit.id);
+  EXPECT_GT(rig_.shards->records->counter(RecordReaderCounter::kReadsRepeated).Read() +
+                rig_.shards->records->counter(RecordReaderCounter::kRecordsRead).Read(),
+            0u);
 }
 
 }  // namespace

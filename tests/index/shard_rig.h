@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include "dataplane/hit_window.h"
+#include "dataplane/record_reader.h"
 #include "dataplane/ring_mesh.h"
 #include "index/shard.h"
 #include "src/core/clock.h"
@@ -66,6 +68,7 @@ struct RigWorld {
   SimulatedClock* clock = nullptr;         // nullptr: the rig's own
   std::vector<ShardStorage> storage = {};  // by shard; empty: in memory only
   std::vector<std::pair<std::string, SpaceSettings>> spaces = {};  // that are configured
+  RecordAccess records = {};  // over the logs, with storage: what hits refer to is read there
 };
 
 struct RigRecord {
@@ -80,6 +83,10 @@ struct RigAnswer {
   std::vector<bool> lasts;  // of each batch
   bool done = false;
   RefusalReason reason = RefusalReason::kNone;
+  bool ended = false;   // the shard has said all; records may still be read
+  size_t resolved = 0;  // hits, from the front, that are whole
+  HitWindow window;     // on those that follow
+  ReadPins::Epoch pins = 0;
 };
 
 // Shards, usually one, and the test as all of their ingress cores.
@@ -130,6 +137,16 @@ class ShardRig {
       shards.push_back(*std::move(created));
     }
     shard = shards[0].get();
+    if (world.records.make_disk == nullptr) return;
+    // Patient enough for faults of the disk, and no longer than a test waits.
+    RecordReaderOptions reading{.max_open_files = 48,
+                                .retry_ns = kNanosPerMilli,
+                                .retry_for_ns = 100 * kNanosPerMilli,
+                                .slots = {{4'096, 16}, {83'968, 16}},
+                                .huge_pages = HugePagePolicy::kOff};
+    auto reader = RecordReader::Create(reading, &clock, world.records);
+    CHECK(reader.has_value(), "the test's reader");
+    records = *std::move(reader);
   }
 
   // ---- Requests ----
@@ -240,6 +257,7 @@ class ShardRig {
     auto* request = new (bytes) RecallRequest;
     request->dtype = VectorDtype::kF32;
     request->with_payload = params.with_payload;
+    request->with_vector = params.with_vector;
     request->space = SpaceName(space);
     request->dimension = static_cast<uint16_t>(query.size());
     request->k = params.k;
@@ -248,6 +266,7 @@ class ShardRig {
     request->origin = 1;
     request->request_id = ++last_request_id_;
     std::memcpy(bytes + kRequestBodyOffset, query.data(), query.size() * sizeof(float));
+    if (records != nullptr) answers[last_request_id_].pins = records->EnterPins();
     Push(producer, Lane::kRecall, slot, at_shard);
     return last_request_id_;
   }
@@ -277,6 +296,17 @@ class ShardRig {
     clock.AdvanceNs(10'000);
     int work = 0;
     for (size_t s = 0; s < shards.size(); ++s) work += PollShard(s);
+    return work + ReadRecords();
+  }
+  // What the hits of answers refer to.
+  int ReadRecords() {
+    if (records == nullptr) return 0;
+    int work = records->Poll();
+    std::erase_if(reading_, [&](uint64_t id) {
+      if (!ContinueReading(&answers[id])) return false;
+      ++work;
+      return true;
+    });
     return work;
   }
   int PollShard(size_t which) {
@@ -336,6 +366,8 @@ class ShardRig {
  public:
   std::vector<std::unique_ptr<Shard>> shards;
   Shard* shard = nullptr;  // the first
+  // Before the answers, whose hits it reads; nullptr: the shards have no logs.
+  std::unique_ptr<RecordReader> records;
   // Everything that came back, in order.
   std::vector<std::pair<size_t, Completion>> completions;
   std::map<uint64_t, RigAnswer> answers;
@@ -387,9 +419,11 @@ class ShardRig {
     if (completion.result_slot != kNoSlot) TakeResult(producer, from, completion);
     if (completion.kind == CompletionKind::kRecallDone ||
         completion.kind == CompletionKind::kIntrospectDone) {
-      EXPECT_FALSE(answers[completion.sequence].done) << "an answer ends once";
-      answers[completion.sequence].done = true;
-      answers[completion.sequence].reason = completion.reason;
+      RigAnswer& answer = answers[completion.sequence];
+      EXPECT_FALSE(answer.ended) << "an answer ends once";
+      answer.ended = true;
+      answer.reason = completion.reason;
+      if (!ContinueReading(&answer)) reading_.push_back(completion.sequence);
     }
     if (completion.slot == kNoSlot) return;
     EXPECT_EQ(outstanding_[producer].erase(completion.slot), 1u) << "a slot comes back once";
@@ -411,7 +445,7 @@ class ShardRig {
     const std::byte* slot =
         ports_[producer].shards[from_shard].result_slab->At(completion.result_slot);
     RigAnswer& answer = answers[completion.sequence];
-    EXPECT_FALSE(answer.done) << "nothing follows the end";
+    EXPECT_FALSE(answer.ended) << "nothing follows the end";
     if (completion.kind == CompletionKind::kResults) {
       answer.lasts.push_back(ReadBatch(slot, &answer.hits).last);
     } else {
@@ -437,6 +471,37 @@ class ShardRig {
     }
   }
 
+  // True when all hits are whole.
+  bool ContinueReading(RigAnswer* answer) {
+    for (;;) {
+      const auto next = [answer] { return answer->resolved + answer->window.size(); };
+      while (!answer->window.full() && next() < answer->hits.size()) {
+        const Hit& hit = answer->hits[next()];
+        // Those that were whole come back as they are.
+        if (hit.at_address.empty() && answer->window.size() > 0) break;
+        if (hit.at_address.empty()) {
+          ++answer->resolved;
+        } else if (!answer->window.Add(hit.at_address.data(), records.get())) {
+          return false;
+        }
+      }
+      if (answer->window.size() == 0) break;
+      const size_t bytes = answer->window.BytesAt(0, records.get());
+      if (bytes == 0) return false;
+      std::vector<std::byte> whole(sizeof(ResultBatch) + bytes);
+      const ResultBatch head{.body_bytes = static_cast<uint32_t>(bytes), .count = 1};
+      std::memcpy(whole.data(), &head, sizeof(head));
+      answer->window.WriteFirst(&whole[sizeof(head)], records.get());
+      std::vector<Hit> read;
+      ReadBatch(whole.data(), &read);
+      answer->hits[answer->resolved++] = read[0];
+    }
+    answer->done = true;
+    if (answer->pins != 0) records->LeavePins(std::exchange(answer->pins, 0));
+    return true;
+  }
+
+  std::vector<uint64_t> reading_;              // answers that are not whole yet
   std::vector<std::set<SlotId>> outstanding_;  // by producer
   HelloRequest last_hello_;
   ObserveRequest last_observe_;

@@ -70,7 +70,11 @@ struct Rig {
     observation.vector = reinterpret_cast<const std::byte*>(vector.data());
     observation.when_ns = static_cast<int64_t>(stamp) * 7;
     observation.confidence = 0.25F;
-    observation.origin = stamp * 8;
+    if (in_log) {
+      observation.origin = stamp * 8;
+      observation.record_bytes = static_cast<uint32_t>(
+          LogRecordBytes(space.name().size(), vector.size_bytes(), id.size(), payload.size()));
+    }
     return space.Upsert(observation, stamp, several_homes);
   }
   // Nobody asks for the past: what has ended may be taken out.
@@ -83,6 +87,7 @@ struct Rig {
     return {reinterpret_cast<const char*>(payload.data()), payload.size()};
   }
 
+  bool in_log = false;  // what is upserted
   ReaderEpochs epochs{1};
   Space space;
   SpaceUpkeep upkeep;
@@ -166,7 +171,7 @@ std::vector<size_t> NodeStarts(std::span<const std::byte> bytes) {
       SavedNode saved;
       std::memcpy(&saved, bytes.data() + at, sizeof(saved));
       nodes.push_back(at);
-      at += saved.record_bytes;
+      at += saved.saved_bytes;
     }
   }
   return nodes;
@@ -338,8 +343,8 @@ TEST(SpaceCheckpointTest, KeepsEverythingOfAnObservation) {
   EXPECT_EQ(stored.payload_kind, PayloadKind::kMemory);
   EXPECT_EQ(stored.when_ns, 350);
   EXPECT_EQ(stored.confidence, 0.25F);
-  EXPECT_EQ(stored.origin, 400u);
-  EXPECT_EQ(stored.received_dtype, VectorDtype::kF32);
+  EXPECT_EQ(stored.origin, kNoLogAddress);
+  EXPECT_EQ(stored.record_bytes, 0u);
   EXPECT_EQ(stored.stamp, 50u);
   // What is hidden keeps the stamp of its content: an upsert before the suppress supersedes it.
   EXPECT_EQ(loaded.Upsert("hidden", vector, 50).later, 51u);
@@ -347,7 +352,6 @@ TEST(SpaceCheckpointTest, KeepsEverythingOfAnObservation) {
   const NodeId restored = loaded.space.FindLive("hidden");
   ASSERT_NE(restored, kNoNode);
   EXPECT_EQ(loaded.PayloadOf(restored), "gone");
-  EXPECT_EQ(loaded.space.Get(restored).origin, 408u);
 
   // Without payloads.
   SpaceSaver saver(&memory.heap);
@@ -359,6 +363,41 @@ TEST(SpaceCheckpointTest, KeepsEverythingOfAnObservation) {
   Rig bare(OptionsOf({Metric::kL2, Precision::kF32, Traversal::kInt8}, 4, 3), &memory);
   ASSERT_NO_FATAL_FAILURE(LoadAll(bytes, &bare.space));
   EXPECT_EQ(bare.PayloadOf(bare.space.FindLive(long_id)), "");
+}
+
+TEST(SpaceCheckpointTest, PayloadsInALogStayThere) {
+  TestHeap memory(size_t{64} << 20);
+  Rig original(OptionsOf({Metric::kL2, Precision::kF32, Traversal::kInt8}, 4, 1), &memory);
+  original.in_log = true;
+  const std::vector<float> vector{1, 2, 3, 4};
+  const std::string payload(kMaxPayloadBytes, 'x');
+  const uint64_t before = original.space.resident_bytes();
+  original.Upsert("large", vector, 50, payload);
+  original.Upsert("hidden", vector, 51, payload);
+  original.space.Suppress("hidden", 60, true);
+  EXPECT_LT(original.space.resident_bytes() - before, size_t{64} << 10);
+  const Bytes bytes = Save(&original, &memory);
+  EXPECT_LT(bytes.size(), size_t{8} << 10);
+  Rig loaded(OptionsOf({Metric::kL2, Precision::kF32, Traversal::kInt8}, 4, 3), &memory);
+  ASSERT_NO_FATAL_FAILURE(LoadAll(bytes, &loaded.space));
+  EXPECT_TRUE(loaded.space.Restore("hidden", 70).existed);
+  for (const auto& [id, address] :
+       {std::pair<std::string, LogAddress>{"large", 400}, {"hidden", 408}}) {
+    const StoredObservation stored = loaded.space.Get(loaded.space.FindLive(id));
+    EXPECT_EQ(stored.id, id);
+    EXPECT_EQ(stored.origin, address);
+    EXPECT_EQ(stored.record_bytes, LogRecordBytes(5, 16, id.size(), payload.size()));
+    EXPECT_EQ(stored.payload_bytes, payload.size());
+    EXPECT_TRUE(stored.payload.empty());
+    EXPECT_EQ(stored.was_hidden, id == "hidden");
+  }
+  // What is taken over to another place is asked for there.
+  const NodeId node = loaded.space.FindLive("large");
+  EXPECT_FALSE(loaded.space.MoveOrigin(node, 408, 800)) << "it was never there";
+  EXPECT_TRUE(loaded.space.MoveOrigin(node, 400, 800));
+  EXPECT_EQ(loaded.space.Get(node).origin, 800u);
+  EXPECT_FALSE(loaded.space.MoveOrigin(node, 400, 1'600));
+  EXPECT_FALSE(loaded.space.MoveOrigin(1'000'000, 400, 1'600));
 }
 
 TEST(SpaceCheckpointTest, EmptySpacesComeBack) {
@@ -996,7 +1035,7 @@ class Mutator {
         saved.end = saved.begin + 1;
         break;
       default:
-        (*bytes)[at + shape.record_bytes - 8] = std::byte{'i'};  // of its id
+        (*bytes)[at + shape.saved_bytes - 8] = std::byte{'i'};  // of its id
         break;
     }
     std::memcpy(bytes->data() + at, &saved, sizeof(saved));
@@ -1187,7 +1226,9 @@ class Program {
         dimension_(static_cast<uint32_t>(1 + random_.Below(5))),
         several_homes_(random_.Below(2) == 0),
         options_(DrawOptions()),
-        rig_(options_, &shop->memory, "program") {}
+        rig_(options_, &shop->memory, "program") {
+    rig_.in_log = random_.Below(2) == 0;
+  }
 
   void Run() {
     ids_ = 1 + random_.Below(random_.Below(3) == 0 ? 80 : 20);
@@ -1388,6 +1429,7 @@ class Program {
     SpaceOptions options = options_;
     options.hash_seed = random_.Next();
     Rig risen(options, &shop_->memory, "program");
+    risen.in_log = rig_.in_log;
     SpaceLoader loader(&risen.space);
     const Result<void> taken = loader.Take(bytes_);
     ASSERT_TRUE(taken.has_value()) << taken.error().message;
@@ -1442,9 +1484,10 @@ class Program {
       }
       if (is_hidden) continue;
       const StoredObservation stored = risen.space.Get(after);
-      ASSERT_EQ(stored.origin, expected.content->stamp * 8) << id;
+      ASSERT_EQ(stored.origin, rig_.in_log ? expected.content->stamp * 8 : kNoLogAddress) << id;
+      ASSERT_EQ(stored.payload_bytes, expected.content->payload.size()) << id;
       ASSERT_EQ(stored.when_ns, static_cast<int64_t>(expected.content->stamp) * 7);
-      ASSERT_EQ(risen.PayloadOf(after), expected.content->payload) << id;
+      ASSERT_EQ(risen.PayloadOf(after), rig_.in_log ? "" : expected.content->payload) << id;
       if (before == kNoNode) continue;
       std::vector<float> a(dimension_);
       std::vector<float> b(dimension_);
@@ -1466,8 +1509,10 @@ class Program {
     }
     for (const auto& [id, entry] : model.entries()) {
       const RecallAnswer answer = RunRecall(risen.space, &shop_->job, entry.vector,
-                                            {.k = 3, .ef = 1'000, .with_payload = true});
-      ASSERT_NO_FATAL_FAILURE(model.ExpectExact(answer.hits, entry.vector, 3, true)) << id;
+                                            {.k = 3, .ef = 1'000, .with_payload = !rig_.in_log});
+      ASSERT_NO_FATAL_FAILURE(
+          model.ExpectExact(answer.hits, entry.vector, 3, /*with_payload=*/!rig_.in_log))
+          << id;
     }
   }
 

@@ -46,7 +46,7 @@ class SpaceRig {
                        float confidence = 0.5F) {
     const std::vector<std::byte> bytes = EncodeVector(dtype, vector);
     const bool was_there = model.entries().contains(id);
-    const auto [reason, existed, later] =
+    const auto [reason, existed, later, node] =
         space->Upsert({.id = id,
                        .payload = BytesOf(payload),
                        .payload_kind = PayloadKind::kOpaque,

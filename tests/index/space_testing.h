@@ -113,6 +113,7 @@ struct Hit {
   CommitStamp stamp = kNoStamp;
   std::vector<float> vector = {};
   bool payload_omitted = false;
+  std::vector<std::byte> at_address = {};  // of a hit that refers to a record: its bytes
   bool operator==(const Hit&) const = default;
 };
 
@@ -131,6 +132,21 @@ inline ResultBatch ReadBatch(const std::byte* slot, std::vector<Hit>* hits) {
   for (uint16_t i = 0; i < batch.count; ++i) {
     HitHeader header;
     std::memcpy(&header, from, sizeof(header));
+    if ((header.flags & kHitAtAddress) != 0) {
+      const auto* id = reinterpret_cast<const char*>(from) + HitIdOffset(header);
+      EXPECT_EQ(header.hit_bytes, PadTo8(sizeof(header) + sizeof(HitReference) + header.id_bytes));
+      hits->push_back({.id = {id, header.id_bytes},
+                       .payload = {},
+                       .score = header.score,
+                       .when_ns = header.when_ns,
+                       .confidence = header.confidence,
+                       .stamp = header.stamp,
+                       .vector = {},
+                       .payload_omitted = (header.flags & kHitPayloadOmitted) != 0,
+                       .at_address = {from, from + header.hit_bytes}});
+      from += header.hit_bytes;
+      continue;
+    }
     const size_t vector_bytes = header.vector_dimension * sizeof(float);
     const auto* text = reinterpret_cast<const char*>(from + sizeof(header) + vector_bytes);
     const size_t used = sizeof(header) + vector_bytes + header.id_bytes + header.payload_bytes;

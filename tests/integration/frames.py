@@ -34,12 +34,13 @@ WITH_PAYLOAD, WITH_VECTOR, SNAPSHOT = 1, 2, 4  # flags of recall
 REASONS = {
     "bad_magic": 1, "bad_version": 2, "bad_type": 3, "frame_too_long": 4, "bad_crc": 5,
     "bad_frame": 6, "hello_required": 7, "hello_repeated": 8, "slow_reader": 12,
-    "connection_limit": 13, "shutting_down": 14, "wrong_dimension": 20, "not_finite": 21,
+    "connection_limit": 13, "shutting_down": 14, "recovering": 16, "wrong_dimension": 20,
+    "not_finite": 21,
     "zero_vector": 22, "bad_dtype": 23, "bad_id": 24, "payload_too_large": 25, "bad_scale": 26,
     "bad_confidence": 27, "bad_operation": 28, "sequence_gap": 60, "session_expired": 61,
     "fenced": 62, "bad_space_id": 65, "metric_mismatch": 66, "dimension_mismatch": 67,
     "unknown_space": 68, "bad_recall": 69, "no_session": 70, "session_space_mismatch": 71,
-    "merges_full": 73,
+    "merges_full": 73, "quota_observations": 47, "quota_memory": 48,
 }
 REASON_NAMES = {code: name for name, code in REASONS.items()}
 
@@ -433,11 +434,12 @@ class Client:
         return b"".join(part.body[8:] for part in parts).decode()
 
     def counters(self):
-        """{counter: sum over cores}"""
+        """{counter: sum over cores}, without what is text"""
         sums = collections.Counter()
         for line in self.introspect(STATUS).splitlines():
-            _, name, value = line.rsplit(" ", 2)
-            sums[name] += int(value)
+            _, name, value = line.split(" ", 2)
+            if value.isdigit():
+                sums[name] += int(value)
         return sums
 
     def ping(self, sequence=7):

@@ -142,7 +142,7 @@ class Operator:
                     self._note_acked()
                     self._drop()
                 except frames.Refused as error:
-                    if error.nak.name not in ("shutting_down", "handshake_timeout"):
+                    if error.nak.name not in ("shutting_down", "recovering", "handshake_timeout"):
                         raise
                     self._drop()
         finally:

@@ -54,7 +54,11 @@ TEST(CheckpointProgramsTest, WhatWasAcknowledgedIsThere) {
       {"failed_starts", stats.failed_starts},
       {"files_loaded", stats.loaded},
       {"files_loaded_elsewhere", stats.loaded_elsewhere},
+      {"segments_freed", stats.segments_freed},
+      {"records_taken_over", stats.records_taken_over},
+      {"pinned_reads", stats.pinned_reads},
       {"recalls", stats.recalls},
+      {"records_read", stats.records_read},
       {"verified", stats.verified},
       {"spaces_grown", stats.grown},
       {"sessions_lowered", stats.lowered}};
@@ -78,6 +82,42 @@ TEST(CheckpointProgramsTest, WhatIsLoadedInPlaceMeetsWhatIsReplayed) {
                       << "\nagain: ENGRAM_DURABLE_RESHARD=0 ENGRAM_DURABLE_SEED=" << seed;
 }
 
+// Segments fill, are rewritten and freed, and it crashes amid that.
+TEST(CheckpointProgramsTest, WhatIsTakenOverIsThere) {
+  ProgramStats stats;
+  ProgramOptions options;
+  options.checkpoints = true;
+  options.rewrites = true;
+  options.reshards = FromEnvironment("ENGRAM_DURABLE_RESHARD", 1) != 0;
+  uint64_t first = FromEnvironment("ENGRAM_DURABLE_FIRST", 1);
+  uint64_t seeds = FromEnvironment("ENGRAM_DURABLE_SEEDS", UsualSeeds() / 2);
+  if (const uint64_t seed = FromEnvironment("ENGRAM_DURABLE_SEED", 0); seed != 0) {
+    options.talks = true;
+    first = seed;
+    seeds = 1;
+  }
+  const auto [seed, violation] = RunSeeds(first, seeds, options, &stats);
+  ASSERT_EQ(seed, 0u) << violation << "\nagain: ENGRAM_DURABLE_SEED=" << seed;
+  const std::vector<std::pair<std::string, uint64_t>> counts = {
+      {"acks", stats.acks},
+      {"checkpoints", stats.checkpoints},
+      {"power_cuts", stats.power_cuts},
+      {"kills", stats.kills},
+      {"segments_freed", stats.segments_freed},
+      {"records_taken_over", stats.records_taken_over},
+      {"crashes_in_takeovers", stats.crashes_in_takeovers},
+      {"pinned_reads", stats.pinned_reads},
+      {"pinned_reads_from_vault", stats.reads_from_vault},
+      {"logs_kept", stats.logs_kept},
+      {"files_loaded_elsewhere", stats.loaded_elsewhere}};
+  for (const auto& [name, count] : counts) {
+    std::printf("%s %llu\n", name.c_str(), static_cast<unsigned long long>(count));
+    if (seeds >= 200) {
+      EXPECT_GT(count, 0u) << name << ": the programs no longer come to that";
+    }
+  }
+}
+
 // One space on a machine that a test steps itself.
 class CheckpointStepsTest : public testing::Test {
  protected:
@@ -87,6 +127,8 @@ class CheckpointStepsTest : public testing::Test {
     setup_.shard = DurableRig::SmallShard();
     setup_.writer = DurableRig::SmallWriter();
     setup_.keeper = DurableRig::SmallKeeper();
+    setup_.checkpointer.retention.free_after_ns = kNanosPerMilli;
+    setup_.checkpointer.retention.rewrite_bytes_per_second = uint64_t{1} << 30;
     SpaceSettings settings;
     settings.metric = Metric::kL2;
     settings.durability = Durability::kFsync;
@@ -126,6 +168,33 @@ class CheckpointStepsTest : public testing::Test {
     }
     return rig_.checkpointer->completed() > before;
   }
+  // Nothing is taken over and nothing waits to be freed any more, but for who reads.
+  void Settle() {
+    for (int i = 0; i < 5'000; ++i) {
+      Poll();
+      PollCheckpointer();
+    }
+    EXPECT_FALSE(rig_.checkpointer->retention().is_taking_over());
+  }
+  StoredObservation Stored(const std::string& id) const {
+    for (const auto& shard : rig_.shards->shards) {
+      const Space* part = shard->FindSpace("space");
+      const NodeId node = part == nullptr ? kNoNode : part->FindLive(id);
+      if (node != kNoNode) return part->Get(node);
+    }
+    return {};
+  }
+  bool IsThere(LogSegment segment) {
+    return rig_.medium.ContentOf(LogFolder(segment.log), SegmentName(segment.number)).has_value();
+  }
+  // `id` alone lives in its segment, which is not replayed any more; `other` has filled the rest.
+  LogSegment LeaveAlone(const std::string& id, const std::string& other) {
+    Store(id, "payload of " + id);
+    for (int i = 0; i < 20; ++i) Store(other, std::to_string(i) + std::string(30'000, 'x'));
+    EXPECT_TRUE(Checkpoint());
+    Settle();
+    return SegmentAt(Stored(id).origin);
+  }
   RigSession Alone(size_t shard) const {
     RigSession nobody;
     nobody.origin = 1;
@@ -150,8 +219,7 @@ class CheckpointStepsTest : public testing::Test {
       const Space* part = shard->FindSpace("space");
       const NodeId node = part == nullptr ? kNoNode : part->FindLive(id);
       if (node == kNoNode) continue;
-      const auto payload = part->Get(node).payload;
-      return {reinterpret_cast<const char*>(payload.data()), payload.size()};
+      return rig_.PayloadOf(part->Get(node)).value_or("unreadable");
     }
     return "";
   }
@@ -188,9 +256,9 @@ TEST_F(CheckpointStepsTest, TheLogStaysSmallOverManyRounds) {
       Store("id" + std::to_string(stored % 5), std::to_string(stored) + std::string(30'000, 'x'));
     }
     ASSERT_TRUE(Checkpoint()) << (notes_.empty() ? "" : notes_.back());
-    for (int i = 0; i < 2'000; ++i) Poll();
-    // The one that is written, those ahead, those to be used again.
-    EXPECT_LE(CountSegments(0), 1 + setup_.keeper.ahead + setup_.keeper.spare) << round;
+    Settle();
+    // The one that is written, those ahead, those to be used again; those that five live in.
+    EXPECT_LE(CountSegments(0), 1 + setup_.keeper.ahead + setup_.keeper.spare + 3) << round;
     if (round % 4 == 3) {
       ASSERT_EQ(StartAgain(), "");
     }
@@ -200,6 +268,232 @@ TEST_F(CheckpointStepsTest, TheLogStaysSmallOverManyRounds) {
     EXPECT_EQ(payload.substr(0, payload.find('x')), std::to_string(i));
   }
 }
+
+// ---- Segments that live ----
+
+TEST_F(CheckpointStepsTest, WhatIsReadIsNotFreed) {
+  ASSERT_EQ(Start(), "");
+  for (int i = 0; i < 20; ++i) Store("a", std::to_string(i) + std::string(30'000, 'x'));
+  const StoredObservation read = Stored("a");
+  const LogSegment segment = SegmentAt(read.origin);
+  const ReadPins::Epoch pin = rig_.pins->Enter(1);
+  for (int i = 0; i < 20; ++i) Store("a", std::to_string(i) + std::string(30'000, 'y'));
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_TRUE(Checkpoint());
+    Settle();
+  }
+  EXPECT_TRUE(rig_.checkpointer->retention().has_dead());
+  EXPECT_TRUE(rig_.PayloadOf(read) == "19" + std::string(30'000, 'x'));
+  rig_.pins->Leave(1, pin);
+  Settle();
+  EXPECT_FALSE(rig_.checkpointer->retention().has_dead());
+  EXPECT_EQ(rig_.PayloadOf(read), std::nullopt);
+  EXPECT_FALSE(IsThere(segment) && CountSegments(0) > 5);
+}
+
+// Logged by shard 0, kept by shard 1: the table of either alone says that nothing lives.
+TEST_F(TwoShardsTest, ASegmentLivesByWhatAnyShardNames) {
+  ASSERT_EQ(Start(), "");
+  setup_.checkpointer.retention.rewrite_below_permille = 0;
+  ASSERT_EQ(StartAgain(), "");
+  const LogSegment first = LeaveAlone(IdOf(1), IdOf(0));
+  ASSERT_EQ(first.log, 0);
+  ASSERT_TRUE(Checkpoint());
+  Settle();
+  EXPECT_EQ(PayloadOf(IdOf(1)), "payload of " + IdOf(1));
+  EXPECT_GT(rig_.checkpointer->retention().counter(RetentionCounter::kFreed), 0u);
+  ASSERT_EQ(StartAgain(), "");
+  EXPECT_EQ(PayloadOf(IdOf(1)), "payload of " + IdOf(1));
+}
+
+// What lives in a mostly dead segment moves to the vault. Until the next round has found the old
+// place empty, a crash comes back to that.
+TEST_F(CheckpointStepsTest, TheOldPlaceStaysUntilARoundHasFoundItEmpty) {
+  ASSERT_EQ(Start(), "");
+  const LogSegment first = LeaveAlone("a", "b");
+  ASSERT_TRUE(Checkpoint());  // It lists.
+  Settle();
+  EXPECT_EQ(LogOf(Stored("a").origin), kVaultLog);
+  EXPECT_EQ(PayloadOf("a"), "payload of a");
+  // A segment that was freed would be used again for these.
+  for (int i = 0; i < 20; ++i) Store("b", std::to_string(i) + std::string(30'000, 'y'));
+  for (int i = 0; i < 100; ++i) Poll();
+  EXPECT_TRUE(IsThere(first));
+  rig_.CutPower();
+  ASSERT_EQ(Start(), "");
+  EXPECT_EQ(SegmentAt(Stored("a").origin), first);
+  EXPECT_EQ(PayloadOf("a"), "payload of a");
+  // The file that nobody names is found dead, and its number is not used again.
+  ASSERT_TRUE(Checkpoint());
+  Settle();
+  EXPECT_EQ(CountSegments(kVaultLog), 0u);
+  ASSERT_TRUE(Checkpoint());
+  Settle();
+  ASSERT_EQ(LogOf(Stored("a").origin), kVaultLog);
+  EXPECT_EQ(SegmentAt(Stored("a").origin).number, 2u);
+  ASSERT_TRUE(Checkpoint());
+  Settle();
+  EXPECT_LE(CountSegments(0), 1 + setup_.keeper.ahead + setup_.keeper.spare + 1);
+  rig_.CutPower();
+  ASSERT_EQ(Start(), "");
+  EXPECT_EQ(LogOf(Stored("a").origin), kVaultLog);
+  EXPECT_EQ(PayloadOf("a"), "payload of a");
+}
+
+// Several in one file, and what the vault holds is rewritten by the same rule.
+TEST_F(CheckpointStepsTest, TheVaultIsRewrittenAsTheLogs) {
+  ASSERT_EQ(Start(), "");
+  for (int i = 0; i < 12; ++i) {
+    Store("a" + std::to_string(i), std::to_string(i) + std::string(5'000, 'a'));
+  }
+  (void)LeaveAlone("b", "c");
+  rig_.checkpointer->RequestCompaction();
+  for (int i = 0; i < 100'000 && rig_.checkpointer->busy(); ++i) {
+    Poll();
+    PollCheckpointer();
+  }
+  Settle();
+  const LogSegment before = SegmentAt(Stored("a0").origin);
+  ASSERT_EQ(before.log, kVaultLog);
+  EXPECT_EQ(SegmentAt(Stored("a11").origin), before);
+  for (int i = 0; i < 10; ++i) Store("a" + std::to_string(i), "new");
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_TRUE(Checkpoint());
+    Settle();
+  }
+  EXPECT_GT(SegmentAt(Stored("a11").origin), before);
+  EXPECT_FALSE(IsThere(before));
+  ASSERT_EQ(StartAgain(), "");
+  EXPECT_EQ(PayloadOf("a11"), "11" + std::string(5'000, 'a'));
+  EXPECT_EQ(PayloadOf("a3"), "new");
+}
+
+TEST_F(CheckpointStepsTest, ADamagedRecordKeepsItsSegment) {
+  ASSERT_EQ(Start(), "");
+  const LogSegment first = LeaveAlone("a", "b");
+  const StoredObservation damaged = Stored("a");
+  const uint32_t offset = OffsetOf(PositionOf(damaged.origin));
+  rig_.medium.FlipBit("log-000", SegmentName(first.number), (offset + 100) * uint64_t{8});
+  for (int i = 0; i < 4; ++i) {
+    ASSERT_TRUE(Checkpoint());
+    Settle();
+  }
+  EXPECT_EQ(Stored("a").origin, damaged.origin);
+  EXPECT_TRUE(IsThere(first));
+  const auto says = [&](const std::string& note) {
+    return note.find("log-000/" + SegmentName(first.number)) != std::string::npos &&
+           note.find("offset " + std::to_string(offset) + " ") != std::string::npos;
+  };
+  EXPECT_EQ(std::ranges::count_if(notes_, says), 1) << "once, and not in each round";
+}
+
+TEST_F(CheckpointStepsTest, AFullDiskLeavesNothingOfTheVault) {
+  ASSERT_EQ(Start(), "");
+  const LogSegment first = LeaveAlone("a", "b");
+  rig_.checkpointer->Request();
+  for (int i = 0; i < 100'000 && !rig_.checkpointer->retention().is_taking_over(); ++i) {
+    Poll();
+    PollCheckpointer();
+  }
+  SimulatedDiskFaults full;
+  full.capacity_bytes = rig_.medium.used_bytes();
+  rig_.medium.SetFaults(full);
+  Settle();
+  EXPECT_NE(notes_.back().find("No space left"), std::string::npos) << notes_.back();
+  EXPECT_EQ(rig_.medium.Open("vault")->List()->size(), 0u);
+  EXPECT_EQ(SegmentAt(Stored("a").origin), first);
+  rig_.medium.SetFaults({});
+  ASSERT_TRUE(Checkpoint());
+  Settle();
+  EXPECT_EQ(LogOf(Stored("a").origin), kVaultLog);
+  EXPECT_EQ(PayloadOf("a"), "payload of a");
+}
+
+// At each operation of the disks the power fails, from the round that lists to the one that frees.
+TEST_F(CheckpointStepsTest, APowerCutAnywhereOfATakeoverLosesNothing) {
+  uint64_t cuts = 0;
+  for (uint64_t at = 1;; ++at) {
+    SCOPED_TRACE(at);
+    ASSERT_EQ(rig_.running() ? StartAgain() : Start(), "");
+    (void)LeaveAlone("a", "b");
+    const std::string last = PayloadOf("b");
+    rig_.disks.power_cut_in = at;
+    for (int round = 0; round < 2 && !rig_.disks.power_failed; ++round) {
+      rig_.checkpointer->Request();
+      for (int i = 0; i < 5'000 && !rig_.disks.power_failed; ++i) {
+        Poll();
+        PollCheckpointer();
+      }
+    }
+    const bool was_cut = rig_.disks.power_failed;
+    rig_.disks.power_cut_in = 0;
+    rig_.CutPower();
+    ASSERT_EQ(Start(), "");
+    ASSERT_EQ(PayloadOf("a"), "payload of a");
+    ASSERT_EQ(PayloadOf("b"), last);
+    if (!was_cut) break;
+    ++cuts;
+  }
+  EXPECT_GT(cuts, 25u);
+}
+
+// The log of a shard that is gone lives as long as something in it does, and goes on where it ended
+// when the shard is back, whatever was freed meanwhile.
+TEST_F(TwoShardsTest, ALogOutlivesItsShardAndGoesOnWithIt) {
+  setup_.spaces[0].second.partitions = 1;
+  setup_.checkpointer.retention.rewrite_below_permille = 0;
+  ASSERT_EQ(Start(), "");
+  const auto store_at = [this](size_t shard, const std::string& id, const std::string& payload) {
+    for (int i = 0; i < 1'000; ++i) {
+      const auto [completion, request] =
+          rig_.shards->ObserveAlone(Alone(shard), Upsert(id, payload));
+      if (completion.reason == RefusalReason::kNone) return;
+      for (int n = 0; n < 20; ++n) Poll();
+    }
+    ADD_FAILURE() << id << " is not taken";
+  };
+  const auto in_one_shard = [this](uint16_t shards) {
+    setup_.shards = shards;
+    setup_.max_partitions = shards;
+    return StartAgain();
+  };
+  store_at(1, "a", "in log 1");
+  for (int i = 0; i < 10; ++i) store_at(1, "b", std::string(30'000, 'b'));
+  ASSERT_EQ(LogOf(Stored("a").origin), 1);
+  ASSERT_EQ(in_one_shard(1), "");
+  ASSERT_TRUE(Checkpoint());
+  Settle();
+  EXPECT_EQ(PayloadOf("a"), "in log 1");
+  ASSERT_EQ(in_one_shard(1), "");
+  EXPECT_EQ(PayloadOf("a"), "in log 1");
+  const uint32_t last = SegmentAt(Stored("b").origin).number;
+  // Back, and it dies before a checkpoint; then gone again.
+  ASSERT_EQ(in_one_shard(2), "");
+  EXPECT_EQ(PayloadOf("a"), "in log 1");
+  store_at(1, "c", "in log 1 again");
+  EXPECT_GT(SegmentAt(Stored("c").origin).number, last);
+  ASSERT_EQ(in_one_shard(2), "");
+  EXPECT_EQ(PayloadOf("c"), "in log 1 again");
+  ASSERT_EQ(in_one_shard(1), "");
+  EXPECT_EQ(PayloadOf("c"), "in log 1 again");
+  EXPECT_EQ(PayloadOf("a"), "in log 1");
+  // Nothing is left in it.
+  for (const char* id : {"a", "b", "c"}) store_at(0, id, "in log 0");
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_TRUE(Checkpoint());
+    Settle();
+  }
+  EXPECT_TRUE(rig_.medium.Open(LogFolder(1))->List()->empty());
+  const auto root = rig_.medium.Open(DurableRig::kRootFolder);
+  EXPECT_TRUE((*ReadManifest(*root))->kept.empty());
+  ASSERT_EQ(in_one_shard(2), "");
+  store_at(1, "d", "in log 1 once more");
+  ASSERT_EQ(in_one_shard(2), "");
+  for (const char* id : {"a", "b", "c"}) EXPECT_EQ(PayloadOf(id), "in log 0");
+  EXPECT_EQ(PayloadOf("d"), "in log 1 once more");
+}
+
+// ---- Rounds ----
 
 // An upsert is under way while a later delete of the same id is answered. Its record is replayed,
 // the delete's is not: so the delete must be in what was saved.

@@ -102,6 +102,7 @@ struct ProgramStats {
   uint64_t starts = 0;
   uint64_t failed_starts = 0;
   uint64_t recalls = 0;
+  uint64_t records_read = 0;  // for these, from the disk
   uint64_t verified = 0;
   uint64_t grown = 0;
   uint64_t disk_full = 0;
@@ -112,8 +113,14 @@ struct ProgramStats {
   uint64_t failed_checkpoints = 0;
   uint64_t crashes_in_checkpoints = 0;
   uint64_t crashes_before_recovery = 0;  // while the manifest is read and logs are given up
-  uint64_t loaded = 0;                   // starts from a checkpoint
-  uint64_t loaded_elsewhere = 0;         // of these, with another number of shards
+  uint64_t segments_freed = 0;
+  uint64_t records_taken_over = 0;
+  uint64_t crashes_in_takeovers = 0;
+  uint64_t pinned_reads = 0;
+  uint64_t reads_from_vault = 0;
+  uint64_t logs_kept = 0;         // of shards that are gone, at a start
+  uint64_t loaded = 0;            // starts from a checkpoint
+  uint64_t loaded_elsewhere = 0;  // of these, with another number of shards
 };
 
 struct ProgramOptions {
@@ -122,6 +129,7 @@ struct ProgramOptions {
   bool audits = true;
   bool reshards = true;  // another number of shards now and then
   bool checkpoints = false;
+  bool rewrites = false;  // with them: segments fill, and crashes are rarer, but amid takeovers
   bool talks = false;
 };
 
@@ -140,7 +148,8 @@ class DurableProgram {
   const std::string& violation() const { return violation_; }
 
   void Run() {
-    const uint64_t steps = 200 + random_.Below(600);
+    uint64_t steps = 200 + random_.Below(600);
+    if (options_.rewrites) steps *= 2;
     for (uint64_t i = 0; i < steps && violation_.empty(); ++i) Step();
     if (!violation_.empty()) return;
     Finish();
@@ -178,6 +187,8 @@ class DurableProgram {
     segment_bytes_ = static_cast<uint32_t>(128 * 1024 << random_.Below(2));
     ahead_ = static_cast<uint32_t>(1 + random_.Below(2));
     big_payloads_ = OneIn(3);
+    fills_segments_ = options_.rewrites || (options_.checkpoints && OneIn(2));
+    rewrite_below_permille_ = static_cast<uint32_t>(500 * random_.Below(3));
     const size_t spaces = 1 + random_.Below(2);
     constexpr std::array<Durability, 4> kDurabilities{Durability::kFsync, Durability::kFsync,
                                                       Durability::kInterval, Durability::kMemory};
@@ -233,6 +244,11 @@ class DurableProgram {
     for (const ModelSpace& space : spaces_) setup.spaces.emplace_back(space.name, space.settings);
     setup.checkpointer.retry_ns = 5 * kNanosPerMilli;
     if (options_.checkpoints && OneIn(2)) setup.checkpointer.every_bytes = 64 * 1024;
+    setup.checkpointer.retention.free_after_ns =
+        static_cast<int64_t>(random_.Below(2) * kNanosPerMilli);
+    setup.checkpointer.retention.rewrite_below_permille = rewrite_below_permille_;
+    setup.checkpointer.retention.rewrite_bytes_per_second = uint64_t{1} << 30;
+    setup.checkpointer.retention.merge_vault_files = 3;
     return setup;
   }
 
@@ -298,6 +314,8 @@ class DurableProgram {
       }
     } else if (choice < 990) {
       Reconnect(random_.Below(clients_.size()));
+    } else if (options_.rewrites && !OneIn(8)) {
+      return;
     } else if (choice < 994) {
       Crash(OneIn(2));
     } else if (choice < 997) {
@@ -311,8 +329,9 @@ class DurableProgram {
   // Whether that was the step.
   bool StepCheckpoints() {
     const uint64_t choice = random_.Below(1'000);
-    if (choice < 100) {
+    if (choice < 100 || (options_.rewrites && choice >= 700 && choice < 980)) {
       PollCheckpointer();
+      rig_->store->Poll();
       return true;
     }
     if (choice < 112) {
@@ -320,7 +339,25 @@ class DurableProgram {
       Say("a checkpoint is asked for");
       return true;
     }
-    if (choice < 122 && rig_->checkpointer->busy()) {
+    if (choice < 115) {
+      rig_->checkpointer->RequestCompaction();
+      Say("a compaction is asked for");
+      return true;
+    }
+    if (choice >= 980) {
+      Pin();
+      return true;
+    }
+    if (choice < 135 && rig_->checkpointer->retention().is_taking_over()) {
+      ++stats_.crashes_in_takeovers;
+      if (OneIn(2)) {
+        Crash(OneIn(2));
+      } else if (rig_->disks.power_cut_in == 0) {
+        rig_->disks.power_cut_in = 1 + random_.Below(12);
+      }
+      return true;
+    }
+    if (choice < 122 && rig_->checkpointer->busy() && (!options_.rewrites || OneIn(8))) {
       ++stats_.crashes_in_checkpoints;
       if (OneIn(2)) {
         Crash(OneIn(2));
@@ -342,10 +379,85 @@ class DurableProgram {
     });
   }
 
+  // One who reads records for an answer, long after it was told where they lie.
+  struct PinnedRead {
+    LogAddress address = kNoLogAddress;
+    uint32_t bytes = 0;
+    std::string id;
+    std::string payload;
+  };
+
+  // Enters, or reads and leaves.
+  void Pin() {
+    constexpr uint32_t kPlace = 1;
+    if (pin_ != 0) {
+      for (const PinnedRead& read : pinned_) {
+        const LogPosition position = PositionOf(read.address);
+        const std::string folder = LogFolder(LogOf(read.address));
+        const std::string name = SegmentName(SegmentOf(position));
+        const auto bytes = rig_->medium.BytesOf(folder, name, OffsetOf(position), read.bytes);
+        LogRecord record;
+        if (!bytes ||
+            ParseLogRecord(*bytes, read.address, &record, nullptr) != LogRecordFault::kNone ||
+            record.id != read.id || record.payload.size() != read.payload.size() ||
+            std::memcmp(record.payload.data(), read.payload.data(), read.payload.size()) != 0) {
+          Violate(read.id + " is gone from " + folder + "/" + name + " while it is read");
+        }
+        ++stats_.pinned_reads;
+        stats_.reads_from_vault += LogOf(read.address) == kVaultLog ? 1 : 0;
+      }
+      pinned_.clear();
+      rig_->pins->Leave(kPlace, std::exchange(pin_, 0));
+      return;
+    }
+    pin_ = rig_->pins->Enter(kPlace);
+    for (const ModelSpace& space : spaces_) {
+      for (const auto& shard : rig_->shards->shards) {
+        const Space* part = shard->FindSpace(space.name);
+        for (NodeId node = 0; part != nullptr && node < part->node_count(); ++node) {
+          if (!part->IsVisible(node, kOpenStamp - 1) || !OneIn(3)) continue;
+          const StoredObservation stored = part->Get(node);
+          const uint16_t log = LogOf(stored.origin);
+          if (stored.record_bytes == 0 ||
+              (log < shards_ &&
+               !rig_->store->ForShard(log).log->NotDurable(stored.origin).empty())) {
+            continue;
+          }
+          const auto payload = rig_->PayloadOf(stored);
+          if (!payload) Violate(std::string(stored.id) + " cannot be read");
+          pinned_.push_back(
+              {stored.origin, stored.record_bytes, std::string(stored.id), payload.value_or("")});
+        }
+      }
+    }
+  }
+
+  // The segments that an observation lies in.
+  std::set<LogSegment> NamedSegments() const {
+    std::set<LogSegment> named;
+    for (const ModelSpace& space : spaces_) {
+      for (const auto& shard : rig_->shards->shards) {
+        const Space* part = shard->FindSpace(space.name);
+        for (NodeId node = 0; part != nullptr && node < part->node_count(); ++node) {
+          const auto content = part->ContentOf(node);
+          if (content && content->stored.record_bytes != 0) {
+            named.insert(SegmentAt(content->stored.origin));
+          }
+        }
+      }
+    }
+    return named;
+  }
+
   // Nothing else goes on: it succeeds, and what is not needed any more is gone.
   void CheckpointAll() {
+    if (pin_ != 0) Pin();
     const auto await = [this] {
-      for (int i = 0; i < 100'000 && violation_.empty() && rig_->checkpointer->busy(); ++i) {
+      const auto busy = [this] {
+        const Retention& retention = rig_->checkpointer->retention();
+        return rig_->checkpointer->busy() || retention.is_taking_over() || retention.has_dead();
+      };
+      for (int i = 0; i < 100'000 && violation_.empty() && busy(); ++i) {
         PollAll();
         PollCheckpointer();
       }
@@ -355,6 +467,21 @@ class DurableProgram {
     rig_->checkpointer->Request();
     await();
     if (rig_->checkpointer->completed() == before) Violate("a checkpoint is not completed");
+    // Until a round finds nothing to free and nothing to take over.
+    const auto changes = [this] {
+      const Retention& retention = rig_->checkpointer->retention();
+      return retention.counter(RetentionCounter::kFreed) +
+             retention.counter(RetentionCounter::kTakenOver);
+    };
+    uint64_t rounds = 0;
+    for (uint64_t seen = kNever; violation_.empty() && seen != changes(); ++rounds) {
+      seen = changes();
+      rig_->checkpointer->Request();
+      await();
+      rig_->checkpointer->Request();
+      await();
+      if (rounds == 8) Violate("rounds at rest go on changing what is kept");
+    }
     for (int i = 0; i < 2'000; ++i) {
       rig_->clock.AdvanceNs(100 * kNanosPerMicro);
       rig_->store->Poll();
@@ -374,6 +501,19 @@ class DurableProgram {
       Violate("the manifest is of other logs");
       return;
     }
+    const std::set<LogSegment> named = NamedSegments();
+    for (const CheckpointManifest::Kept& kept : (*manifest)->kept) {
+      if (std::ranges::none_of(named, [&](LogSegment each) { return each.log == kept.log; })) {
+        Violate(LogFolder(kept.log) + " is kept, and nothing lies in it");
+      }
+    }
+    const auto vault = rig_->medium.Open(LogFolder(kVaultLog))->List();
+    for (const DirectoryEntry& entry : *vault) {
+      const auto number = SegmentNumber(entry.name);
+      if (!number || !named.contains({kVaultLog, *number})) {
+        Violate("vault/" + entry.name + " is left");
+      }
+    }
     for (const uint16_t log : rig_->logs) {
       const auto disk = rig_->medium.Open(LogFolder(log));
       const auto entries = disk->List();
@@ -382,14 +522,16 @@ class DurableProgram {
       size_t spare = 0;
       for (const DirectoryEntry& entry : *entries) {
         const std::string place = LogFolder(log) + "/" + entry.name;
+        const auto segment = SegmentNumber(entry.name);
+        const bool is_named = segment && named.contains({log, *segment});
         if (log >= shards_) {
-          Violate(place + " is left, of a shard that is gone");
+          if (!is_named) Violate(place + " is left, of a shard that is gone");
         } else if (const auto round = CheckpointRound(entry.name)) {
           ++files;
           if (*round != (*manifest)->round) Violate(place + " is left");
-        } else if (const auto segment = SegmentNumber(entry.name)) {
+        } else if (segment) {
           last = std::max(last, *segment);
-          spare += *segment < SegmentOf((*manifest)->logs[log].from) ? 1 : 0;
+          spare += *segment < SegmentOf((*manifest)->logs[log].from) && !is_named ? 1 : 0;
         } else {
           Violate(place + " is none of ours");
         }
@@ -428,6 +570,7 @@ class DurableProgram {
       rig_->shards->PollShard(s);
       TakeCompletions();
     }
+    rig_->shards->ReadRecords();
     if (OneIn(4)) rig_->store->Poll();
     if (options_.checkpoints && !recovering_ && OneIn(4)) PollCheckpointer();
   }
@@ -475,6 +618,7 @@ class DurableProgram {
       made->payload = std::to_string(made->number) + ":";
       size_t filler = random_.Below(60);
       if (OneIn(8)) filler = random_.Below(3'000);
+      if (fills_segments_ && OneIn(3)) filler = random_.Below(16'000);
       if (big_payloads_ && OneIn(10)) filler = random_.Below(60'000);
       made->payload.append(filler, static_cast<char>('a' + made->number % 26));
       for (size_t i = 0; i < kDimension; ++i) {
@@ -810,6 +954,7 @@ class DurableProgram {
   void Crash(bool power) {
     if (!rig_->running()) return;
     if (recovering_) ++stats_.cuts_in_recovery;
+    NoteRetention();
     if (!power && OneIn(2)) {
       // What the kernel has still goes on.
       rig_->clock.AdvanceNs(5 * kNanosPerMilli);
@@ -822,6 +967,15 @@ class DurableProgram {
       rig_->Kill();
     }
     NoteStopped(power);
+  }
+
+  void NoteRetention() {
+    pin_ = 0;
+    pinned_.clear();
+    if (rig_->checkpointer == nullptr) return;
+    const Retention& retention = rig_->checkpointer->retention();
+    stats_.segments_freed += retention.counter(RetentionCounter::kFreed);
+    stats_.records_taken_over += retention.counter(RetentionCounter::kTakenOver);
   }
 
   // What clients know and may expect from then on.
@@ -892,6 +1046,11 @@ class DurableProgram {
         ++stats_.loaded;
         stats_.loaded_elsewhere += source.shards != shards_ ? 1 : 0;
       }
+    }
+    if (options_.checkpoints) {
+      const auto root = rig_->medium.Open(DurableRig::kRootFolder);
+      const auto manifest = ReadManifest(*root);
+      if (manifest && *manifest) stats_.logs_kept += (*manifest)->kept.size();
     }
     recovering_ = true;
     recovery_steps_ = 0;
@@ -1164,7 +1323,7 @@ class DurableProgram {
       const StoredObservation stored = part->Get(node);
       if (stored.stamp < latest) continue;
       latest = stored.stamp;
-      payload.assign(reinterpret_cast<const char*>(stored.payload.data()), stored.payload.size());
+      payload = rig_->PayloadOf(stored).value_or("unreadable:");
     }
     return payload;
   }
@@ -1174,6 +1333,8 @@ class DurableProgram {
   }
 
   void ExpectPossible(size_t space, size_t id, const std::string& when) {
+    // What was in memory alone is gone with the machine.
+    if (rig_->disks.power_failed) return;
     const std::string live = LivePayload(space, id);
     const std::set<Content> possible = PossibleContents(space, id);
     for (const Content& content : possible) {
@@ -1263,18 +1424,25 @@ class DurableProgram {
       if (operation->outstanding > 0) return;
     }
     ++stats_.recalls;
+    const Counter& read = rig_->shards->records->counter(RecordReaderCounter::kRecordsRead);
+    const uint64_t read_before = read.Read();
     std::optional<Hit> best;
     for (size_t shard = 0; shard < shards_; ++shard) {
       if (rig_->shards->shards[shard]->FindSpace(spaces_[s].name) == nullptr) continue;
       const uint64_t request = rig_->shards->PushRecall(
           0, spaces_[s].name, spaces_[s].vectors.at(live), {.k = 1, .with_payload = true}, shard);
-      for (int n = 0; n < 1'000 && !rig_->shards->answers[request].done; ++n) PollAll();
+      // As long as records may be read again.
+      for (int n = 0; n < 20'000 && !rig_->shards->answers[request].done; ++n) {
+        if (rig_->disks.power_failed) return;
+        PollAll();
+      }
       const RigAnswer& answer = rig_->shards->answers[request];
       if (!answer.done) Violate("a recall was not answered");
       for (const Hit& hit : answer.hits) {
         if (!best || hit.score < best->score) best = hit;
       }
     }
+    stats_.records_read += read.Read() - read_before;
     if (rig_->disks.power_failed) return;
     if (!best || best->id != IdText(s, i) || best->payload != live) {
       Violate(IdText(s, i) + " with " + Brief(live) + " is not recalled by its vector, but " +
@@ -1298,11 +1466,16 @@ class DurableProgram {
   bool flips_bits_ = false;
   bool faulty_ = false;
   bool big_payloads_ = false;
+  bool fills_segments_ = false;
+  uint32_t rewrite_below_permille_ = 500;
   int64_t max_delay_ns_ = 0;
   uint64_t block_pages_ = 0;
   uint32_t max_writes_ = 1;
   uint32_t segment_bytes_ = 0;
   uint32_t ahead_ = 1;
+
+  ReadPins::Epoch pin_ = 0;  // of the one who reads by himself; 0: none
+  std::vector<PinnedRead> pinned_;
 
   std::vector<ModelSpace> spaces_;
   std::vector<Client> clients_;

@@ -51,6 +51,7 @@ TEST(DurableProgramsTest, WhatWasAcknowledgedIsThere) {
       {"other_shards", stats.reshards},
       {"flipped_bits", stats.flips},
       {"recalls", stats.recalls},
+      {"records_read", stats.records_read},
       {"verified", stats.verified},
       {"spaces_grown", stats.grown},
       {"sessions_lowered", stats.lowered}};

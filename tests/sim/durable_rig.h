@@ -6,6 +6,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <span>
 #include <string>
@@ -15,6 +16,8 @@
 #include "index/log/log_format.h"
 #include "src/checkpoint_manifest.h"
 #include "src/checkpointer.h"
+#include "src/core/log_files.h"
+#include "src/core/log_record.h"
 #include "src/core/simulated_disk.h"
 #include "src/log_store.h"
 #include "tests/index/shard_rig.h"
@@ -355,10 +358,12 @@ class DurableRig {
       options.checkpoint.gone.clear();
       if (auto written = WriteManifest(*root, options.checkpoint); !written) return written;
     }
+    pins = std::make_unique<ReadPins>(2);
     checkpointer = std::make_unique<Checkpointer>(setup.checkpointer, root.get(), store.get(),
-                                                  &clock, options.checkpoint);
+                                                  &clock, options.checkpoint, pins.get());
     if (auto synced = root->SyncDirectory(); !synced) return synced;
-    RigWorld world{.clock = &clock, .spaces = setup.spaces};
+    RigWorld world{
+        .clock = &clock, .spaces = setup.spaces, .records = {store->disks(), pins.get(), 0}};
     for (uint16_t s = 0; s < setup.shards; ++s) {
       logs.insert(s);
       world.storage.push_back(store->ForShard(s));
@@ -391,6 +396,37 @@ class DurableRig {
     return bits;
   }
 
+  // The payload of what a shard keeps, from where it lies: a second opinion beside the reader's.
+  // Nothing where there is no sound record.
+  std::optional<std::string> PayloadOf(const StoredObservation& stored) const {
+    std::vector<std::byte> bytes(stored.payload.begin(), stored.payload.end());
+    LogRecord record;
+    record.payload = bytes;
+    if (stored.record_bytes != 0) {
+      const uint16_t log = LogOf(stored.origin);
+      const LogPosition position = PositionOf(stored.origin);
+      std::span<const std::byte> in_memory;
+      if (log < store->shards()) in_memory = store->ForShard(log).log->NotDurable(stored.origin);
+      if (in_memory.size() >= stored.record_bytes) {
+        bytes.assign(in_memory.begin(), in_memory.begin() + stored.record_bytes);
+      } else {
+        auto content = medium.BytesOf(LogFolder(log), SegmentName(SegmentOf(position)),
+                                      OffsetOf(position), stored.record_bytes);
+        if (!content) return std::nullopt;
+        bytes = *std::move(content);
+        // A program may turn one bit of what is on the disk.
+        if (const auto bit = FindFlippedBit(bytes, stored.origin)) {
+          bytes[*bit / 8] ^= std::byte{1} << (*bit % 8);
+        }
+      }
+      if (ParseLogRecord(bytes, stored.origin, &record, nullptr) != LogRecordFault::kNone ||
+          record.id != stored.id || record.payload.size() != stored.payload_bytes) {
+        return std::nullopt;
+      }
+    }
+    return std::string(reinterpret_cast<const char*>(record.payload.data()), record.payload.size());
+  }
+
   // kill -9: what has ended stays, what is under way is lost.
   void Kill() {
     disks.killed = true;
@@ -413,6 +449,8 @@ class DurableRig {
   std::set<uint16_t> logs;  // whose folders are there
   std::unique_ptr<Disk> root;
   std::unique_ptr<LogStore> store;
+  // Of the rig, as the one that answers, and of a test that reads by itself.
+  std::unique_ptr<ReadPins> pins;
   std::unique_ptr<Checkpointer> checkpointer;
   std::unique_ptr<ShardRig> shards;
 };

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <expected>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "src/core/observation.h"
@@ -120,6 +121,30 @@ struct LogOptions {
 int RunLogDump(const LogOptions& options);
 int RunLogVerify(const LogOptions& options);
 
+struct QuarantineOptions {
+  std::string directory;  // a data directory
+  bool json = false;
+  // dump:
+  bool whole = false;     // all that the records hold, as JSON
+  std::string file = {};  // of the quarantine; empty: all
+};
+int RunQuarantine(const QuarantineOptions& options);
+
+struct BackupOptions {
+  std::string directory;  // made; what is there must be empty
+  std::string data;       // the daemon's data directory; empty: as it says
+};
+// Copies what a running daemon on this machine has: all that it acknowledged before, of each
+// session the beginning of what came since.
+int RunBackup(const ServerOptions& server, const BackupOptions& options);
+
+struct RestoreOptions {
+  std::string backup;
+  std::string directory;  // the data directory to be; what is there must be empty
+};
+// Needs no daemon; of `server` only json counts.
+int RunRestore(const ServerOptions& server, const RestoreOptions& options);
+
 // For the commands ------------------------------------------------------------------------------
 
 inline constexpr int64_t kAnswerTimeoutNs = 30'000'000'000;
@@ -136,6 +161,12 @@ std::expected<Connection, int> OpenReader(const ServerOptions& server, const std
 
 // The machine that hwloc's words describe; this one when there are none.
 Result<Topology> TopologyOf(const std::string& synthetic);
+
+// The value of one line of the control plane in the daemon's status.
+Result<std::string> ControlText(Connection& connection, std::string_view name);
+Result<uint64_t> ControlCounter(Connection& connection, std::string_view name);
+// Asks for a checkpoint and waits until one has ended that began after that; whether it succeeded.
+Result<bool> AwaitCheckpoint(Connection& connection);
 
 // For JSON: `value` with `places` decimals, and 0 for what is no number.
 double Rounded(double value, int places);

@@ -166,21 +166,30 @@ namespace {
 constexpr int64_t kCheckpointPollNs = 20 * kNanosPerMilli;
 constexpr int64_t kLongestCheckpointNs = 600 * kNanosPerSecond;
 
-// The value of one counter of the control plane.
-Result<uint64_t> ControlCounter(Connection& connection, std::string_view name) {
+}  // namespace
+
+Result<std::string> ControlText(Connection& connection, std::string_view name) {
   const Result<std::string> text = IntrospectStatus(connection, kAnswerTimeoutNs);
   if (!text) return std::unexpected(text.error());
   for (const StatusLine& line : ParseStatus(*text)) {
-    uint64_t value = 0;
-    if (line.core == "control" && line.name == name && ParseNumber(line.value, value)) {
-      return value;
-    }
+    if (line.core == "control" && line.name == name) return line.value;
   }
-  return Fail(ErrorCode::kUnavailable, "this engramd makes no checkpoints");
+  return Fail(ErrorCode::kUnavailable,
+              "this engramd does not tell " + std::string(name) + "; is it of another version?");
 }
 
-// Until a checkpoint that began after the request has ended. One that was under way then counts
-// neither way, so two ends are awaited where the first may be its.
+Result<uint64_t> ControlCounter(Connection& connection, std::string_view name) {
+  const auto text = ControlText(connection, name);
+  if (!text) return std::unexpected(text.error());
+  uint64_t value = 0;
+  if (!ParseNumber(*text, value)) {
+    return Fail(ErrorCode::kCorrupt, std::string(name) + " is no number: " + *text);
+  }
+  return value;
+}
+
+// One that was under way when it was asked for counts neither way, so two ends are awaited where
+// the first may be its.
 Result<bool> AwaitCheckpoint(Connection& connection) {
   const auto ended = [&connection]() -> Result<std::pair<uint64_t, uint64_t>> {
     const auto completed = ControlCounter(connection, "checkpoints_completed");
@@ -207,8 +216,6 @@ Result<bool> AwaitCheckpoint(Connection& connection) {
   }
   return Fail(ErrorCode::kUnavailable, "the checkpoint has not ended in 10 minutes");
 }
-
-}  // namespace
 
 int RunCheckpoint(const ServerOptions& server) {
   auto connection = OpenReader(server, "");

@@ -19,6 +19,8 @@
 #include "index/log/log_format.h"
 #include "index/log/log_reader.h"
 #include "index/log/log_verifier.h"
+#include "index/log/vault_verifier.h"
+#include "src/checkpoint_manifest.h"
 #include "src/core/clock.h"
 #include "src/core/commit_stamp.h"
 #include "src/core/crc32c.h"
@@ -42,6 +44,7 @@ struct FoundLog {
   std::string path;
   uint16_t log = 0;
   LogInstance instance{};
+  LogPosition replay_from = 0;  // by the latest checkpoint: before that segments may be missing
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -88,14 +91,20 @@ Result<LogInstance> InstanceOf(Disk& disk) {
   return instance;
 }
 
-// "log-007" is 7.
-std::optional<uint16_t> LogNumber(std::string_view name) {
-  constexpr std::string_view kPrefix = "log-";
-  if (!name.starts_with(kPrefix) || name.size() != kPrefix.size() + 3) return std::nullopt;
-  uint16_t log = 0;
-  const auto [end, error] = std::from_chars(name.begin() + kPrefix.size(), name.end(), log);
-  if (error != std::errc() || end != name.end() || log >= kMaxShards) return std::nullopt;
-  return log;
+// From where the logs of a data directory are replayed.
+Result<void> NoteReplay(Disk& root, std::vector<FoundLog>* logs) {
+  const auto manifest = ReadManifest(root);
+  if (!manifest) return std::unexpected(manifest.error());
+  if (!*manifest) return {};
+  for (FoundLog& folder : *logs) {
+    if (folder.log < (*manifest)->logs.size()) {
+      folder.replay_from = (*manifest)->logs[folder.log].from;
+    }
+    for (const CheckpointManifest::Kept& kept : (*manifest)->kept) {
+      if (kept.log == folder.log) folder.replay_from = kept.from;
+    }
+  }
+  return {};
 }
 
 // `directory` is a data directory or the folder of one log.
@@ -114,16 +123,23 @@ Result<std::vector<FoundLog>> FindLogs(const std::string& directory) {
                                             ") nor the folder of a log (it has no sound segment)");
     }
     logs.push_back({.path = directory, .log = (*header)->log, .instance = (*header)->instance});
+    std::error_code error;
+    if (std::filesystem::exists(directory + "/../" + kInstanceFileName, error)) {
+      const auto root = OpenFolder(directory + "/..");
+      if (!root) return std::unexpected(root.error());
+      if (auto noted = NoteReplay(**root, &logs); !noted) return std::unexpected(noted.error());
+    }
     return logs;
   }
   const auto instance = InstanceOf(**disk);
   if (!instance) return std::unexpected(instance.error());
   for (const DirectoryEntry& entry : *entries) {
-    if (const auto log = LogNumber(entry.name)) {
+    if (const auto log = LogOfFolder(entry.name)) {
       logs.push_back({.path = directory + "/" + entry.name, .log = *log, .instance = *instance});
     }
   }
   std::ranges::sort(logs, {}, &FoundLog::log);
+  if (auto noted = NoteReplay(**disk, &logs); !noted) return std::unexpected(noted.error());
   return logs;
 }
 
@@ -291,26 +307,51 @@ void PrintJson(const FoundLog& folder, const LogEntry& entry, bool vectors) {
   std::printf("%s\n", JsonLine(json).c_str());
 }
 
-int Dump(const FoundLog& folder, const LogOptions& options, LogPosition from) {
+void PrintEntry(const FoundLog& folder, const LogOptions& options, LogPosition from,
+                const LogEntry& entry) {
+  if (PositionOf(entry.address) < from) return;
+  if (!options.space.empty() && entry.record.space != options.space) return;
+  if (options.json) {
+    PrintJson(folder, entry, options.vectors);
+  } else {
+    PrintText(folder, entry, options.vectors);
+  }
+}
+
+int DumpVault(const FoundLog& folder, const LogOptions& options, LogPosition from) {
+  const auto disk = OpenFolder(folder.path);
+  if (!disk) return ReportError(disk.error());
+  const auto report =
+      VerifyVault(**disk, folder.instance,
+                  [&](const LogRecord& record, LogAddress address, uint32_t record_bytes) {
+                    LogEntry entry;
+                    entry.record = record;
+                    entry.address = address;
+                    entry.record_bytes = record_bytes;
+                    PrintEntry(folder, options, from, entry);
+                  });
+  if (!report) return ReportError(report.error());
+  for (const LogFinding& damage : report->damages) {
+    std::fprintf(stderr, "engramctl: %s/%s, offset %llu: %s\n", folder.path.c_str(),
+                 damage.file.c_str(), static_cast<unsigned long long>(damage.offset),
+                 damage.text.c_str());
+  }
+  return report->damages.empty() ? kExitOk : kExitFailed;
+}
+
+// Segments without gaps, from the one in which `from` lies.
+int DumpRun(const FoundLog& folder, const LogOptions& options, LogPosition from,
+            const LogReader::Range& run) {
   const auto disk = OpenFolder(folder.path);
   if (!disk) return ReportError(disk.error());
   LogReader reader(disk->get(), folder.log, folder.instance);
-  // Blocks are found from the beginning of a segment only.
-  const LogPosition begin = from == 0 ? 0 : MakeLogPosition(SegmentOf(from), kLogPageBytes);
-  if (const auto opened = reader.Open(begin); !opened) return ReportError(opened.error());
+  if (const auto opened = reader.Open(0, 0, run); !opened) return ReportError(opened.error());
   LogEntry entry;
   for (;;) {
     const auto step = reader.Next(&entry);
     if (!step) return ReportError(step.error());
     if (*step == LogStep::kEnd) break;
-    if (*step == LogStep::kPending) continue;
-    if (PositionOf(entry.address) < from) continue;
-    if (!options.space.empty() && entry.record.space != options.space) continue;
-    if (options.json) {
-      PrintJson(folder, entry, options.vectors);
-    } else {
-      PrintText(folder, entry, options.vectors);
-    }
+    if (*step == LogStep::kRecord) PrintEntry(folder, options, from, entry);
   }
   for (const MendedBit& bit : reader.mended()) {
     std::fprintf(stderr, "engramctl: %s/%s, offset %llu: a turned bit, mended in what was read\n",
@@ -318,6 +359,32 @@ int Dump(const FoundLog& folder, const LogOptions& options, LogPosition from) {
                  static_cast<unsigned long long>(bit.bit / 8));
   }
   return kExitOk;
+}
+
+// Blocks are found from the beginning of a segment only.
+int Dump(const FoundLog& folder, const LogOptions& options, LogPosition from) {
+  if (folder.log == kVaultLog) return DumpVault(folder, options, from);
+  const auto disk = OpenFolder(folder.path);
+  if (!disk) return ReportError(disk.error());
+  const auto entries = (*disk)->List();
+  if (!entries) return ReportError(entries.error());
+  std::vector<LogReader::Range> runs;
+  for (const DirectoryEntry& entry : *entries) {
+    const auto number = SegmentNumber(entry.name);
+    if (!number || *number < SegmentOf(from)) continue;
+    // The names are in order. What is replayed has no gaps.
+    const bool may_begin = runs.empty() || *number <= SegmentOf(folder.replay_from);
+    if (may_begin && (runs.empty() || *number != runs.back().last + 1)) {
+      runs.push_back({.first = *number, .last = *number});
+    } else {
+      runs.back().last = *number;
+    }
+  }
+  int exit_code = kExitOk;
+  for (const LogReader::Range& run : runs) {
+    exit_code = std::max(exit_code, DumpRun(folder, options, from, run));
+  }
+  return exit_code;
 }
 
 // "SEGMENT:OFFSET", as dump prints it.
@@ -445,7 +512,9 @@ int RunLogVerify(const LogOptions& options) {
   for (const FoundLog& folder : *logs) {
     const auto disk = OpenFolder(folder.path);
     if (!disk) return ReportError(disk.error());
-    const auto report = VerifyLog(**disk, folder.log, folder.instance);
+    const auto report = folder.log == kVaultLog
+                            ? VerifyVault(**disk, folder.instance)
+                            : VerifyLog(**disk, folder.log, folder.instance, folder.replay_from);
     if (!report) {
       sound = false;
       if (options.json) {

@@ -190,6 +190,41 @@ CLI::App* AddLog(CLI::App& app, LogOptions& options) {
   return log;
 }
 
+// `quarantine list` and `quarantine dump`.
+CLI::App* AddQuarantine(CLI::App& app, QuarantineOptions& options) {
+  CLI::App* quarantine = app.add_subcommand(
+      "quarantine", "Records that are kept out of the replay because they crashed it twice");
+  quarantine->require_subcommand(1);
+  CLI::App* list = quarantine->add_subcommand("list", "A line for each");
+  CLI::App* dump = quarantine->add_subcommand("dump", "All that they hold, as JSON, a line each");
+  for (CLI::App* command : {list, dump}) {
+    command->add_option("dir", options.directory, "The data directory")->required();
+  }
+  list->add_flag("--json", options.json, "Print JSON for programs: a line a record");
+  dump->add_option("--file", options.file, "Only this one of its files");
+  dump->callback([&options] { options.whole = true; });
+  return quarantine;
+}
+
+CLI::App* AddBackup(CLI::App& app, ServerOptions& server, BackupOptions& options) {
+  CLI::App* backup = app.add_subcommand(
+      "backup", "Copy all that a running engramd on this machine has, and verify the copy");
+  AddServerOptions(backup, server);
+  backup->add_option("dir", options.directory, "Where to; not there yet, or empty")->required();
+  backup->add_option("--data", options.data, "engramd's data directory; default: as it says");
+  return backup;
+}
+
+CLI::App* AddRestore(CLI::App& app, ServerOptions& server, RestoreOptions& options) {
+  CLI::App* restore = app.add_subcommand(
+      "restore", "Make a data directory of a backup, once all of it is verified");
+  restore->add_option("backup", options.backup, "What `engramctl backup` made")->required();
+  restore->add_option("dir", options.directory, "The data directory; not there yet, or empty")
+      ->required();
+  restore->add_flag("--json", server.json, "Print one line of JSON for programs");
+  return restore;
+}
+
 int Run(int argc, char** argv) {
   CLI::App app("engramctl: the operator's tool of engramd", "engramctl");
   app.require_subcommand(1);
@@ -243,6 +278,12 @@ int Run(int argc, char** argv) {
   const CLI::App* topology = AddTopology(app, topology_options);
   LogOptions log_options;
   const CLI::App* log = AddLog(app, log_options);
+  QuarantineOptions quarantine_options;
+  const CLI::App* quarantine = AddQuarantine(app, quarantine_options);
+  BackupOptions backup_options;
+  const CLI::App* backup = AddBackup(app, server, backup_options);
+  RestoreOptions restore_options;
+  const CLI::App* restore = AddRestore(app, server, restore_options);
   try {
     app.parse(argc, argv);
     if (recall->parsed() && recall_options.queries.empty() && recall_options.text.empty()) {
@@ -261,6 +302,9 @@ int Run(int argc, char** argv) {
   if (spaces->parsed()) return RunSpaces(server);
   if (ping->parsed()) return RunPing(server);
   if (checkpoint->parsed()) return RunCheckpoint(server);
+  if (quarantine->parsed()) return RunQuarantine(quarantine_options);
+  if (backup->parsed()) return RunBackup(server, backup_options);
+  if (restore->parsed()) return RunRestore(server, restore_options);
   if (encode->parsed()) return RunEncode(encode_options);
   if (put->parsed()) return RunPut(server, put_options);
   if (config->parsed()) return RunConfig(config_options);

@@ -172,6 +172,11 @@ class RealShard {
     RigWorld world;
     world.clock = clock;
     world.storage = {storage};
+    world.records = {
+        [backend, folder](const std::string&, const DiskOptions& disk_options, std::string* note) {
+          return CreateDisk(backend, folder, disk_options, note);
+        },
+        &pins_, 0};
     for (const std::string_view space : kSpaces) {
       SpaceSettings settings;
       settings.metric = Metric::kL2;
@@ -238,6 +243,7 @@ class RealShard {
   std::unique_ptr<Disk> keeper_disk_;
   std::optional<LogWriter> writer_;
   std::optional<SegmentKeeper> keeper_;
+  ReadPins pins_{1};
   std::optional<ShardRig> rig_;
 };
 

@@ -202,7 +202,7 @@ TEST_F(SegmentKeeperTest, FreedOnesAreUsedAgainAndTheRestIsRemoved) {
   Start(0);
   ASSERT_TRUE(StepUntilPrepared(2));
   handoff_->current.store(2);
-  keeper_->FreeBefore(2);
+  keeper_->Free(1);
   ASSERT_TRUE(StepUntilPrepared(3));
   ExpectReady(3, /*recycled=*/true);
   ASSERT_TRUE(StepUntilPrepared(4));
@@ -211,9 +211,34 @@ TEST_F(SegmentKeeperTest, FreedOnesAreUsedAgainAndTheRestIsRemoved) {
   // Two more than are kept.
   handoff_->current.store(4);
   ASSERT_TRUE(StepUntilPrepared(6));
-  keeper_->FreeBefore(4);
+  for (const uint32_t number : {3u, 1u, 2u}) keeper_->Free(number);
   for (int i = 0; i < 50; ++i) Step();
   EXPECT_EQ(Names().size(), 4u) << "4, 5, 6 and one to spare";
+}
+
+// Any set may be freed: what is kept between stays as it is, and is told from what is spare.
+TEST_F(SegmentKeeperTest, WhatIsFreedLeavesGaps) {
+  Start(0);
+  for (uint32_t number = 1; number <= 6; ++number) {
+    ASSERT_TRUE(StepUntilPrepared(number));
+    handoff_->current.store(number);
+  }
+  for (const uint32_t number : {2u, 4u, 5u, 4u, 99u}) {
+    if (number < 6) keeper_->Free(number);
+  }
+  ASSERT_TRUE(StepUntilPrepared(8));
+  for (int i = 0; i < 50; ++i) Step();
+  const std::vector<std::string> names = Names();
+  EXPECT_EQ(names.size(), 6u) << "1, 3, 6, 7, 8 and one to spare";
+  for (const uint32_t number : {1u, 3u, 6u, 7u, 8u}) {
+    EXPECT_EQ(std::ranges::count(names, SegmentName(number)), 1) << number;
+    EXPECT_TRUE(keeper_->segments().contains(number)) << number;
+  }
+  EXPECT_EQ(keeper_->segments().size(), 5u);
+  // A restart knows what is there, and not what was freed.
+  Start(6);
+  EXPECT_EQ(keeper_->segments().size(), 6u);
+  EXPECT_EQ(keeper_->segments().at(3), kSegmentBytes);
 }
 
 // At each of its operations the power fails. Nothing that looks ready is not, and the next start
@@ -246,7 +271,7 @@ TEST_F(SegmentKeeperTest, APowerCutAnywhereLeavesNothingThatLooksReady) {
           CountedDisk disk(medium.Open("log"), &medium, crash_at);
           SegmentHandoff handoff;
           SegmentKeeper keeper(Options(), &disk, &clock, &handoff);
-          if (keeper.Start(first) && first > 0) keeper.FreeBefore(2);
+          if (keeper.Start(first) && first > 0) keeper.Free(1);
           for (int i = 0; i < 100 && !disk.crashed(); ++i) {
             clock.AdvanceNs(50'000);
             keeper.Poll();

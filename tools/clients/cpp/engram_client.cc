@@ -718,4 +718,12 @@ Result<void> RequestCheckpoint(Connection& connection, int64_t timeout_ns) {
   return Introspect(connection, IntrospectWhat::kCheckpoint, timeout_ns, take);
 }
 
+Result<void> HoldFiles(Connection& connection, bool hold, int64_t timeout_ns) {
+  const auto take = [](const IntrospectionBody&, std::span<const std::byte>) -> Result<void> {
+    return {};
+  };
+  return Introspect(connection, hold ? IntrospectWhat::kHold : IntrospectWhat::kRelease, timeout_ns,
+                    take);
+}
+
 }  // namespace engram

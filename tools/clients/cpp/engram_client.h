@@ -250,5 +250,8 @@ Result<std::string> IntrospectStatus(Connection& connection, int64_t timeout_ns)
 // Asks for a checkpoint, which then begins; the counters checkpoints_completed and
 // checkpoints_failed of the status tell how it ended.
 Result<void> RequestCheckpoint(Connection& connection, int64_t timeout_ns);
+// Asks that the files of the data directory stay as they are for kHoldNs, or that they need not any
+// longer. Errors: likewise.
+Result<void> HoldFiles(Connection& connection, bool hold, int64_t timeout_ns);
 
 }  // namespace engram

@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+"""engramctl backup of a running daemon, and restore.
+
+Under load a backup has everything that was acked before it began, and of the load that went on a
+beginning without gaps. A backup that is damaged or was cut off is refused, and so is a target that
+is in use.
+"""
+
+import json
+import pathlib
+import random
+import struct
+import subprocess
+import tempfile
+import unittest
+
+import daemon
+import frames
+
+DIMENSION = 16
+BEFORE = 400
+LOADED = 60_000
+
+
+def vector_of(rng):
+    """Numbers that f32 holds exactly."""
+    return [rng.randrange(-1 << 20, 1 << 20) / 4096 for _ in range(DIMENSION)]
+
+
+class BackupTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="engramd-backup-")
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+        self.backup = self.folder / "backup"
+        rng = random.Random(11)
+        self.vectors = [vector_of(rng) for _ in range(BEFORE)]
+        self.payloads = [b"payload %d " % row * rng.choice((1, 3, 200)) for row in range(BEFORE)]
+
+    def observe_all(self, running, space="before"):
+        with running.client(space, metric=frames.L2) as client:
+            for row in range(0, BEFORE, 50):
+                records = [frames.record(b"id%d" % i, self.vectors[i], payload=self.payloads[i])
+                           for i in range(row, row + 50)]
+                self.assertEqual(client.observe(records), [])
+            client.close()
+
+    def assert_all_there(self, running, space="before"):
+        with running.client(space, features=1) as client:
+            for row in range(BEFORE):
+                hit = client.recall(self.vectors[row], 1, payload=True)[0]
+                self.assertEqual((hit.id, hit.score, hit.payload),
+                                 (b"id%d" % row, 0, self.payloads[row]))
+            client.close()
+
+    def make_backup(self, running, *more):
+        done = daemon.engramctl("backup", self.backup, "--json", *more,
+                                address=running.address_text)
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
+        return json.loads(done.stdout)
+
+    def restored(self, settings=None):
+        """A daemon on what the backup has."""
+        data = self.folder / "restored"
+        done = daemon.engramctl("restore", self.backup, data)
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
+        return daemon.running({"data.directory": str(data), **(settings or {})})
+
+    def test_under_load_it_has_all_that_was_acked_before(self):
+        rng = random.Random(12)
+        rows = self.folder / "rows.fvecs"
+        loaded = [vector_of(rng) for _ in range(LOADED)]
+        rows.write_bytes(b"".join(struct.pack(f"<i{DIMENSION}f", DIMENSION, *row)
+                                  for row in loaded))
+        # Small segments, so that many are filled and recycled.
+        with daemon.running({"data.segment_mib": 1}) as running:
+            self.observe_all(running)
+            load = subprocess.Popen(
+                [daemon.executable("ENGRAMCTL", "tools/engramctl"), "load", "--address",
+                 running.address_text, "--data", str(rows), "--space", "during", "--metric", "l2",
+                 "--rate", "6000", "--resume", "--retry-for", "30"],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            try:
+                with running.client("during", features=1) as client:
+                    while not self.has(client, loaded[12_000], b"12000"):
+                        pass
+                    client.close()
+                report = self.make_backup(running)
+                self.assertIsNone(load.poll(), "the load has ended before the backup had")
+            finally:
+                load.kill()
+                load.communicate()
+            self.assertGreater(report["files"], 4)
+            self.assertGreater(report["bytes"], 12_000 * DIMENSION * 4)
+            self.assert_all_there(running)
+        with self.restored() as running:
+            self.assert_all_there(running)
+            done = daemon.engramctl("spaces", "--json", address=running.address_text)
+            count = {space["name"]: space["observations"]
+                     for space in json.loads(done.stdout)["spaces"]}["during"]
+            self.assertGreater(count, 12_000)
+            self.assertLess(count, LOADED)
+            with running.client("during", features=1) as client:
+                for row in (0, 1, count // 2, count - 2, count - 1):
+                    self.assertTrue(self.has(client, loaded[row], b"%d" % row), (row, count))
+                self.assertFalse(self.has(client, loaded[count], b"%d" % count), "a prefix")
+                client.close()
+            # It is a daemon like any other.
+            self.observe_all(running, "after")
+            self.assert_all_there(running, "after")
+
+    def has(self, client, vector, identity):
+        try:
+            hits = client.recall(vector, 1)
+        except frames.Refused:
+            return False
+        return bool(hits) and hits[0].id == identity and hits[0].score == 0
+
+    def test_a_turned_bit_is_named_and_nothing_is_restored(self):
+        with daemon.running() as running:
+            self.observe_all(running)
+            self.make_backup(running)
+        files = sorted(file for file in (self.backup / "data").rglob("*") if file.is_file())
+        self.assertGreaterEqual(len(files), 4, files)
+        target = self.folder / "restored"
+        for file in [*files, self.backup / "BACKUP"]:
+            whole = file.read_bytes()
+            place = random.Random(file.name).randrange(len(whole))
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
+            done = daemon.engramctl("restore", self.backup, target)
+            self.assertEqual(done.returncode, 1, file)
+            self.assertIn(file.name, done.stderr)
+            self.assertFalse(target.exists())
+            # Cut short, and gone.
+            file.write_bytes(whole[:-1])
+            self.assertEqual(daemon.engramctl("restore", self.backup, target).returncode, 1, file)
+            file.unlink()
+            done = daemon.engramctl("restore", self.backup, target)
+            self.assertEqual(done.returncode, 1, file)
+            self.assertIn(file.name, done.stderr)
+            self.assertFalse(target.exists())
+            file.write_bytes(whole)
+        with self.restored() as running:
+            self.assert_all_there(running)
+
+    def test_what_is_in_use_is_refused(self):
+        with daemon.running() as running:
+            self.observe_all(running)
+            self.backup.mkdir()
+            (self.backup / "mine").write_text("x")
+            done = daemon.engramctl("backup", self.backup, address=running.address_text)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn("not an empty directory", done.stderr)
+            self.assertEqual([file.name for file in self.backup.iterdir()], ["mine"])
+            (self.backup / "mine").unlink()
+            self.make_backup(running)
+            done = daemon.engramctl("restore", self.backup, self.backup)
+            self.assertEqual(done.returncode, 1)
+            done = daemon.engramctl("restore", self.folder / "nothing", self.folder / "restored")
+            self.assertEqual(done.returncode, 1)
+            done = daemon.engramctl("backup", self.folder / "other", "--data", self.folder,
+                                    address=running.address_text)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn("no data directory", done.stderr)
+
+    def test_a_tool_that_dies_holds_nothing_for_long(self):
+        with daemon.running() as running:
+            self.observe_all(running)
+            with running.client("any", features=1) as client:
+                client.introspect(4)
+                while client.counters()["checkpoints_held"] != 1:
+                    pass
+                done = daemon.engramctl("checkpoint", "--json", address=running.address_text)
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertEqual(client.counters()["checkpoints_held"], 0)
+
+
+if __name__ == "__main__":
+    daemon.main()
