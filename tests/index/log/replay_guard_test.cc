@@ -31,7 +31,9 @@ LogRecord SomeRecord(const std::vector<float>& vector, const std::string& payloa
 }
 
 QuarantinedRecord SomeQuarantined() {
-  const LogRecord record = SomeRecord({1, 2, 3}, "payload");
+  const std::vector<float> vector = {1, 2, 3};
+  const std::string payload = "payload";
+  const LogRecord record = SomeRecord(vector, payload);
   QuarantinedRecord kept{.address = kAddress,
                          .stamp = record.stamp,
                          .since_unix_ns = 123,
