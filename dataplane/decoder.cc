@@ -109,11 +109,37 @@ RefusalReason DecodeRecall(std::span<const std::byte> body, RecallView* recall) 
   return RefusalReason::kNone;
 }
 
+RefusalReason DecodeScroll(std::span<const std::byte> body, ScrollBody* scroll) {
+  if (body.size() != sizeof(ScrollBody)) return RefusalReason::kBadFrame;
+  *scroll = LoadAs<ScrollBody>(body.data());
+  const bool in_bounds = scroll->limit > 0 && scroll->limit <= kMaxScrollHits;
+  return in_bounds ? RefusalReason::kNone : RefusalReason::kBadRecall;
+}
+
+RefusalReason DecodeCheck(std::span<const std::byte> body, CheckBody* check) {
+  if (body.size() != sizeof(CheckBody)) return RefusalReason::kBadFrame;
+  *check = LoadAs<CheckBody>(body.data());
+  return RefusalReason::kNone;
+}
+
 RefusalReason DecodeIntrospect(std::span<const std::byte> body, IntrospectWhat* what) {
   if (body.size() != sizeof(IntrospectBody)) return RefusalReason::kBadFrame;
   *what = LoadAs<IntrospectBody>(body.data()).what;
   const bool known = *what >= IntrospectWhat::kSpaces && *what <= IntrospectWhat::kRelease;
   return known ? RefusalReason::kNone : RefusalReason::kBadFrame;
+}
+
+RefusalReason DecodeCommand(std::span<const std::byte> body, CommandView* command) {
+  if (body.size() < sizeof(CommandBody)) return RefusalReason::kBadFrame;
+  const auto head = LoadAs<CommandBody>(body.data());
+  const std::span<const std::byte> name = body.subspan(sizeof(CommandBody));
+  if (name.size() != head.space_bytes) return RefusalReason::kBadFrame;
+  if (head.what < SpaceCommand::kCompact || head.what > SpaceCommand::kDrop) {
+    return RefusalReason::kBadFrame;
+  }
+  command->what = head.what;
+  command->space = {reinterpret_cast<const char*>(name.data()), name.size()};
+  return IsValidSpaceName(command->space) ? RefusalReason::kNone : RefusalReason::kBadSpaceId;
 }
 
 }  // namespace engram

@@ -55,6 +55,18 @@ struct RecallView {
 // kBadFrame for a wrong length; kBadDtype, kWrongDimension or kBadRecall for wrong numbers.
 RefusalReason DecodeRecall(std::span<const std::byte> body, RecallView* recall);
 
+// kBadFrame for a wrong length; kBadRecall for a limit that is out of bounds.
+RefusalReason DecodeScroll(std::span<const std::byte> body, ScrollBody* scroll);
+
+RefusalReason DecodeCheck(std::span<const std::byte> body, CheckBody* check);
+
 RefusalReason DecodeIntrospect(std::span<const std::byte> body, IntrospectWhat* what);
+
+struct CommandView {
+  SpaceCommand what = SpaceCommand::kCompact;
+  std::string_view space;
+};
+// kBadFrame for a wrong length or what is not known, kBadSpaceId for what is no name.
+RefusalReason DecodeCommand(std::span<const std::byte> body, CommandView* command);
 
 }  // namespace engram

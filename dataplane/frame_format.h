@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -8,6 +9,7 @@
 
 #include "src/core/observation.h"
 #include "src/core/refusal_reason.h"
+#include "src/core/space_command.h"
 
 // The grammar of FORMAT.md as code: layouts, their constants, sealing and checking of frames.
 // Shared by the daemon and its clients.
@@ -30,6 +32,12 @@ enum class FrameType : uint8_t {
   kClose = 10,
   kIntrospect = 11,
   kIntrospection = 12,
+  kCommand = 13,
+  kCommandDone = 14,
+  kScroll = 15,
+  kScrolled = 16,
+  kCheck = 17,
+  kChecked = 18,
 };
 
 struct FrameHeader {
@@ -47,8 +55,8 @@ inline constexpr size_t kFrameHeaderBytes = sizeof(FrameHeader);
 
 inline constexpr uint16_t kFrameFlagMore = 1;         // result, introspection
 inline constexpr uint16_t kFrameFlagPingAnswer = 1;   // ping
-inline constexpr uint16_t kFrameFlagWithPayload = 1;  // recall
-inline constexpr uint16_t kFrameFlagWithVector = 2;   // recall
+inline constexpr uint16_t kFrameFlagWithPayload = 1;  // recall, scroll
+inline constexpr uint16_t kFrameFlagWithVector = 2;   // recall, scroll
 inline constexpr uint16_t kFrameFlagSnapshot = 4;     // recall
 inline constexpr uint32_t kFeatureNoSession = 1;      // hello
 inline constexpr uint8_t kNakFlagConsumed = 1;
@@ -150,6 +158,65 @@ struct IntrospectionBody {
   uint32_t zero2 = 0;
 };
 static_assert(sizeof(IntrospectionBody) == 8);
+
+// A page of a space's live observations.
+struct ScrollBody {
+  uint64_t cursor = 0;     // as `scrolled` gave it; 0: from the start of the partition
+  uint16_t partition = 0;  // likewise
+  uint16_t limit = 0;      // 1 to kMaxScrollHits
+  uint32_t zero = 0;
+};
+static_assert(sizeof(ScrollBody) == 16);
+inline constexpr uint16_t kMaxScrollHits = 512;
+// With payload at most so many come, however many are asked for: all their payloads fit one answer,
+// and one more that has the same hash.
+inline constexpr uint16_t kMaxScrollHitsWithPayload = kMaxResultPayloadBytes / kMaxPayloadBytes - 1;
+
+// Ends the answer to a scroll.
+struct ScrolledBody {
+  uint64_t cursor = 0;      // where the next page begins,
+  uint16_t partition = 0;   // in this partition
+  uint16_t partitions = 0;  // that the space has now
+  uint8_t ended = 0;        // 1: that was all
+  uint8_t zero[3] = {};
+};
+static_assert(sizeof(ScrolledBody) == 16);
+
+// A slice of a check of the space's invariants in one shard.
+struct CheckBody {
+  uint16_t shard = 0;
+  uint8_t zero[6] = {};
+  std::array<std::byte, kCheckStateBytes> state{};  // as `checked` gave it; zeros: from the start
+};
+static_assert(sizeof(CheckBody) == 8 + kCheckStateBytes);
+
+// Its answer; a text of text_bytes follows, which says what is wrong.
+struct CheckedBody {
+  CheckOutcome outcome = CheckOutcome::kMore;
+  uint8_t zero[3] = {};
+  uint16_t text_bytes = 0;
+  uint16_t zero2 = 0;
+  std::array<std::byte, kCheckStateBytes> state{};
+};
+static_assert(sizeof(CheckedBody) == 8 + kCheckStateBytes);
+
+// Something that is done to a whole space; its name of space_bytes follows.
+struct CommandBody {
+  SpaceCommand what = SpaceCommand::kCompact;
+  uint8_t space_bytes = 0;
+  uint8_t zero[6] = {};
+};
+static_assert(sizeof(CommandBody) == 8);
+
+// Its answer, over all shards.
+struct CommandDoneBody {
+  SpaceCommand what = SpaceCommand::kCompact;
+  uint8_t zero[7] = {};
+  uint64_t observations = 0;  // swept, or dropped
+  uint64_t bytes_before = 0;  // of memory that the space took
+  uint64_t bytes_after = 0;
+};
+static_assert(sizeof(CommandDoneBody) == 32);
 
 // Copies a struct of the grammar out of unaligned bytes. The caller has checked the length.
 template <typename T>

@@ -88,6 +88,26 @@ void SendIntrospection(Network* network, ConnectionId connection, uint64_t sessi
   SendFrame(network, connection, header, Parts2{BytesOf(body), records});
 }
 
+void SendScrolled(Network* network, ConnectionId connection, uint64_t session, uint64_t request_id,
+                  const ScrolledBody& body) {
+  const FrameHeader header{
+      .type = FrameType::kScrolled, .session = session, .sequence = request_id};
+  SendFrame(network, connection, header, Parts1{BytesOf(body)});
+}
+
+void SendChecked(Network* network, ConnectionId connection, uint64_t session, uint64_t request_id,
+                 const CheckedBody& body, std::string_view text) {
+  const FrameHeader header{.type = FrameType::kChecked, .session = session, .sequence = request_id};
+  SendFrame(network, connection, header, Parts2{BytesOf(body), BytesOf(text)});
+}
+
+void SendCommandDone(Network* network, ConnectionId connection, uint64_t session,
+                     uint64_t request_id, const CommandDoneBody& body) {
+  const FrameHeader header{
+      .type = FrameType::kCommandDone, .session = session, .sequence = request_id};
+  SendFrame(network, connection, header, Parts1{BytesOf(body)});
+}
+
 void SendPingAnswer(Network* network, ConnectionId connection, uint64_t session,
                     uint64_t sequence) {
   const FrameHeader header{.type = FrameType::kPing,

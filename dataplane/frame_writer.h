@@ -38,6 +38,12 @@ void SendResult(Network* network, ConnectionId connection, uint64_t session, uin
 void SendIntrospection(Network* network, ConnectionId connection, uint64_t session,
                        uint64_t request_id, const IntrospectionBody& body, bool more,
                        std::span<const std::byte> records);
+void SendScrolled(Network* network, ConnectionId connection, uint64_t session, uint64_t request_id,
+                  const ScrolledBody& body);
+void SendChecked(Network* network, ConnectionId connection, uint64_t session, uint64_t request_id,
+                 const CheckedBody& body, std::string_view text);
+void SendCommandDone(Network* network, ConnectionId connection, uint64_t session,
+                     uint64_t request_id, const CommandDoneBody& body);
 void SendPingAnswer(Network* network, ConnectionId connection, uint64_t session, uint64_t sequence);
 void SendClose(Network* network, ConnectionId connection, uint64_t session, uint64_t sequence);
 

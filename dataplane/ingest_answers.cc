@@ -67,6 +67,9 @@ void IngestCore::Deliver(Connection& connection, ShardId shard, const Completion
     case CompletionKind::kRecords:
       ForwardRecords(connection, shard, completion);
       break;
+    case CompletionKind::kCommand:
+      FinishCommand(connection, completion);
+      break;
     case CompletionKind::kFenced:
       if (connection.state == State::kClosing) break;
       RefuseAndClose(connection, RefusalReason::kFenced, FrameType::kObserve,
@@ -75,6 +78,9 @@ void IngestCore::Deliver(Connection& connection, ShardId shard, const Completion
     case CompletionKind::kCredit:
       GrantCredit(connection, completion.credit_sequence);
       MarkAckDirty(connection);
+      break;
+    case CompletionKind::kCheckDone:
+      FinishCheck(connection, completion);
       break;
     case CompletionKind::kDetach:
     case CompletionKind::kIntrospectDone:

@@ -169,6 +169,12 @@ bool IngestCore::TakeFrame(Connection& connection, const FrameHeader& header,
       return TakeObserve(connection, header, body);
     case FrameType::kRecall:
       return TakeRecall(connection, header, body);
+    case FrameType::kCommand:
+      return TakeCommand(connection, header, body);
+    case FrameType::kScroll:
+      return TakeScroll(connection, header, body);
+    case FrameType::kCheck:
+      return TakeCheck(connection, header, body);
     case FrameType::kIntrospect:
       return TakeIntrospect(connection, header, body);
     case FrameType::kClose:
@@ -383,8 +389,14 @@ void IngestCore::EvictOldestPartial(const Connection& growing) {
 }
 
 SpaceEntry* IngestCore::EntryOf(Connection& connection) {
+  if (connection.entry != nullptr && connection.entry->generation() != connection.generation) {
+    // It was dropped: what the space was then does not hold any more.
+    connection.entry = nullptr;
+    connection.rules = {};
+  }
   if (connection.entry == nullptr) {
     connection.entry = port_.catalogue->Find(connection.space.view());
+    if (connection.entry != nullptr) connection.generation = connection.entry->generation();
   }
   return connection.entry;
 }

@@ -41,6 +41,8 @@ struct IngestOptions {
   HugePagePolicy huge_pages = HugePagePolicy::kAuto;
   // Counts the checkpoints that clients asked for; outlives the core. nullptr: none are made.
   std::atomic<uint64_t>* checkpoint_requests = nullptr;
+  // Likewise compactions.
+  std::atomic<uint64_t>* compaction_requests = nullptr;
   // Until when clients asked that files of the data directory stay as they are; likewise.
   std::atomic<int64_t>* held_until_ns = nullptr;
   // Told by `status`; empty: there is none.
@@ -76,7 +78,8 @@ constexpr Lane LaneOfPriority(Priority priority) {
 // The way of an observation: OnReceive (receiver) -> TakeFrame (decoder) -> TakeObserve ->
 // PushObservation (admission gate, ring mesh), in ingest_core.cc; back:
 // TakeCompletions -> SettleObservation -> FlushAcks, in ingest_answers.cc. Recalls, which go to
-// every partition of a space and come back as one answer, are in ingest_recall.cc; refusals,
+// every partition of a space and come back as one answer, are in ingest_recall.cc; scrolls and
+// checks, which go to one at a time, in ingest_scroll.cc; refusals,
 // closing and timeouts in ingest_upkeep.cc, what the core says of itself in ingest_status.cc.
 //
 // Thread safety: one core's alone; counters and histograms may be read by others.
@@ -151,7 +154,10 @@ class IngestCore final : public NetworkHandler {
     uint32_t recalls_in_flight = 0;
     uint16_t introspections_in_flight = 0;  // shards that have not answered yet
     uint64_t introspect_id = 0;
-    int64_t opened_ns = 0;  // of the close, once closing
+    uint32_t generation = 0;          // of `entry`, that `rules` are of
+    uint16_t commands_in_flight = 0;  // shards that have not answered yet
+    CommandDoneBody command;          // what the others have answered
+    int64_t opened_ns = 0;            // of the close, once closing
     int64_t last_received_ns = 0;
     int64_t partial_since_ns = 0;  // of the unfinished frame, 0: none
     int64_t paused_since_ns = 0;
@@ -165,6 +171,9 @@ class IngestCore final : public NetworkHandler {
     uint64_t request_id = 0;
     CommitStamp snapshot = kNoStamp;
     ReadPins::Epoch pins = 0;  // inside these; 0: it reads no records
+    bool is_scroll = false;
+    uint16_t partition = 0;  // that is scrolled
+    uint64_t cursor = 0;     // where it goes on there; 0: that was all of it
   };
 
   IngestCore(const IngestOptions& options, Clock* clock, Network* network, ProducerPort port,
@@ -184,10 +193,22 @@ class IngestCore final : public NetworkHandler {
                   std::span<const std::byte> body);
   RefusalReason PushRecall(Connection& connection, const RecallView& view,
                            const FrameHeader& header);
+  bool TakeScroll(Connection& connection, const FrameHeader& header,
+                  std::span<const std::byte> body);
+  RefusalReason PushScroll(Connection& connection, const ScrollBody& scroll,
+                           const FrameHeader& header);
+  bool TakeCheck(Connection& connection, const FrameHeader& header,
+                 std::span<const std::byte> body);
+  RefusalReason PushCheck(Connection& connection, const CheckBody& check, uint64_t request_id);
   RefusalReason AcquireForEach(std::span<const ShardId> shards, size_t slot_bytes);
   void ReleaseForEach(size_t shards);
   bool TakeIntrospect(Connection& connection, const FrameHeader& header,
                       std::span<const std::byte> body);
+  bool TakeCommand(Connection& connection, const FrameHeader& header,
+                   std::span<const std::byte> body);
+  RefusalReason PushCommand(Connection& connection, const CommandView& command,
+                            uint64_t request_id);
+  void FinishCommand(Connection& connection, const Completion& completion);
   RefusalReason PushIntrospect(Connection& connection, uint64_t request_id);
   void SendStatus(Connection& connection, uint64_t request_id);
   void EvictOldestPartial(const Connection& growing);
@@ -200,6 +221,8 @@ class IngestCore final : public NetworkHandler {
   void FinishHello(Connection& connection, const Completion& completion);
   void SettleObservation(Connection& connection, const Completion& completion);
   void FinishRecall(Connection& connection, RefusalReason reason, uint64_t request_id);
+  void FinishScroll(Connection& connection, RefusalReason reason, const MergedRecall& scroll);
+  void FinishCheck(Connection& connection, const Completion& completion);
   void TakePartition(ShardId shard, const Completion& completion);
   int SendMerged();
   void EndMerge(RecallMerger::MergeId merge);

@@ -135,6 +135,10 @@ void IngestCore::TakePartition(ShardId shard, const Completion& completion) {
     return;
   }
   CHECK(completion.kind == CompletionKind::kRecallDone, "a merge is of recalls");
+  if (merged_[merge].is_scroll && completion.reason == RefusalReason::kNone) {
+    merged_[merge].cursor =
+        reinterpret_cast<const ScrollRequest*>(port_.slab->At(completion.slot))->cursor;
+  }
   if (merger_->FinishPartition(merge, completion.reason)) sendable_.push_back(merge);
 }
 
@@ -152,7 +156,11 @@ int IngestCore::SendMerged() {
         connection->send_round = send_round_;
         return false;
       }
-      FinishRecall(*connection, merger_->reason(merge), recall.request_id);
+      if (recall.is_scroll) {
+        FinishScroll(*connection, merger_->reason(merge), recall);
+      } else {
+        FinishRecall(*connection, merger_->reason(merge), recall.request_id);
+      }
       if (connection->state == State::kSettling) FinishSettling(*connection);
     }
     EndMerge(merge);
@@ -178,7 +186,8 @@ bool IngestCore::SendMerge(Connection& connection, RecallMerger::MergeId merge,
     const auto batch = LoadAs<ResultBatch>(buffer.data());
     SendResult(network_, connection.id, connection.session.value(), merged_[merge].request_id,
                {.count = batch.count, .metric = batch.metric, .snapshot = merged_[merge].snapshot},
-               !batch.last, buffer.subspan(sizeof(ResultBatch), batch.body_bytes));
+               !batch.last || merged_[merge].is_scroll,
+               buffer.subspan(sizeof(ResultBatch), batch.body_bytes));
     done = batch.last;
   }
   if (network_->SendBacklog(connection.id) > options_.send_pause_bytes) PauseReceiving(connection);

@@ -6,6 +6,8 @@
 #include <cstring>
 
 #include "dataplane/ingest_core.h"
+#include "src/core/log_address.h"
+#include "src/core/log_files.h"
 
 namespace engram {
 
@@ -83,6 +85,23 @@ void IngestCore::SendStatus(Connection& connection, uint64_t request_id) {
     lines.Text("control data_directory ");
     lines.Text(options_.data_directory);
     lines.Text("\n");
+  }
+  // By this core, which is the one that reads for whoever asks.
+  const auto place = [&](std::string_view name, LogAddress address) {
+    if (address == kNoLogAddress) return;
+    lines.Text("records ");
+    lines.Text(name);
+    lines.Text(" ");
+    lines.Text(LogFolder(LogOf(address)));
+    lines.Text("/");
+    lines.Text(SegmentName(SegmentOf(PositionOf(address))));
+    lines.Text(":");
+    lines.Number(OffsetOf(PositionOf(address)));
+    lines.Text("\n");
+  };
+  if (records_ != nullptr) {
+    place("unreadable_at", records_->unreadable());
+    place("mended_at", records_->mended());
   }
   for (const CounterView& view : *catalogue_) {
     const uint64_t value = view.counter->Read();

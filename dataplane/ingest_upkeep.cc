@@ -60,7 +60,8 @@ void IngestCore::BeginClose(Connection& connection, Network::CloseMode mode) {
 // Says close once everything that was taken is answered.
 void IngestCore::FinishSettling(Connection& connection) {
   if (connection.hello_pending || connection.observations_in_flight > 0 ||
-      connection.recalls_in_flight > 0 || connection.introspections_in_flight > 0) {
+      connection.recalls_in_flight > 0 || connection.introspections_in_flight > 0 ||
+      connection.commands_in_flight > 0) {
     return;
   }
   if (connection.has_session) {

@@ -270,6 +270,7 @@ void RecordReader::TryAgain(Ticket ticket) {
   }
   if (read.step == Step::kAtDisk && Mend(&read)) {
     read.step = Step::kReady;
+    mended_.store(read.reference.address, std::memory_order_relaxed);
     counters_[RecordReaderCounter::kRecordsMended].Add(1);
     return;
   }

@@ -105,6 +105,8 @@ class RecordReader {
   uint32_t open_files() const { return static_cast<uint32_t>(file_of_.size()); }
   // Where the last one lies that could not be read; kNoLogAddress: none.
   LogAddress unreadable() const { return unreadable_.load(std::memory_order_relaxed); }
+  // Likewise, of the last one that was mended.
+  LogAddress mended() const { return mended_.load(std::memory_order_relaxed); }
   void AddCounters(std::string_view core, CounterCatalogue* catalogue) const;
   const Counter& counter(RecordReaderCounter which) const { return counters_[which]; }
 
@@ -180,6 +182,7 @@ class RecordReader {
 
   // Written by the owner, read by others.
   std::atomic<LogAddress> unreadable_{kNoLogAddress};
+  std::atomic<LogAddress> mended_{kNoLogAddress};
   CounterSet<RecordReaderCounter, static_cast<size_t>(RecordReaderCounter::kCount)> counters_;
 };
 

@@ -19,7 +19,7 @@ struct Forward {
     kLog,      // waits until its record is as durable as its space asks for
     kStore,    // to the owner
     kRetire,   // to those that owned the id while the space had fewer partitions
-    kLose,     // to the owner: one of them had a later stamp
+    kLose,     // to the owner: one of them had a later stamp, or the same observation
     kDone,     // visible, to be answered after the session's earlier ones
     kAnswered  // the place is free once those before it are
   };
@@ -27,6 +27,7 @@ struct Forward {
   bool is_upsert = false;
   bool is_same_everywhere = false;  // suppress, restore: each shard does it where it has the id
   bool existed = false;
+  bool is_elsewhere = false;   // an earlier owner has it, under the same stamp
   bool grows = false;          // counts for its space's quota until it is answered
   bool waits_to_send = false;  // in its target's line
   bool is_replayed = false;    // read from the log after a restart: nobody is answered

@@ -263,6 +263,17 @@ Result<void> HnswGraph::CheckInvariants() const {
   return CheckTree();
 }
 
+Result<void> HnswGraph::CheckNode(NodeId node) const {
+  if (node >= known_nodes_ || IsAbsent(node)) return {};
+  if (Result<void> lists = CheckLists(node); !lists) return lists;
+  if (IsDoomed(node)) return {};
+  const NodeId entry = entry_point();
+  if (IsLinked(node) && (entry == kNoNode || Level(node) > Level(entry))) {
+    return Violation(node, "is above the entry point's level");
+  }
+  return CheckParent(node);
+}
+
 Result<void> HnswGraph::CheckNodes(NodeId entry) const {
   size_t linked = 0;
   size_t doomed = 0;

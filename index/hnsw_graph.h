@@ -157,6 +157,8 @@ class HnswGraph {
   // sweeping. Reads the whole graph and takes memory by malloc: for tests and for a look after a
   // fault.
   Result<void> CheckInvariants() const;
+  // What of it one node shows alone: its lists, and its parent in the tree.
+  Result<void> CheckNode(NodeId node) const;
 
  private:
   friend class HnswGraphTestPeer;

@@ -80,6 +80,9 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, const Sh
   logged_partitions_.reserve(max_spaces);
   pending_.reserve(max_spaces);
   growing_.reserve(max_spaces);
+  generation_of_.reserve(max_spaces);
+  birth_of_.reserve(max_spaces);
+  dropped_at_.reserve(max_spaces);
   aging_.reserve(max_spaces);
   attached_.reserve(max_spaces);
   announced_links_.reserve(max_spaces);
@@ -132,6 +135,7 @@ int Shard::Poll() {
 
 int Shard::Round() {
   first_producer_ = (first_producer_ + 1) % port_.producers.size();
+  if (answering_ == Answering::kNothing) RenewStale();
   int work = TakeResultReturns();
   work += PollLog();
   work += TakePeerAnswers();
@@ -144,8 +148,10 @@ int Shard::Round() {
   if (observations > 0) work += PollLog();
   work += observations;
   work += EndByAge();
+  work += StepCommands();
   work += Upkeep(observations > 0);
   work += StepCheckpoint();
+  work += FreeCondemned();
   SweepSessions();
   counters_[ShardCounter::kMemoryUsedBytes].Set(heap_.live_bytes());
   counters_[ShardCounter::kForwardsUnderWay].Set(ledger_.size());
@@ -166,6 +172,7 @@ int Shard::PollLog() {
 
 bool Shard::Idle() const {
   if (is_recovering() || answering_ != Answering::kNothing || !ledger_.empty()) return false;
+  if (!commands_.empty() || !condemned_.empty()) return false;
   if (log_ != nullptr && !log_->settled()) return false;
   for (size_t s = 0; s < port_.peers.size(); ++s) {
     if (held_[s] || (s != port_.shard.value() && port_.peers[s].requests_in.Depth() > 0)) {
@@ -194,9 +201,10 @@ int Shard::TakeResultReturns() {
 int Shard::ServeRequests() {
   int work = 0;
   const uint64_t limit = recall_.distances() + kRecallSliceDistances;
+  has_checked_ = false;
   for (int requests = 0; requests < kRequestsPerPoll; ++requests) {
     work += ContinueAnswer();
-    if (answering_ != Answering::kNothing || recall_.distances() >= limit) break;
+    if (answering_ != Answering::kNothing || recall_.distances() >= limit || has_checked_) break;
     if (!TakeNextRequest()) break;
     ++work;
   }
@@ -236,6 +244,12 @@ void Shard::TakeRequest(size_t producer, SlotId slot) {
     case RequestKind::kScroll:
       BeginScroll(producer, slot);
       return;
+    case RequestKind::kCheck:
+      CheckSpace(producer, slot);
+      return;
+    case RequestKind::kCommand:
+      BeginCommand(producer, slot);
+      return;
     case RequestKind::kObserve:
       break;
   }
@@ -262,6 +276,7 @@ RefusalReason Shard::AnswerHello(size_t producer, HelloRequest* hello) {
   if (entry == nullptr && !hello->wants_session) return RefusalReason::kNone;
   if (entry == nullptr) entry = port_.catalogue->FindOrAdd(name, hello->metric);
   if (entry == nullptr) return RefusalReason::kSpaceLimit;
+  if (entry->is_dropping()) return RefusalReason::kSpaceDropping;
   if (hello->metric != Metric::kUnspecified && hello->metric != entry->metric()) {
     return RefusalReason::kMetricMismatch;
   }
@@ -280,7 +295,13 @@ RefusalReason Shard::AnswerHello(size_t producer, HelloRequest* hello) {
 // The shard's part of a space that is in the catalogue.
 uint32_t Shard::FindOrMakeSpace(SpaceEntry* entry) {
   uint32_t& space = space_of_entry_[entry->index()];
-  if (space != kNoNode) return space;
+  if (space != kNoNode) {
+    if (generation_of_[space] != entry->generation()) Renew(space);
+    return space;
+  }
+  generation_of_.push_back(entry->generation());
+  birth_of_.push_back(entry->birth());
+  dropped_at_.push_back(0);
   space = static_cast<uint32_t>(spaces_.size());
   spaces_.push_back(
       std::make_unique<Space>(std::string(entry->name()), OptionsOf(*entry), &heap_, &epochs_));
@@ -395,6 +416,7 @@ bool Shard::BeginUpkeep() {
 bool Shard::BeginUpkeepOfNext() {
   upkeep_turn_ = (upkeep_turn_ + 1) % upkeep_queue_.size();
   const uint32_t index = upkeep_queue_[upkeep_turn_];
+  if (entries_[index]->is_dropping()) return false;
   Space& space = *spaces_[index];
   const CommitStamp complete = CompleteEverywhere();
   space.SetHorizon(Horizon(complete));
@@ -544,7 +566,7 @@ bool Shard::Notify(ProducerId producer, const Completion& completion) {
 
 uint32_t Shard::FindSpaceIndex(std::string_view name) const {
   const SpaceEntry* entry = port_.catalogue->Find(name);
-  return entry == nullptr ? kNoNode : space_of_entry_[entry->index()];
+  return entry == nullptr || entry->is_dropping() ? kNoNode : space_of_entry_[entry->index()];
 }
 
 const Space* Shard::FindSpace(std::string_view name) const {

@@ -149,6 +149,8 @@ class Shard {
 
   // A recall's slice: some 100 to 200 us of distances at 768-d.
   static constexpr uint32_t kRecallSliceDistances = 1024;
+  // Nodes of a slice of a check, of which there is one in a round: some 100 to 200 us.
+  static constexpr size_t kCheckSliceNodes = 128;
   // Observations that are stored in one round once they are logged.
   static constexpr int kMostStoredAtOnce = 64;
 
@@ -176,6 +178,7 @@ class Shard {
   void BeginGet(size_t producer, SlotId slot);
   void BeginScroll(size_t producer, SlotId slot);
   void BeginIntrospection(size_t producer, SlotId slot);
+  void CheckSpace(size_t producer, SlotId slot);
   int EmitHits();
   int EmitSpaceRecords();
   size_t WriteSpaceRecord(const Space& space, std::byte* to) const;
@@ -246,7 +249,11 @@ class Shard {
   bool Tell(uint64_t ticket);
   bool Send(uint64_t ticket);
   bool DoHere(Forward* forward);
-  StoreOutcome Retire(uint32_t space, std::string_view id, CommitStamp stamp);
+  static PeerMessage::Kind MessageOf(const Forward& forward);
+  static CommitStamp StampOf(const Forward& forward);
+  static void NoteOutcome(Forward* forward, bool existed, CommitStamp later);
+  StoreOutcome DoAsAsked(PeerMessage::Kind kind, uint32_t space, const ObserveRequest& request,
+                         CommitStamp stamp, bool in_credit);
   void AnswerForward(const Forward& forward);
   int TakePeerAnswers();
   int SendWaiting();
@@ -287,6 +294,41 @@ class Shard {
   uint32_t FindSpaceIndex(std::string_view name) const;
   uint32_t FindOrMakeSpace(SpaceEntry* entry);
 
+  // Something that is done to a whole space, and under way (shard_commands.cc).
+  struct Command {
+    enum class Step : uint8_t { kBegin, kSweeping, kForgetting, kJoined, kLogging };
+    SpaceCommand what = SpaceCommand::kCompact;
+    Step step = Step::kBegin;
+    size_t producer = 0;
+    SlotId slot = kNoSlot;
+    SpaceEntry* entry = nullptr;
+    uint32_t generation = 0;  // kCompact: of the space when it began
+    uint64_t goal = 0;        // kCompact: places that are then given back, ever
+    uint64_t session_cursor = 0;
+    LogPosition log_end = 0;  // kDrop: of the record that says so
+  };
+  // A part that was dropped, and is freed in slices.
+  struct Condemned {
+    std::unique_ptr<Space> space;
+    ReaderEpochs::Epoch epoch;
+  };
+  void BeginCommand(size_t producer, SlotId slot);
+  int StepCommands();
+  bool StepCommand(Command* command);
+  bool StepCompact(Command* command, CommandRequest* request);
+  bool StepDrop(Command* command, CommandRequest* request);
+  bool HasUnderWay(uint32_t space);
+  bool ForgetSessions(uint32_t space, uint64_t* cursor);
+  bool JoinsDrop() const;
+  void LogDrop(uint32_t space, CommitStamp stamp, Command* command);
+  void RenewStale();
+  void Renew(uint32_t space);
+  int FreeCondemned();
+  // What has this stamp is of an incarnation that was dropped.
+  bool IsDropped(uint32_t space, CommitStamp stamp) const {
+    return stamp <= entries_[space]->birth();
+  }
+
   // Constant after construction.
   const ShardOptions options_;
   Clock* const clock_;
@@ -306,6 +348,12 @@ class Shard {
   std::vector<uint32_t> growing_;            // by space: of a quota, taken here and not answered
   std::vector<uint32_t> aging_;              // spaces that end by age
   size_t aging_turn_ = 0;
+  std::vector<uint32_t> generation_of_;  // by space: of its entry, when it was made
+  std::vector<CommitStamp> birth_of_;    // by space: likewise
+  std::vector<LogPosition> dropped_at_;  // by space: where the log says so; 0: not since the start
+  uint64_t generations_seen_ = 0;        // of the catalogue
+  std::vector<Command> commands_;        // under way
+  std::vector<Condemned> condemned_;
   std::vector<uint32_t> space_of_entry_;   // by index in the catalogue; kNoNode: none here
   std::vector<uint32_t> attached_;         // by space: sessions with a connection
   std::vector<uint64_t> announced_links_;  // by space: links made since credit was announced
@@ -342,6 +390,7 @@ class Shard {
   Origin answer_origin_ = 0;
   uint64_t answer_id_ = 0;
   uint32_t introspected_ = 0;   // spaces whose records were written
+  bool has_checked_ = false;    // in this round
   std::vector<NodeId> listed_;  // of a get or a scroll
   std::vector<SlotId> batch_;
   size_t first_producer_ = 0;  // served first in this round

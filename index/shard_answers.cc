@@ -108,6 +108,33 @@ void Shard::BeginIntrospection(size_t producer, SlotId slot) {
   answering_ = Answering::kIntrospecting;
 }
 
+// Answered at once: a slice is short, and whoever asks comes back with the next one.
+void Shard::CheckSpace(size_t producer, SlotId slot) {
+  has_checked_ = true;
+  std::byte* bytes = const_cast<std::byte*>(port_.producers[producer].producer_slab->At(slot));
+  auto* request = reinterpret_cast<CheckRequest*>(bytes);
+  RefusalReason reason = RefusalReason::kNone;
+  const uint32_t space = FindSpaceIndex(request->space.view());
+  if (space == kNoNode) {
+    reason = RefusalReason::kUnknownSpace;
+  } else {
+    Space::CheckState state;
+    std::memcpy(&state, bytes + kRequestBodyOffset, sizeof(state));
+    const auto outcome = spaces_[space]->CheckSlice(kCheckSliceNodes, &state);
+    std::memcpy(bytes + kRequestBodyOffset, &state, sizeof(state));
+    request->outcome = outcome.value_or(CheckOutcome::kUnsound);
+    const std::string_view text = outcome ? std::string_view() : outcome.error().message;
+    request->text_bytes = static_cast<uint16_t>(
+        text.copy(reinterpret_cast<char*>(bytes) + kRequestBodyOffset + kCheckStateBytes,
+                  kMaxCheckTextBytes));
+  }
+  Complete(producer, {.kind = CompletionKind::kCheckDone,
+                      .reason = reason,
+                      .slot = slot,
+                      .origin = request->origin,
+                      .sequence = request->request_id});
+}
+
 // As many batches as there are result slots; the rest in a later round.
 int Shard::EmitHits() {
   int work = 0;
@@ -135,8 +162,9 @@ int Shard::EmitSpaceRecords() {
     size_t used = sizeof(ResultBatch);
     constexpr size_t kRecordRoom = PadTo8(sizeof(SpaceRecord) + kMaxSpaceNameBytes);
     while (introspected_ < spaces_.size() && used + kRecordRoom <= kResultSlotBytes) {
-      used += WriteSpaceRecord(*spaces_[introspected_], bytes + used);
-      ++introspected_;
+      const uint32_t space = introspected_++;
+      if (entries_[space]->is_vacant()) continue;
+      used += WriteSpaceRecord(*spaces_[space], bytes + used);
       ++batch.count;
     }
     batch.body_bytes = static_cast<uint32_t>(used - sizeof(ResultBatch));

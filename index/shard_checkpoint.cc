@@ -65,14 +65,17 @@ int Shard::StepCheckpoint() {
     keeps_tombstones_ = false;
   }
   const uint32_t save = handoff->save.load(std::memory_order_acquire);
-  if (save != saved_round_ && save == noted_round_ && keeps_tombstones_) {
+  if (save != saved_round_ && save == noted_round_ && keeps_tombstones_ && !JoinsDrop()) {
     saved_round_ = save;
-    const ShardContents contents{.spaces = spaces_,
-                                 .entries = entries_,
-                                 .sessions = &sessions_,
-                                 .shard = port_.shard.value(),
-                                 .shards = port_.catalogue->shards(),
-                                 .live = handoff->live.load(std::memory_order_relaxed)};
+    const ShardContents contents{
+        .spaces = spaces_,
+        .entries = entries_,
+        .dropped_at = dropped_at_,
+        .replay_from = handoff->replay_from.load(std::memory_order_relaxed),
+        .sessions = &sessions_,
+        .shard = port_.shard.value(),
+        .shards = port_.catalogue->shards(),
+        .live = handoff->live.load(std::memory_order_relaxed)};
     const CommitStamp hold = handoff->hold.load(std::memory_order_relaxed);
     if (!saver_->Begin(save, hold, stamp_clock_.last(), contents)) ReportSave(handoff);
     return 1;
@@ -160,8 +163,14 @@ Result<void> Shard::LoadExtent(std::span<const std::byte> extent) {
   ExtentHeader header;
   std::memcpy(&header, extent.data(), sizeof(header));
   if (header.kind < kShardExtent) {
-    if (loading.loader == nullptr) {
+    if (loading.loader == nullptr && !loading.passes_over) {
       if (auto begun = BeginLoadingSpace(extent); !begun) return begun;
+    }
+    if (loading.passes_over) {
+      if (header.kind != ExtentKind::kEnd) return {};
+      loading.passes_over = false;
+      ++loading.spaces;
+      return {};
     }
     if (auto taken = loading.loader->Take(extent); !taken) return taken;
     return loading.loader->is_complete() ? FinishLoadingSpace() : Result<void>();
@@ -207,11 +216,20 @@ Result<void> Shard::LoadSpaceList(std::span<const std::byte> body, uint32_t coun
     if (body.size() < bytes || !IsValidSpaceName(name)) {
       return Fail(ErrorCode::kCorrupt, "list of spaces has a name that is none");
     }
-    auto entry = port_.catalogue->Restore(name, listed.definition);
-    if (!entry) return std::unexpected(entry.error());
-    recovery_->loading.listed.push_back(FindOrMakeSpace(*entry));
-    recovery_->loading.definitions[std::string(name)] = listed.definition;
     body = body.subspan(bytes);
+    CheckpointLoading& loading = recovery_->loading;
+    const bool was_dropped = listed.definition.metric == Metric::kUnspecified;
+    const CommitStamp birth = BirthOf(listed);
+    if (was_dropped) ++loading.spaces;
+    if (was_dropped && birth == kNoStamp) {
+      loading.listed.push_back(kNoNode);
+      continue;
+    }
+    auto entry = port_.catalogue->Restore(name, listed.definition, birth);
+    if (!entry) return std::unexpected(entry.error());
+    loading.listed.push_back(FindOrMakeSpace(*entry));
+    loading.definitions[std::string(name)] = listed.definition;
+    loading.births[std::string(name)] = birth;
   }
   return {};
 }
@@ -225,9 +243,9 @@ Result<void> Shard::LoadSessions(std::span<const std::byte> body, uint32_t count
     if (saved.space >= loading.listed.size()) {
       return Fail(ErrorCode::kCorrupt, "a session of a space that is not listed");
     }
-    saved.space = loading.listed[saved.space];
-    loading.away.push_back(saved);
     ++loading.sessions;
+    saved.space = loading.listed[saved.space];
+    if (saved.space != kNoNode) loading.away.push_back(saved);
     body = body.subspan(sizeof(saved));
   }
   return {};
@@ -240,8 +258,18 @@ bool Shard::HandOnSessions() {
   const size_t before = away.size();
   for (; !away.empty() && ledger_.room() > 1; away.pop_back()) {
     const SavedSession& saved = away.back();
+    // Its space may have been dropped since; and later than this one began it was not.
+    const CommitStamp birth = recovery_->loading.births[std::string(spaces_[saved.space]->name())];
+    if (birth < entries_[saved.space]->birth()) continue;
+    CommitStamp last_active =
+        StampBefore(saved.last_active_unix_ns + (int64_t{1} << kStampShardBits));
+    // The time is rounded up, and its new home goes by the stamp, should the space be dropped by
+    // what is replayed: that is later than what was saved.
+    if (storage_.checkpoints[recovery_->loading.next].shards != port_.catalogue->shards()) {
+      last_active = std::min(last_active, recovery_->latest());
+    }
     RestoreSession(SessionId(saved.id), saved.space, saved.last_sequence,
-                   StampBefore(saved.last_active_unix_ns + (int64_t{1} << kStampShardBits)));
+                   std::max(last_active, birth + 1));
   }
   return away.size() < before;
 }
@@ -252,17 +280,23 @@ Result<void> Shard::BeginLoadingSpace(std::span<const std::byte> extent) {
   CheckpointLoading& loading = recovery_->loading;
   const auto saved = ReadSpaceExtent(extent);
   if (!saved) return std::unexpected(saved.error());
-  SpaceEntry* entry = port_.catalogue->Find(saved->name);
-  if (entry == nullptr) {
+  SpaceEntry* entry = port_.catalogue->FindAny(saved->name);
+  const auto birth = loading.births.find(saved->name);
+  if (entry == nullptr || birth == loading.births.end()) {
     return Fail(ErrorCode::kCorrupt, "space " + saved->name + " is not listed");
   }
-  if (saved->dimension != 0 && !entry->FixDimension(static_cast<uint16_t>(saved->dimension))) {
+  loading.space = FindOrMakeSpace(entry);
+  if (birth->second < birth_of_[loading.space]) {
+    loading.passes_over = true;
+    return {};
+  }
+  if (saved->dimension != 0 && !entry->FixDimension(static_cast<uint16_t>(saved->dimension),
+                                                    generation_of_[loading.space])) {
     return Fail(ErrorCode::kInvalidArgument,
                 "space " + saved->name + " is configured with dimension " +
                     std::to_string(entry->dimension()) + ", and was saved with " +
                     std::to_string(saved->dimension) + "; write that one");
   }
-  loading.space = FindOrMakeSpace(entry);
   const bool stays = storage_.checkpoints[loading.next].shards == port_.catalogue->shards() &&
                      spaces_[loading.space]->node_count() == 0 &&
                      StaysInPlace(loading.definitions[saved->name], *entry);

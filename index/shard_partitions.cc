@@ -28,6 +28,13 @@
 // tells q. If t is there, the answer says so, and step 4 ends s. If it is not there yet, then by
 // the time that t's home has its answer from q it sees as many partitions as s's home did, and step
 // 3 goes on to p. Tombstones are kept until no home has anything earlier under way (StampBoard).
+//
+// A restart may store an observation elsewhere than at first: the space has grown since, or there
+// is another number of shards, and then tombstones are handed on, too, as deletes. So t may come to
+// the very tombstone with the stamp t that ended s on its behalf: then t stands (Space::Upsert).
+// And it may be replayed into q while p was loaded with it. It stays in p, and q yields (kYield):
+// what ends there leaves a tombstone with the stamp t, never a later one, against which t would
+// lose in p once both are handed on.
 
 #include <algorithm>
 #include <utility>
@@ -89,7 +96,8 @@ bool Shard::NextTarget(Forward* forward) const {
     forward->target = entry.ShardOf(partition);
     if (forward->target != forward->owner) return true;
   }
-  if (!forward->is_upsert || forward->later <= forward->stamp) return false;
+  if (!forward->is_upsert) return false;
+  if (forward->later <= forward->stamp && !forward->is_elsewhere) return false;
   forward->step = Forward::Step::kLose;
   forward->target = forward->owner;
   return true;
@@ -119,14 +127,12 @@ bool Shard::Send(uint64_t ticket) {
   PeerLink& link = port_.peers[to];
   // As many answers fit the ring back.
   if (asked_[to] >= link.requests_out.capacity()) return false;
-  const bool is_store = forward.step == Forward::Step::kStore || forward.is_same_everywhere;
-  const bool pushed = link.requests_out.TryPush(
-      {.kind = is_store ? PeerMessage::Kind::kStore : PeerMessage::Kind::kRetire,
-       .existed = false,
-       .request = forward.request,
-       .space = forward.space,
-       .ticket = ticket,
-       .stamp = forward.step == Forward::Step::kLose ? forward.later : forward.stamp});
+  const bool pushed = link.requests_out.TryPush({.kind = MessageOf(forward),
+                                                 .existed = false,
+                                                 .request = forward.request,
+                                                 .space = forward.space,
+                                                 .ticket = ticket,
+                                                 .stamp = StampOf(forward)});
   CHECK(pushed, "no more messages are under way than the ring has room for");
   ++asked_[to];
   return true;
@@ -134,27 +140,47 @@ bool Shard::Send(uint64_t ticket) {
 
 // False where there is no memory for it, or no room for what is restored.
 bool Shard::DoHere(Forward* forward) {
-  const ObserveRequest& request = *forward->request;
-  const CommitStamp stamp = forward->step == Forward::Step::kLose ? forward->later : forward->stamp;
   const uint32_t space = FindOrMakeSpace(port_.catalogue->At(forward->space));
-  const bool stores = forward->step == Forward::Step::kStore || forward->is_same_everywhere;
   // What was logged has been judged: its room is its own.
   const StoreOutcome outcome =
-      stores ? Store(space, request, stamp, true) : Retire(space, ObservationIn(request).id, stamp);
+      DoAsAsked(MessageOf(*forward), space, *forward->request, StampOf(*forward), true);
   if (outcome.reason != RefusalReason::kNone) return false;
-  forward->existed |= outcome.existed;
-  forward->later = std::max(forward->later, outcome.later);
+  NoteOutcome(forward, outcome.existed, outcome.later);
   return true;
 }
 
-// What is here already under the same stamp was loaded from a checkpoint, and is replayed since
-// into a partition that came later. It stays here, where it may have been hidden, and the other one
-// ends.
-StoreOutcome Shard::Retire(uint32_t space, std::string_view id, CommitStamp stamp) {
-  StoreOutcome outcome = spaces_[space]->Delete(id, stamp, true);
-  if (outcome.existed && outcome.later == stamp) ++outcome.later;
+PeerMessage::Kind Shard::MessageOf(const Forward& forward) {
+  if (forward.step == Forward::Step::kStore || forward.is_same_everywhere) {
+    return PeerMessage::Kind::kStore;
+  }
+  const bool yields = forward.step == Forward::Step::kLose && forward.later <= forward.stamp;
+  return yields ? PeerMessage::Kind::kYield : PeerMessage::Kind::kRetire;
+}
+
+CommitStamp Shard::StampOf(const Forward& forward) {
+  return forward.step == Forward::Step::kLose ? std::max(forward.stamp, forward.later)
+                                              : forward.stamp;
+}
+
+// What an earlier owner has under the same stamp was loaded from a checkpoint, and is replayed
+// since into a partition that came later. It stays there, where it may have been hidden, and the
+// owner's ends.
+void Shard::NoteOutcome(Forward* forward, bool existed, CommitStamp later) {
+  forward->existed |= existed;
+  forward->later = std::max(forward->later, later);
+  if (forward->step == Forward::Step::kRetire && existed && later == forward->stamp) {
+    forward->is_elsewhere = true;
+  }
+}
+
+StoreOutcome Shard::DoAsAsked(PeerMessage::Kind kind, uint32_t space, const ObserveRequest& request,
+                              CommitStamp stamp, bool in_credit) {
+  if (IsDropped(space, stamp)) return {};
+  if (kind == PeerMessage::Kind::kStore) return Store(space, request, stamp, in_credit);
+  const std::string_view id = ObservationIn(request).id;
   QueueForUpkeep(space);
-  return outcome;
+  return kind == PeerMessage::Kind::kYield ? spaces_[space]->Yield(id, stamp)
+                                           : spaces_[space]->Delete(id, stamp, true);
 }
 
 void Shard::AnswerForward(const Forward& forward) {
@@ -190,8 +216,7 @@ int Shard::TakePeerAnswers() {
       if (!answer) break;
       --asked_[s];
       Forward& forward = ledger_.At(answer->ticket);
-      forward.existed |= answer->existed;
-      forward.later = std::max(forward.later, answer->stamp);
+      NoteOutcome(&forward, answer->existed, answer->stamp);
       StepForward(answer->ticket);
       ++work;
     }
@@ -235,12 +260,13 @@ bool Shard::TakePeerRequest(ShardId home, const PeerMessage& message) {
   const uint32_t space = FindOrMakeSpace(port_.catalogue->At(message.space));
   if (request.op == ObservationOp::kSkip) {
     // A session that belongs here, from the log of another shard.
-    sessions_.Restore(request.session, space, request.sequence, UnixNsOf(message.stamp));
+    if (!IsDropped(space, message.stamp)) {
+      sessions_.Restore(request.session, space, request.sequence, UnixNsOf(message.stamp));
+    }
     return Answer(home, message, {});
   }
-  const StoreOutcome outcome = message.kind == PeerMessage::Kind::kStore
-                                   ? Store(space, request, message.stamp, is_recovering())
-                                   : Retire(space, ObservationIn(request).id, message.stamp);
+  const StoreOutcome outcome =
+      DoAsAsked(message.kind, space, request, message.stamp, is_recovering());
   if (outcome.reason != RefusalReason::kNone) {
     CHECK(outcome.reason == RefusalReason::kMemoryFull ||
               outcome.reason == RefusalReason::kBacklogFull,
@@ -274,7 +300,7 @@ void Shard::GrowIfFull(uint32_t space) {
   const bool is_busy =
       part.backlog() > 0 && part.backlog() >= part.NodesInBytes(options_.unlinked_limit_bytes);
   if (!is_full && !is_busy) return;
-  if (entry.Grow(partitions)) counters_[ShardCounter::kSpacesGrown].Add(1);
+  if (entry.Grow(partitions, generation_of_[space])) counters_[ShardCounter::kSpacesGrown].Add(1);
 }
 
 // No home has anything earlier under way.

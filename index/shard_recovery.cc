@@ -115,6 +115,7 @@ std::string ShardRecovery::PlaceOf(const LogEntry& entry) const {
 
 int Shard::Recover() {
   if (recovery_progress_.failed.load(std::memory_order_relaxed)) return 0;
+  RenewStale();
   int work = TakePeerAnswers() + SendWaiting();
   const auto fail = [this](Error error) {
     recovery_progress_.error = std::move(error);
@@ -215,17 +216,34 @@ Result<bool> Shard::Replay(const LogEntry& entry) {
       return Fail(ErrorCode::kCorrupt, recovery_->PlaceOf(entry) + ": a space without definition");
     }
     std::memcpy(&definition, record.payload.data(), sizeof(definition));
-    auto space = port_.catalogue->Restore(record.space, definition);
+    CommitStamp birth = kNoStamp;
+    if (record.payload.size() >= sizeof(definition) + sizeof(birth)) {
+      std::memcpy(&birth, record.payload.data() + sizeof(definition), sizeof(birth));
+    }
+    auto space = port_.catalogue->Restore(record.space, definition, birth);
     if (!space) return std::unexpected(space.error());
-    logged_partitions_[FindOrMakeSpace(*space)] = definition.partitions;
+    const uint32_t index = FindOrMakeSpace(*space);
+    if (birth == birth_of_[index]) logged_partitions_[index] = definition.partitions;
     return true;
   }
-  SpaceEntry* space_entry = port_.catalogue->Find(record.space);
+  SpaceEntry* space_entry = port_.catalogue->FindAny(record.space);
+  if (record.kind == LogRecordKind::kDropSpace) {
+    // Also of one that nobody has read of yet: the others may still.
+    const auto dropped = port_.catalogue->Restore(record.space, SpaceDefinition(), record.stamp);
+    if (!dropped) return std::unexpected(dropped.error());
+    (void)FindOrMakeSpace(*dropped);
+    recovery_->Note(record.stamp);
+    return true;
+  }
   if (space_entry == nullptr) {
     return Fail(ErrorCode::kCorrupt, recovery_->PlaceOf(entry) + ": a record of space " +
                                          std::string(record.space) + ", which was never made");
   }
   const uint32_t space = FindOrMakeSpace(space_entry);
+  if (IsDropped(space, record.stamp)) {
+    recovery_->Note(record.stamp);
+    return true;
+  }
   if (record.kind != LogRecordKind::kSkip && IsObservation(record.kind) && !left_out) {
     auto stored = ReplayObservation(entry, space);
     if (!stored || !*stored) return stored;
@@ -306,6 +324,8 @@ Result<bool> Shard::ReplayObservation(const LogEntry& entry, uint32_t space) {
     std::free(request);
     if (outcome.reason == RefusalReason::kNone) return true;
     if (outcome.reason == RefusalReason::kMemoryFull) return false;
+    // Another shard has read meanwhile that it was dropped.
+    if (IsDropped(space, record.stamp)) return true;
     return Fail(
         ErrorCode::kInvalidArgument,
         recovery_->PlaceOf(entry) + ": space " + std::string(record.space) +

@@ -73,6 +73,8 @@ struct CheckpointLoading {
   std::unique_ptr<CheckpointReader> reader;
   std::vector<uint32_t> listed;  // by place in the file's list: the space in the shard
   std::map<std::string, SpaceDefinition> definitions;  // by name
+  std::map<std::string, CommitStamp> births;           // likewise
+  bool passes_over = false;  // the saved space that is being read: it was dropped since
   uint64_t sessions = 0;
   // Of these, those that are not with their homes yet; `space` is the shard's.
   std::vector<SavedSession> away;

@@ -13,6 +13,8 @@
 // here is stored at once, and logged afterwards.
 
 #include <algorithm>
+#include <array>
+#include <cstring>
 
 #include "index/shard.h"
 #include "src/core/check.h"
@@ -25,6 +27,8 @@ namespace {
 // there is more.
 constexpr size_t kLeastMemoryMargin = size_t{4} << 20;
 constexpr size_t kMemoryMarginShare = 64;
+// Of the record that a space was made: what it is, and the end of the incarnation before.
+constexpr size_t kSpacePayloadBytes = sizeof(SpaceDefinition) + sizeof(CommitStamp);
 
 }  // namespace
 
@@ -158,6 +162,10 @@ Shard::Taken Shard::Take(uint32_t space, Session* session, ObserveRequest* reque
   const bool waits = log_ != nullptr && entries_[space]->durability() != Durability::kMemory;
   const bool stores_now = !waits && OwnedHereAlone(space, *request);
   RefusalReason& reason = taken.outcome.reason;
+  if (entries_[space]->is_dropping()) {
+    reason = session != nullptr ? RefusalReason::kSessionExpired : RefusalReason::kSpaceDropping;
+    return taken;
+  }
   if (const RefusalReason no_room = JudgeLogRoom(space, *request);
       no_room != RefusalReason::kNone) {
     reason = no_room;
@@ -250,8 +258,8 @@ size_t Shard::PendingBytes(const ObserveRequest& request) {
 
 RefusalReason Shard::JudgeLogRoom(uint32_t space, const ObserveRequest& request) const {
   if (log_ == nullptr) return RefusalReason::kNone;
-  const size_t bytes = RecordBytes(space, request) + LogRecordBytes(entries_[space]->name().size(),
-                                                                    0, 0, sizeof(SpaceDefinition));
+  const size_t bytes = RecordBytes(space, request) +
+                       LogRecordBytes(entries_[space]->name().size(), 0, 0, kSpacePayloadBytes);
   return log_->JudgeRoom(bytes, request.op == ObservationOp::kDelete);
 }
 
@@ -273,7 +281,12 @@ void Shard::Append(uint32_t space, RefusalReason skip_reason, CommitStamp stamp,
     made.kind = LogRecordKind::kSpace;
     made.stamp = stamp;
     made.space = entry.name();
-    made.payload = std::as_bytes(std::span(&definition, 1));
+    const CommitStamp birth = entry.birth();
+    std::array<std::byte, kSpacePayloadBytes> payload;
+    std::memcpy(payload.data(), &definition, sizeof(definition));
+    std::memcpy(payload.data() + sizeof(definition), &birth, sizeof(birth));
+    made.payload =
+        std::span(payload).first(birth == kNoStamp ? sizeof(definition) : kSpacePayloadBytes);
     log_->Append(made, false, RecordBytes(space, *request));
   }
   LogRecord record;
@@ -381,12 +394,15 @@ ObservationRef Shard::ObservationIn(const ObserveRequest& request) {
 // In this shard. A refusal changes nothing.
 StoreOutcome Shard::Store(uint32_t space, const ObserveRequest& request, CommitStamp stamp,
                           bool in_credit) {
+  if (IsDropped(space, stamp)) return {};
   Space& target = *spaces_[space];
   const ObservationRef observation = ObservationIn(request);
   // With one partition there is one home, and nothing earlier under way from another.
-  const bool several_homes = entries_[space]->partitions() > 1;
+  bool several_homes = entries_[space]->partitions() > 1;
   StoreOutcome outcome;
   if (request.op == ObservationOp::kDelete) {
+    // But what a checkpoint says was deleted had several, and what is earlier may be replayed yet.
+    several_homes |= is_recovering() && request.address == kNoLogAddress;
     outcome = target.Delete(observation.id, stamp, several_homes);
     if (outcome.reason != RefusalReason::kNone) return outcome;
     if (outcome.existed) counters_[ShardCounter::kObservationsDeleted].Add(1);
@@ -443,7 +459,7 @@ RefusalReason Shard::FixDimension(uint32_t space, const ObservationRef& observat
     const RefusalReason reason = spaces_[space]->Judge(observation);
     if (reason != RefusalReason::kNone) return reason;
   }
-  return entry.FixDimension(static_cast<uint16_t>(observation.dimension))
+  return entry.FixDimension(static_cast<uint16_t>(observation.dimension), generation_of_[space])
              ? RefusalReason::kNone
              : RefusalReason::kWrongDimension;
 }

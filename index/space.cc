@@ -107,7 +107,7 @@ StoreOutcome Space::Upsert(const ObservationRef& observation, CommitStamp stamp,
   const uint64_t hash = HashOf(observation.id);
   const NodeId old = FindId(hash, observation.id);
   const bool existed = old != kNoNode && nodes_[old].state != NodeState::kTombstone;
-  // Before a tombstone with its own stamp it stands: that is there on its behalf (see Yield).
+  // It stands before a tombstone with its own stamp (see the class).
   if (old != kNoNode && ContentStamp(old) >= stamp + (existed ? 0 : 1)) {
     const NodeId late = StoreLate(observation, true, numbers.data(), hash, old, stamp);
     return {.existed = existed, .later = ContentStamp(old), .node = late};
@@ -143,15 +143,25 @@ StoreOutcome Space::Upsert(const ObservationRef& observation, CommitStamp stamp,
 }
 
 StoreOutcome Space::Delete(std::string_view id, CommitStamp stamp, bool several_homes) {
+  return EndContent(id, stamp, several_homes, false);
+}
+
+StoreOutcome Space::Yield(std::string_view id, CommitStamp stamp) {
+  return EndContent(id, stamp, true, true);
+}
+
+// `yields`: also what has the stamp itself, but for a tombstone.
+StoreOutcome Space::EndContent(std::string_view id, CommitStamp stamp, bool several_homes,
+                               bool yields) {
   const uint64_t hash = HashOf(id);
   const NodeId old = FindId(hash, id);
-  if (old != kNoNode && ContentStamp(old) >= stamp) {
+  const bool is_content = old != kNoNode && nodes_[old].state != NodeState::kTombstone;
+  if (old != kNoNode && ContentStamp(old) >= stamp + (yields && is_content ? 1 : 0)) {
     ObservationRef id_alone;
     id_alone.id = id;
     StoreLate(id_alone, false, nullptr, hash, old, stamp);
-    return {.existed = nodes_[old].state != NodeState::kTombstone, .later = ContentStamp(old)};
+    return {.existed = is_content, .later = ContentStamp(old)};
   }
-  const bool existed = old != kNoNode && nodes_[old].state != NodeState::kTombstone;
   if (several_homes) {
     if (!MakeTombstone(hash, id, stamp, old)) return {.reason = RefusalReason::kMemoryFull};
   } else if (old != kNoNode) {
@@ -159,7 +169,7 @@ StoreOutcome Space::Delete(std::string_view id, CommitStamp stamp, bool several_
   }
   if (old != kNoNode) Supersede(hash, old, stamp, several_homes);
   Advance(stamp);
-  return {.existed = existed};
+  return {.existed = is_content};
 }
 
 // What a suppress that comes late would have hidden was replaced meanwhile: as a delete then. One
@@ -388,7 +398,7 @@ bool Space::ReserveFresh() {
 // There are enough of them, or their memory is missed.
 bool Space::WantsDrop() const {
   const uint64_t ended = fresh_.size() - unlinked_;
-  return ended > 0 && (memory_short_ || ended * kEndedShare >= unlinked_);
+  return ended > 0 && (memory_short_ || sweeps_all_ || ended * kEndedShare >= unlinked_);
 }
 
 // Once all of them are past.
@@ -415,6 +425,7 @@ NodeId Space::TakeNode() {
     // A node that was made before there was a dimension has no rows yet.
     if (!ReserveRows(size_t{node} + 1)) return kNoNode;
     first_free_ = nodes_[node].next;
+    ++nodes_taken_;
     return node;
   }
   const uint32_t count = node_count_.load(std::memory_order_relaxed);
@@ -424,6 +435,7 @@ NodeId Space::TakeNode() {
     return kNoNode;
   }
   node_count_.store(count + 1, std::memory_order_release);
+  ++nodes_taken_;
   return count;
 }
 
@@ -562,6 +574,7 @@ void Space::FinishLinking(NodeId node) {
 
 bool Space::WantsSweep() const {
   if (retired_linked_ == 0) return false;
+  if (sweeps_all_) return true;
   const uint64_t nodes = graph_.linked_count();
   if (unlinked_ == 0) return retired_linked_ * kIdleSweepShare >= nodes;
   return retired_linked_ >= std::max(kLeastBusySweep, nodes / kBusySweepShare);
@@ -629,9 +642,18 @@ bool Space::Reclaim(size_t max_nodes) {
     }
     if (graph_.IsDoomed(node)) graph_.Forget(node);
     --retired_;
+    ++reclaimed_;
     FreeNode(node);
   }
   return first_closing_ != kNoNode || first_waiting_ != kNoNode;
+}
+
+bool Space::Dismantle(size_t max_nodes) {
+  const uint32_t count = node_count();
+  for (; max_nodes > 0 && dismantled_ < count; --max_nodes) FreeText(&nodes_[dismantled_++]);
+  if (dismantled_ < count) return false;
+  node_count_.store(0, std::memory_order_relaxed);
+  return true;
 }
 
 // What was kept for it may be given back.

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -98,10 +99,12 @@ struct SpaceOptions {
 // A node's life: kFree -> kUnlinked -> kLinking -> kLinked -> kRetired (updated or deleted; still
 // in the graph) -> kDoomed (a sweep takes it out) -> kWaiting (until no reader can be on it) ->
 // kFree, or from kUnlinked by kEnded, until it has left the fresh list, to kWaiting. A
-// kTombstone is an id without a vector: its delete was stamped later than what may still come from
-// another home shard. A kHidden node is what was suppressed: a copy in no list and no graph that no
-// snapshot sees, until it is restored (kUnlinked) or superseded (kFree); the node that was live
-// ends as if it had been deleted.
+// kTombstone is an id without a vector: what had the id was deleted, or superseded by what another
+// shard has, and something earlier may still come from another home shard. Where it was superseded
+// the tombstone has the stamp of what did so, which stands before it, should it come here: after a
+// restart with other partitions it may. A kHidden node is what was suppressed: a copy in no list
+// and no graph that no snapshot sees, until it is restored (kUnlinked) or superseded (kFree); the
+// node that was live ends as if it had been deleted.
 //
 // Suppressing and restoring hold for the content that they meet, and content keeps its own stamp
 // through them (ContentStamp). Upserts and deletes go by the stamps of contents alone, so one that
@@ -184,6 +187,9 @@ class Space {
   // Ends what has this id and an earlier stamp. `several_homes`: likewise, and as it must lose a
   // tombstone is kept, until ForgetTombstones. kNone or kMemoryFull.
   StoreOutcome Delete(std::string_view id, CommitStamp stamp, bool several_homes);
+  // As Delete with several homes, and ends what has this very stamp, too: it lies in another shard
+  // as well, and stays there.
+  StoreOutcome Yield(std::string_view id, CommitStamp stamp);
   // Hides what lives with this id and an earlier stamp. kNone or kMemoryFull; nothing has changed
   // then.
   StoreOutcome Suppress(std::string_view id, CommitStamp stamp, bool several_homes);
@@ -254,6 +260,13 @@ class Space {
   // later. No linker is active.
   bool BeginSweep(HnswSweep* sweep);
   void FinishSweep(const HnswSweep& sweep);
+  // Until it is taken back whatever has ended is swept, however little it is, for an operator.
+  void SweepAll(bool sweeps_all) { sweeps_all_ = sweeps_all; }
+  // Places of what had ended that were given back, ever.
+  uint64_t reclaimed() const { return reclaimed_; }
+  // Of a space that nobody has to do with any more, ahead of its end: gives back texts, of
+  // `max_nodes` nodes at most. True when no more is left than the end can do at once.
+  bool Dismantle(size_t max_nodes);
   // Frees nodes that no reader can be on and no save needs, `max_nodes` at most. No linker is
   // active. True when some are left, but for what a save needs.
   bool Reclaim(size_t max_nodes);
@@ -264,6 +277,12 @@ class Space {
 
   // kCorrupt naming what is wrong. Reads everything: for tests.
   Result<void> CheckInvariants() const;
+  // The same of a space that serves, in slices of `max_nodes`: what each node shows alone, and at
+  // the end, where nothing has changed since the first slice, the counts. What only the whole graph
+  // shows is left out.
+  struct CheckState;
+  // kMore, kSound or kChanged. Errors: kCorrupt naming what is wrong.
+  Result<CheckOutcome> CheckSlice(size_t max_nodes, CheckState* state) const;
 
   uint64_t live() const { return live_; }
   uint64_t hidden() const { return hidden_; }
@@ -277,10 +296,15 @@ class Space {
   // beyond a share that sweeps let gather. 0 while there is no graph, as nothing waits for it.
   uint64_t backlog() const;
   uint64_t resident_bytes() const;
+  // Of this what is in use, by what lives, is hidden, or has ended and is not given back yet.
+  uint64_t held_bytes() const {
+    return (live_ + hidden_ + retired_ + tombstones_) * NodeBytes() + text_bytes_;
+  }
 
  private:
   friend class SpaceSaver;
   friend class SpaceLoader;
+  friend class SpaceTestPeer;
 
   enum class NodeState : uint8_t {
     kFree,
@@ -397,13 +421,17 @@ class Space {
   void EndEarlier(uint64_t hash, std::string_view id, CommitStamp stamp);
   NodeId StoreLate(const ObservationRef& observation, bool is_upsert, const float* numbers,
                    uint64_t hash, NodeId latest, CommitStamp stamp);
+  StoreOutcome EndContent(std::string_view id, CommitStamp stamp, bool several_homes, bool yields);
   bool MakeTombstone(uint64_t hash, std::string_view id, CommitStamp stamp, NodeId old);
   void Advance(CommitStamp stamp);
   uint64_t HashOf(std::string_view id) const;
   NodeId FindId(uint64_t hash, std::string_view id) const;
   std::string_view IdOf(NodeId node) const;
   Result<void> CheckNode(NodeId node) const;
+  using StateCounts = std::array<uint64_t, static_cast<size_t>(NodeState::kCount)>;
+  Result<void> CompareCounts(const StateCounts& by_state) const;
   Result<void> CheckCounts() const;
+  uint64_t ChangesMark() const;
   std::unexpected<Error> Unsound(const std::string& what, uint64_t node) const;
 
   // Constant after construction.
@@ -431,6 +459,7 @@ class Space {
   // The shard's alone.
   IdMap ids_;
   NodeId first_free_ = kNoNode;
+  uint64_t nodes_taken_ = 0;  // ever
   // Retired nodes in the graph; those that a sweep may take once the horizon has passed sweep_end_
   // and then no reader of sweep_epoch_, closed at that time, is inside.
   NodeId first_retired_ = kNoNode;
@@ -467,10 +496,23 @@ class Space {
   // Without a graph: what had ended by drop_end_ leaves the list once the horizon has passed that.
   CommitStamp drop_end_ = kNoStamp;
   bool memory_short_ = false;  // an upsert was refused
+  bool sweeps_all_ = false;
+  uint64_t reclaimed_ = 0;
+  uint32_t dismantled_ = 0;  // nodes
   // The saver's, where one is under way. What it must keep waits in a list until it ends.
   Save* save_ = nullptr;
   NodeId first_kept_ = kNoNode;
   NodeId last_kept_ = kNoNode;
 };
+
+// All zeros before the first slice. Whoever carries it need not be trusted: from a wrong one comes
+// nothing worse than a wrong verdict.
+struct Space::CheckState {
+  uint32_t next = 0;  // node
+  uint32_t begun = 0;
+  uint64_t mark = 0;       // of the first slice
+  StateCounts by_state{};  // of the nodes before `next`
+};
+static_assert(sizeof(Space::CheckState) <= kCheckStateBytes);
 
 }  // namespace engram

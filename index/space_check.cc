@@ -4,6 +4,7 @@
 #include <string>
 
 #include "index/space.h"
+#include "src/core/hash.h"
 
 namespace engram {
 
@@ -41,11 +42,8 @@ Result<void> Space::CheckNode(NodeId node) const {
   return {};
 }
 
-Result<void> Space::CheckCounts() const {
-  std::array<uint64_t, static_cast<size_t>(NodeState::kCount)> by_state{};
-  for (uint32_t node = 0; node < node_count(); ++node) {
-    ++by_state[static_cast<size_t>(nodes_[node].state)];
-  }
+// Without reading any node.
+Result<void> Space::CompareCounts(const StateCounts& by_state) const {
   const auto count = [&](NodeState state) { return by_state[static_cast<size_t>(state)]; };
   const uint64_t unlinked = count(NodeState::kUnlinked) + count(NodeState::kLinking);
   const uint64_t live = unlinked + count(NodeState::kLinked);
@@ -54,28 +52,70 @@ Result<void> Space::CheckCounts() const {
                            count(NodeState::kWaiting);
   if (live != live_) return Unsound("live count is off", live);
   if (unlinked != unlinked_) return Unsound("unlinked count is off", unlinked);
+  if (retired != retired_) return Unsound("retired count is off", retired);
+  if (count(NodeState::kRetired) != retired_linked_) return Unsound("retired list is off", retired);
+  if (count(NodeState::kTombstone) != tombstones_)
+    return Unsound("tombstones are off", tombstones_);
+  if (count(NodeState::kHidden) != hidden_) return Unsound("hidden count is off", hidden_);
+  if (aged_ && aged_->size() != live + hidden_) {
+    return Unsound("queue by age is off", aged_->size());
+  }
+  if (ids_.size() < live + hidden_ || ids_.size() > live + hidden_ + tombstones_) {
+    return Unsound("id map's size is off", ids_.size());
+  }
+  return {};
+}
+
+Result<void> Space::CheckCounts() const {
+  StateCounts by_state{};
+  for (uint32_t node = 0; node < node_count(); ++node) {
+    ++by_state[static_cast<size_t>(nodes_[node].state)];
+  }
+  if (Result<void> sound = CompareCounts(by_state); !sound) return sound;
   const FreshList::Snapshot fresh = fresh_.TakeSnapshot();
   uint64_t listed = 0;
   for (size_t i = 0; i < fresh.size(); ++i) {
     const NodeState state = nodes_[fresh[i]].state;
     listed += static_cast<uint64_t>(state == NodeState::kUnlinked || state == NodeState::kLinking);
   }
-  if (listed != unlinked) return Unsound("the fresh list lacks nodes", listed);
-  if (retired != retired_) return Unsound("retired count is off", retired);
-  if (count(NodeState::kRetired) != retired_linked_) return Unsound("retired list is off", retired);
-  if (count(NodeState::kTombstone) != tombstones_)
-    return Unsound("tombstones are off", tombstones_);
-  if (count(NodeState::kHidden) != hidden_) return Unsound("hidden count is off", hidden_);
-  if (aged_ && (aged_->size() != live + hidden_ || !aged_->IsSound())) {
-    return Unsound("queue by age is off", aged_->size());
-  }
-  if (ids_.size() < live + hidden_ || ids_.size() > live + hidden_ + tombstones_) {
-    return Unsound("id map's size is off", ids_.size());
-  }
+  if (listed != unlinked_) return Unsound("the fresh list lacks nodes", listed);
+  if (aged_ && !aged_->IsSound()) return Unsound("queue by age is off", aged_->size());
   uint64_t free = 0;
   for (NodeId node = first_free_; node != kNoNode; node = nodes_[node].next) ++free;
-  if (free != count(NodeState::kFree)) return Unsound("free list is off", free);
+  if (free != by_state[static_cast<size_t>(NodeState::kFree)]) {
+    return Unsound("free list is off", free);
+  }
   return {};
+}
+
+// The same only if no count has changed: a node comes to life, or into what has ended, as it is
+// taken or restored from being hidden; without the first all of these go one way.
+uint64_t Space::ChangesMark() const {
+  uint64_t mark = MixBits(nodes_taken_ + 1);
+  for (const uint64_t count : {live_, unlinked_, retired_, uint64_t{retired_linked_}, tombstones_,
+                               hidden_, uint64_t{node_count()}}) {
+    mark = MixBits(mark ^ count);
+  }
+  return mark;
+}
+
+Result<CheckOutcome> Space::CheckSlice(size_t max_nodes, CheckState* state) const {
+  if (state->begun == 0) *state = {.begun = 1, .mark = ChangesMark()};
+  const size_t nodes = node_count();
+  for (size_t i = 0; i < max_nodes && state->next < nodes; ++i, ++state->next) {
+    const NodeId node = state->next;
+    if (Result<void> sound = CheckNode(node); !sound) return std::unexpected(sound.error());
+    if (Result<void> sound = graph_.CheckNode(node); !sound) {
+      return Unsound(sound.error().message, node);
+    }
+    ++state->by_state[static_cast<size_t>(nodes_[node].state)];
+  }
+  if (state->next < nodes) return CheckOutcome::kMore;
+  if (state->mark != ChangesMark()) return CheckOutcome::kChanged;
+  if (Result<void> sound = CompareCounts(state->by_state); !sound) {
+    return std::unexpected(sound.error());
+  }
+  return CheckOutcome::kSound;
 }
 
 Result<void> Space::CheckInvariants() const {

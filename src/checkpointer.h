@@ -59,6 +59,7 @@ class Checkpointer {
   // Begins the rounds that take over what lives in segments with any dead bytes, within the bounds
   // of a round, and find the old ones empty. Any thread may ask, too.
   void RequestCompaction() { compactions_.fetch_add(1); }
+  std::atomic<uint64_t>& compactions() { return compactions_; }
   // Until that time of the clock no round begins or goes on, and no file of the logs goes that is
   // there: somebody copies them. The counter `checkpoints_held` tells when it is so. Any thread.
   std::atomic<int64_t>& held_until_ns() { return held_until_ns_; }

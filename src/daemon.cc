@@ -203,6 +203,7 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
   options.ingest.max_connections = config.limits.max_connections;
   options.ingest.huge_pages = config.huge_pages;
   options.ingest.checkpoint_requests = &checkpointer_->requests();
+  options.ingest.compaction_requests = &checkpointer_->compactions();
   options.ingest.held_until_ns = &checkpointer_->held_until_ns();
   std::error_code ignored;
   options.ingest.data_directory =

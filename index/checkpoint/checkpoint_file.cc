@@ -42,6 +42,18 @@ std::optional<uint32_t> CheckpointRound(std::string_view name) {
   return round;
 }
 
+CommitStamp BirthOf(const ListedSpace& listed) {
+  CommitStamp birth = 0;
+  std::memcpy(&birth, listed.birth, sizeof(listed.birth));
+  constexpr CommitStamp kShardBits = (CommitStamp{1} << kStampShardBits) - 1;
+  return birth == 0 ? kNoStamp : birth << kStampShardBits | kShardBits;
+}
+
+void SetBirth(CommitStamp birth, ListedSpace* listed) {
+  const CommitStamp kept = birth >> kStampShardBits;
+  std::memcpy(listed->birth, &kept, sizeof(listed->birth));
+}
+
 size_t SealShardExtent(ExtentKind kind, uint32_t count, size_t body_bytes, std::byte* to) {
   ExtentHeader header;
   header.kind = kind;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "index/checkpoint/space_extent.h"
+#include "src/core/commit_stamp.h"
 #include "src/core/disk.h"
 #include "src/core/log_address.h"
 #include "src/core/result.h"
@@ -43,11 +44,15 @@ static_assert(sizeof(ShardExtent) == 24);
 
 // One space in the body of kSpaceListExtent; the name follows, padded to 8.
 struct ListedSpace {
-  SpaceDefinition definition;
+  SpaceDefinition definition;  // all zero: it was dropped, and no saved space follows
   uint8_t name_bytes;
-  uint8_t zero[7];
+  uint8_t birth[7];  // without its lowest 8 bits, which are all set; 0: never dropped, or forgotten
 };
 static_assert(sizeof(ListedSpace) == 16);
+
+// What has a stamp up to that is of an earlier incarnation of the space, and gone.
+CommitStamp BirthOf(const ListedSpace& listed);
+void SetBirth(CommitStamp birth, ListedSpace* listed);
 
 // One session in the body of kSessionsExtent.
 struct SavedSession {

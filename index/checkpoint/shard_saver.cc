@@ -44,6 +44,8 @@ bool ShardSaver::Begin(uint32_t round, CommitStamp hold, CommitStamp latest,
   hold_ = hold;
   latest_ = latest;
   spaces_ = static_cast<uint32_t>(contents.spaces.size());
+  vacant_.clear();
+  for (const SpaceEntry* entry : contents.entries) vacant_.push_back(entry->is_vacant());
   next_space_ = 0;
   session_cursor_ = 0;
   sessions_ = 0;
@@ -131,7 +133,11 @@ bool ShardSaver::FillHead() {
   for (; next_space_ < spaces_ && at < end; ++next_space_, ++count) {
     const SpaceEntry& entry = *contents_.entries[next_space_];
     ListedSpace listed{};
-    listed.definition = entry.Definition();
+    // What was dropped is forgotten once no record of it can be replayed any more.
+    if (!vacant_[next_space_]) listed.definition = entry.Definition();
+    if (!vacant_[next_space_] || contents_.dropped_at[next_space_] >= contents_.replay_from) {
+      SetBirth(entry.birth(), &listed);
+    }
     listed.name_bytes = static_cast<uint8_t>(entry.name().size());
     std::memcpy(at, &listed, sizeof(listed));
     at += sizeof(listed);
@@ -181,6 +187,7 @@ bool ShardSaver::FillSessions() {
 
 bool ShardSaver::FillSpaces() {
   if (!space_saver_.active()) {
+    while (next_space_ < spaces_ && vacant_[next_space_]) ++next_space_;
     if (next_space_ == spaces_) {
       phase_ = Phase::kEnd;
       return true;

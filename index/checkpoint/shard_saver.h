@@ -22,7 +22,9 @@ namespace engram {
 // What is saved of a shard.
 struct ShardContents {
   std::span<const std::unique_ptr<Space>> spaces;
-  std::span<SpaceEntry* const> entries;  // of these spaces
+  std::span<SpaceEntry* const> entries;     // of these spaces
+  std::span<const LogPosition> dropped_at;  // of these, in the shard's log
+  LogPosition replay_from = 0;              // of that log
   SessionTable* sessions = nullptr;
   uint16_t shard = 0;
   uint16_t shards = 0;
@@ -96,6 +98,7 @@ class ShardSaver {
   CommitStamp hold_ = kNoStamp;
   CommitStamp latest_ = kNoStamp;
   uint32_t spaces_ = 0;
+  std::vector<bool> vacant_;  // by space: it had been dropped when the save began
   uint32_t next_space_ = 0;
   uint64_t session_cursor_ = 0;
   uint64_t sessions_ = 0;

@@ -109,6 +109,17 @@ struct HitReference {
 };
 static_assert(sizeof(HitReference) == 16);
 
+// A check of a space's invariants, slice by slice: what whoever asks carries from one slice to the
+// next without looking into it, and what a slice has come to.
+inline constexpr size_t kCheckStateBytes = 128;
+inline constexpr size_t kMaxCheckTextBytes = 240;
+enum class CheckOutcome : uint8_t {
+  kMore = 0,     // sound so far
+  kSound = 1,    // to the end, counts included
+  kChanged = 2,  // to the end, but for the counts: something changed between the slices
+  kUnsound = 3,  // the text says what
+};
+
 // One space as its shard sees it; the name follows, then zeros up to a multiple of 8.
 struct SpaceRecord {
   uint32_t record_bytes;  // this header, name and padding

@@ -14,6 +14,7 @@
 #include "src/core/refusal_reason.h"
 #include "src/core/slot_slab.h"
 #include "src/core/space_catalogue.h"
+#include "src/core/space_command.h"
 #include "src/core/spsc_ring.h"
 
 // What travels between a producer core (ingress, later the gateway) and a shard core.
@@ -41,6 +42,8 @@ enum class RequestKind : uint8_t {
   kIntrospect,
   kGet,     // observations by id
   kScroll,  // all observations, a page at a time
+  kCheck,   // a slice of a check of a space's invariants
+  kCommand,
 };
 
 // Names a connection of a producer to the shards, which only hand it back. 0: none.
@@ -167,12 +170,38 @@ struct ScrollRequest {
   SpaceName space;
 };
 
+// A slice of a check of a space's invariants. At kRequestBodyOffset: kCheckStateBytes of state,
+// which the shard replaces by the next one, then room for kMaxCheckTextBytes of text.
+struct CheckRequest {
+  RequestHeader header{RequestKind::kCheck};
+  Origin origin = 0;
+  uint64_t request_id = 0;
+  SpaceName space;
+  // Answer.
+  CheckOutcome outcome = CheckOutcome::kMore;
+  uint16_t text_bytes = 0;
+};
+
 // The connection that held a session is gone; the session stays for a resume.
 struct DetachRequest {
   RequestHeader header{RequestKind::kDetach};
   uint32_t session_slot = 0;
   SessionId session;
   Origin origin = 0;
+};
+
+// Something that is done to a whole space: every shard is asked, and writes its answer into the
+// same slot before it gives it back. For kDrop the producer has begun it (SpaceEntry::BeginDrop).
+struct CommandRequest {
+  RequestHeader header{RequestKind::kCommand};
+  SpaceCommand what = SpaceCommand::kCompact;
+  Origin origin = 0;
+  uint64_t request_id = 0;
+  // Answer.
+  uint64_t observations = 0;  // swept, or dropped
+  uint64_t bytes_before = 0;  // of memory that the shard's part took
+  uint64_t bytes_after = 0;
+  SpaceName space;
 };
 
 // Asks for the shard's spaces, answered with SpaceRecords.
@@ -188,6 +217,8 @@ static_assert(sizeof(ObserveRequest) <= kRequestBodyOffset);
 static_assert(sizeof(RecallRequest) <= kRequestBodyOffset);
 static_assert(sizeof(GetRequest) <= kRequestBodyOffset);
 static_assert(sizeof(ScrollRequest) <= kRequestBodyOffset);
+static_assert(sizeof(CommandRequest) <= kRequestBodyOffset);
+static_assert(sizeof(CheckRequest) <= kRequestBodyOffset);
 
 enum class CompletionKind : uint8_t {
   kHello = 1,       // slot: the HelloRequest with its answer
@@ -198,8 +229,10 @@ enum class CompletionKind : uint8_t {
   kResults,         // result_slot: a batch of hits; more of them may follow
   kRecords,         // result_slot: a batch of space records; more of them may follow
   kIntrospectDone,  // slot given back
+  kCommand,         // slot: the CommandRequest with its answer
   kFenced,          // no slot: the session of this origin was taken over
   kCredit,          // no slot: more may be sent
+  kCheckDone,       // slot: the CheckRequest with its answer
 };
 
 struct Completion {
@@ -241,6 +274,7 @@ struct PeerMessage {
     kStore,   // home to owner: do what the request says, with this stamp; a suppress or a restore
               // goes to earlier owners, too
     kRetire,  // home to an earlier owner: whatever it has of that id is superseded by this stamp
+    kYield,   // home to the owner: likewise, and what has this very stamp is kept by another shard
     kDone,    // back: it is visible
   };
   Kind kind = Kind::kStore;

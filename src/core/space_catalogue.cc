@@ -45,18 +45,56 @@ void RankInto(std::string_view space, uint16_t shards, std::span<ShardId> rankin
 
 }  // namespace
 
-bool SpaceEntry::FixDimension(uint16_t dimension) {
+bool SpaceEntry::FixDimension(uint16_t dimension, uint32_t generation) {
   CHECK(dimension > 0, "0 says that a dimension is open");
-  uint16_t known = 0;
-  return dimension_.compare_exchange_strong(known, dimension, std::memory_order_acq_rel,
-                                            std::memory_order_acquire) ||
-         known == dimension;
+  State known = Load();
+  while (known.generation == generation && known.dimension == 0) {
+    State fixed = known;
+    fixed.dimension = dimension;
+    if (state_.compare_exchange_weak(known, fixed, std::memory_order_acq_rel,
+                                     std::memory_order_acquire)) {
+      return true;
+    }
+  }
+  return known.generation != generation || known.dimension == dimension;
 }
 
-bool SpaceEntry::Grow(uint16_t from) {
+bool SpaceEntry::Grow(uint16_t from, uint32_t generation) {
   if (uint32_t{from} * 2 > max_partitions()) return false;
-  return partitions_.compare_exchange_strong(from, static_cast<uint16_t>(from * 2),
-                                             std::memory_order_acq_rel);
+  State known = Load();
+  while (known.generation == generation && known.partitions == from) {
+    State grown = known;
+    grown.partitions = static_cast<uint16_t>(from * 2);
+    if (state_.compare_exchange_weak(known, grown, std::memory_order_acq_rel,
+                                     std::memory_order_acquire)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+bool SpaceEntry::BeginDrop() {
+  if (is_vacant() || dropping_.exchange(true, std::memory_order_acq_rel)) return false;
+  // Read by nobody before the shards are asked.
+  joined_.store(0, std::memory_order_relaxed);
+  finished_.store(0, std::memory_order_relaxed);
+  drop_stamp_.store(kNoStamp, std::memory_order_relaxed);
+  return true;
+}
+
+// The last of the stamps that differ in the shard alone: a file can then leave out these bits.
+void SpaceEntry::JoinDrop(CommitStamp stamp) {
+  const CommitStamp end = stamp | ((CommitStamp{1} << kStampShardBits) - 1);
+  CommitStamp latest = drop_stamp_.load(std::memory_order_relaxed);
+  while (latest < end && !drop_stamp_.compare_exchange_weak(latest, end)) {
+  }
+  joined_.fetch_add(1, std::memory_order_acq_rel);
+}
+
+void SpaceEntry::FinishDrop(uint16_t shards) {
+  if (finished_.fetch_add(1, std::memory_order_acq_rel) + 1 == shards) {
+    dropping_.store(false, std::memory_order_release);
+  }
 }
 
 SpaceEntry::Use SpaceEntry::TotalUse() const {
@@ -103,10 +141,17 @@ SpaceEntry* SpaceCatalogue::Configure(std::string_view name, const SpaceSettings
   if (full.durability == Durability::kUnspecified) full.durability = defaults_.durability;
   if (full.dimension == 0) full.dimension = defaults_.dimension;
   if (full.partitions == 0) full.partitions = defaults_.partitions;
-  return AddLocked(name, full);
+  SpaceEntry* entry = AddLocked(name, full);
+  if (entry != nullptr) entry->configured_ = true;
+  return entry;
 }
 
 SpaceEntry* SpaceCatalogue::Find(std::string_view name) const {
+  SpaceEntry* entry = FindAny(name);
+  return entry == nullptr || entry->is_vacant() ? nullptr : entry;
+}
+
+SpaceEntry* SpaceCatalogue::FindAny(std::string_view name) const {
   for (uint32_t place = FirstPlaceOf(name);; place = (place + 1) & mask_) {
     const uint32_t found = table_[place].load(std::memory_order_acquire);
     if (found == 0) return nullptr;
@@ -123,29 +168,38 @@ SpaceEntry* SpaceCatalogue::At(uint32_t index) const {
 SpaceEntry* SpaceCatalogue::FindOrAdd(std::string_view name, Metric metric) {
   if (SpaceEntry* known = Find(name); known != nullptr) return known;
   const std::lock_guard lock(mutex_);
-  if (SpaceEntry* known = Find(name); known != nullptr) return known;
+  SpaceEntry* known = FindAny(name);
+  // Not before all have let go of what it was.
+  if (known != nullptr && (!known->is_vacant() || known->is_dropping())) return known;
   SpaceSettings settings = defaults_;
   if (metric != Metric::kUnspecified) settings.metric = metric;
-  return AddLocked(name, settings);
+  if (known == nullptr) return AddLocked(name, settings);
+  BeginGenerationLocked(known, settings);
+  known->vacant_.store(false, std::memory_order_release);
+  return known;
 }
 
 Result<SpaceEntry*> SpaceCatalogue::Restore(std::string_view name,
-                                            const SpaceDefinition& definition) {
+                                            const SpaceDefinition& definition, CommitStamp birth) {
   const auto within = [this](uint16_t count) {
     return std::min(std::max<uint16_t>(count, 1), max_partitions_);
   };
-  SpaceEntry* entry = Find(name);
+  const std::lock_guard lock(mutex_);
+  const bool was_dropped = definition.metric == Metric::kUnspecified;
+  SpaceSettings settings = defaults_;
+  if (!was_dropped) {
+    settings.metric = definition.metric;
+    settings.precision = definition.precision;
+    settings.durability = definition.durability;
+    settings.dimension = definition.dimension;
+    settings.partitions = within(definition.first_partitions());
+  }
+  SpaceEntry* entry = FindAny(name);
   if (entry == nullptr) {
-    const std::lock_guard lock(mutex_);
-    entry = Find(name);
-    if (entry == nullptr) {
-      SpaceSettings settings = defaults_;
-      settings.metric = definition.metric;
-      settings.precision = definition.precision;
-      settings.durability = definition.durability;
-      settings.dimension = definition.dimension;
-      settings.partitions = within(definition.first_partitions());
-      entry = AddLocked(name, settings);
+    entry = AddLocked(name, settings);
+    if (entry != nullptr) {
+      entry->birth_.store(birth, std::memory_order_release);
+      entry->vacant_.store(was_dropped, std::memory_order_release);
     }
   }
   const std::string what = "space " + std::string(name);
@@ -153,6 +207,13 @@ Result<SpaceEntry*> SpaceCatalogue::Restore(std::string_view name,
     return Fail(ErrorCode::kResourceExhausted,
                 what + ": is beyond limits.max_spaces = " + std::to_string(max_spaces_) +
                     "; the data directory has more spaces than that");
+  }
+  if (birth < entry->birth()) return entry;
+  EndIncarnationLocked(entry, birth);
+  if (was_dropped) return entry;
+  if (entry->is_vacant()) {
+    BeginGenerationLocked(entry, settings);
+    entry->vacant_.store(false, std::memory_order_release);
   }
   if (entry->metric() != definition.metric) {
     return Fail(ErrorCode::kInvalidArgument,
@@ -172,6 +233,31 @@ Result<SpaceEntry*> SpaceCatalogue::Restore(std::string_view name,
     entry->Grow(seen);
   }
   return entry;
+}
+
+void SpaceCatalogue::EndIncarnation(SpaceEntry* entry, CommitStamp stamp) {
+  const std::lock_guard lock(mutex_);
+  EndIncarnationLocked(entry, stamp);
+}
+
+void SpaceCatalogue::EndIncarnationLocked(SpaceEntry* entry, CommitStamp stamp) {
+  if (stamp <= entry->birth()) return;
+  entry->birth_.store(stamp, std::memory_order_release);
+  if (!entry->configured_) entry->vacant_.store(true, std::memory_order_release);
+  BeginGenerationLocked(entry, entry->configured_ ? entry->settings_ : defaults_);
+}
+
+// The state goes last: it publishes the generation.
+void SpaceCatalogue::BeginGenerationLocked(SpaceEntry* entry, const SpaceSettings& settings) {
+  entry->metric_.store(settings.metric, std::memory_order_relaxed);
+  entry->precision_.store(settings.precision, std::memory_order_relaxed);
+  entry->durability_.store(settings.durability, std::memory_order_relaxed);
+  entry->first_partitions_.store(settings.partitions, std::memory_order_relaxed);
+  entry->state_.store({.generation = entry->generation() + 1,
+                       .dimension = settings.dimension,
+                       .partitions = settings.partitions},
+                      std::memory_order_release);
+  generations_ended_.fetch_add(1, std::memory_order_release);
 }
 
 uint64_t SpaceCatalogue::HashOfId(std::string_view id) { return HashString(id, kIdSeed); }
@@ -205,6 +291,7 @@ SpaceEntry* SpaceCatalogue::AddLocked(std::string_view name, const SpaceSettings
   name.copy(entry.name_.data(), entry.name_.size());
   entry.name_bytes_ = static_cast<uint8_t>(name.size());
   entry.index_ = index;
+  entry.settings_ = settings;
   entry.metric_ = settings.metric;
   entry.precision_ = settings.precision;
   entry.durability_ = settings.durability;
@@ -216,8 +303,9 @@ SpaceEntry* SpaceCatalogue::AddLocked(std::string_view name, const SpaceSettings
     entry.use_ = std::make_unique<SpaceEntry::PartitionUse[]>(max_partitions_);
   }
   entry.first_partitions_ = settings.partitions;
-  entry.dimension_.store(settings.dimension, std::memory_order_relaxed);
-  entry.partitions_.store(settings.partitions, std::memory_order_relaxed);
+  entry.state_.store(
+      {.generation = 0, .dimension = settings.dimension, .partitions = settings.partitions},
+      std::memory_order_relaxed);
   const std::span<ShardId> list(&shard_lists_[size_t{index} * max_partitions_], max_partitions_);
   RankInto(name, shards_, list);
   entry.shards_ = list;

@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "src/core/commit_stamp.h"
 #include "src/core/ids.h"
 #include "src/core/observation.h"
 #include "src/core/result.h"
@@ -52,15 +53,26 @@ static_assert(sizeof(SpaceDefinition) == 8);
 
 // One memory space, as all cores know it.
 //
-// Invariants: name, index, metric, precision, durability, TTL, quotas and shards never change;
-// dimension goes from 0 to its value once; partitions only grows, by doubling.
+// A space that is dropped keeps its entry, which begins anew: what has a stamp up to `birth` is of
+// an earlier incarnation, and gone everywhere. `generation` tells incarnations apart within a
+// process. A drop goes as follows (index/shard_commands.cc):
+// 1. Who was asked for it begins it (BeginDrop). From now on nothing is found and nothing taken.
+// 2. Each shard, once nothing of the space is under way there, says so with a stamp (JoinDrop).
+// 3. When all have, the latest of these stamps ends the incarnation (SpaceCatalogue), and each
+// shard
+//    logs it and lets go of what it has.
+// 4. The last one to have that on stable storage opens the space again (FinishDrop).
+//
+// Invariants: name, index, TTL, quotas and shards never change. Within a generation neither do
+// metric, precision and durability; dimension goes from 0 to its value once; partitions only grows,
+// by doubling. Birth only rises.
 class SpaceEntry {
  public:
   std::string_view name() const { return {name_.data(), name_bytes_}; }
   uint32_t index() const { return index_; }
-  Metric metric() const { return metric_; }
-  Precision precision() const { return precision_; }
-  Durability durability() const { return durability_; }
+  Metric metric() const { return metric_.load(std::memory_order_relaxed); }
+  Precision precision() const { return precision_.load(std::memory_order_relaxed); }
+  Durability durability() const { return durability_.load(std::memory_order_relaxed); }
   int64_t ttl_ns() const { return ttl_ns_; }
   uint64_t quota_observations() const { return quota_observations_; }
   uint64_t quota_bytes() const { return quota_bytes_; }
@@ -72,24 +84,48 @@ class SpaceEntry {
   SpaceDefinition Definition() const {
     const uint16_t now = partitions();
     return {
-        .metric = metric_,
-        .precision = precision_,
-        .durability = durability_,
-        .growths = static_cast<uint8_t>(std::bit_width(now) - std::bit_width(first_partitions_)),
+        .metric = metric(),
+        .precision = precision(),
+        .durability = durability(),
+        .growths = static_cast<uint8_t>(std::bit_width(now) - std::bit_width(first_partitions())),
         .dimension = dimension(),
         .partitions = now};
   }
   // 0 until the first observation.
-  uint16_t dimension() const { return dimension_.load(std::memory_order_acquire); }
-  // Settles the dimension (not 0) if it is open. False when it is another one.
-  bool FixDimension(uint16_t dimension);
+  uint16_t dimension() const { return Load().dimension; }
+  // Settles the dimension (not 0) if it is open. False when it is another one. True, and nothing
+  // changes, where the generation is over that it is meant for.
+  bool FixDimension(uint16_t dimension) { return FixDimension(dimension, generation()); }
+  bool FixDimension(uint16_t dimension, uint32_t generation);
 
-  uint16_t partitions() const { return partitions_.load(std::memory_order_acquire); }
+  uint16_t partitions() const { return Load().partitions; }
   // Partitions that the space began with: ids were never placed by fewer.
-  uint16_t first_partitions() const { return first_partitions_; }
-  // From `from` to twice as many. False when that is more than max_partitions() or someone else did
-  // it first.
-  bool Grow(uint16_t from);
+  uint16_t first_partitions() const { return first_partitions_.load(std::memory_order_relaxed); }
+  // From `from` to twice as many. False when that is more than max_partitions(), someone else did
+  // it first, or the generation is over that it is meant for.
+  bool Grow(uint16_t from) { return Grow(from, generation()); }
+  bool Grow(uint16_t from, uint32_t generation);
+
+  // Rises with each incarnation, and when the next one is first used. Whoever has read it sees that
+  // generation's birth, metric, precision, durability and first_partitions, or later ones.
+  uint32_t generation() const { return Load().generation; }
+  CommitStamp birth() const { return birth_.load(std::memory_order_acquire); }
+  // Dropped, and not used again: as if it had never been.
+  bool is_vacant() const { return vacant_.load(std::memory_order_acquire); }
+
+  // A drop is under way: the space is neither read nor written.
+  bool is_dropping() const { return dropping_.load(std::memory_order_acquire); }
+  // 1. False where one is under way, or nothing is there.
+  bool BeginDrop();
+  // 2. All that the shard has taken for the space has an earlier stamp.
+  void JoinDrop(CommitStamp stamp);
+  bool AllJoined(uint16_t shards) const {
+    return joined_.load(std::memory_order_acquire) == shards;
+  }
+  // Once all have joined: the end of the incarnation.
+  CommitStamp drop_stamp() const { return drop_stamp_.load(std::memory_order_relaxed); }
+  // 4. Each of `shards` says it once.
+  void FinishDrop(uint16_t shards);
   uint16_t max_partitions() const { return static_cast<uint16_t>(shards_.size()); }
 
   // Where partition `partition` lives. Which partition an id is of: PartitionOf(hash, partitions).
@@ -124,22 +160,38 @@ class SpaceEntry {
     std::atomic<uint64_t> bytes{0};
   };
 
+  // What changes within a generation, and the generation, at once.
+  struct State {
+    uint32_t generation = 0;
+    uint16_t dimension = 0;
+    uint16_t partitions = 1;
+  };
+  static_assert(sizeof(State) == 8 && std::atomic<State>::is_always_lock_free);
+  State Load() const { return state_.load(std::memory_order_acquire); }
+
   std::array<char, kMaxSpaceNameBytes> name_{};
   uint8_t name_bytes_ = 0;
+  bool configured_ = false;
   uint32_t index_ = 0;
-  Metric metric_ = Metric::kUnspecified;
-  Precision precision_ = Precision::kUnspecified;
-  Durability durability_ = Durability::kUnspecified;
+  std::atomic<Metric> metric_{Metric::kUnspecified};
+  std::atomic<Precision> precision_{Precision::kUnspecified};
+  std::atomic<Durability> durability_{Durability::kUnspecified};
   WhenFull when_full_ = WhenFull::kRefuse;
-  uint16_t first_partitions_ = 1;
+  std::atomic<uint16_t> first_partitions_{1};
+  SpaceSettings settings_;  // it began with; a configured one begins with them again
   int64_t ttl_ns_ = 0;
   uint64_t quota_observations_ = 0;
   uint64_t quota_bytes_ = 0;
   std::unique_ptr<PartitionUse[]> use_;  // by partition; nullptr: no quota
   std::span<const ShardId> shards_;      // by partition, all that there may ever be
-  std::atomic<uint16_t> dimension_{0};
-  std::atomic<uint16_t> partitions_{1};
+  std::atomic<State> state_{State()};
   std::atomic<uint32_t> sessions_dealt_{0};
+  std::atomic<CommitStamp> birth_{kNoStamp};
+  std::atomic<bool> vacant_{false};
+  std::atomic<bool> dropping_{false};
+  std::atomic<uint16_t> joined_{0};
+  std::atomic<uint16_t> finished_{0};
+  std::atomic<CommitStamp> drop_stamp_{kNoStamp};
 };
 
 // The partition that owns an id, by the hash of the id. With twice as many partitions an id stays
@@ -151,7 +203,8 @@ constexpr uint16_t PartitionOf(uint64_t id_hash, uint16_t partitions) {
 }
 
 // Every memory space by name: what it is and where it lives. Read on each hello and each recall,
-// written when a space is made.
+// written when a space is made. A dropped space keeps its entry until a restart: it waits for the
+// name to be used again, and no other space can have it.
 //
 // Thread safety: any core may call anything. Find and At do not wait; FindOrAdd locks where it
 // adds, for a microsecond or so. Takes all its memory at construction. Invariants: entries never
@@ -170,8 +223,10 @@ class SpaceCatalogue {
   // and new, partitions are at most max_partitions().
   SpaceEntry* Configure(std::string_view name, const SpaceSettings& settings);
 
-  // nullptr when there is none.
+  // nullptr when there is none, or it was dropped.
   SpaceEntry* Find(std::string_view name) const;
+  // The same, also of one that was dropped.
+  SpaceEntry* FindAny(std::string_view name) const;
   // `index` is below size().
   SpaceEntry* At(uint32_t index) const;
   // Adds it with `metric` (kUnspecified: the default) if it is not there. One that is there stays
@@ -181,7 +236,15 @@ class SpaceCatalogue {
   // A space as it was before a restart: adds it, or, where it was configured, takes over what may
   // change (its partitions). kInvalidArgument where the configuration says another metric or
   // dimension, kResourceExhausted when there are max_spaces already.
-  Result<SpaceEntry*> Restore(std::string_view name, const SpaceDefinition& definition);
+  // `birth` of that incarnation. A later one is known already: nothing changes. No metric: it had
+  // been dropped.
+  Result<SpaceEntry*> Restore(std::string_view name, const SpaceDefinition& definition,
+                              CommitStamp birth = kNoStamp);
+  // What has a stamp up to `stamp` is gone. Where the birth is as late already nothing changes. A
+  // configured space exists again at once, empty.
+  void EndIncarnation(SpaceEntry* entry, CommitStamp stamp);
+  // Counts generations that ended, of all spaces.
+  uint64_t generations_ended() const { return generations_ended_.load(std::memory_order_acquire); }
   uint32_t size() const { return size_.load(std::memory_order_acquire); }
   uint32_t max_spaces() const { return max_spaces_; }
   uint16_t shards() const { return shards_; }
@@ -201,6 +264,8 @@ class SpaceCatalogue {
  private:
   uint32_t FirstPlaceOf(std::string_view name) const;
   SpaceEntry* AddLocked(std::string_view name, const SpaceSettings& settings);
+  void EndIncarnationLocked(SpaceEntry* entry, CommitStamp stamp);
+  void BeginGenerationLocked(SpaceEntry* entry, const SpaceSettings& settings);
 
   // Constant after construction.
   const uint32_t max_spaces_;
@@ -215,6 +280,7 @@ class SpaceCatalogue {
   // Written under mutex_, read by anyone.
   const std::unique_ptr<std::atomic<uint32_t>[]> table_;  // index + 1; 0: nothing
   std::atomic<uint32_t> size_{0};
+  std::atomic<uint64_t> generations_ended_{0};
   std::mutex mutex_;
 };
 

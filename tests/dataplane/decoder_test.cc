@@ -354,6 +354,73 @@ TEST(DecodeRecallTest, FaultsAreNamed) {
   }
 }
 
+TEST(DecodeScrollTest, ReadsEachFieldAndNamesFaults) {
+  const auto decode = [](const WireBytes& body, ScrollBody* scroll) {
+    return DecodeScroll(Exact(body).get(), scroll);
+  };
+  ScrollBody scroll;
+  const WireBytes sound = WireWriter().U64(0xFFFFFFFFFF).U16(7).U16(512).U32(0).Take();
+  ASSERT_EQ(decode(sound, &scroll), RefusalReason::kNone);
+  EXPECT_EQ(scroll.cursor, 0xFFFFFFFFFFu);
+  EXPECT_EQ(scroll.partition, 7);
+  EXPECT_EQ(scroll.limit, 512);
+  for (size_t bytes = 0; bytes < sound.size(); ++bytes) {
+    EXPECT_EQ(
+        decode(WireBytes(sound.begin(), sound.begin() + static_cast<ptrdiff_t>(bytes)), &scroll),
+        RefusalReason::kBadFrame);
+  }
+  WireBytes longer = sound;
+  longer.push_back(std::byte{0});
+  EXPECT_EQ(decode(longer, &scroll), RefusalReason::kBadFrame);
+  for (const uint64_t limit : {0, 513, 0xFFFF}) {
+    WireBytes body = sound;
+    SetWireNumber(body, 10, 2, limit);
+    EXPECT_EQ(decode(body, &scroll), RefusalReason::kBadRecall) << limit;
+  }
+}
+
+TEST(DecodeCheckTest, TakesOneLength) {
+  CheckBody check;
+  WireBytes body(136, std::byte{3});
+  SetWireNumber(body, 0, 2, 0x1234);
+  ASSERT_EQ(DecodeCheck(Exact(body).get(), &check), RefusalReason::kNone);
+  EXPECT_EQ(check.shard, 0x1234);
+  EXPECT_EQ(check.state[127], std::byte{3});
+  for (const size_t bytes : {0u, 8u, 135u, 137u}) {
+    EXPECT_EQ(DecodeCheck(Exact(WireBytes(bytes)).get(), &check), RefusalReason::kBadFrame);
+  }
+}
+
+TEST(DecodeCommandTest, BoundsTheNameAndKnowsWhatThereIs) {
+  const auto bytes = [](uint8_t what, uint8_t space_bytes, const std::string& name) {
+    WireWriter writer;
+    writer.U8(what).U8(space_bytes).U16(0).U32(0);
+    for (const char letter : name) writer.U8(static_cast<uint8_t>(letter));
+    return writer.Take();
+  };
+  CommandView command;
+  const Exact sound(bytes(2, 3, "abc"));
+  EXPECT_EQ(DecodeCommand(sound.get(), &command), RefusalReason::kNone);
+  EXPECT_EQ(command.what, SpaceCommand::kDrop);
+  EXPECT_EQ(command.space, "abc");
+  for (const uint8_t what : {0, 3, 255}) {
+    EXPECT_EQ(DecodeCommand(Exact(bytes(what, 3, "abc")).get(), &command),
+              RefusalReason::kBadFrame);
+  }
+  for (const uint8_t length : {0, 2, 4, 255}) {
+    EXPECT_EQ(DecodeCommand(Exact(bytes(1, length, "abc")).get(), &command),
+              RefusalReason::kBadFrame);
+  }
+  EXPECT_EQ(DecodeCommand(Exact(bytes(1, 0, "")).get(), &command), RefusalReason::kBadSpaceId);
+  EXPECT_EQ(DecodeCommand(Exact(bytes(1, 3, "A/b")).get(), &command), RefusalReason::kBadSpaceId);
+  EXPECT_EQ(DecodeCommand({}, &command), RefusalReason::kBadFrame);
+  for (size_t cut = 0; cut < 11; ++cut) {
+    auto whole = bytes(1, 3, "abc");
+    whole.resize(cut);
+    EXPECT_EQ(DecodeCommand(Exact(whole).get(), &command), RefusalReason::kBadFrame) << cut;
+  }
+}
+
 TEST(DecodeIntrospectTest, KnowsItsQuestions) {
   IntrospectWhat what{};
   for (int value = 0; value < 256; ++value) {

@@ -68,13 +68,14 @@ class FakeShard {
 
   // What it does with what comes.
   std::array<bool, kLanes> stalled{};  // nothing is taken from that lane
-  std::array<bool, 8> held{};          // by RequestKind: taken, not answered
+  std::array<bool, 16> held{};         // by RequestKind: taken, not answered
   int64_t max_delay_ns = 0;            // an answer is late by up to this, in order within a lane
   uint64_t credit = 100'000;           // beyond the last sequence
   Sequence taken_before = 0;           // up to here it says "repeated", in every session
   std::function<RefusalReason(const ObserveRequest&, std::string_view id)> judge;
   RefusalReason hello_refusal = RefusalReason::kNone;
   RefusalReason recall_refusal = RefusalReason::kNone;
+  uint64_t next_cursor = 0;  // that a scroll's answer names
   // Forwarded as they are where one partition answers; to be merged they have to be real ones.
   std::vector<Batch> hits{Batch{.body = {}, .count = 0}};
   std::vector<Batch> records{Batch{.body = {}, .count = 0}};
@@ -96,6 +97,7 @@ class FakeShard {
   const std::map<std::string, Space>& spaces() const { return spaces_; }
   const std::vector<Detached>& detached() const { return detached_; }
   const std::vector<RecallRequest>& recalls() const { return recalls_; }
+  const std::vector<ScrollRequest>& scrolls() const { return scrolls_; }
   size_t taken_of(RequestKind kind) const { return taken_[static_cast<size_t>(kind)]; }
   // Taken and not answered yet, of all lanes.
   size_t unanswered() const {
@@ -187,8 +189,13 @@ class FakeShard {
         return true;
       case RequestKind::kIntrospect:
         return AnswerIntrospect(waiting);
-      case RequestKind::kGet:
       case RequestKind::kScroll:
+        return AnswerScroll(waiting);
+      case RequestKind::kCheck:
+        AnswerCheck(*waiting);
+        return true;
+      case RequestKind::kGet:
+      case RequestKind::kCommand:
         break;
     }
     CHECK(false, "a request that no ingress core makes");
@@ -302,6 +309,39 @@ class FakeShard {
     return true;
   }
 
+  bool AnswerScroll(Waiting* waiting) {
+    auto* request = As<ScrollRequest>(*waiting);
+    if (recall_refusal == RefusalReason::kNone &&
+        !SendBatches(waiting, hits, CompletionKind::kResults, request->origin,
+                     request->request_id)) {
+      return false;
+    }
+    scrolls_.push_back(*request);
+    request->cursor = next_cursor;
+    Complete(waiting->producer, {.kind = CompletionKind::kRecallDone,
+                                 .reason = recall_refusal,
+                                 .slot = waiting->slot,
+                                 .origin = request->origin,
+                                 .sequence = request->request_id});
+    return true;
+  }
+
+  // Turns each byte of the state and repeats what it was asked in the text.
+  void AnswerCheck(const Waiting& waiting) {
+    auto* request = As<CheckRequest>(waiting);
+    std::byte* state = At(waiting) + kRequestBodyOffset;
+    for (size_t i = 0; i < kCheckStateBytes; ++i) state[i] = ~state[i];
+    const std::string text = "of " + std::string(request->space.view());
+    std::memcpy(state + kCheckStateBytes, text.data(), text.size());
+    request->outcome = CheckOutcome::kUnsound;
+    request->text_bytes = static_cast<uint16_t>(text.size());
+    Complete(waiting.producer, {.kind = CompletionKind::kCheckDone,
+                                .reason = recall_refusal,
+                                .slot = waiting.slot,
+                                .origin = request->origin,
+                                .sequence = request->request_id});
+  }
+
   bool AnswerIntrospect(Waiting* waiting) {
     const IntrospectRequest request = *As<IntrospectRequest>(*waiting);
     if (!SendBatches(waiting, records, CompletionKind::kRecords, request.origin,
@@ -350,11 +390,12 @@ class FakeShard {
   SplitMix64 random_;
   std::array<std::deque<Waiting>, kLanes> waiting_;
   std::array<int64_t, kLanes> due_{};
-  std::array<size_t, 8> taken_{};
+  std::array<size_t, 16> taken_{};
   std::map<uint64_t, Session> sessions_;
   std::map<std::string, Space> spaces_;
   std::vector<Detached> detached_;
   std::vector<RecallRequest> recalls_;
+  std::vector<ScrollRequest> scrolls_;
   uint32_t next_slot_ = 100;
 };
 

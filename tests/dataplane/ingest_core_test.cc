@@ -827,8 +827,8 @@ TEST_F(IngestCoreTest, BrokenFramesAreRefusedByName) {
 
 TEST_F(IngestCoreTest, OnlyAClientsTypesAreTaken) {
   for (int type = 0; type < 256; ++type) {
-    const std::set<int> known{kWireHello, kWireObserve, kWireRecall,
-                              kWirePing,  kWireClose,   kWireIntrospect};
+    const std::set<int> known{kWireHello,      kWireObserve, kWireRecall, kWirePing, kWireClose,
+                              kWireIntrospect, kWireCommand, kWireScroll, kWireCheck};
     if (known.contains(type) || (type > 20 && type % 50 != 0)) continue;
     TestClient& client = Greeted();
     client.Send(MakeFrame(static_cast<uint8_t>(type), {}));

@@ -30,6 +30,12 @@ enum WireType : uint8_t {
   kWireClose = 10,
   kWireIntrospect = 11,
   kWireIntrospection = 12,
+  kWireCommand = 13,
+  kWireCommandDone = 14,
+  kWireScroll = 15,
+  kWireScrolled = 16,
+  kWireCheck = 17,
+  kWireChecked = 18,
 };
 
 // CRC-32C a bit at a time (RFC 3720 B.4: reflected polynomial 0x82F63B78, both ends inverted).

@@ -135,6 +135,17 @@ void DecodeFrame(const WireBytes& frame) {
       }
       break;
     }
+    case FrameType::kScroll: {
+      ScrollBody scroll;
+      if (DecodeScroll(body, &scroll) != RefusalReason::kNone) break;
+      CHECK(scroll.limit > 0 && scroll.limit <= kMaxScrollHits, "a page is bounded");
+      break;
+    }
+    case FrameType::kCheck: {
+      CheckBody check;
+      (void)DecodeCheck(body, &check);
+      break;
+    }
     case FrameType::kIntrospect: {
       IntrospectWhat what{};
       (void)DecodeIntrospect(body, &what);

@@ -285,6 +285,31 @@ class ShardRig {
     return last_request_id_;
   }
 
+  // Begins a drop as whoever is asked for it does, and asks every shard.
+  void PushCommand(SpaceCommand what, const std::string& space) {
+    SpaceEntry* known = catalogue_.Find(space);
+    if (what == SpaceCommand::kDrop) {
+      CHECK(known != nullptr && known->BeginDrop(), "the test drops what is there");
+    }
+    commanded = CommandRequest();
+    for (size_t s = 0; s < shards.size(); ++s) {
+      const SlotId slot = Take(0, kRequestBodyOffset);
+      auto* request = new (ports_[0].slab->At(slot)) CommandRequest;
+      request->what = what;
+      request->origin = 1;
+      request->request_id = ++last_request_id_;
+      request->space = SpaceName(space);
+      ++commands_under_way;
+      Push(0, Lane::kRecall, slot, s);
+    }
+  }
+  // Waits for the answers; their sums.
+  CommandRequest Command(SpaceCommand what, const std::string& space) {
+    PushCommand(what, space);
+    EXPECT_TRUE(PollUntil([&] { return commands_under_way == 0; }));
+    return commanded;
+  }
+
   // ---- The shards' turns, and what comes back ----
 
   int Poll() {
@@ -372,6 +397,8 @@ class ShardRig {
   std::vector<std::pair<size_t, Completion>> completions;
   std::map<uint64_t, RigAnswer> answers;
   std::map<uint64_t, CommitStamp> alone_stamps;  // without a session, by the request's number
+  CommandRequest commanded;                      // the sums of what the shards have answered
+  size_t commands_under_way = 0;
   bool hold_completions = false;
   bool polled_elsewhere = false;  // by threads of the test; this one only takes what comes back
   bool hold_results = false;
@@ -430,6 +457,14 @@ class ShardRig {
     if (completion.kind == CompletionKind::kHello) {
       last_hello_ =
           *reinterpret_cast<const HelloRequest*>(ports_[producer].slab->At(completion.slot));
+    }
+    if (completion.kind == CompletionKind::kCommand) {
+      const auto* request =
+          reinterpret_cast<const CommandRequest*>(ports_[producer].slab->At(completion.slot));
+      commanded.observations += request->observations;
+      commanded.bytes_before += request->bytes_before;
+      commanded.bytes_after += request->bytes_after;
+      --commands_under_way;
     }
     if (completion.kind == CompletionKind::kObserve) {
       last_observe_ =

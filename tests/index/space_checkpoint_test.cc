@@ -807,6 +807,34 @@ TEST_P(HazardTest, TombstonesStayForWhatIsReplayed) {
   ASSERT_TRUE(loaded.space.CheckInvariants().has_value());
 }
 
+// Of an observation and a tombstone with its stamp, in whatever places they are.
+TEST_P(HazardTest, AnObservationStandsBeforeATombstoneWithItsStamp) {
+  for (const bool behind : {false, true}) {
+    SCOPED_TRACE(behind);
+    bytes_.clear();
+    Rig original(Options(1), &memory_);
+    ASSERT_NO_FATAL_FAILURE(Fill(&original));
+    if (behind) {
+      // The tombstone gets a new place, and the observation that of the version before.
+      ASSERT_NO_FATAL_FAILURE(Upsert(&original, "id8", 8, 49));
+      original.space.Delete("id3", 50, true);
+      original.Settle();
+    } else {
+      original.space.Delete("id3", 50, true);
+    }
+    ASSERT_NO_FATAL_FAILURE(Upsert(&original, "id3", 77, 50));
+    EXPECT_EQ(original.space.FindLive("id3") == 3, behind);
+    ASSERT_EQ(original.space.tombstones(), 1u);
+    SpaceSaver saver(&memory_.heap);
+    ASSERT_TRUE(saver.Begin(&original.space, 45));
+    SaveRest(&saver, &bytes_);
+    Rig loaded(Options(2), &memory_);
+    ASSERT_NO_FATAL_FAILURE(LoadAll(bytes_, &loaded.space));
+    EXPECT_EQ(FirstOf(loaded, "id3"), 77);
+    EXPECT_EQ(loaded.space.tombstones(), 1u);
+  }
+}
+
 TEST_P(HazardTest, SnapshotsBeforeTheRestartAreRefused) {
   Rig original(Options(1), &memory_);
   ASSERT_NO_FATAL_FAILURE(Fill(&original));

@@ -1104,6 +1104,7 @@ class OneId {
   StoreOutcome Delete(CommitStamp stamp) {
     return Checked(rig_.space->Delete("a", stamp, several_homes_));
   }
+  StoreOutcome Yield(CommitStamp stamp) { return Checked(rig_.space->Yield("a", stamp)); }
   StoreOutcome Suppress(CommitStamp stamp) {
     return Checked(rig_.space->Suppress("a", stamp, several_homes_));
   }
@@ -1142,6 +1143,38 @@ class OneId {
 void ExpectDid(const StoreOutcome& outcome, bool existed, CommitStamp later = kNoStamp) {
   EXPECT_EQ(outcome.existed, existed);
   EXPECT_EQ(outcome.later, later);
+}
+
+// What left it may come to where it lies: after a restart with other partitions.
+TEST(SpaceTest, AnObservationStandsBeforeATombstoneWithItsStamp) {
+  OneId one;
+  ExpectDid(one.Upsert(1, 100), false);
+  ExpectDid(one.Delete(200), true);
+  ExpectDid(one.Upsert(2, 199), false, 200);
+  ExpectDid(one.Upsert(3, 200), false);
+  one.ExpectLives({{100, 1}, {199, 2}, {200, 3}});
+  // In the other order, and again.
+  ExpectDid(one.Delete(200), true, 200);
+  ExpectDid(one.Upsert(4, 200), true, 200);
+  ExpectDid(one.Upsert(5, 150), true, 200);
+  ExpectDid(one.Delete(201), true);
+  one.ExpectLives({{100, 1}, {150, 5}, {199, 2}, {200, 3}, {201, -1}});
+}
+
+TEST(SpaceTest, WhatYieldsEndsUpToItsStampAndLeavesNothingLater) {
+  OneId one;
+  ExpectDid(one.Upsert(1, 100), false);
+  ExpectDid(one.Yield(99), true, 100);
+  ExpectDid(one.Yield(100), true);
+  ExpectDid(one.Yield(100), false, 100);
+  one.ExpectLives({{100, -1}});
+  ExpectDid(one.Upsert(2, 100), false);
+  one.ExpectLives({{100, 2}});
+  ExpectDid(one.Suppress(110), true);
+  ExpectDid(one.Yield(100), true);
+  ExpectDid(one.Restore(120), false);
+  ExpectDid(one.Upsert(3, 121), false);
+  one.ExpectLives({{120, -1}, {121, 3}});
 }
 
 TEST(SpaceSuppressTest, SnapshotsSeeWhatWasThereThen) {

@@ -202,15 +202,17 @@ def start_that_fails(config_text, **process):
         return done.returncode, done.stderr
 
 
-def engramctl(*arguments, address=None, timeout_s=300):
-    """Runs engramctl; returns its CompletedProcess, standard output and error as text."""
+def engramctl(*arguments, address=None, timeout_s=300, typed=""):
+    """Runs engramctl; returns its CompletedProcess, standard output and error as text.
+
+    `typed` is what comes from standard input."""
     environment = {**os.environ}
     environment.pop("ENGRAM_ADDRESS", None)
     if address is not None:
         environment["ENGRAM_ADDRESS"] = address
     return subprocess.run(
         [executable("ENGRAMCTL", "tools/engramctl"), *map(str, arguments)], capture_output=True,
-        text=True, timeout=timeout_s, env=environment, stdin=subprocess.DEVNULL, check=False)
+        text=True, timeout=timeout_s, env=environment, input=typed, check=False)
 
 
 class DaemonCase(unittest.TestCase):

@@ -44,6 +44,9 @@ def bad_frames():
         "id longer than its record": ("bad_frame", observe, changed(12, b"\xff\x00")),
         "hello twice": ("hello_repeated", frames.HELLO,
                         frame(frames.HELLO, frames.hello_body(b"rules"))),
+        "scroll without a body": ("bad_frame", frames.SCROLL, frame(frames.SCROLL)),
+        "scroll a byte too long": ("bad_frame", frames.SCROLL, frame(frames.SCROLL, bytes(17))),
+        "check cut off": ("bad_frame", frames.CHECK, frame(frames.CHECK, bytes(135))),
         "recall without a body": ("bad_frame", frames.RECALL, frame(frames.RECALL)),
         "recall shorter than its vector": (
             "bad_frame", frames.RECALL,

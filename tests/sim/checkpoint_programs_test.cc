@@ -168,6 +168,15 @@ class CheckpointStepsTest : public testing::Test {
     }
     return rig_.checkpointer->completed() > before;
   }
+  void BeginCheckpoint();
+  bool EndCheckpoint() {
+    const uint64_t before = rig_.checkpointer->completed();
+    for (int i = 0; i < 100'000 && rig_.checkpointer->busy(); ++i) {
+      Poll();
+      PollCheckpointer();
+    }
+    return rig_.checkpointer->completed() > before;
+  }
   // Nothing is taken over and nothing waits to be freed any more, but for who reads.
   void Settle() {
     for (int i = 0; i < 5'000; ++i) {
@@ -538,6 +547,95 @@ TEST_F(TwoShardsTest, ADeleteThatIsNotReplayedWinsAgainstAnUpsertThatIs) {
   ASSERT_EQ(rig_.checkpointer->completed(), 1u);
   ASSERT_EQ(StartAgain(), "");
   EXPECT_EQ(PayloadOf(id), "");
+}
+
+// Nothing is forgotten from here on, and whatever comes is replayed.
+void CheckpointStepsTest::BeginCheckpoint() {
+  rig_.checkpointer->Request();
+  PollCheckpointer();
+  Poll();
+  for (uint16_t s = 0; s < setup_.shards; ++s) {
+    ASSERT_EQ(rig_.store->checkpoint(s).noted.load(), rig_.store->checkpoint(s).note.load());
+    ASSERT_GT(rig_.store->checkpoint(s).noted.load(), rig_.store->checkpoint(s).ended.load());
+  }
+}
+
+// An update of an id that has moved leaves a tombstone where it was, with the update's own stamp.
+// With another number of shards both come to the same one, the tombstone maybe first.
+TEST_F(TwoShardsTest, AnObservationStandsBeforeTheTombstoneThatItHasLeft) {
+  setup_.spaces[0].second.partitions = 1;
+  ASSERT_EQ(Start(), "");
+  ASSERT_TRUE(rig_.shards->entry("space")->Grow(1));
+  ASSERT_NO_FATAL_FAILURE(BeginCheckpoint());
+  for (int i = 0; i < 40; ++i) Store("id" + std::to_string(i), std::to_string(i));
+  ASSERT_TRUE(EndCheckpoint());
+  for (const uint16_t shards : {3, 1, 2, 4}) {
+    SCOPED_TRACE(shards);
+    setup_.shards = setup_.max_partitions = shards;
+    ASSERT_EQ(StartAgain(), "");
+    for (int i = 0; i < 40; ++i) {
+      EXPECT_EQ(PayloadOf("id" + std::to_string(i)), std::to_string(i)) << "id" << i;
+    }
+  }
+}
+
+// What was saved in its first place is replayed into a later one, and ends there: it must not leave
+// anything that is later than the observation itself.
+TEST_F(TwoShardsTest, WhatIsReplayedElsewhereEndsWithoutATrace) {
+  setup_.spaces[0].second.partitions = 1;
+  ASSERT_EQ(Start(), "");
+  constexpr int kIds = 300;  // More than are forgotten at once.
+  ASSERT_NO_FATAL_FAILURE(BeginCheckpoint());
+  for (int i = 0; i < kIds; ++i) Store("id" + std::to_string(i), std::to_string(i));
+  ASSERT_TRUE(rig_.shards->entry("space")->Grow(1));
+  Store("last", "");  // The log says so.
+  ASSERT_TRUE(EndCheckpoint());
+  ASSERT_EQ(StartAgain(), "");
+  const size_t later = rig_.shards->entry("space")->ShardOf(1).value();
+  EXPECT_GE(rig_.shards->shards[1 - later]->FindSpace("space")->live(), kIds + 0u);
+  ASSERT_NO_FATAL_FAILURE(BeginCheckpoint());
+  EXPECT_TRUE(rig_.shards->shards[later]->FindSpace("space")->has_tombstones());
+  ASSERT_TRUE(EndCheckpoint());
+  for (const uint16_t shards : {3, 2, 1, 4}) {
+    SCOPED_TRACE(shards);
+    setup_.shards = setup_.max_partitions = shards;
+    ASSERT_EQ(StartAgain(), "");
+    for (int i = 0; i < kIds; ++i) {
+      EXPECT_EQ(PayloadOf("id" + std::to_string(i)), std::to_string(i)) << "id" << i;
+    }
+  }
+}
+
+// As ADeleteThatIsNotReplayedWinsAgainstAnUpsertThatIs, with one shard for the two afterwards:
+// there nothing earlier would come from another home, but for what they saved.
+TEST_F(TwoShardsTest, ADeleteThatIsHandedOnWinsAgainstAnUpsertThatIsReplayed) {
+  ASSERT_EQ(Start(), "");
+  const std::string id = IdOf(1);
+  ShardRig& shards = *rig_.shards;
+  Store(id, "first");
+  shards.completions.clear();
+  (void)shards.PushObserve(Alone(0), 1'000'000, Upsert(id, "second"));
+  shards.clock.AdvanceNs(10'000);
+  shards.PollShard(0);  // It is taken; its record is not durable yet.
+  shards.clock.AdvanceNs(10'000);
+  (void)shards.PushObserve(Alone(1), 1'000'001, {.op = ObservationOp::kDelete, .id = id});
+  for (int i = 0; i < 1'000; ++i) {
+    shards.clock.AdvanceNs(10'000);
+    shards.PollShard(1);
+  }
+  ASSERT_EQ(shards.completions.size(), 1u) << "the delete alone is answered";
+  rig_.checkpointer->Request();
+  PollCheckpointer();
+  shards.PollShard(1);
+  shards.PollShard(0);
+  ASSERT_TRUE(EndCheckpoint());
+  EXPECT_EQ(PayloadOf(id), "");
+  for (const uint16_t count : {1, 2, 1}) {
+    SCOPED_TRACE(count);
+    setup_.shards = setup_.max_partitions = setup_.spaces[0].second.partitions = count;
+    ASSERT_EQ(StartAgain(), "");
+    EXPECT_EQ(PayloadOf(id), "");
+  }
 }
 
 TEST_F(TwoShardsTest, NobodySavesBeforeAllHaveNoted) {

@@ -94,6 +94,16 @@ int RunPing(const ServerOptions& server);
 // Has a checkpoint made and waits for its end.
 int RunCheckpoint(const ServerOptions& server);
 
+struct SpaceCommandOptions {
+  std::string space;
+  bool yes = false;       // drop: does not ask
+  bool unproven = false;  // drop: in spite of what is known against it
+};
+// What has ended in a space is swept out now.
+int RunCompact(const ServerOptions& server, const SpaceCommandOptions& options);
+// All of a space is gone.
+int RunDrop(const ServerOptions& server, const SpaceCommandOptions& options);
+
 // These need no daemon.
 struct ConfigOptions {
   bool show = false;      // print the whole of it; else check it
@@ -144,6 +154,25 @@ struct RestoreOptions {
 };
 // Needs no daemon; of `server` only json counts.
 int RunRestore(const ServerOptions& server, const RestoreOptions& options);
+
+enum class ExportFormat : uint8_t { kJsonl, kFvecs };
+
+struct ExportOptions {
+  std::string space;
+  ExportFormat format = ExportFormat::kJsonl;
+  std::string output;  // empty: standard output
+};
+int RunExport(const ServerOptions& server, const ExportOptions& options);
+
+struct VerifyOptions {
+  std::string space;               // empty: all
+  uint32_t sample = 100;           // observations of each space
+  uint64_t exact_limit = 100'000;  // of larger spaces the exact answers are not computed
+  double least_recall = 0.8;       // recall@10 below it is a failure
+  uint64_t seed = 0;               // draws the sample; 0: the time
+};
+// What a running daemon has: invariants, a sample of recalls, payloads in the log.
+int RunVerify(const ServerOptions& server, const VerifyOptions& options);
 
 // For the commands ------------------------------------------------------------------------------
 

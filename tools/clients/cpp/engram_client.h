@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -237,6 +238,41 @@ class RecallStream {
   uint64_t next_request_ = 1;
 };
 
+// Where a scroll begins, or goes on.
+struct ScrollPosition {
+  uint16_t partition = 0;
+  uint64_t cursor = 0;
+};
+
+struct ScrollPage {
+  std::vector<RecallHit> hits = {};  // as a recall's, without scores; maybe none
+  ScrollPosition next = {};
+  uint16_t partitions = 0;  // that the space has now
+  bool ended = false;
+};
+
+struct ScrollQuery {
+  ScrollPosition from = {};
+  uint16_t limit = kMaxScrollHits;  // 1 to kMaxScrollHits
+  bool with_payload = false;
+  bool with_vector = false;
+};
+
+// The next page of the live observations of the connection's space. Waits and asks again where the
+// server has no room. Errors: as Connection::NextFrame; kInvalidArgument (refused); kNotFound (no
+// such space); kCorrupt (grammar).
+Result<ScrollPage> Scroll(Connection& connection, const ScrollQuery& query, int64_t timeout_ns);
+
+// How a check of the connection's space in one shard goes on, and what it has come to.
+struct SpaceCheck {
+  uint16_t shard = 0;
+  std::array<std::byte, kCheckStateBytes> state{};  // the server's
+  CheckOutcome outcome = CheckOutcome::kMore;
+  std::string text = {};  // kUnsound: what is wrong
+};
+// One slice, while the outcome is kMore. Errors: likewise.
+Result<void> ContinueCheck(Connection& connection, SpaceCheck* check, int64_t timeout_ns);
+
 // One space as one shard sees it.
 struct SpaceInfo {
   SpaceRecord record;
@@ -247,6 +283,9 @@ struct SpaceInfo {
 Result<std::vector<SpaceInfo>> IntrospectSpaces(Connection& connection, int64_t timeout_ns);
 // Lines of "core counter value".
 Result<std::string> IntrospectStatus(Connection& connection, int64_t timeout_ns);
+// Has something done to a whole space, and waits until it is. Errors: as above.
+Result<CommandDoneBody> CommandSpace(Connection& connection, SpaceCommand what,
+                                     std::string_view space, int64_t timeout_ns);
 // Asks for a checkpoint, which then begins; the counters checkpoints_completed and
 // checkpoints_failed of the status tell how it ended.
 Result<void> RequestCheckpoint(Connection& connection, int64_t timeout_ns);
