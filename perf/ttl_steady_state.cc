@@ -488,7 +488,7 @@ int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string_view argument = argv[i];
     const char* text = i + 1 < argc ? argv[i + 1] : nullptr;
-    const double value = text == nullptr ? 0 : std::atof(text);
+    const double value = text == nullptr ? 0 : std::strtod(text, nullptr);
     if (argument == "--json") {
       options.json = true;
       continue;

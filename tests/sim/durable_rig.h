@@ -134,7 +134,9 @@ struct RigDisks {
     power_cut_in = 0;
   }
   void CountDown() {
-    if (power_cut_in > 0 && --power_cut_in == 0) CutPower();
+    if (power_cut_in == 0) return;
+    --power_cut_in;
+    if (power_cut_in == 0) CutPower();
   }
 };
 
