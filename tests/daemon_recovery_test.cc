@@ -8,6 +8,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -82,10 +83,13 @@ class Process {
   // A client's address once it serves.
   Address Ready() {
     const auto address = LineAfter("ready ");
+    EXPECT_TRUE(address.has_value()) << Said();
+    return address ? *ParseAddress(*address) : Address{};
+  }
+  std::string Said() const {
     std::string said;
     for (const std::string& line : log) said += line + "\n";
-    EXPECT_TRUE(address.has_value()) << said;
-    return address ? *ParseAddress(*address) : Address{};
+    return said;
   }
   void Release() { CHECK(write(release_, "x", 1) == 1, "a pipe"); }
   // Sends the signal, unless it is 0, and returns what waitpid says of the end.
@@ -104,6 +108,8 @@ class Process {
  private:
   static int Serve(const std::string& path, AtPoison at_poison, int lines, int release) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);  // No daemon outlives its test.
+    const rlimit no_core = {};
+    setrlimit(RLIMIT_CORE, &no_core);  // Half a gigabyte for each that is ended on purpose.
     struct sigaction action = {};
     action.sa_handler = OnStop;
     sigaction(SIGTERM, &action, nullptr);
@@ -302,7 +308,7 @@ TEST_F(DaemonRecoveryTest, ARecordThatEndsTwoStartsIsLeftOutOfTheThirdAndKept) {
   const Address address = healed.Ready();
   EXPECT_EQ(RowsOf(address), AllBut(std::nullopt));
   EXPECT_EQ(Quarantined(address), 0u);
-  EXPECT_EQ(healed.End(SIGTERM), 0);
+  EXPECT_EQ(healed.End(SIGTERM), 0) << healed.Said();
 }
 
 // The answer of grpc.health.v1.Health/Check: 1 SERVING, 2 NOT_SERVING.
@@ -378,11 +384,12 @@ TEST_F(DaemonRecoveryTest, WhoeverAsksMeanwhileIsToldHowFarItIs) {
   const auto goes_on = early->Hello({.space = "s", .no_session = true}, kTimeoutNs);
   EXPECT_TRUE(goes_on.has_value())
       << "one that has only pinged goes on: " << goes_on.error().message;
+  early = Fail(ErrorCode::kUnavailable, "closed, as the daemon waits for open ones at its end");
   EXPECT_EQ(RowsOf(ready), AllBut(std::nullopt));
   EXPECT_EQ(HealthOf(grpc_address, ""), 1);
   EXPECT_EQ(HealthOf(grpc_address, "engram.v1.EngramService"), 1);
   EXPECT_TRUE(CallOf(grpc_address).ok());
-  EXPECT_EQ(daemon.End(SIGTERM), 0);
+  EXPECT_EQ(daemon.End(SIGTERM), 0) << daemon.Said();
 }
 
 TEST_F(DaemonRecoveryTest, AStopIsNotKeptWaitingByTheRecovery) {

@@ -736,7 +736,7 @@ TEST(GatewayCoreTest, RandomProgramsAnswerEveryCallOnce) {
 // ---- Payload in logs ----
 
 class GatewayRecordsTest : public testing::Test {
- protected:
+ public:
   GatewayRecordsTest() : rig_({.logs = &logs_}) {
     logs_.ends_at_once = true;
     for (int i = 0; i < kIds; ++i) {
@@ -750,6 +750,8 @@ class GatewayRecordsTest : public testing::Test {
     EXPECT_EQ(rig_.core->records()->under_way(), 0u);
     rig_.ExpectIdle();
   }
+
+ protected:
   bool PinsAreLeft() { return logs_.pins.Passed(logs_.pins.Close()); }
   // The shards answer; the disk does not.
   void Run(int steps = 20) {

@@ -2,8 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <memory>
 #include <random>
+#include <span>
 
 #include "tests/dataplane/wire.h"
 
@@ -79,7 +81,8 @@ TEST(ObserveReaderTest, ReadsWhatWasWritten) {
   EXPECT_EQ(first.when_ns, -77);
   EXPECT_EQ(first.id, "first");
   EXPECT_EQ(WireText(first.payload), "payload");
-  EXPECT_EQ(std::memcmp(first.vector, vector.data(), sizeof(vector)), 0);
+  EXPECT_TRUE(std::ranges::equal(std::span(first.vector, sizeof(vector)),
+                                 std::as_bytes(std::span(vector))));
   const ObservationView second = reader.Next();
   EXPECT_EQ(second.op, ObservationOp::kDelete);
   EXPECT_EQ(second.id, "second");
@@ -312,7 +315,8 @@ TEST(DecodeRecallTest, ReadsEachField) {
   EXPECT_EQ(recall.body.k, 1000u);
   EXPECT_EQ(recall.body.ef, 10'000u);
   EXPECT_EQ(recall.body.dimension, 3);
-  EXPECT_EQ(std::memcmp(recall.vector, vector.data(), sizeof(vector)), 0);
+  EXPECT_TRUE(std::ranges::equal(std::span(recall.vector, sizeof(vector)),
+                                 std::as_bytes(std::span(vector))));
 }
 
 TEST(DecodeRecallTest, FaultsAreNamed) {

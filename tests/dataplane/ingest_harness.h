@@ -38,7 +38,7 @@ struct HarnessOptions {
 class IngestHarness {
  public:
   explicit IngestHarness(HarnessOptions options = {})
-      : options_(Prepared(options)),
+      : options_(Prepared(std::move(options))),
         network_(&clock_, options_.seed, options_.network),
         spaces_(1000, options_.shards, options_.shards, {.partitions = options_.partitions}),
         mesh_(MakeMesh(options_, &spaces_)) {

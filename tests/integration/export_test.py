@@ -137,8 +137,9 @@ class ExportTest(unittest.TestCase):
             self.observe(running)
             rows = self.folder / "more.fvecs"
             rng = random.Random(3)
-            rows.write_bytes(b"".join(struct.pack(f"<i{DIMENSION}f", DIMENSION, *vector_of(rng))
-                                      for _ in range(20_000)))
+            some = b"".join(struct.pack(f"<i{DIMENSION}f", DIMENSION, *vector_of(rng))
+                            for _ in range(2_000))
+            rows.write_bytes(some * 300)  # Minutes of load; it is ended when the exports are done.
             load = subprocess.Popen(
                 [daemon.executable("ENGRAMCTL", "tools/engramctl"), "load", "--address",
                  running.address_text, "--data", str(rows), "--space", "source", "--rate", "4000",
@@ -188,7 +189,7 @@ class ExportTest(unittest.TestCase):
             with running.client("source", metric=frames.L2) as client:
                 client.observe([frames.record(b"damaged", [1.0] * DIMENSION, payload=payload)])
                 client.close()
-            segments = [path for path in (running.path / "data").rglob("segment-*")
+            segments = [path for path in (running.path / "data").rglob("segment-*.log")
                         if payload in path.read_bytes()]
             self.assertEqual(len(segments), 1, segments)
             place = segments[0].read_bytes().index(payload)
