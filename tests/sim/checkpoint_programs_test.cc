@@ -14,60 +14,43 @@
 
 #include "src/core/log_files.h"
 #include "tests/sim/durable_program.h"
+#include "tests/sim/program_seeds.h"
 
 namespace engram {
 namespace {
 
-// A sanitizer takes its time.
-uint64_t UsualSeeds() {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  return 30;
-#else
-  return 400;
-#endif
-}
+uint64_t CheckpointSeeds() { return UsualSeeds(400, 30); }
 
 TEST(CheckpointProgramsTest, WhatWasAcknowledgedIsThere) {
   ProgramStats stats;
   ProgramOptions options;
   options.checkpoints = true;
   options.reshards = FromEnvironment("ENGRAM_DURABLE_RESHARD", 1) != 0;
-  uint64_t first = FromEnvironment("ENGRAM_DURABLE_FIRST", 1);
-  uint64_t seeds = FromEnvironment("ENGRAM_DURABLE_SEEDS", UsualSeeds());
-  if (const uint64_t seed = FromEnvironment("ENGRAM_DURABLE_SEED", 0); seed != 0) {
-    options.talks = true;
-    first = seed;
-    seeds = 1;
-  }
-  const auto [seed, violation] = RunSeeds(first, seeds, options, &stats);
+  const auto seeds = Seeds::FromPrefix("ENGRAM_DURABLE", CheckpointSeeds());
+  options.talks = seeds.alone;
+  const auto [seed, violation] = RunSeeds(seeds, options, &stats);
   ASSERT_EQ(seed, 0u) << violation << "\nagain: ENGRAM_DURABLE_SEED=" << seed;
-  const std::vector<std::pair<std::string, uint64_t>> counts = {
-      {"acks", stats.acks},
-      {"checkpoints", stats.checkpoints},
-      {"failed_checkpoints", stats.failed_checkpoints},
-      {"crashes_in_checkpoints", stats.crashes_in_checkpoints},
-      {"crashes_before_recovery", stats.crashes_before_recovery},
-      {"crashes_in_recovery", stats.cuts_in_recovery},
-      {"power_cuts", stats.power_cuts},
-      {"kills", stats.kills},
-      {"starts", stats.starts},
-      {"failed_starts", stats.failed_starts},
-      {"files_loaded", stats.loaded},
-      {"files_loaded_elsewhere", stats.loaded_elsewhere},
-      {"segments_freed", stats.segments_freed},
-      {"records_taken_over", stats.records_taken_over},
-      {"pinned_reads", stats.pinned_reads},
-      {"recalls", stats.recalls},
-      {"records_read", stats.records_read},
-      {"verified", stats.verified},
-      {"spaces_grown", stats.grown},
-      {"sessions_lowered", stats.lowered}};
-  for (const auto& [name, count] : counts) {
-    std::printf("%s %llu\n", name.c_str(), static_cast<unsigned long long>(count));
-    if (seeds >= 400) {
-      EXPECT_GT(count, 0u) << name << ": the programs no longer come to that";
-    }
-  }
+  ExpectAllHappened({{"acks", stats.acks},
+                     {"checkpoints", stats.checkpoints},
+                     {"failed_checkpoints", stats.failed_checkpoints},
+                     {"crashes_in_checkpoints", stats.crashes_in_checkpoints},
+                     {"crashes_before_recovery", stats.crashes_before_recovery},
+                     {"crashes_in_recovery", stats.cuts_in_recovery},
+                     {"power_cuts", stats.power_cuts},
+                     {"kills", stats.kills},
+                     {"starts", stats.starts},
+                     {"failed_starts", stats.failed_starts},
+                     {"files_loaded", stats.loaded},
+                     {"files_loaded_elsewhere", stats.loaded_elsewhere},
+                     {"segments_freed", stats.segments_freed},
+                     {"records_taken_over", stats.records_taken_over},
+                     {"pinned_reads", stats.pinned_reads},
+                     {"recalls", stats.recalls},
+                     {"records_read", stats.records_read},
+                     {"verified", stats.verified},
+                     {"spaces_grown", stats.grown},
+                     {"sessions_lowered", stats.lowered}},
+                    seeds.count >= 400);
 }
 
 // As many shards as before, so that spaces are loaded into their places, also those that have
@@ -77,7 +60,8 @@ TEST(CheckpointProgramsTest, WhatIsLoadedInPlaceMeetsWhatIsReplayed) {
   ProgramOptions options;
   options.checkpoints = true;
   options.reshards = false;
-  const auto [seed, violation] = RunSeeds(1, UsualSeeds() * 5 / 8, options, &stats);
+  const auto [seed, violation] =
+      RunSeeds({.first = 1, .count = CheckpointSeeds() * 5 / 8}, options, &stats);
   ASSERT_EQ(seed, 0u) << violation
                       << "\nagain: ENGRAM_DURABLE_RESHARD=0 ENGRAM_DURABLE_SEED=" << seed;
 }
@@ -89,33 +73,22 @@ TEST(CheckpointProgramsTest, WhatIsTakenOverIsThere) {
   options.checkpoints = true;
   options.rewrites = true;
   options.reshards = FromEnvironment("ENGRAM_DURABLE_RESHARD", 1) != 0;
-  uint64_t first = FromEnvironment("ENGRAM_DURABLE_FIRST", 1);
-  uint64_t seeds = FromEnvironment("ENGRAM_DURABLE_SEEDS", UsualSeeds() / 2);
-  if (const uint64_t seed = FromEnvironment("ENGRAM_DURABLE_SEED", 0); seed != 0) {
-    options.talks = true;
-    first = seed;
-    seeds = 1;
-  }
-  const auto [seed, violation] = RunSeeds(first, seeds, options, &stats);
+  const auto seeds = Seeds::FromPrefix("ENGRAM_DURABLE", CheckpointSeeds() / 2);
+  options.talks = seeds.alone;
+  const auto [seed, violation] = RunSeeds(seeds, options, &stats);
   ASSERT_EQ(seed, 0u) << violation << "\nagain: ENGRAM_DURABLE_SEED=" << seed;
-  const std::vector<std::pair<std::string, uint64_t>> counts = {
-      {"acks", stats.acks},
-      {"checkpoints", stats.checkpoints},
-      {"power_cuts", stats.power_cuts},
-      {"kills", stats.kills},
-      {"segments_freed", stats.segments_freed},
-      {"records_taken_over", stats.records_taken_over},
-      {"crashes_in_takeovers", stats.crashes_in_takeovers},
-      {"pinned_reads", stats.pinned_reads},
-      {"pinned_reads_from_vault", stats.reads_from_vault},
-      {"logs_kept", stats.logs_kept},
-      {"files_loaded_elsewhere", stats.loaded_elsewhere}};
-  for (const auto& [name, count] : counts) {
-    std::printf("%s %llu\n", name.c_str(), static_cast<unsigned long long>(count));
-    if (seeds >= 200) {
-      EXPECT_GT(count, 0u) << name << ": the programs no longer come to that";
-    }
-  }
+  ExpectAllHappened({{"acks", stats.acks},
+                     {"checkpoints", stats.checkpoints},
+                     {"power_cuts", stats.power_cuts},
+                     {"kills", stats.kills},
+                     {"segments_freed", stats.segments_freed},
+                     {"records_taken_over", stats.records_taken_over},
+                     {"crashes_in_takeovers", stats.crashes_in_takeovers},
+                     {"pinned_reads", stats.pinned_reads},
+                     {"pinned_reads_from_vault", stats.reads_from_vault},
+                     {"logs_kept", stats.logs_kept},
+                     {"files_loaded_elsewhere", stats.loaded_elsewhere}},
+                    seeds.count >= 200);
 }
 
 // One space on a machine that a test steps itself.

@@ -17,6 +17,7 @@
 #include "src/core/hash.h"
 #include "src/core/log_files.h"
 #include "tests/sim/durable_rig.h"
+#include "tests/sim/program_seeds.h"
 
 // Random programs over shards with logs on a simulated disk, against a model of
 // what was acknowledged: sessions and requests without one, checkpoints, faults
@@ -1493,9 +1494,9 @@ class DurableProgram {
 };
 
 // The first seed that violates something, and what; 0: none.
-inline std::pair<uint64_t, std::string> RunSeeds(uint64_t first, uint64_t count,
-                                                 const ProgramOptions& like, ProgramStats* stats) {
-  for (uint64_t seed = first; seed < first + count; ++seed) {
+inline std::pair<uint64_t, std::string> RunSeeds(const Seeds& seeds, const ProgramOptions& like,
+                                                 ProgramStats* stats) {
+  for (uint64_t seed = seeds.first; seed < seeds.end(); ++seed) {
     ProgramOptions options = like;
     options.seed = seed;
     DurableProgram program(options, stats);
@@ -1503,11 +1504,6 @@ inline std::pair<uint64_t, std::string> RunSeeds(uint64_t first, uint64_t count,
     if (!program.violation().empty()) return {seed, program.violation()};
   }
   return {0, ""};
-}
-
-inline uint64_t FromEnvironment(const char* name, uint64_t otherwise) {
-  const char* text = std::getenv(name);
-  return text == nullptr ? otherwise : std::strtoull(text, nullptr, 10);
 }
 
 }  // namespace engram
