@@ -115,6 +115,7 @@ class FakeShard {
     SlotId slot = kNoSlot;
     int64_t due_ns = 0;
     size_t batches_sent = 0;
+    bool has_joined = false;  // a drop
   };
 
   std::byte* At(const Waiting& w) { return port_.producers[w.producer].producer_slab->At(w.slot); }
@@ -194,8 +195,9 @@ class FakeShard {
       case RequestKind::kCheck:
         AnswerCheck(*waiting);
         return true;
-      case RequestKind::kGet:
       case RequestKind::kCommand:
+        return AnswerCommand(waiting);
+      case RequestKind::kGet:
         break;
     }
     CHECK(false, "a request that no ingress core makes");
@@ -342,6 +344,29 @@ class FakeShard {
                                 .sequence = request->request_id});
   }
 
+  // Says how many commands it has seen. A drop ends the sessions, once all shards have joined in.
+  bool AnswerCommand(Waiting* waiting) {
+    auto* request = As<CommandRequest>(*waiting);
+    const std::string name(request->space.view());
+    if (request->what == SpaceCommand::kDrop) {
+      SpaceEntry* entry = port_.catalogue->FindAny(name);
+      const uint16_t shards = port_.catalogue->shards();
+      if (!waiting->has_joined) entry->JoinDrop(static_cast<CommitStamp>(clock_->MonotonicNs()));
+      waiting->has_joined = true;
+      if (!entry->AllJoined(shards)) return false;
+      port_.catalogue->EndIncarnation(entry, entry->drop_stamp());
+      std::erase_if(sessions_, [&](const auto& session) { return session.second.space == name; });
+      spaces_.erase(name);
+      entry->FinishDrop(shards);
+    }
+    request->observations = ++commands_;
+    Complete(waiting->producer, {.kind = CompletionKind::kCommand,
+                                 .slot = waiting->slot,
+                                 .origin = request->origin,
+                                 .sequence = request->request_id});
+    return true;
+  }
+
   bool AnswerIntrospect(Waiting* waiting) {
     const IntrospectRequest request = *As<IntrospectRequest>(*waiting);
     if (!SendBatches(waiting, records, CompletionKind::kRecords, request.origin,
@@ -397,6 +422,7 @@ class FakeShard {
   std::vector<RecallRequest> recalls_;
   std::vector<ScrollRequest> scrolls_;
   uint32_t next_slot_ = 100;
+  uint64_t commands_ = 0;
 };
 
 }  // namespace engram

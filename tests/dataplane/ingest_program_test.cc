@@ -58,8 +58,8 @@ class ProgramClient {
       connection_->Send(RecallBytes(random_->Next(), F32Recall(query)));
     } else if (Chance(2)) {
       connection_->Send(MakeFrame(kWirePing, {}));
-    } else if (greeted_ && Chance(1)) {
-      connection_->Send(IntrospectBytes(1, 1 + random_->Below(2)));
+    } else if (greeted_ && Chance(4)) {
+      connection_->Send(Question());
     }
   }
   void Leave(bool abort) {
@@ -100,6 +100,24 @@ class ProgramClient {
     next_ = std::max(next_, first + count);
   }
 
+  // What an operator's tools send, with what they may not say among it.
+  WireBytes Question() {
+    const uint64_t id = random_->Next();
+    switch (random_->Below(4)) {
+      case 0:
+        return IntrospectBytes(id, 1 + random_->Below(2));
+      case 1:
+        return ScrollBytes(id, random_->Below(3), static_cast<uint16_t>(random_->Below(3)),
+                           static_cast<uint16_t>(1 + random_->Below(600)),
+                           static_cast<uint16_t>(random_->Below(4)));
+      case 2:
+        return CheckBytes(id, static_cast<uint16_t>(random_->Below(4)));
+      default:
+        return CommandBytes(id, static_cast<uint8_t>(SpaceCommand::kCompact),
+                            SpaceOf(random_->Below(4)));
+    }
+  }
+
   void Misbehave() {
     WireBytes frame = Frame(next_, 2);
     switch (random_->Below(10)) {
@@ -138,7 +156,7 @@ class ProgramClient {
         break;
       }
       default:
-        connection_->Send(MakeFrame(static_cast<uint8_t>(random_->Below(16)), {}));
+        connection_->Send(MakeFrame(static_cast<uint8_t>(random_->Below(32)), {}));
         break;
     }
   }

@@ -16,17 +16,6 @@
 namespace engram {
 namespace {
 
-constexpr uint8_t kWireScroll = 15;
-constexpr uint8_t kWireScrolled = 16;
-constexpr uint8_t kWireCheck = 17;
-constexpr uint8_t kWireChecked = 18;
-
-WireBytes ScrollBytes(uint64_t id, uint64_t cursor, uint16_t partition, uint16_t limit,
-                      uint16_t flags = 0) {
-  return MakeFrame(kWireScroll, {.flags = flags, .sequence = id},
-                   WireWriter().U64(cursor).U16(partition).U16(limit).U32(0).Take());
-}
-
 class IngestScrollTest : public testing::Test {
  protected:
   void Start(uint16_t shards, uint64_t hits = 3) {

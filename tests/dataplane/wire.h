@@ -213,6 +213,23 @@ inline WireBytes IntrospectBytes(uint64_t request_id, uint8_t what) {
   return MakeFrame(kWireIntrospect, {.sequence = request_id}, WireWriter().U8(what).Take());
 }
 
+inline WireBytes ScrollBytes(uint64_t request_id, uint64_t cursor, uint16_t partition,
+                             uint16_t limit, uint16_t flags = 0) {
+  return MakeFrame(kWireScroll, {.flags = flags, .sequence = request_id},
+                   WireWriter().U64(cursor).U16(partition).U16(limit).U32(0).Take());
+}
+inline WireBytes CheckBytes(uint64_t request_id, uint16_t shard) {
+  WireBytes body = WireWriter().U16(shard).Take();
+  body.resize(136);
+  return MakeFrame(kWireCheck, {.sequence = request_id}, body);
+}
+inline WireBytes CommandBytes(uint64_t request_id, uint8_t what, const std::string& space) {
+  WireWriter writer;
+  writer.U8(what).U8(static_cast<uint8_t>(space.size())).U16(0).U32(0);
+  for (const char letter : space) writer.U8(static_cast<uint8_t>(letter));
+  return MakeFrame(kWireCommand, {.sequence = request_id}, writer.Take());
+}
+
 // One hit of a result.
 struct WireHit {
   std::string id = {};
