@@ -93,7 +93,8 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, const Sh
   counters_[ShardCounter::kMemoryLimitBytes].Set(arena_->reserve_bytes());
   if (log_ == nullptr) return;
   if (storage_.checkpoint != nullptr) {
-    saver_ = std::make_unique<ShardSaver>(storage_.checkpoint_disk, &heap_);
+    saver_ = std::make_unique<ShardSaver>(storage_.checkpoint_disk, &heap_,
+                                          port_.catalogue->max_spaces());
   }
   recovery_ = std::make_unique<ShardRecovery>(storage_, &recovery_progress_);
   recovering_.store(true, std::memory_order_relaxed);

@@ -97,7 +97,8 @@ Result<void> ShardRecovery::EndSource(size_t index) {
   const LogPosition end = reader.end();
   source.ended = true;
   source.reader.reset();
-  return MakeLogDurable(log.disk, durable, end);
+  // What lies before `log.from` was made durable before the checkpoint that says so.
+  return MakeLogDurable(log.disk, std::max(durable, log.from), end);
 }
 
 void ShardRecovery::Note(CommitStamp stamp) {

@@ -3,15 +3,18 @@
 #include <charconv>
 #include <cstdio>
 
-#include "src/core/commit_stamp.h"
 #include "src/core/crc32c.h"
+#include "src/core/log_files.h"
 
 namespace engram {
 
 namespace {
 
 constexpr std::string_view kTitle = "engram checkpoint\nversion ";
+constexpr uint32_t kVersion = 2;
 constexpr std::string_view kCrc = "crc32c ";
+// The last number is the vault's.
+constexpr size_t kMaxLogs = kVaultLog;
 constexpr size_t kMaxManifestBytes = size_t{1} << 20;
 
 std::string Hex(uint64_t value, int digits) {
@@ -46,11 +49,24 @@ class Words {
   std::string_view text_;
 };
 
+// The lines before the checksum, behind the version's number; nothing where the text is not whole.
+std::optional<Words> CheckManifest(std::string_view text, uint32_t* version) {
+  const size_t crc_at = text.rfind(kCrc);
+  if (crc_at == std::string_view::npos) return std::nullopt;
+  if (text.substr(crc_at) !=
+      std::string(kCrc) + Hex(Crc32c(BytesOf(text.substr(0, crc_at))), 8) + "\n") {
+    return std::nullopt;
+  }
+  Words words(text.substr(0, crc_at));
+  if (!words.Take(kTitle) || !words.TakeNumber(version)) return std::nullopt;
+  return words;
+}
+
 }  // namespace
 
 std::string PrintManifest(const CheckpointManifest& manifest) {
   std::string text(kTitle);
-  text += "2\nround " + std::to_string(manifest.round) + "\n";
+  text += std::to_string(kVersion) + "\nround " + std::to_string(manifest.round) + "\n";
   text += "shards " + std::to_string(manifest.logs.size()) + "\n";
   for (size_t i = 0; i < manifest.logs.size(); ++i) {
     const CheckpointManifest::Log& log = manifest.logs[i];
@@ -60,23 +76,18 @@ std::string PrintManifest(const CheckpointManifest& manifest) {
   for (const CheckpointManifest::Kept& kept : manifest.kept) {
     text += "kept " + std::to_string(kept.log) + " from " + Hex(kept.from, 16) + "\n";
   }
-  for (const uint16_t log : manifest.gone) text += "gone " + std::to_string(log) + "\n";
   return text + std::string(kCrc) + Hex(Crc32c(BytesOf(text)), 8) + "\n";
 }
 
 std::optional<CheckpointManifest> ParseManifest(std::string_view text) {
-  const size_t crc_at = text.rfind(kCrc);
-  if (crc_at == std::string_view::npos) return std::nullopt;
-  if (text.substr(crc_at) !=
-      std::string(kCrc) + Hex(Crc32c(BytesOf(text.substr(0, crc_at))), 8) + "\n") {
-    return std::nullopt;
-  }
-  Words words(text.substr(0, crc_at));
+  uint32_t version = 0;
+  auto checked = CheckManifest(text, &version);
+  if (!checked || version != kVersion) return std::nullopt;
+  Words& words = *checked;
   CheckpointManifest manifest;
   size_t shards = 0;
-  if (!words.Take(kTitle) || !(words.Take("1\n") || words.Take("2\n")) || !words.Take("round ") ||
-      !words.TakeNumber(&manifest.round) || !words.Take("\nshards ") ||
-      !words.TakeNumber(&shards) || !words.Take("\n") || shards == 0 || shards > kMaxShards) {
+  if (!words.Take("\nround ") || !words.TakeNumber(&manifest.round) || !words.Take("\nshards ") ||
+      !words.TakeNumber(&shards) || !words.Take("\n") || shards == 0 || shards > kMaxLogs) {
     return std::nullopt;
   }
   for (size_t i = 0; i < shards; ++i) {
@@ -92,17 +103,12 @@ std::optional<CheckpointManifest> ParseManifest(std::string_view text) {
   }
   while (words.Take("kept ")) {
     CheckpointManifest::Kept kept;
-    if (!words.TakeNumber(&kept.log) || kept.log < shards || kept.log >= kMaxShards ||
+    if (!words.TakeNumber(&kept.log) || kept.log < shards || kept.log >= kMaxLogs ||
         (!manifest.kept.empty() && kept.log <= manifest.kept.back().log) || !words.Take(" from ") ||
         !words.TakeNumber(&kept.from, 16) || !words.Take("\n")) {
       return std::nullopt;
     }
     manifest.kept.push_back(kept);
-  }
-  while (words.Take("gone ")) {
-    uint16_t log = 0;
-    if (!words.TakeNumber(&log) || log >= kMaxShards || !words.Take("\n")) return std::nullopt;
-    manifest.gone.push_back(log);
   }
   if (!words.empty()) return std::nullopt;
   return manifest;
@@ -114,7 +120,15 @@ Result<std::optional<CheckpointManifest>> ReadManifest(Disk& disk) {
     if (content.error().code == ErrorCode::kNotFound) return std::nullopt;
     return std::unexpected(content.error());
   }
-  auto manifest = ParseManifest({reinterpret_cast<const char*>(content->data()), content->size()});
+  const std::string_view text(reinterpret_cast<const char*>(content->data()), content->size());
+  auto manifest = ParseManifest(text);
+  uint32_t version = 0;
+  if (!manifest && CheckManifest(text, &version) && version != kVersion) {
+    return Fail(ErrorCode::kUnavailable,
+                disk.directory() + "/" + kCheckpointManifestName + " is of version " +
+                    std::to_string(version) + ", and this program reads version " +
+                    std::to_string(kVersion) + ": start the program that wrote it");
+  }
   if (!manifest) {
     return Fail(ErrorCode::kCorrupt, disk.directory() + "/" + kCheckpointManifestName +
                                          " is damaged: restore it, with the directory, from a "

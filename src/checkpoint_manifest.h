@@ -24,8 +24,6 @@ namespace engram {
 //   log NUMBER from HEXADECIMAL epoch DECIMAL file_bytes DECIMAL      for each, in this order
 //   kept NUMBER from HEXADECIMAL   a log of a shard that is gone: what lies before is not replayed,
 //                                  but observations may lie in it
-//   gone NUMBER                    of a log that is not needed any more and is being removed; only
-//                                  version 1 wrote it
 //   crc32c 8 HEXADECIMAL DIGITS    of all bytes before this line
 struct CheckpointManifest {
   struct Log {
@@ -42,17 +40,17 @@ struct CheckpointManifest {
   uint32_t round = 0;
   std::vector<Log> logs;   // by shard
   std::vector<Kept> kept;  // by log, none of a shard that there was
-  std::vector<uint16_t> gone;
   friend bool operator==(const CheckpointManifest&, const CheckpointManifest&) = default;
 };
 
 inline constexpr const char* kCheckpointManifestName = "CHECKPOINT";
 
 std::string PrintManifest(const CheckpointManifest& manifest);
-// Nothing where the text is not whole.
+// Nothing where the text is not whole, or of another version.
 std::optional<CheckpointManifest> ParseManifest(std::string_view text);
 
-// Nothing where there is no checkpoint. Errors: kCorrupt naming the file and the remedy.
+// Nothing where there is no checkpoint. Errors: kCorrupt, and kUnavailable for another version,
+// naming the file and the remedy.
 Result<std::optional<CheckpointManifest>> ReadManifest(Disk& disk);
 Result<void> WriteManifest(Disk& disk, const CheckpointManifest& manifest);
 

@@ -156,12 +156,6 @@ Result<void> Daemon::MakeLogs(const Config& config, const Topology& topology,
   if (!logs) return std::unexpected(logs.error());
   if (!how.empty()) note("disk: " + how);
   logs_ = *std::move(logs);
-  if (!options.checkpoint.gone.empty()) {
-    // The store has emptied them.
-    options.checkpoint.gone.clear();
-    auto written = WriteManifest(directory->disk(), options.checkpoint);
-    if (!written) return written;
-  }
   pins_ = std::make_unique<ReadPins>(static_cast<uint32_t>(config.ingress_cpus.size()) + 1);
   checkpointer_ = std::make_unique<Checkpointer>(
       CheckpointerOptions{.every_bytes = uint64_t{config.checkpoint_mib} << 20, .retention = {}},

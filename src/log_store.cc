@@ -42,11 +42,6 @@ Result<std::unique_ptr<LogStore>> LogStore::Open(const LogStoreOptions& options,
   CHECK(options.shards <= kVaultLog, "the vault's number is no log's");
   store->instance_ = InstanceOf(options.instance);
   store->segment_bytes_ = options.keeper.segment_bytes;
-  for (const uint16_t gone : options.checkpoint.gone) {
-    auto disk = make_disk(LogFolder(gone), OptionsFor(1), nullptr);
-    if (!disk) return std::unexpected(disk.error());
-    if (auto emptied = EmptyFolder(**disk); !emptied) return std::unexpected(emptied.error());
-  }
   if (auto opened = store->OpenKept(options); !opened) return std::unexpected(opened.error());
   if (auto opened = store->OpenVault(); !opened) return std::unexpected(opened.error());
   for (uint16_t s = 0; s < options.shards; ++s) {
@@ -130,7 +125,8 @@ Result<void> LogStore::OpenKept(const LogStoreOptions& options) {
     if (log < options.shards) continue;
     auto kept = ListKept(log);
     if (!kept) return std::unexpected(kept.error());
-    uint32_t next = kept->segments.empty() ? 1 : kept->segments.rbegin()->first + 1;
+    // One number is left out, so that nobody takes what is written next for what follows the last.
+    uint32_t next = kept->segments.empty() ? 1 : kept->segments.rbegin()->first + 2;
     if (const auto* before = FindKept(options, log)) {
       next = std::max(next, SegmentOf(before->from));
     }
@@ -334,15 +330,6 @@ Result<std::unique_ptr<Disk>> LogStore::OpenLog(uint16_t log) {
 void LogStore::AddToVault(uint32_t number, uint64_t bytes) {
   vault_.segments.emplace(number, bytes);
   next_vault_number_ = std::max(next_vault_number_, number + 1);
-}
-
-Result<void> EmptyFolder(Disk& disk) {
-  const auto entries = disk.List();
-  if (!entries) return std::unexpected(entries.error());
-  for (const DirectoryEntry& entry : *entries) {
-    if (auto removed = disk.Remove(entry.name); !removed) return removed;
-  }
-  return disk.SyncDirectory();
 }
 
 }  // namespace engram

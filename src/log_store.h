@@ -27,8 +27,7 @@ struct LogStoreOptions {
   InstanceId instance{};
   // Logs that are there, without the vault; those of shards that there are no longer are read, too.
   std::vector<uint16_t> existing;
-  // The latest checkpoint; no logs: there is none. What it calls gone is removed by Open, and the
-  // caller then writes it without.
+  // The latest checkpoint; no logs: there is none.
   CheckpointManifest checkpoint;
   LogWriterOptions writer;      // log and instance are filled in
   SegmentKeeperOptions keeper;  // likewise
@@ -38,9 +37,6 @@ struct LogStoreOptions {
 
 // The logs among the names of a data directory.
 std::vector<uint16_t> LogsAmong(const std::vector<DirectoryEntry>& entries);
-
-// Removes all files of a log's folder.
-Result<void> EmptyFolder(Disk& disk);
 
 // All logs of an appliance: for each shard the disk, memory and writer of its log, and on the
 // control plane's core a keeper of its segments.

@@ -71,14 +71,16 @@ std::vector<LogSegment> Retention::Choose(uint32_t below_permille, size_t* recor
   std::vector<LogSegment> chosen;
   uint64_t bytes = 0;
   for (const Counted* counted : worth) {
-    if (bytes + counted->live.bytes > options_.max_rewrite_bytes ||
-        *records + counted->live.records > options_.max_rewrite_records) {
+    if (!chosen.empty() && (bytes + counted->live.bytes > options_.max_rewrite_bytes ||
+                            *records + counted->live.records > options_.max_rewrite_records)) {
       break;
     }
     bytes += counted->live.bytes;
     *records += counted->live.records;
     chosen.push_back(counted->segment);
   }
+  // Of a single one that has more as many as may be: the rest is the next round's.
+  *records = std::min<size_t>(*records, options_.max_rewrite_records);
   std::ranges::sort(chosen);
   return chosen;
 }
@@ -88,10 +90,14 @@ std::vector<LogSegment> Retention::Choose(uint32_t below_permille, size_t* recor
 
 void Retention::EndRound(const CheckpointManifest& manifest) {
   counted_.clear();
+  // What was freed since the round began is not dead once more.
+  std::set<LogSegment> there;
+  for (const LogStore::SegmentFile& file : logs_->Segments()) there.insert(file.segment);
   Batch batch;
   uint64_t live_bytes = 0;
   uint64_t file_bytes = 0;
   for (size_t i = 0; i < files_.size(); ++i) {
+    if (!there.contains(files_[i].segment)) continue;
     Counted counted{.segment = files_[i].segment, .bytes = files_[i].bytes, .live = {}};
     for (const auto& table : tables_) {
       counted.live.bytes += table->live(i).bytes;
@@ -110,7 +116,7 @@ void Retention::EndRound(const CheckpointManifest& manifest) {
       dead_.insert(counted.segment);
     }
   }
-  counters_[RetentionCounter::kSegments].Set(files_.size());
+  counters_[RetentionCounter::kSegments].Set(there.size());
   counters_[RetentionCounter::kSegmentBytes].Set(file_bytes);
   counters_[RetentionCounter::kLiveBytes].Set(live_bytes);
   if (!batch.segments.empty()) {

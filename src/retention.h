@@ -19,12 +19,14 @@
 namespace engram {
 
 struct RetentionOptions {
-  // From the manifest that a segment is dead by until it is freed: snapshots reach back 1 s.
+  // From the manifest that a segment is dead by until it is freed: snapshots reach back 1 s. While a
+  // forward waits for its owner they may reach back 30 s more, and then lack such a payload.
   int64_t free_after_ns = 5 * kNanosPerSecond;
   // A segment with less than this share of live bytes is rewritten.
   uint32_t rewrite_below_permille = 500;
   // Of what one round rewrites.
   uint64_t max_rewrite_bytes = uint64_t{256} << 20;
+  // A segment that has more alone is rewritten by several.
   uint32_t max_rewrite_records = 1u << 18;
   // Written at most, on the average.
   uint64_t rewrite_bytes_per_second = uint64_t{64} << 20;

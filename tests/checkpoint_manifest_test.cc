@@ -10,8 +10,8 @@
 #include <string_view>
 
 #include "src/core/clock.h"
-#include "src/core/commit_stamp.h"
 #include "src/core/crc32c.h"
+#include "src/core/log_files.h"
 #include "src/core/simulated_disk.h"
 
 namespace engram {
@@ -24,7 +24,6 @@ CheckpointManifest Sample() {
                    {.from = 0, .epoch = 0, .file_bytes = 176},
                    {.from = UINT64_MAX, .epoch = UINT32_MAX, .file_bytes = UINT64_MAX}};
   manifest.kept = {{.log = 3, .from = 0x7'0000'1000}, {.log = 254, .from = 0x1000}};
-  manifest.gone = {4, kMaxShards - 1};
   return manifest;
 }
 
@@ -52,7 +51,7 @@ TEST(CheckpointManifestTest, IsReadAsItWasPrinted) {
   EXPECT_EQ(ParseManifest(PrintManifest(least)), least);
   CheckpointManifest most;
   most.round = UINT32_MAX;
-  most.logs.resize(kMaxShards);
+  most.logs.resize(kVaultLog);
   EXPECT_EQ(ParseManifest(PrintManifest(most)), most);
 }
 
@@ -66,18 +65,6 @@ TEST(CheckpointManifestTest, HasThisText) {
   EXPECT_EQ(PrintManifest(manifest),
             Text(kHead, "round 7\nshards 2\n",
                  std::string(kLog0) + std::string(kLog1) + "kept 2 from 0000000300001000\n"));
-}
-
-// What a daemon of before has written.
-TEST(CheckpointManifestTest, ReadsVersionOne) {
-  CheckpointManifest manifest;
-  manifest.round = 7;
-  manifest.logs = {{.from = 0x1000, .epoch = 2, .file_bytes = 176},
-                   {.from = 0x2000, .epoch = 3, .file_bytes = 184}};
-  manifest.gone = {5};
-  EXPECT_EQ(ParseManifest(Text("engram checkpoint\nversion 1\n", "round 7\nshards 2\n",
-                               std::string(kLog0) + std::string(kLog1) + "gone 5\n")),
-            manifest);
 }
 
 TEST(CheckpointManifestTest, EveryFlippedBitIsRefused) {
@@ -108,25 +95,24 @@ TEST(CheckpointManifestTest, KeepsToOrderAndBounds) {
   const std::string logs = std::string(kLog0) + std::string(kLog1);
   ASSERT_TRUE(ParseManifest(Text(kHead, "round 7\nshards 2\n", logs)));
   const std::string bad[] = {
+      Text("engram checkpoint\nversion 1\n", "round 7\nshards 2\n", logs),
       Text("engram checkpoint\nversion 3\n", "round 7\nshards 2\n", logs),
+      Text("engram checkpoint\nversion 20\n", "round 7\nshards 2\n", logs),
       Text(kHead, "shards 2\nround 7\n", logs),
       Text(kHead, "round 7\nshards 1\n", logs),
       Text(kHead, "round 7\nshards 3\n", logs),
       Text(kHead, "round 7\nshards 0\n", ""),
-      Text(kHead, "round 7\nshards 257\n", logs),
+      Text(kHead, "round 7\nshards 256\n", logs),
       Text(kHead, "round 4294967296\nshards 2\n", logs),
       Text(kHead, "round -1\nshards 2\n", logs),
       Text(kHead, "round \nshards 2\n", logs),
       Text(kHead, "round 7\nshards 2\n", std::string(kLog1) + std::string(kLog0)),
       Text(kHead, "round 7\nshards 2\n", std::string(kLog0) + std::string(kLog0)),
-      Text(kHead, "round 7\nshards 2\n", logs + "gone 256\n"),
       Text(kHead, "round 7\nshards 2\n", logs + "kept 1 from 0000000000001000\n"),
-      Text(kHead, "round 7\nshards 2\n", logs + "kept 256 from 0000000000001000\n"),
+      Text(kHead, "round 7\nshards 2\n", logs + "kept 255 from 0000000000001000\n"),
       Text(kHead, "round 7\nshards 2\n", logs + "kept 2\n"),
       Text(kHead, "round 7\nshards 2\n",
            logs + "kept 3 from 0000000000001000\nkept 2 from 0000000000001000\n"),
-      Text(kHead, "round 7\nshards 2\n", logs + "gone \n"),
-      Text(kHead, "round 7\nshards 2\n", "gone 3\n" + logs),
       Text(kHead, "round 7\nshards 2\n", logs + "more\n"),
       Text(kHead, "round 7\nshards 1\n", "log 0 from 10000000000000000 epoch 2 file_bytes 176\n"),
       Text(kHead, "round 7\nshards 1\n",
@@ -165,6 +151,21 @@ TEST_F(ManifestFileTest, ADamagedOneIsCorruptByName) {
     EXPECT_NE(read.error().message.find("root/CHECKPOINT"), std::string::npos)
         << read.error().message;
     medium_.FlipBit("root", kCheckpointManifestName, bit);
+  }
+}
+
+TEST_F(ManifestFileTest, AnotherVersionIsNoDamage) {
+  const auto disk = medium_.Open("root");
+  for (const char* version : {"1", "3"}) {
+    const std::string text = Text("engram checkpoint\nversion " + std::string(version) + "\n",
+                                  "round 7\nshards 1\n", kLog0);
+    ASSERT_TRUE(ReplaceFile(*disk, kCheckpointManifestName,
+                            std::as_bytes(std::span(text.data(), text.size()))));
+    const auto read = ReadManifest(*disk);
+    ASSERT_FALSE(read);
+    EXPECT_EQ(read.error().code, ErrorCode::kUnavailable);
+    EXPECT_NE(read.error().message.find("version " + std::string(version)), std::string::npos);
+    EXPECT_NE(read.error().message.find("version 2"), std::string::npos) << read.error().message;
   }
 }
 

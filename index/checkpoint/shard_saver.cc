@@ -16,12 +16,13 @@ constexpr uint64_t kFlushTag = 2;  // beside the buffers'
 
 }  // namespace
 
-ShardSaver::ShardSaver(Disk* disk, ArenaHeap* heap)
+ShardSaver::ShardSaver(Disk* disk, ArenaHeap* heap, uint32_t max_spaces)
     : disk_(disk),
       memory_(std::make_unique<std::byte[]>(2 * kBufferBytes + kPageBytes)),
       space_saver_(heap) {
   const auto address = std::bit_cast<uintptr_t>(memory_.get());
   std::byte* aligned = memory_.get() + (kPageBytes - address % kPageBytes);
+  vacant_.reserve(max_spaces);
   buffers_[0].memory = aligned;
   buffers_[1].memory = aligned + kBufferBytes;
 }

@@ -42,8 +42,9 @@ struct ShardContents {
 // otherwise it neither waits nor allocates.
 class ShardSaver {
  public:
-  // `disk` is over the shard's folder, for this alone; it and `heap` outlive the saver.
-  ShardSaver(Disk* disk, ArenaHeap* heap);
+  // `disk` is over the shard's folder, for this alone; it and `heap` outlive the saver. A shard has
+  // `max_spaces` at most.
+  ShardSaver(Disk* disk, ArenaHeap* heap, uint32_t max_spaces);
   ~ShardSaver();
   ShardSaver(const ShardSaver&) = delete;
   ShardSaver& operator=(const ShardSaver&) = delete;

@@ -14,7 +14,7 @@ namespace engram {
 // is copied in and out, so nothing need be aligned.
 
 inline constexpr uint32_t kExtentMagic = 0x31584345;  // the bytes E C X 1
-inline constexpr uint16_t kExtentVersion = 1;
+inline constexpr uint16_t kExtentVersion = 2;
 inline constexpr size_t kMaxExtentBytes = size_t{256} << 10;
 // Places of nodes that one extent may pass over or fill.
 inline constexpr uint32_t kMaxExtentSlots = 4'096;

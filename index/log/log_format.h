@@ -15,7 +15,7 @@
 
 namespace engram {
 
-inline constexpr uint32_t kLogFormatVersion = 1;
+inline constexpr uint32_t kLogFormatVersion = 2;
 // Blocks begin and end at multiples of this; a segment's header takes the first one.
 inline constexpr uint32_t kLogPageBytes = 4096;
 inline constexpr uint32_t kMinSegmentBytes = 64 * 1024;

@@ -22,8 +22,13 @@ constexpr uint32_t kPieceBytes = 1u << 20;
 
 class Verifier {
  public:
-  Verifier(Disk& disk, uint16_t log, const LogInstance& instance, LogPosition replay_from)
-      : disk_(disk), log_(log), instance_(instance), replayed_(SegmentOf(replay_from)) {}
+  Verifier(Disk& disk, uint16_t log, const LogInstance& instance, LogPosition replay_from,
+           bool needs)
+      : disk_(disk),
+        log_(log),
+        instance_(instance),
+        replayed_(SegmentOf(replay_from)),
+        needs_(needs && replay_from != 0) {}
 
   Result<LogReport> Run();
 
@@ -45,6 +50,7 @@ class Verifier {
   const uint16_t log_;
   const LogInstance instance_;
   const uint32_t replayed_;  // segments from this one on are replayed
+  const bool needs_;         // that one has to be there
   LogReport report_;
   std::unordered_set<uint64_t> sessions_;
   std::map<uint32_t, LogReader::Segment> segments_;
@@ -85,6 +91,12 @@ Result<std::vector<LogReader::Range>> Verifier::FindRuns() {
     numbers.push_back(*number);
   }
   std::ranges::sort(numbers);
+  if (needs_ && !std::ranges::binary_search(numbers, replayed_)) {
+    report_.damages.push_back({.file = SegmentName(replayed_),
+                               .offset = 0,
+                               .bytes = 0,
+                               .text = "is missing, and is replayed at a start"});
+  }
   std::vector<LogReader::Range> runs;
   for (const uint32_t number : numbers) {
     const bool follows = !runs.empty() && (number == runs.back().last + 1 || number > replayed_);
@@ -319,8 +331,8 @@ void Verifier::AddRest(uint32_t number, uint32_t offset, std::string text) {
 }  // namespace
 
 Result<LogReport> VerifyLog(Disk& disk, uint16_t log, const LogInstance& instance,
-                            LogPosition replay_from) {
-  return Verifier(disk, log, instance, replay_from).Run();
+                            LogPosition replay_from, bool needs) {
+  return Verifier(disk, log, instance, replay_from, needs).Run();
 }
 
 }  // namespace engram

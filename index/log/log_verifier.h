@@ -58,9 +58,12 @@ struct LogReport {
 //    like a write that was cut off is told apart from damage: it has the header of a block, or it
 //    is more than a single bit in a disk's sector.
 //
+// Where a start `needs` the log, as a checkpoint that names its position does, the segment in which
+// `replay_from` lies has to be there.
+//
 // Waits for the disk; for tools, not for a core. Nothing is written. Errors: those of the disk, and
 // a segment of another log, directory or version.
 Result<LogReport> VerifyLog(Disk& disk, uint16_t log, const LogInstance& instance,
-                            LogPosition replay_from = 0);
+                            LogPosition replay_from = 0, bool needs = false);
 
 }  // namespace engram

@@ -194,6 +194,11 @@ void VaultWriter::TakeRecords(size_t bytes, const NoteFn& note) {
 
 bool VaultWriter::BeginFile(const NoteFn& note) {
   CHECK(number_ <= kMaxSegment, "the vault does not outlive its numbers");
+  // What an attempt that failed has left may be longer than what is written now.
+  if (auto gone = vault_->Remove(NewName()); !gone && gone.error().code != ErrorCode::kNotFound) {
+    GiveUp(gone.error().message, note);
+    return false;
+  }
   auto file = vault_->Open(NewName(), OpenMode::kCreate, Caching::kDirect);
   if (!file) {
     GiveUp(file.error().message, note);

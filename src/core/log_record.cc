@@ -30,7 +30,7 @@ struct Header {
   float scale;
   float confidence;
   uint16_t skip_reason;
-  uint16_t flags;
+  uint16_t zero;
 };
 static_assert(sizeof(Header) == kLogRecordHeaderBytes);
 
@@ -83,7 +83,6 @@ void TakeFields(const Header& header, std::span<const std::byte> whole, LogRecor
   record->dtype = static_cast<VectorDtype>(header.dtype);
   record->payload_kind = static_cast<PayloadKind>(header.payload_kind);
   record->skip_reason = static_cast<RefusalReason>(header.skip_reason);
-  record->flags = header.flags;
   record->dimension = header.dimension;
   record->scale = header.scale;
   record->confidence = header.confidence;
@@ -139,7 +138,7 @@ void WriteLogRecord(const LogRecord& record, LogAddress address, std::byte* to) 
                 .scale = record.scale,
                 .confidence = record.confidence,
                 .skip_reason = static_cast<uint16_t>(record.skip_reason),
-                .flags = record.flags};
+                .zero = 0};
   std::memcpy(to, &header, sizeof(header));
   std::byte* at = to + sizeof(header);
   const auto append = [&at](const void* from, size_t count) {

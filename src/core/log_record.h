@@ -27,9 +27,6 @@ enum class LogRecordKind : uint8_t {
 };
 constexpr bool IsObservation(LogRecordKind kind) { return kind <= LogRecordKind::kRestore; }
 
-// The record was written again, from elsewhere in a log: it repeats what an earlier one said.
-inline constexpr uint16_t kLogRecordRelocated = 1;
-
 // One record, as it is written and as it was read; index/log/FORMAT.md is its grammar. Views point
 // into the caller's memory, or into the bytes that were read.
 struct LogRecord {
@@ -37,7 +34,6 @@ struct LogRecord {
   VectorDtype dtype = VectorDtype::kNone;
   PayloadKind payload_kind = PayloadKind::kOpaque;
   RefusalReason skip_reason = RefusalReason::kNone;
-  uint16_t flags = 0;
   uint16_t dimension = 0;
   float scale = 1;
   float confidence = 1;

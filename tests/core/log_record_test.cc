@@ -41,7 +41,6 @@ void ExpectSame(const LogRecord& read, const LogRecord& wrote) {
   EXPECT_EQ(read.dtype, wrote.dtype);
   EXPECT_EQ(read.payload_kind, wrote.payload_kind);
   EXPECT_EQ(read.skip_reason, wrote.skip_reason);
-  EXPECT_EQ(read.flags, wrote.flags);
   EXPECT_EQ(read.dimension, wrote.dimension);
   EXPECT_EQ(read.scale, wrote.scale);
   EXPECT_EQ(read.confidence, wrote.confidence);
@@ -83,7 +82,6 @@ struct Sample {
     record.dtype = VectorDtype::kF32;
     record.payload_kind = PayloadKind::kMemory;
     record.skip_reason = RefusalReason::kBadId;
-    record.flags = kLogRecordRelocated;
     record.dimension = 3;
     record.scale = 0.5F;
     record.confidence = 0.25F;
@@ -169,7 +167,7 @@ TEST(LogRecordTest, LiesAsTheFormatSays) {
   EXPECT_EQ(number(52, 4), std::bit_cast<uint32_t>(0.5F));
   EXPECT_EQ(number(56, 4), std::bit_cast<uint32_t>(0.25F));
   EXPECT_EQ(number(60, 2), 24u);
-  EXPECT_EQ(number(62, 2), 1u);
+  EXPECT_EQ(number(62, 2), 0u);
   EXPECT_EQ(std::memcmp(bytes.data() + 64, "docs", 4), 0);
   EXPECT_TRUE(std::equal(sample.vector.begin(), sample.vector.end(), bytes.begin() + 68));
   EXPECT_EQ(std::memcmp(bytes.data() + 80, "an id", 5), 0);
@@ -280,7 +278,7 @@ TEST(LogRecordTest, FieldsOutOfRangeAreRefused) {
     LogRecord record;
     return ParseLogRecord(bytes, kAddress, &record, nullptr);
   };
-  EXPECT_EQ(fault_with(62, 0xFFFF, 2), LogRecordFault::kNone) << "flags are for later versions";
+  EXPECT_EQ(fault_with(62, 0xFFFF, 2), LogRecordFault::kNone) << "for later versions";
   EXPECT_EQ(fault_with(60, 0xFFFF, 2), LogRecordFault::kNone) << "so are reasons";
   for (const uint64_t kind : {0, 6, 15, 18, 255}) {
     EXPECT_EQ(fault_with(40, kind, 1), LogRecordFault::kBadField) << kind;

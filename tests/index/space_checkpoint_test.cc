@@ -517,13 +517,13 @@ TEST(SpaceCheckpointTest, AnotherFormatVersionIsNamed) {
   TestHeap memory(size_t{16} << 20);
   Rig original(OptionsOf({Metric::kL2, Precision::kF32, Traversal::kInt8}, 4, 1), &memory);
   Bytes bytes = Save(&original, &memory);
-  bytes[4] = std::byte{2};
+  bytes[4] = std::byte{kExtentVersion + 1};
   FixCrc(std::span(bytes).first(*PeekExtent(bytes)));
   Rig loaded(OptionsOf({Metric::kL2, Precision::kF32, Traversal::kInt8}, 4, 1), &memory);
   const Result<void> result = Load(bytes, &loaded.space);
   ASSERT_FALSE(result.has_value());
   EXPECT_EQ(result.error().code, ErrorCode::kInvalidArgument);
-  EXPECT_NE(result.error().message.find("version 2"), std::string::npos);
+  EXPECT_NE(result.error().message.find("version 3"), std::string::npos);
 }
 
 TEST(SpaceCheckpointTest, FullMemoryIsAnError) {

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "index/log/log_verifier.h"
 #include "src/core/log_files.h"
 #include "tests/sim/durable_program.h"
 #include "tests/sim/program_seeds.h"
@@ -273,6 +274,72 @@ TEST_F(CheckpointStepsTest, WhatIsReadIsNotFreed) {
   EXPECT_FALSE(IsThere(segment) && CountSegments(0) > 5);
 }
 
+TEST_F(CheckpointStepsTest, WhatIsFreedDuringARoundIsFreedOnce) {
+  ASSERT_EQ(Start(), "");
+  const ReadPins::Epoch pin = rig_.pins->Enter(1);
+  for (int i = 0; i < 40; ++i) Store("a", std::to_string(i) + std::string(30'000, 'x'));
+  ASSERT_TRUE(Checkpoint());
+  Settle();
+  const Retention& retention = rig_.checkpointer->retention();
+  ASSERT_TRUE(retention.has_dead());
+  BeginCheckpoint();
+  PollCheckpointer();  // The round looks at what is there.
+  rig_.pins->Leave(1, pin);
+  while (retention.has_dead()) PollCheckpointer();
+  const uint64_t freed = retention.counter(RetentionCounter::kFreed);
+  ASSERT_GT(freed, 0u);
+  ASSERT_TRUE(EndCheckpoint());
+  Settle();
+  EXPECT_EQ(retention.counter(RetentionCounter::kFreed), freed);
+}
+
+// The bound of a round would otherwise keep the largest segment for ever, and those behind it.
+TEST_F(CheckpointStepsTest, ASegmentOverTheBoundOfARoundIsRewrittenAlone) {
+  setup_.checkpointer.retention.max_rewrite_bytes = 1;
+  ASSERT_EQ(Start(), "");
+  LeaveAlone("a", "b");
+  ASSERT_TRUE(Checkpoint());
+  Settle();
+  EXPECT_EQ(LogOf(Stored("a").origin), kVaultLog);
+}
+
+TEST_F(CheckpointStepsTest, ASegmentOfMoreRecordsThanARoundTakesIsRewrittenBySeveral) {
+  setup_.checkpointer.retention.max_rewrite_records = 2;
+  ASSERT_EQ(Start(), "");
+  for (const char* id : {"a", "c", "d"}) Store(id, "payload of " + std::string(id));
+  LeaveAlone("e", "b");
+  const auto in_vault = [this] {
+    return std::ranges::count_if(std::to_array({"a", "c", "d", "e"}), [this](const char* id) {
+      return LogOf(Stored(id).origin) == kVaultLog;
+    });
+  };
+  ASSERT_TRUE(Checkpoint());
+  Settle();
+  EXPECT_EQ(in_vault(), 2);
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_TRUE(Checkpoint());
+    Settle();
+  }
+  EXPECT_EQ(in_vault(), 4);
+  for (const char* id : {"a", "c", "d", "e"}) {
+    EXPECT_EQ(PayloadOf(id), "payload of " + std::string(id));
+  }
+}
+
+// Of a log that a checkpoint covers a start writes no more than its marker: the rest is the only
+// copy of what is there.
+TEST_F(CheckpointStepsTest, AStartLeavesWhatIsDurableAsItIs) {
+  ASSERT_EQ(Start(), "");
+  for (int i = 0; i < 10; ++i) Store("id" + std::to_string(i), std::string(30'000, 'x'));
+  ASSERT_TRUE(Checkpoint());
+  Settle();
+  rig_.disks.bytes_written = 0;
+  ASSERT_EQ(StartAgain(), "");
+  for (int i = 0; i < 100; ++i) Poll();
+  EXPECT_LE(rig_.disks.bytes_written, 16 * kLogPageBytes);
+  EXPECT_EQ(PayloadOf("id3"), std::string(30'000, 'x'));
+}
+
 // Logged by shard 0, kept by shard 1: the table of either alone says that nothing lives.
 TEST_F(TwoShardsTest, ASegmentLivesByWhatAnyShardNames) {
   ASSERT_EQ(Start(), "");
@@ -453,6 +520,13 @@ TEST_F(TwoShardsTest, ALogOutlivesItsShardAndGoesOnWithIt) {
   ASSERT_EQ(in_one_shard(2), "");
   EXPECT_EQ(PayloadOf("a"), "in log 1");
   store_at(1, "c", "in log 1 again");
+  // What is written now does not follow what was there, whose last segments were never used.
+  const auto log = rig_.medium.Open(LogFolder(1));
+  const auto manifest = ReadManifest(*rig_.medium.Open(DurableRig::kRootFolder));
+  ASSERT_TRUE(manifest && *manifest && (*manifest)->kept.size() == 1);
+  const auto report = VerifyLog(*log, 1, rig_.store->instance(), (*manifest)->kept[0].from);
+  ASSERT_TRUE(report) << report.error().message;
+  EXPECT_TRUE(report->sound()) << report->damages[0].file << " " << report->damages[0].text;
   EXPECT_GT(SegmentAt(Stored("c").origin).number, last);
   ASSERT_EQ(in_one_shard(2), "");
   EXPECT_EQ(PayloadOf("c"), "in log 1 again");

@@ -498,7 +498,7 @@ class DurableProgram {
       Violate("there is no manifest after a checkpoint");
       return;
     }
-    if ((*manifest)->logs.size() != shards_ || !(*manifest)->gone.empty()) {
+    if ((*manifest)->logs.size() != shards_) {
       Violate("the manifest is of other logs");
       return;
     }

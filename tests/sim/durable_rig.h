@@ -124,6 +124,7 @@ struct RigDisks {
   // Operations until the power fails in the midst of one; 0: it does not.
   uint64_t power_cut_in = 0;
   bool power_failed = false;
+  uint64_t bytes_written = 0;  // of all files
   // The directory whose names cannot be made to stay; empty: none.
   std::string fails_to_sync{};
 
@@ -190,6 +191,7 @@ class RigDisk final : public Disk {
     if (IsGone()) return EndWithError(tag);
     const uint64_t inner = ++last_;
     if (!disk_->Write(file, offset, from, inner)) return false;
+    all_->bytes_written += from.size();
     Operation& operation = under_way_[inner];
     operation = {.tag = tag, .kind = Kind::kWrite};
     operation.write = all_->audit->NoteWrite(NameOf(file), from);
@@ -356,10 +358,6 @@ class DurableRig {
         nullptr);
     if (!made) return std::unexpected(made.error());
     store = *std::move(made);
-    if (!options.checkpoint.gone.empty()) {
-      options.checkpoint.gone.clear();
-      if (auto written = WriteManifest(*root, options.checkpoint); !written) return written;
-    }
     pins = std::make_unique<ReadPins>(2);
     checkpointer = std::make_unique<Checkpointer>(setup.checkpointer, root.get(), store.get(),
                                                   &clock, options.checkpoint, pins.get());

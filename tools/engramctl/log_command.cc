@@ -45,6 +45,7 @@ struct FoundLog {
   uint16_t log = 0;
   LogInstance instance{};
   LogPosition replay_from = 0;  // by the latest checkpoint: before that segments may be missing
+  bool is_needed = false;       // the segment there is not
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -99,6 +100,7 @@ Result<void> NoteReplay(Disk& root, std::vector<FoundLog>* logs) {
   for (FoundLog& folder : *logs) {
     if (folder.log < (*manifest)->logs.size()) {
       folder.replay_from = (*manifest)->logs[folder.log].from;
+      folder.is_needed = true;
     }
     for (const CheckpointManifest::Kept& kept : (*manifest)->kept) {
       if (kept.log == folder.log) folder.replay_from = kept.from;
@@ -266,7 +268,6 @@ void PrintText(const FoundLog& folder, const LogEntry& entry, bool vectors) {
   if (!record.payload.empty()) {
     line += " " + std::to_string(record.payload.size()) + " bytes \"" + PayloadText(record) + "\"";
   }
-  if ((record.flags & kLogRecordRelocated) != 0) line += " relocated";
   if (vectors && record.dtype != VectorDtype::kNone) {
     line += " [";
     std::array<char, 32> text;
@@ -287,7 +288,7 @@ void PrintJson(const FoundLog& folder, const LogEntry& entry, bool vectors) {
       {"bytes", entry.record_bytes}, {"epoch", entry.epoch},
       {"stamp", record.stamp},       {"time", TimeText(UnixNsOf(record.stamp))},
       {"when_ns", record.when_ns},   {"kind", KindText(record.kind)},
-      {"space", record.space},       {"relocated", (record.flags & kLogRecordRelocated) != 0}};
+      {"space", record.space}};
   if (record.session.value() != 0) {
     json["session"] = HexText(record.session.value());
     json["sequence"] = record.sequence;
@@ -512,9 +513,9 @@ int RunLogVerify(const LogOptions& options) {
   for (const FoundLog& folder : *logs) {
     const auto disk = OpenFolder(folder.path);
     if (!disk) return ReportError(disk.error());
-    const auto report = folder.log == kVaultLog
-                            ? VerifyVault(**disk, folder.instance)
-                            : VerifyLog(**disk, folder.log, folder.instance, folder.replay_from);
+    const auto report = folder.log == kVaultLog ? VerifyVault(**disk, folder.instance)
+                                                : VerifyLog(**disk, folder.log, folder.instance,
+                                                            folder.replay_from, folder.is_needed);
     if (!report) {
       sound = false;
       if (options.json) {

@@ -73,9 +73,8 @@ inline std::string TextOf(const LogRecord& record) {
   const auto code = [&](auto value) { return number(static_cast<uint32_t>(value)); };
   return "stamp" + number(record.stamp) + code(record.kind) + code(record.dtype) +
          number(record.dimension) + code(record.payload_kind) + code(record.skip_reason) +
-         number(record.flags) + number(record.scale) + number(record.confidence) +
-         number(record.session.value()) + number(record.sequence) + number(record.when_ns) + " " +
-         std::string(record.space) + " " +
+         number(record.scale) + number(record.confidence) + number(record.session.value()) +
+         number(record.sequence) + number(record.when_ns) + " " + std::string(record.space) + " " +
          hex(std::as_bytes(std::span(record.id.data(), record.id.size()))) + " " +
          hex(record.vector) + " " + hex(record.payload);
 }

@@ -584,16 +584,17 @@ TEST(LogReaderTest, SegmentsOfOthersAreErrors) {
     return read;
   };
   header.instance[0] = 9;
-  EXPECT_TRUE(Says(error_with(header, 1).error, "belongs to another data directory"));
+  EXPECT_TRUE(
+      Says(error_with(header, kLogFormatVersion).error, "belongs to another data directory"));
   header.instance = kTestInstance;
   header.log = 3;
-  EXPECT_TRUE(Says(error_with(header, 1).error, "belongs to log 3, not 0"));
+  EXPECT_TRUE(Says(error_with(header, kLogFormatVersion).error, "belongs to log 3, not 0"));
   header.log = 0;
-  const ReadResult newer = error_with(header, 2);
+  const ReadResult newer = error_with(header, kLogFormatVersion + 1);
   EXPECT_EQ(newer.code, ErrorCode::kUnavailable);
-  EXPECT_TRUE(Says(newer.error, "log format version 2")) << newer.error;
+  EXPECT_TRUE(Says(newer.error, "log format version 3")) << newer.error;
   header.segment_bytes = kLogPageBytes;
-  EXPECT_TRUE(Says(error_with(header, 1).error, "field out of range"));
+  EXPECT_TRUE(Says(error_with(header, kLogFormatVersion).error, "field out of range"));
 }
 
 // ---------------------------------------------------------------------------------------------

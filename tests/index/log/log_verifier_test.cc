@@ -19,9 +19,9 @@ constexpr bool kSanitized = true;
 constexpr bool kSanitized = false;
 #endif
 
-LogReport Verify(const LogFiles& files, LogPosition replay_from = 0) {
+LogReport Verify(const LogFiles& files, LogPosition replay_from = 0, bool needs = false) {
   MemoryDisk disk(&files);
-  auto report = VerifyLog(disk, 0, kTestInstance, replay_from);
+  auto report = VerifyLog(disk, 0, kTestInstance, replay_from, needs);
   EXPECT_TRUE(report.has_value()) << report.error().message;
   CHECK(disk.open_files() == 0 && disk.in_flight() == 0, "everything is closed again");
   return report.has_value() ? *std::move(report) : LogReport{};
@@ -47,6 +47,19 @@ LogBuilder SmallLog() {
   builder.AddBlock(0);
   builder.AddSegment(3);
   return builder;
+}
+
+// A start would refuse, so this is damage; a log that nobody needs may be empty there.
+TEST(LogVerifierTest, TheSegmentThatIsReplayedFirstHasToBeThere) {
+  LogBuilder builder = SmallLog();
+  const LogPosition from = MakeLogPosition(4, kLogPageBytes);
+  EXPECT_TRUE(Verify(builder.files(), from).sound());
+  const LogReport report = Verify(builder.files(), from, true);
+  ASSERT_EQ(report.damages.size(), 1u);
+  EXPECT_EQ(report.damages[0].file, SegmentName(4));
+  EXPECT_TRUE(Says(report.damages[0].text, "missing"));
+  EXPECT_TRUE(Verify(builder.files(), MakeLogPosition(2, kLogPageBytes), true).sound());
+  EXPECT_TRUE(Verify(builder.files(), 0, true).sound());
 }
 
 TEST(LogVerifierTest, CountsWhatIsThere) {
