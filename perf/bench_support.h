@@ -1,13 +1,30 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
+
+#include "src/core/result.h"
 
 // Shared by the programs of perf/.
 
 namespace engram {
+
+// What came out well; else says what went wrong and ends the program.
+template <typename T>
+T Must(Result<T> result) {
+  if (!result) {
+    std::fprintf(stderr, "%s\n", result.error().message.c_str());
+    std::exit(1);
+  }
+  if constexpr (!std::is_void_v<T>) return *std::move(result);
+}
 
 inline double Median(std::vector<double> values) {
   if (values.empty()) return 0;

@@ -80,15 +80,6 @@ struct Options {
   std::string dir = ".";
 };
 
-template <typename T>
-T Must(Result<T> result) {
-  if (!result) {
-    std::fprintf(stderr, "%s\n", result.error().message.c_str());
-    std::exit(1);
-  }
-  if constexpr (!std::is_void_v<T>) return *std::move(result);
-}
-
 double SecondsSince(int64_t start_ns, Clock* clock) {
   return static_cast<double>(clock->MonotonicNs() - start_ns) / kNanosPerSecond;
 }

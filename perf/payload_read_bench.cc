@@ -10,23 +10,20 @@
 // directory), which is removed at the end. What is read has just been written, so it comes from the
 // operating system's cache.
 
-#include <arpa/inet.h>
-#include <sys/socket.h>
-#include <unistd.h>
-
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <filesystem>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "dataplane/frame_format.h"
 #include "perf/bench_support.h"
 #include "src/appliance.h"
-#include "src/core/hash.h"
 #include "src/log_store.h"
+#include "tests/support/loopback_client.h"
 
 namespace engram {
 namespace {
@@ -45,88 +42,6 @@ struct Options {
   std::fprintf(stderr, "payload_read_bench: %s\n", what.c_str());
   std::exit(1);
 }
-
-template <typename T>
-T Must(Result<T> result) {
-  if (!result) Fatal(result.error().message);
-  return *std::move(result);
-}
-
-// Frames over a socket that never waits.
-class Client {
- public:
-  explicit Client(uint16_t port) : fd_(socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0)) {
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_port = htons(port);
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    connect(fd_, reinterpret_cast<sockaddr*>(&address), sizeof(address));
-    incoming_.resize(size_t{4} << 20);
-  }
-  Client(const Client&) = delete;
-  Client& operator=(const Client&) = delete;
-  ~Client() { close(fd_); }
-
-  void Queue(FrameHeader header, std::span<const std::byte> body) {
-    const std::span<const std::byte> parts[] = {body};
-    SealFrame(&header, parts);
-    const auto bytes = BytesOf(header);
-    outgoing_.insert(outgoing_.end(), bytes.begin(), bytes.end());
-    outgoing_.insert(outgoing_.end(), body.begin(), body.end());
-  }
-  void Step() {
-    if (sent_ < outgoing_.size()) {
-      const ssize_t n = send(fd_, outgoing_.data() + sent_, outgoing_.size() - sent_, MSG_NOSIGNAL);
-      if (n > 0) sent_ += static_cast<size_t>(n);
-      if (sent_ == outgoing_.size()) {
-        outgoing_.clear();
-        sent_ = 0;
-      }
-    }
-    const ssize_t n = recv(fd_, incoming_.data() + filled_, incoming_.size() - filled_, 0);
-    if (n > 0) filled_ += static_cast<size_t>(n);
-    size_t at = 0;
-    while (filled_ - at >= kFrameHeaderBytes) {
-      const auto header = LoadAs<FrameHeader>(incoming_.data() + at);
-      const size_t bytes = kFrameHeaderBytes + header.length;
-      if (filled_ - at < bytes) break;
-      Take(header, {incoming_.data() + at + kFrameHeaderBytes, header.length});
-      at += bytes;
-    }
-    std::memmove(incoming_.data(), incoming_.data() + at, filled_ - at);
-    filled_ -= at;
-  }
-
-  uint64_t session = 0;
-  uint64_t acked = 0;
-  uint64_t results = 0;
-  uint64_t hits = 0;
-  uint64_t payload_bytes = 0;
-  uint64_t omitted = 0;
-
- private:
-  void Take(const FrameHeader& header, std::span<const std::byte> body) {
-    if (header.type == FrameType::kHelloAck) session = header.session;
-    if (header.type == FrameType::kAck) acked = header.sequence;
-    if (header.type == FrameType::kNak) Fatal("a request was refused");
-    if (header.type != FrameType::kResult) return;
-    body = body.subspan(sizeof(ResultBody));
-    while (!body.empty()) {
-      const auto hit = LoadAs<HitHeader>(body.data());
-      ++hits;
-      payload_bytes += hit.payload_bytes;
-      omitted += (hit.flags & kHitPayloadOmitted) != 0 ? 1 : 0;
-      body = body.subspan(hit.hit_bytes);
-    }
-    if ((header.flags & kFrameFlagMore) == 0) ++results;
-  }
-
-  int fd_;
-  std::vector<std::byte> outgoing_;
-  size_t sent_ = 0;
-  std::vector<std::byte> incoming_;
-  size_t filled_ = 0;
-};
 
 // An appliance with or without a log, and its client.
 class Rig {
@@ -154,17 +69,17 @@ class Rig {
     appliance_ = Must(Appliance::Create(appliance, &clock_, {network_.get()}));
     while (appliance_->shard(0).is_recovering()) appliance_->shard(0).Poll();
     if (logs_ != nullptr && !logs_->PrepareFirst()) Fatal("the log has no segment");
-    client_ = std::make_unique<Client>(endpoint.port);
-    HelloBody hello;
-    hello.metric = Metric::kL2;
-    client_->Queue({.type = FrameType::kHello}, BytesOf(hello));
+    client_ =
+        std::make_unique<LoopbackClient>(endpoint.port, options.dimension, options.payload_bytes);
     RunUntil([this] { return client_->session != 0; });
   }
 
   template <typename Done>
   void RunUntil(Done&& done) {
     for (uint64_t i = 0; !done(); ++i) {
-      client_->Step();
+      client_->Step([this](const FrameHeader& header, std::span<const std::byte> body) {
+        Take(header, body);
+      });
       appliance_->ingest(0).Poll();
       appliance_->shard(0).Poll();
       if (logs_ != nullptr && i % 64 == 0) logs_->Poll();
@@ -173,32 +88,8 @@ class Rig {
 
   void Fill() {
     constexpr size_t kFrameObservations = 16;
-    const std::string payload(options_.payload_bytes, 'p');
     for (uint64_t next = 1; next <= options_.observations; next += kFrameObservations) {
-      std::vector<std::byte> body;
-      const auto append = [&](std::span<const std::byte> bytes) {
-        body.insert(body.end(), bytes.begin(), bytes.end());
-      };
-      append(BytesOf(ObserveBody{.count = kFrameObservations}));
-      for (size_t i = 0; i < kFrameObservations; ++i) {
-        const std::string id = "id" + std::to_string(next + i);
-        RecordHeader record;
-        record.dtype = VectorDtype::kF32;
-        record.dimension = options_.dimension;
-        record.id_bytes = static_cast<uint16_t>(id.size());
-        record.payload_bytes = options_.payload_bytes;
-        record.record_bytes = static_cast<uint32_t>(
-            RecordBytes(options_.dimension * sizeof(float), id.size(), payload.size()));
-        const size_t begin = body.size();
-        append(BytesOf(record));
-        const std::vector<float> vector = RandomVector();
-        append(std::as_bytes(std::span(vector)));
-        append(BytesOf(std::string_view(id)));
-        append(BytesOf(std::string_view(payload)));
-        body.resize(begin + record.record_bytes);
-      }
-      client_->Queue({.type = FrameType::kObserve, .session = client_->session, .sequence = next},
-                     body);
+      client_->QueueObserve(next, kFrameObservations);
       const uint64_t last = next + kFrameObservations - 1;
       RunUntil([&] { return client_->acked + 256 > last; });
     }
@@ -215,31 +106,22 @@ class Rig {
   // One after the other.
   Figures Recall(uint32_t k, uint16_t flags) {
     std::vector<double> times_us;
-    const uint64_t payload_before = client_->payload_bytes;
-    const uint64_t omitted_before = client_->omitted;
+    const uint64_t payload_before = payload_bytes_;
+    const uint64_t omitted_before = omitted_;
     const int64_t began_ns = clock_.MonotonicNs();
     const auto seconds = [&] { return static_cast<double>(clock_.MonotonicNs() - began_ns) / 1e9; };
     while (seconds() < options_.seconds) {
-      RecallBody recall;
-      recall.k = k;
-      recall.dimension = options_.dimension;
-      recall.dtype = VectorDtype::kF32;
-      std::vector<std::byte> body(sizeof(recall));
-      std::memcpy(body.data(), &recall, sizeof(recall));
-      const std::vector<float> vector = RandomVector();
-      const auto bytes = std::as_bytes(std::span(vector));
-      body.insert(body.end(), bytes.begin(), bytes.end());
+      client_->QueueRecall(k, flags);
       const int64_t asked_ns = clock_.MonotonicNs();
-      client_->Queue({.type = FrameType::kRecall, .flags = flags, .sequence = ++recalls_}, body);
-      RunUntil([this] { return client_->results == recalls_; });
+      RunUntil([this] { return client_->results == client_->recalls; });
       times_us.push_back(static_cast<double>(clock_.MonotonicNs() - asked_ns) / 1e3);
     }
     const double took = seconds();
-    if (client_->omitted != omitted_before) Fatal("a payload was left out: use a smaller one");
+    if (omitted_ != omitted_before) Fatal("a payload was left out: use a smaller one");
     const auto count = static_cast<double>(times_us.size());
     return {.recalls_per_second = count / took,
             .median_us = Median(times_us),
-            .payload_bytes = static_cast<double>(client_->payload_bytes - payload_before) / count};
+            .payload_bytes = static_cast<double>(payload_bytes_ - payload_before) / count};
   }
   double BytesOfNode() const {
     return static_cast<double>(appliance_->shard(0).FindSpace("default")->resident_bytes()) /
@@ -247,20 +129,26 @@ class Rig {
   }
 
  private:
-  std::vector<float> RandomVector() {
-    std::vector<float> vector(options_.dimension);
-    for (float& number : vector) number = static_cast<float>(random_.Below(1000)) / 1000;
-    return vector;
+  void Take(const FrameHeader& header, std::span<const std::byte> body) {
+    if (header.type == FrameType::kNak) Fatal("a request was refused");
+    if (header.type != FrameType::kResult) return;
+    body = body.subspan(sizeof(ResultBody));
+    while (!body.empty()) {
+      const auto hit = LoadAs<HitHeader>(body.data());
+      payload_bytes_ += hit.payload_bytes;
+      omitted_ += (hit.flags & kHitPayloadOmitted) != 0 ? 1 : 0;
+      body = body.subspan(hit.hit_bytes);
+    }
   }
 
   const Options& options_;
   SystemClock clock_;
-  SplitMix64 random_{1};
   std::unique_ptr<Network> network_;
   std::unique_ptr<LogStore> logs_;
   std::unique_ptr<Appliance> appliance_;
-  std::unique_ptr<Client> client_;
-  uint64_t recalls_ = 0;
+  std::unique_ptr<LoopbackClient> client_;
+  uint64_t payload_bytes_ = 0;
+  uint64_t omitted_ = 0;
 };
 
 void Measure(const Options& options, bool with_log, const std::string& folder) {

@@ -23,8 +23,6 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
-#include <memory>
-#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -32,14 +30,12 @@
 #include <utility>
 #include <vector>
 
-#include "dataplane/ring_mesh.h"
 #include "index/shard.h"
 #include "perf/bench_support.h"
+#include "perf/shard_on_disk.h"
+#include "perf/shard_producer.h"
 #include "perf/vector_set.h"
-#include "src/checkpointer.h"
-#include "src/core/check.h"
 #include "src/core/clock.h"
-#include "src/log_store.h"
 
 namespace engram {
 namespace {
@@ -47,7 +43,6 @@ namespace {
 constexpr std::string_view kSpace = "steady";
 constexpr uint32_t kK = 10;
 constexpr size_t kPayloadBytes = 200;
-constexpr size_t kIdBytes = 16;
 constexpr int kBurst = 64;
 
 struct Options {
@@ -63,15 +58,6 @@ struct Options {
   uint32_t ef = 128;
   uint64_t checkpoint_mib = 256;
 };
-
-template <typename T>
-T Must(Result<T> result) {
-  if (!result) {
-    std::fprintf(stderr, "%s\n", result.error().message.c_str());
-    std::exit(1);
-  }
-  if constexpr (!std::is_void_v<T>) return *std::move(result);
-}
 
 // VmRSS + HugetlbPages.
 double ResidentMib() {
@@ -126,53 +112,30 @@ struct Window {
   uint64_t checkpoints = 0;
 };
 
+ShardOnDiskOptions Setup(const Options& options, size_t dimension) {
+  ShardOnDiskOptions setup;
+  setup.folder = options.dir + "/ttl_steady_state." + std::to_string(getpid());
+  setup.space = kSpace;
+  setup.settings.metric = Metric::kCosine;
+  setup.settings.dimension = static_cast<uint16_t>(dimension);
+  setup.settings.partitions = 1;
+  setup.settings.durability = Durability::kFsync;
+  setup.settings.ttl_ns = static_cast<int64_t>(options.ttl_s) * kNanosPerSecond;
+  setup.segment_bytes = 32u << 20;
+  setup.checkpoints.every_bytes = options.checkpoint_mib << 20;
+  setup.shard.default_ef = options.ef;
+  return setup;
+}
+
 class SteadyState {
  public:
   SteadyState(const Options& options, const VectorSet& base, const VectorSet& queries)
       : options_(options),
         base_(base),
         queries_(queries),
-        folder_(options.dir + "/ttl_steady_state." + std::to_string(getpid())),
-        catalogue_(4, 1, 1, {}) {
-    std::filesystem::create_directories(folder_);
-    SpaceSettings settings;
-    settings.metric = Metric::kCosine;
-    settings.dimension = static_cast<uint16_t>(base.dimension());
-    settings.partitions = 1;
-    settings.durability = Durability::kFsync;
-    settings.ttl_ns = static_cast<int64_t>(options.ttl_s) * kNanosPerSecond;
-    CHECK(catalogue_.Configure(kSpace, settings) != nullptr, "there is room for a space");
-    LogStoreOptions log_options;
-    log_options.instance.fill(7);
-    log_options.keeper.segment_bytes = 32u << 20;
-    logs_ = Must(LogStore::Open(
-        log_options, &clock_,
-        [this](const std::string& name, const DiskOptions& disk, std::string* why) {
-          return CreateDisk(DiskBackend::kAuto, folder_ + "/" + name, disk, why);
-        },
-        nullptr));
-    root_ = Must(CreateDisk(DiskBackend::kPosix, folder_, DiskOptions{}, nullptr));
-    checkpointer_ = std::make_unique<Checkpointer>(
-        CheckpointerOptions{.every_bytes = options.checkpoint_mib << 20, .retention = {}},
-        root_.get(), logs_.get(), &clock_, CheckpointManifest{});
-    mesh_.emplace(Must(RingMesh::Create(
-        {.producer_numa_node = {}, .shard_numa_node = {}, .catalogue = &catalogue_})));
-    producer_.emplace(mesh_->TakeProducer(ProducerId(0)));
-    ShardOptions shard_options;
-    shard_options.default_ef = options.ef;
-    shard_ = Must(
-        Shard::Create(shard_options, &clock_, mesh_->TakeShard(ShardId(0)), logs_->ForShard(0)));
-    while (shard_->is_recovering()) shard_->Poll();
-    Must(logs_->PrepareFirst());
-    before_mib_ = ResidentMib();
-    OpenSession();
-  }
-  ~SteadyState() {
-    shard_.reset();
-    checkpointer_.reset();
-    logs_.reset();
-    std::error_code ignored;
-    std::filesystem::remove_all(folder_, ignored);
+        place_(Setup(options, base.dimension())),
+        before_mib_(ResidentMib()) {
+    producer_.Open(kSpace, &shard_);
   }
 
   std::vector<Window> Run() {
@@ -185,19 +148,17 @@ class SteadyState {
     BeginWindow(start_ns);
     while (true) {
       const int64_t now_ns = clock_.MonotonicNs();
-      for (int i = 0; i < kBurst && MaySend(); ++i) Send(now_ns);
+      for (int i = 0; i < kBurst && producer_.MaySend(); ++i) Send(now_ns);
       if (!recalling_ && now_ns >= next_recall_ns) {
         SendRecall(now_ns);
         next_recall_ns = std::max(next_recall_ns + recall_ns, now_ns);
       }
-      shard_->Poll();
-      TakeAnswers();
+      shard_.Poll();
+      producer_.TakeAnswers([this](const std::byte* slot) { TakeHits(slot); },
+                            [this](RefusalReason reason) { FinishRecall(reason); });
       if (now_ns >= next_chore_ns) {
-        (void)shard_->PrefaultAhead(size_t{64} << 20, size_t{2} << 20);
-        logs_->Poll();
-        checkpointer_->Poll([](const std::string& line) {
-          if (line.find("failed") != std::string::npos) std::fprintf(stderr, "%s\n", line.c_str());
-        });
+        (void)shard_.PrefaultAhead(size_t{64} << 20, size_t{2} << 20);
+        place_.PollControl();
         next_chore_ns = now_ns + kNanosPerMilli;
       }
       if (now_ns - window_began_ns_ >= window_ns) {
@@ -206,7 +167,7 @@ class SteadyState {
         if (now_ns + window_ns / 2 > end_ns) break;
       }
     }
-    Must(shard_->CheckInvariants());
+    Must(shard_.CheckInvariants());
     Judge();
     return windows_;
   }
@@ -219,108 +180,27 @@ class SteadyState {
     uint64_t checkpoints = 0;
   };
 
-  const Space& space() const { return *shard_->FindSpace(kSpace); }
+  const Space& space() const { return *shard_.FindSpace(kSpace); }
   Counts CountsNow() const {
-    return {.accepted = acked_,
-            .expired = shard_->counter(ShardCounter::kObservationsExpired).Read(),
-            .swept = shard_->counter(ShardCounter::kObservationsSwept).Read(),
-            .checkpoints = checkpointer_->completed()};
+    return {.accepted = producer_.acked(),
+            .expired = shard_.counter(ShardCounter::kObservationsExpired).Read(),
+            .swept = shard_.counter(ShardCounter::kObservationsSwept).Read(),
+            .checkpoints = place_.checkpointer().completed()};
   }
 
-  void OpenSession() {
-    const SlotId slot = producer_->slab->Acquire(sizeof(HelloRequest));
-    auto* hello = new (producer_->slab->At(slot)) HelloRequest;
-    hello->origin = 1;
-    hello->space = SpaceName(kSpace);
-    Push(Lane::kRecall, slot);
-    while (session_.value() == 0) {
-      shard_->Poll();
-      TakeAnswers();
-    }
-  }
-  void Push(Lane lane, SlotId slot) {
-    CHECK(producer_->shards[0].lanes[static_cast<size_t>(lane)].TryPush(slot), "there is room");
-  }
-
-  bool MaySend() {
-    return sent_ < credit_ &&
-           !producer_->shards[0].lanes[static_cast<size_t>(Lane::kNormal)].Full();
-  }
   void Send(int64_t now_ns) {
-    const size_t vector_bytes = base_.dimension() * sizeof(float);
-    const SlotId slot =
-        producer_->slab->Acquire(kRequestBodyOffset + vector_bytes + kIdBytes + kPayloadBytes);
-    if (slot == kNoSlot) return;
-    const uint64_t number = sent_++;
-    auto* request = new (producer_->slab->At(slot)) ObserveRequest;
-    request->dtype = VectorDtype::kF32;
-    request->dimension = static_cast<uint16_t>(base_.dimension());
-    request->id_bytes = kIdBytes;
-    request->payload_bytes = kPayloadBytes;
-    request->session_slot = session_slot_;
-    request->session = session_;
-    request->sequence = sent_;
-    request->origin = 1;
-    request->received_ns = now_ns;
-    std::byte* body = producer_->slab->At(slot) + kRequestBodyOffset;
-    std::memcpy(body, base_.Bytes(number % base_.size()), vector_bytes);
-    std::array<char, kIdBytes + 1> id;
-    std::snprintf(id.data(), id.size(), "%016llu", static_cast<unsigned long long>(number));
-    std::memcpy(body + vector_bytes, id.data(), kIdBytes);
-    std::memset(body + vector_bytes + kIdBytes, 'p', kPayloadBytes);
-    Push(Lane::kNormal, slot);
+    const uint64_t number = producer_.sent();
+    (void)producer_.Observe(number, base_[number % base_.size()], kPayloadBytes, now_ns);
   }
   void SendRecall(int64_t now_ns) {
-    const size_t vector_bytes = queries_.dimension() * sizeof(float);
-    const SlotId slot = producer_->slab->Acquire(kRequestBodyOffset + vector_bytes);
-    if (slot == kNoSlot) return;
-    auto* request = new (producer_->slab->At(slot)) RecallRequest;
-    request->dtype = VectorDtype::kF32;
-    request->dimension = static_cast<uint16_t>(queries_.dimension());
-    request->k = kK;
-    request->origin = 1;
-    request->received_ns = now_ns;
-    request->space = SpaceName(kSpace);
-    const size_t query = next_query_++ % queries_.size();
-    std::memcpy(producer_->slab->At(slot) + kRequestBodyOffset, queries_.Bytes(query),
-                vector_bytes);
+    const size_t query = next_query_ % queries_.size();
+    if (!producer_.Recall(queries_[query], kK, now_ns)) return;
+    ++next_query_;
     asked_.push_back({.window = windows_.size(), .query = query, .hits = {}});
     recall_began_ns_ = now_ns;
     recalling_ = true;
-    Push(Lane::kRecall, slot);
   }
 
-  void TakeAnswers() {
-    ProducerLink& link = producer_->shards[0];
-    while (const auto done = link.completions.TryPop()) {
-      credit_ = std::max(credit_, done->credit_sequence);
-      switch (done->kind) {
-        case CompletionKind::kHello: {
-          const auto* hello =
-              reinterpret_cast<const HelloRequest*>(producer_->slab->At(done->slot));
-          CHECK(done->reason == RefusalReason::kNone, "a session is granted");
-          session_ = hello->session;
-          session_slot_ = hello->session_slot;
-          credit_ = hello->credit;
-          break;
-        }
-        case CompletionKind::kObserve:
-          CHECK(done->reason == RefusalReason::kNone, "who keeps to the credit is not refused");
-          ++acked_;
-          break;
-        case CompletionKind::kResults:
-          TakeHits(link.result_slab->At(done->result_slot));
-          CHECK(link.result_returns.TryPush(done->result_slot), "there is room");
-          break;
-        case CompletionKind::kRecallDone:
-          FinishRecall(done->reason);
-          break;
-        default:
-          break;
-      }
-      if (done->slot != kNoSlot) producer_->slab->Release(done->slot);
-    }
-  }
   void TakeHits(const std::byte* slot) {
     ResultBatch batch;
     std::memcpy(&batch, slot, sizeof(batch));
@@ -343,7 +223,7 @@ class SteadyState {
       return;
     }
     Asked& asked = asked_.back();
-    asked.end = shard_->counter(ShardCounter::kObservationsStored).Read();
+    asked.end = shard_.counter(ShardCounter::kObservationsStored).Read();
     asked.first = asked.end - std::min(asked.end, space().live());
     recall_ns_ += clock_.MonotonicNs() - recall_began_ns_;
     ++recalls_;
@@ -372,7 +252,7 @@ class SteadyState {
     window.retired = space().retired();
     window.space_mib = static_cast<double>(space().resident_bytes()) / (1 << 20);
     window.resident_mib = ResidentMib() - before_mib_;
-    window.disk_mib = FolderMib(folder_);
+    window.disk_mib = FolderMib(place_.folder());
     windows_.push_back(window);
   }
 
@@ -415,21 +295,11 @@ class SteadyState {
   const Options& options_;
   const VectorSet& base_;
   const VectorSet& queries_;
-  const std::string folder_;
-  SystemClock clock_;
-  SpaceCatalogue catalogue_;
-  std::unique_ptr<LogStore> logs_;
-  std::unique_ptr<Disk> root_;
-  std::unique_ptr<Checkpointer> checkpointer_;
-  std::optional<RingMesh> mesh_;
-  std::optional<ProducerPort> producer_;
-  std::unique_ptr<Shard> shard_;
-  double before_mib_ = 0;
-  SessionId session_;
-  uint32_t session_slot_ = 0;
-  uint64_t sent_ = 0;
-  uint64_t acked_ = 0;
-  uint64_t credit_ = 0;
+  ShardOnDisk place_;
+  ShardProducer& producer_ = place_.producer();
+  Shard& shard_ = place_.shard();
+  Clock& clock_ = place_.clock();
+  const double before_mib_;
   bool recalling_ = false;
   int64_t recall_began_ns_ = 0;
   int64_t recall_ns_ = 0;

@@ -2,22 +2,19 @@
 // real socket to the shard, its log on a real disk and back, takes no memory from the allocator
 // once the daemon is warm.
 
-#include <arpa/inet.h>
 #include <gtest/gtest.h>
-#include <poll.h>
-#include <sys/socket.h>
-#include <unistd.h>
 
-#include <cstring>
+#include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
-#include <vector>
+#include <utility>
 
 #include "dataplane/frame_format.h"
 #include "src/appliance.h"
-#include "src/core/hash.h"
 #include "src/log_store.h"
 #include "tests/support/allocation_counter.h"
+#include "tests/support/loopback_client.h"
 #include "tests/support/scratch_directory.h"
 
 namespace engram {
@@ -26,73 +23,6 @@ namespace {
 constexpr uint16_t kDimension = 64;
 constexpr size_t kFrameObservations = 32;
 constexpr size_t kPayloadBytes = 100;
-
-// A client on a blocking-free socket, driven by the same thread as the appliance. Its own buffers
-// are made before anything is counted.
-class LoopbackClient {
- public:
-  explicit LoopbackClient(uint16_t port) {
-    fd_ = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_port = htons(port);
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    connect(fd_, reinterpret_cast<sockaddr*>(&address), sizeof(address));
-    outgoing_.reserve(1 << 20);
-    incoming_.resize(1 << 20);
-  }
-  ~LoopbackClient() { close(fd_); }
-
-  void Queue(FrameHeader header, std::span<const std::byte> body) {
-    const std::span<const std::byte> parts[] = {body};
-    SealFrame(&header, parts);
-    Append(BytesOf(header));
-    Append(body);
-  }
-
-  // Sends and receives what goes without waiting.
-  void Step() {
-    if (sent_ < outgoing_.size()) {
-      const ssize_t n = send(fd_, outgoing_.data() + sent_, outgoing_.size() - sent_, MSG_NOSIGNAL);
-      if (n > 0) sent_ += static_cast<size_t>(n);
-      if (sent_ == outgoing_.size()) {
-        outgoing_.clear();
-        sent_ = 0;
-      }
-    }
-    const ssize_t n = recv(fd_, incoming_.data() + filled_, incoming_.size() - filled_, 0);
-    if (n > 0) filled_ += static_cast<size_t>(n);
-    size_t at = 0;
-    while (filled_ - at >= kFrameHeaderBytes) {
-      const auto header = LoadAs<FrameHeader>(incoming_.data() + at);
-      const size_t bytes = kFrameHeaderBytes + header.length;
-      if (filled_ - at < bytes) break;
-      if (header.type == FrameType::kHelloAck) session = header.session;
-      if (header.type == FrameType::kAck) acked = header.sequence;
-      if (header.type == FrameType::kResult && (header.flags & kFrameFlagMore) == 0) ++results;
-      if (header.type == FrameType::kNak) ++naks;
-      at += bytes;
-    }
-    std::memmove(incoming_.data(), incoming_.data() + at, filled_ - at);
-    filled_ -= at;
-  }
-
-  uint64_t session = 0;
-  uint64_t acked = 0;
-  uint64_t results = 0;
-  uint64_t naks = 0;
-
- private:
-  void Append(std::span<const std::byte> bytes) {
-    outgoing_.insert(outgoing_.end(), bytes.begin(), bytes.end());
-  }
-
-  int fd_ = -1;
-  std::vector<std::byte> outgoing_;
-  size_t sent_ = 0;
-  std::vector<std::byte> incoming_;
-  size_t filled_ = 0;
-};
 
 class HotPath : public testing::TestWithParam<NetworkBackend> {
  protected:
@@ -131,10 +61,7 @@ class HotPath : public testing::TestWithParam<NetworkBackend> {
     while (appliance_->shard(0).is_recovering()) appliance_->shard(0).Poll();
     ASSERT_FALSE(appliance_->shard(0).recovery().failed.load());
     ASSERT_TRUE(logs_->PrepareFirst().has_value());
-    client_ = std::make_unique<LoopbackClient>(endpoint->port);
-    HelloBody hello;
-    hello.metric = Metric::kL2;
-    client_->Queue({.type = FrameType::kHello}, BytesOf(hello));
+    client_ = std::make_unique<LoopbackClient>(endpoint->port, kDimension, kPayloadBytes);
     ASSERT_TRUE(RunUntil([&] { return client_->session != 0; }));
     // Recalls go ahead of observations, and a recall of an empty space is refused.
     QueueObservations(512);
@@ -145,7 +72,7 @@ class HotPath : public testing::TestWithParam<NetworkBackend> {
   template <typename Done>
   bool RunUntil(Done&& done) {
     for (int i = 0; i < 20'000'000 && !done(); ++i) {
-      client_->Step();
+      client_->Step([](const FrameHeader&, std::span<const std::byte>) {});
       const uint64_t before = AllocationCount();
       appliance_->ingest(0).Poll();
       appliance_->shard(0).Poll();
@@ -156,63 +83,21 @@ class HotPath : public testing::TestWithParam<NetworkBackend> {
 
   void QueueObservations(size_t count) {
     for (size_t done = 0; done < count; done += kFrameObservations) {
-      std::vector<std::byte> body;
-      const auto append = [&](std::span<const std::byte> bytes) {
-        body.insert(body.end(), bytes.begin(), bytes.end());
-      };
-      append(BytesOf(ObserveBody{.count = kFrameObservations}));
-      for (size_t i = 0; i < kFrameObservations; ++i) {
-        const std::string id = "id" + std::to_string(next_ + i);
-        const std::vector<float> vector = RandomVector();
-        RecordHeader record;
-        record.dtype = VectorDtype::kF32;
-        record.dimension = kDimension;
-        record.id_bytes = static_cast<uint16_t>(id.size());
-        record.payload_bytes = kPayloadBytes;
-        record.record_bytes =
-            static_cast<uint32_t>(RecordBytes(kDimension * 4, id.size(), kPayloadBytes));
-        const size_t begin = body.size();
-        append(BytesOf(record));
-        append(std::as_bytes(std::span(vector)));
-        append(BytesOf(std::string_view(id)));
-        append(BytesOf(std::string_view(std::string(kPayloadBytes, 'p'))));
-        body.resize(begin + record.record_bytes);
-      }
-      client_->Queue({.type = FrameType::kObserve, .session = client_->session, .sequence = next_},
-                     body);
+      client_->QueueObserve(next_, kFrameObservations);
       next_ += kFrameObservations;
     }
-  }
-
-  void QueueRecall() {
-    const std::vector<float> vector = RandomVector();
-    RecallBody recall;
-    recall.k = 10;
-    recall.dimension = kDimension;
-    recall.dtype = VectorDtype::kF32;
-    std::vector<std::byte> body(sizeof(recall) + kDimension * 4);
-    std::memcpy(body.data(), &recall, sizeof(recall));
-    std::memcpy(body.data() + sizeof(recall), vector.data(), kDimension * 4);
-    // With payload every second time.
-    const uint16_t flags = recalls_ % 2 == 0 ? kFrameFlagWithPayload : uint16_t{0};
-    client_->Queue({.type = FrameType::kRecall, .flags = flags, .sequence = ++recalls_}, body);
-  }
-
-  std::vector<float> RandomVector() {
-    std::vector<float> vector;
-    for (uint16_t d = 0; d < kDimension; ++d) {
-      vector.push_back(static_cast<float>(random_.Below(1000)) / 1000);
-    }
-    return vector;
   }
 
   // 512 observations and 8 recalls at a time, until `total` observations were acked.
   void Feed(uint64_t total) {
     while (next_ <= total) {
       QueueObservations(512);
-      for (int i = 0; i < 8; ++i) QueueRecall();
-      ASSERT_TRUE(
-          RunUntil([&] { return client_->acked == next_ - 1 && client_->results == recalls_; }));
+      // With payload every second time.
+      for (int i = 0; i < 8; ++i) {
+        client_->QueueRecall(10, i % 2 == 0 ? kFrameFlagWithPayload : uint16_t{0});
+      }
+      ASSERT_TRUE(RunUntil(
+          [&] { return client_->acked == next_ - 1 && client_->results == client_->recalls; }));
     }
   }
 
@@ -222,9 +107,7 @@ class HotPath : public testing::TestWithParam<NetworkBackend> {
   std::unique_ptr<LogStore> logs_;
   std::unique_ptr<Appliance> appliance_;
   std::unique_ptr<LoopbackClient> client_;
-  SplitMix64 random_{1};
   uint64_t next_ = 1;
-  uint64_t recalls_ = 0;
   uint64_t allocations_ = 0;
   std::string sink_;
 };

@@ -20,33 +20,13 @@
 #include "tests/dataplane/fake_shard.h"
 #include "tests/dataplane/ingest_harness.h"
 #include "tests/dataplane/wire.h"
+#include "tests/fuzz/fuzz_program.h"
 
 namespace engram {
 namespace {
 
 constexpr size_t kClients = 4;
 constexpr size_t kOperationsMax = 300;
-
-// Reads numbers off the input; zeros behind its end.
-class Program {
- public:
-  explicit Program(std::span<const uint8_t> input) : left_(input) {}
-  bool empty() const { return left_.empty(); }
-  uint8_t Byte() {
-    if (left_.empty()) return 0;
-    const uint8_t byte = left_[0];
-    left_ = left_.subspan(1);
-    return byte;
-  }
-  WireBytes Bytes(size_t count) {
-    const auto bytes = std::as_bytes(left_.first(std::min(count, left_.size())));
-    left_ = left_.subspan(bytes.size());
-    return {bytes.begin(), bytes.end()};
-  }
-
- private:
-  std::span<const uint8_t> left_;
-};
 
 // One of the places from which clients connect.
 struct Place {
@@ -58,7 +38,7 @@ struct Place {
 
 class Machine {
  public:
-  explicit Machine(Program* program) : program_(program), harness_(Options(program->Byte())) {
+  explicit Machine(FuzzProgram* program) : program_(program), harness_(Options(program->Byte())) {
     for (size_t s = 0; s < harness_.shards(); ++s) {
       harness_.shard(s).judge = [this](const ObserveRequest& request, std::string_view) {
         return request.sequence % 5 == 3 ? shard_refusal_ : RefusalReason::kNone;
@@ -302,7 +282,7 @@ class Machine {
     }
   }
 
-  Program* program_;
+  FuzzProgram* program_;
   IngestHarness harness_;
   std::array<Place, kClients> places_;
   RefusalReason shard_refusal_ = RefusalReason::kNone;
@@ -312,7 +292,7 @@ class Machine {
 }  // namespace engram
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  engram::Program program({data, size});
+  engram::FuzzProgram program({data, size});
   engram::Machine(&program).Run();
   return 0;
 }

@@ -23,6 +23,7 @@
 #include "src/core/crc32c.h"
 #include "src/core/log_files.h"
 #include "src/core/log_record.h"
+#include "tests/fuzz/fuzz_program.h"
 #include "tests/index/log/log_builder.h"
 
 namespace engram {
@@ -50,27 +51,11 @@ constexpr std::array<uint64_t, 20> kEdges{0,
                                           (uint64_t{1} << 32) | 4'096,
                                           UINT64_MAX};
 
-// Reads numbers off the input; zeros behind its end.
-class Program {
- public:
-  explicit Program(std::span<const uint8_t> input) : left_(input) {}
-  bool empty() const { return left_.empty(); }
-  uint8_t Byte() {
-    if (left_.empty()) return 0;
-    const uint8_t byte = left_[0];
-    left_ = left_.subspan(1);
-    return byte;
-  }
-  uint32_t Below(uint32_t bound) { return (uint32_t{Byte()} << 8 | Byte()) % bound; }
-  uint64_t Number() {
-    const uint8_t choice = Byte();
-    return choice < kEdges.size() ? kEdges[choice] : uint64_t{choice} * 8;
-  }
-  std::span<const std::byte> rest() const { return std::as_bytes(left_); }
-
- private:
-  std::span<const uint8_t> left_;
-};
+// One at the edge of something, or a small one.
+uint64_t EdgeNumber(FuzzProgram* program) {
+  const uint8_t choice = program->Byte();
+  return choice < kEdges.size() ? kEdges[choice] : uint64_t{choice} * 8;
+}
 
 const LogBuilder& SoundLog() {
   static const LogBuilder builder = [] {
@@ -87,7 +72,7 @@ const LogBuilder& SoundLog() {
 
 class Machine {
  public:
-  explicit Machine(Program* program) : program_(program), log_(SoundLog()) {}
+  explicit Machine(FuzzProgram* program) : program_(program), log_(SoundLog()) {}
 
   void Run() {
     for (size_t i = 0; i < kOperationsMax && !program_->empty(); ++i) {
@@ -112,7 +97,7 @@ class Machine {
     return std::span(file).subspan(OffsetOf(*position));
   }
   void SetNumber(std::span<std::byte> bytes, size_t at) {
-    const uint64_t number = program_->Number();
+    const uint64_t number = EdgeNumber(program_);
     std::memcpy(bytes.data() + at, &number, size_t{1} << program_->Byte() % 4);
   }
 
@@ -197,7 +182,7 @@ class Machine {
     std::memcpy(record.data() + 4, &crc, sizeof(crc));
   }
 
-  Program* program_;
+  FuzzProgram* program_;
   LogBuilder log_;
 };
 
@@ -240,14 +225,14 @@ void ParseAlone(std::span<const std::byte> input) {
 }
 
 // A block or a record of the sound log, cut or not, with an edit: what parsers are mostly given.
-void ParsePart(Program* program) {
+void ParsePart(FuzzProgram* program) {
   LogBuilder log = SoundLog();
   const LogPosition position = log.blocks()[program->Byte() % log.blocks().size()];
   const auto file = std::span<std::byte>(log.file(SegmentOf(position)));
   std::span<std::byte> block = file.subspan(OffsetOf(position));
   block = block.first(std::min<size_t>(block.size(), 1 + program->Below(3 * kLogPageBytes)));
   if (block.size() > 8) {
-    const uint64_t number = program->Number();
+    const uint64_t number = EdgeNumber(program);
     std::memcpy(block.data() + program->Below(static_cast<uint32_t>(block.size() - 8)), &number, 4);
   }
   const auto memory = std::make_unique<std::byte[]>(block.size());
@@ -264,7 +249,7 @@ void ParsePart(Program* program) {
 }
 
 void Run(std::span<const uint8_t> input) {
-  Program program(input);
+  FuzzProgram program(input);
   const uint8_t choice = program.Byte();
   if (choice % 8 == 0) {
     ParsePart(&program);

@@ -20,33 +20,13 @@
 #include "src/core/check.h"
 #include "src/core/log_files.h"
 #include "src/core/log_record.h"
+#include "tests/fuzz/fuzz_program.h"
 #include "tests/index/log/log_builder.h"
 
 namespace engram {
 namespace {
 
 constexpr size_t kOperationsMax = 32;
-
-// Reads numbers off the input; zeros behind its end.
-class Program {
- public:
-  explicit Program(std::span<const uint8_t> input) : left_(input) {}
-  bool empty() const { return left_.empty(); }
-  uint8_t Byte() {
-    if (left_.empty()) return 0;
-    const uint8_t byte = left_[0];
-    left_ = left_.subspan(1);
-    return byte;
-  }
-  uint32_t Number() {
-    uint32_t number = 0;
-    for (int i = 0; i < 4; ++i) number = number << 8 | Byte();
-    return number;
-  }
-
- private:
-  std::span<const uint8_t> left_;
-};
 
 Bytes MakeSegment(uint32_t number, size_t count) {
   SplitMix64 random(number);
@@ -74,7 +54,7 @@ Bytes MakeSegment(uint32_t number, size_t count) {
   return bytes;
 }
 
-void Edit(Program* program, LogFiles* files) {
+void Edit(FuzzProgram* program, LogFiles* files) {
   const uint32_t number = 1 + program->Byte() % 2;
   const auto at = files->find(SegmentName(number));
   if (at == files->end()) return;
@@ -123,7 +103,7 @@ void Run(std::span<const uint8_t> input) {
   static const LogFiles kSound{{SegmentName(1), MakeSegment(1, 9)},
                                {SegmentName(2), MakeSegment(2, 40)}};
   LogFiles files = kSound;
-  Program program(input);
+  FuzzProgram program(input);
   for (size_t i = 0; i < kOperationsMax && !program.empty(); ++i) Edit(&program, &files);
   MemoryDisk disk(&files);
   LogAddress last = kNoLogAddress;
