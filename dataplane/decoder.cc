@@ -134,7 +134,7 @@ RefusalReason DecodeCommand(std::span<const std::byte> body, CommandView* comman
   const auto head = LoadAs<CommandBody>(body.data());
   const std::span<const std::byte> name = body.subspan(sizeof(CommandBody));
   if (name.size() != head.space_bytes) return RefusalReason::kBadFrame;
-  if (head.what < SpaceCommand::kCompact || head.what > SpaceCommand::kDrop) {
+  if (head.what < SpaceCommand::kCompact || head.what > SpaceCommand::kRebuild) {
     return RefusalReason::kBadFrame;
   }
   command->what = head.what;

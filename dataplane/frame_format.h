@@ -212,7 +212,7 @@ static_assert(sizeof(CommandBody) == 8);
 struct CommandDoneBody {
   SpaceCommand what = SpaceCommand::kCompact;
   uint8_t zero[7] = {};
-  uint64_t observations = 0;  // swept, or dropped
+  uint64_t observations = 0;  // swept, dropped, or linked anew
   uint64_t bytes_before = 0;  // of memory that the space took
   uint64_t bytes_after = 0;
 };

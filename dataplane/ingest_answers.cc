@@ -41,6 +41,8 @@ void IngestCore::TakeCompletion(ShardId shard, const Completion& completion) {
     if (connection->state == State::kSettling) FinishSettling(*connection);
   } else if (completion.kind == CompletionKind::kHello) {
     DetachOrphan(shard, completion);
+  } else if (completion.kind == CompletionKind::kCommand) {
+    FinishOrphanedCommand(completion);
   }
   if (completion.slot != kNoSlot) port_.slab->Release(completion.slot);
   if (completion.result_slot != kNoSlot) {

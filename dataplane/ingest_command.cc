@@ -1,6 +1,7 @@
 // Commands of an ingress core (see ingest_core.h): what is done to a whole space goes to every
 // shard, or to none, and is answered when all have. A connection has one at a time.
 
+#include <algorithm>
 #include <new>
 
 #include "dataplane/ingest_core.h"
@@ -36,6 +37,10 @@ RefusalReason IngestCore::PushCommand(Connection& connection, const CommandView&
     ReleaseForEach(request_shards_.size());
     return RefusalReason::kSpaceDropping;
   }
+  if (command.what == SpaceCommand::kRebuild && !entry->BeginRebuild(shards())) {
+    ReleaseForEach(request_shards_.size());
+    return RefusalReason::kBusy;
+  }
   for (uint16_t s = 0; s < shards(); ++s) {
     auto* request = new (port_.slab->At(request_slots_[s])) CommandRequest;
     request->what = command.what;
@@ -47,23 +52,45 @@ RefusalReason IngestCore::PushCommand(Connection& connection, const CommandView&
     ++connection.commands_in_flight;
   }
   connection.command = {.what = command.what};
+  connection.command_reason = RefusalReason::kNone;
   return RefusalReason::kNone;
 }
 
-// One shard's answer. After the last one what lies in the logs goes the same way: a compaction
-// rewrites what is partly dead, a checkpoint finds the segments in which nothing lives.
+// One shard's answer.
 void IngestCore::FinishCommand(Connection& connection, const Completion& completion) {
   const auto* request = reinterpret_cast<const CommandRequest*>(port_.slab->At(completion.slot));
   CommandDoneBody& sums = connection.command;
   sums.observations += request->observations;
   sums.bytes_before += request->bytes_before;
   sums.bytes_after += request->bytes_after;
+  if (completion.reason != RefusalReason::kNone) connection.command_reason = completion.reason;
   if (--connection.commands_in_flight > 0) return;
-  std::atomic<uint64_t>* follows = sums.what == SpaceCommand::kDrop ? options_.checkpoint_requests
-                                                                    : options_.compaction_requests;
-  if (follows != nullptr) follows->fetch_add(1);
+  AskForWhatFollows(sums.what);
   if (connection.state == State::kClosing) return;
+  if (connection.command_reason != RefusalReason::kNone) {
+    RefuseRequest(connection, connection.command_reason, FrameType::kCommand, completion.sequence);
+    return;
+  }
   SendCommandDone(network_, connection.id, connection.session.value(), completion.sequence, sums);
+}
+
+// What follows is the same where nobody is told.
+void IngestCore::FinishOrphanedCommand(const Completion& completion) {
+  const auto orphan =
+      std::ranges::find(orphaned_commands_, completion.origin, &OrphanedCommand::origin);
+  CHECK(orphan != orphaned_commands_.end(), "a command belongs to a connection or has lost it");
+  if (--orphan->in_flight > 0) return;
+  orphaned_commands_.erase(orphan);
+  AskForWhatFollows(reinterpret_cast<const CommandRequest*>(port_.slab->At(completion.slot))->what);
+}
+
+// What lies in the logs goes the same way: a compaction rewrites what is partly dead, a checkpoint
+// finds the segments in which nothing lives.
+void IngestCore::AskForWhatFollows(SpaceCommand what) {
+  std::atomic<uint64_t>* follows = nullptr;
+  if (what == SpaceCommand::kDrop) follows = options_.checkpoint_requests;
+  if (what == SpaceCommand::kCompact) follows = options_.compaction_requests;
+  if (follows != nullptr) follows->fetch_add(1);
 }
 
 }  // namespace engram

@@ -27,7 +27,8 @@ Result<std::unique_ptr<IngestCore>> IngestCore::Create(const IngestOptions& opti
   if (!pool) return std::unexpected(pool.error());
   std::unique_ptr<RecordReader> records;
   if (access.make_disk != nullptr) {
-    auto reader = RecordReader::Create({.huge_pages = options.huge_pages}, clock, access);
+    auto reader = RecordReader::Create(
+        {.retry_for_ns = access.unwritten_ns, .huge_pages = options.huge_pages}, clock, access);
     if (!reader) return std::unexpected(reader.error());
     records = *std::move(reader);
   }
@@ -60,6 +61,7 @@ IngestCore::IngestCore(const IngestOptions& options, Clock* clock, Network* netw
   sendable_.reserve(options.max_merges);
   dirty_.reserve(options.max_connections);
   paused_.reserve(options.max_connections);
+  orphaned_commands_.reserve(options.max_connections);
 }
 
 int IngestCore::Poll() {
@@ -134,6 +136,10 @@ void IngestCore::OnClosed(ConnectionId id, CloseCause cause) {
     detach.session = connection->session;
     detach.origin = OriginOf(*connection);
     PushDetach(connection->home, detach);
+  }
+  if (connection->lease_owner != FileLease::kNobody) options_.lease->End(connection->lease_owner);
+  if (connection->commands_in_flight > 0) {
+    orphaned_commands_.push_back({OriginOf(*connection), connection->commands_in_flight});
   }
   if (connection->paused) std::erase(paused_, connection->id.index);
   if (connection->ack_dirty) std::erase(dirty_, connection->id.index);
@@ -320,11 +326,7 @@ bool IngestCore::TakeIntrospect(Connection& connection, const FrameHeader& heade
     return true;
   }
   if (what == IntrospectWhat::kHold || what == IntrospectWhat::kRelease) {
-    if (options_.held_until_ns != nullptr) {
-      options_.held_until_ns->store(what == IntrospectWhat::kHold ? now_ns_ + kHoldNs : 0);
-    }
-    SendIntrospection(network_, connection.id, connection.session.value(), header.sequence,
-                      {.what = what}, false, {});
+    HoldFiles(connection, what, header.sequence);
     return true;
   }
   reason = PushIntrospect(connection, header.sequence);
@@ -332,6 +334,33 @@ bool IngestCore::TakeIntrospect(Connection& connection, const FrameHeader& heade
     RefuseRequest(connection, reason, header.type, header.sequence);
   }
   return true;
+}
+
+// A hold is the connection's alone and ends with it.
+void IngestCore::HoldFiles(Connection& connection, IntrospectWhat what, uint64_t request_id) {
+  if (options_.lease != nullptr && what == IntrospectWhat::kRelease) {
+    options_.lease->End(connection.lease_owner);
+  }
+  if (options_.lease != nullptr && what == IntrospectWhat::kHold) {
+    if (connection.lease_owner == FileLease::kNobody) {
+      connection.lease_owner = options_.lease->NewOwner();
+    }
+    // From now on, and not from when this round began: whoever asked counts from before that.
+    const int64_t others_ns =
+        options_.lease->Extend(connection.lease_owner, clock_->MonotonicNs(), kHoldNs);
+    if (others_ns > 0) {
+      CountNak(RefusalReason::kBusy);
+      SendNak(network_, connection.id, RefusalReason::kBusy,
+              {.refused_type = FrameType::kIntrospect,
+               .session = connection.session.value(),
+               .sequence = request_id,
+               .retry_after_ms = static_cast<uint32_t>(others_ns / kNanosPerMilli + 1),
+               .text = "another connection holds the files: a backup is under way"});
+      return;
+    }
+  }
+  SendIntrospection(network_, connection.id, connection.session.value(), request_id, {.what = what},
+                    false, {});
 }
 
 // Asks every shard, or none.

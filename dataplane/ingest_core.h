@@ -20,6 +20,7 @@
 #include "dataplane/ring_mesh.h"
 #include "src/core/clock.h"
 #include "src/core/counters.h"
+#include "src/core/file_lease.h"
 #include "src/core/latency_histogram.h"
 #include "src/core/network.h"
 #include "src/core/result.h"
@@ -28,25 +29,30 @@ namespace engram {
 
 struct IngestOptions {
   uint32_t max_connections = 10'000;
-  int64_t handshake_timeout_ns = 10 * kNanosPerSecond;    // from accept to hello
-  int64_t frame_timeout_ns = 30 * kNanosPerSecond;        // from a frame's first byte to its last
-  int64_t idle_timeout_ns = 300 * kNanosPerSecond;        // nothing received
-  int64_t slow_reader_timeout_ns = 30 * kNanosPerSecond;  // answers stay unread
-  int64_t drain_timeout_ns = 5 * kNanosPerSecond;         // to settle and say close
-  uint32_t max_recalls = 16;                              // of a connection, under way
-  uint32_t max_merges = 1'024;                            // recalls of all that are merged or read
-  size_t partial_frame_bytes = size_t{32} << 20;          // of all unfinished frames
-  size_t send_pause_bytes = size_t{1} << 20;              // unread answers at which reading pauses
+  int64_t handshake_timeout_ns = 10 * kNanosPerSecond;  // from accept to hello
+  int64_t frame_timeout_ns = 30 * kNanosPerSecond;      // from a frame's first byte to its last
+  int64_t idle_timeout_ns = 300 * kNanosPerSecond;      // nothing received
+  // In which a client that is waited for takes at least half of send_pause_bytes.
+  int64_t slow_reader_timeout_ns = 30 * kNanosPerSecond;
+  // In which it takes the whole of an answer that is there and keeps files of the logs from being
+  // removed.
+  int64_t answer_timeout_ns = 300 * kNanosPerSecond;
+  int64_t drain_timeout_ns = 5 * kNanosPerSecond;  // to settle and say close
+  uint32_t max_recalls = 16;                       // of a connection, under way
+  uint32_t max_merges = 1'024;                     // recalls of all that are merged or read
+  size_t partial_frame_bytes = size_t{32} << 20;   // of all unfinished frames
+  size_t send_pause_bytes = size_t{1} << 20;       // unread answers at which reading pauses
   int events_per_poll = 64;
   HugePagePolicy huge_pages = HugePagePolicy::kAuto;
   // Counts the checkpoints that clients asked for; outlives the core. nullptr: none are made.
   std::atomic<uint64_t>* checkpoint_requests = nullptr;
   // Likewise compactions.
   std::atomic<uint64_t>* compaction_requests = nullptr;
-  // Until when clients asked that files of the data directory stay as they are; likewise.
-  std::atomic<int64_t>* held_until_ns = nullptr;
+  // Clients hold the files of the data directory by it; likewise. nullptr: there are none.
+  FileLease* lease = nullptr;
   // Told by `status`; empty: there is none.
   std::string data_directory = {};
+  std::string instance_id = {};
 };
 
 enum class IngestCounter : uint8_t {
@@ -110,7 +116,7 @@ class IngestCore final : public NetworkHandler {
   // Recalls whose partitions are being merged, or whose records are being read.
   uint32_t merges_in_flight() const { return options_.max_merges - merger_->free_merges(); }
   // nullptr where the shards have no logs.
-  const RecordReader* records() const { return records_.get(); }
+  RecordReader* records() const { return records_.get(); }
   void AddCounters(std::string_view core, CounterCatalogue* catalogue) const;
   const LatencyHistogram& receive_to_ring() const { return receive_to_ring_; }
   const Counter& counter(IngestCounter which) const { return counters_[which]; }
@@ -154,14 +160,18 @@ class IngestCore final : public NetworkHandler {
     uint32_t recalls_in_flight = 0;
     uint16_t introspections_in_flight = 0;  // shards that have not answered yet
     uint64_t introspect_id = 0;
-    uint32_t generation = 0;          // of `entry`, that `rules` are of
-    uint16_t commands_in_flight = 0;  // shards that have not answered yet
-    CommandDoneBody command;          // what the others have answered
-    int64_t opened_ns = 0;            // of the close, once closing
+    uint32_t generation = 0;                              // of `entry`, that `rules` are of
+    uint16_t commands_in_flight = 0;                      // shards that have not answered yet
+    CommandDoneBody command;                              // what the others have answered
+    RefusalReason command_reason = RefusalReason::kNone;  // that one of them has not done it
+    int64_t opened_ns = 0;                                // of the close, once closing
     int64_t last_received_ns = 0;
     int64_t partial_since_ns = 0;  // of the unfinished frame, 0: none
     int64_t paused_since_ns = 0;
+    size_t backlog_seen = 0;  // of what is to be sent, while paused
+    size_t taken_bytes = 0;   // by the peer since paused_since_ns, as far as was seen
     uint64_t send_round = 0;  // in which the first of its merges was not sent to its end
+    FileLease::Owner lease_owner = FileLease::kNobody;  // drawn when it first holds files
     FrameAssembler assembler;
   };
 
@@ -171,9 +181,16 @@ class IngestCore final : public NetworkHandler {
     uint64_t request_id = 0;
     CommitStamp snapshot = kNoStamp;
     ReadPins::Epoch pins = 0;  // inside these; 0: it reads no records
+    int64_t sendable_ns = 0;   // since when all partitions have answered
     bool is_scroll = false;
     uint16_t partition = 0;  // that is scrolled
     uint64_t cursor = 0;     // where it goes on there; 0: that was all of it
+  };
+
+  // A command whose connection has gone: it is done all the same.
+  struct OrphanedCommand {
+    Origin origin = 0;
+    uint16_t in_flight = 0;  // shards that have not answered yet
   };
 
   IngestCore(const IngestOptions& options, Clock* clock, Network* network, ProducerPort port,
@@ -209,6 +226,9 @@ class IngestCore final : public NetworkHandler {
   RefusalReason PushCommand(Connection& connection, const CommandView& command,
                             uint64_t request_id);
   void FinishCommand(Connection& connection, const Completion& completion);
+  void HoldFiles(Connection& connection, IntrospectWhat what, uint64_t request_id);
+  void FinishOrphanedCommand(const Completion& completion);
+  void AskForWhatFollows(SpaceCommand what);
   RefusalReason PushIntrospect(Connection& connection, uint64_t request_id);
   void SendStatus(Connection& connection, uint64_t request_id);
   void EvictOldestPartial(const Connection& growing);
@@ -226,7 +246,7 @@ class IngestCore final : public NetworkHandler {
   void TakePartition(ShardId shard, const Completion& completion);
   int SendMerged();
   void EndMerge(RecallMerger::MergeId merge);
-  bool SendMerge(Connection& connection, RecallMerger::MergeId merge, size_t most_backlog);
+  bool SendMerge(Connection& connection, RecallMerger::MergeId merge, bool is_first);
   void ForwardHits(Connection& connection, ShardId shard, const Completion& completion);
   void ForwardRecords(Connection& connection, ShardId shard, const Completion& completion);
   void FlushAcks();
@@ -247,6 +267,7 @@ class IngestCore final : public NetworkHandler {
   void SweepTimeouts();
   void SweepConnection(Connection& connection);
   void PauseReceiving(Connection& connection);
+  void NoteTaken(Connection& connection);
   void ReviewPaused();
   void MeasureDrainRate();
   uint32_t RetryAfterMs(const Connection& connection) const;
@@ -284,6 +305,7 @@ class IngestCore final : public NetworkHandler {
   std::vector<uint32_t> dirty_;          // connections whose ack is due
   std::vector<uint32_t> paused_;         // connections that are not read from
   std::vector<Completion> completions_;  // of one batch
+  std::vector<OrphanedCommand> orphaned_commands_;
   // While one request is made for several shards: which, and its slot for each.
   std::vector<ShardId> request_shards_;
   std::vector<SlotId> request_slots_;

@@ -45,6 +45,8 @@ bool IngestCore::TakeRecall(Connection& connection, const FrameHeader& header,
 
 RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& view,
                                      const FrameHeader& header) {
+  // Reading pauses at the limit, but what has been received goes on to come.
+  if (connection.recalls_in_flight >= options_.max_recalls) return RefusalReason::kMergesFull;
   const SpaceEntry* entry = EntryOf(connection);
   request_shards_.clear();
   if (entry == nullptr) {
@@ -117,9 +119,11 @@ void IngestCore::FinishRecall(Connection& connection, RefusalReason reason, uint
 void IngestCore::ForwardHits(Connection& connection, ShardId shard, const Completion& completion) {
   const std::byte* slot = port_.shards[shard.value()].result_slab->At(completion.result_slot);
   const auto batch = LoadAs<ResultBatch>(slot);
+  NoteTaken(connection);
   SendResult(network_, connection.id, connection.session.value(), completion.sequence,
              {.count = batch.count, .metric = batch.metric}, !batch.last,
              {slot + sizeof(ResultBatch), batch.body_bytes});
+  NoteTaken(connection);
   if (network_->SendBacklog(connection.id) > options_.send_pause_bytes) {
     PauseReceiving(connection);
   }
@@ -139,7 +143,10 @@ void IngestCore::TakePartition(ShardId shard, const Completion& completion) {
     merged_[merge].cursor =
         reinterpret_cast<const ScrollRequest*>(port_.slab->At(completion.slot))->cursor;
   }
-  if (merger_->FinishPartition(merge, completion.reason)) sendable_.push_back(merge);
+  if (merger_->FinishPartition(merge, completion.reason)) {
+    merged_[merge].sendable_ns = now_ns_;
+    sendable_.push_back(merge);
+  }
 }
 
 // Returns the merges that came to their end. Of a connection that reads slowly the first one alone
@@ -151,8 +158,7 @@ int IngestCore::SendMerged() {
     Connection* connection = FindOrigin(recall.origin);
     if (connection != nullptr) {
       const bool is_first = connection->send_round != send_round_;
-      const size_t backlog = is_first ? options_.send_pause_bytes : options_.send_pause_bytes / 4;
-      if (connection->state != State::kClosing && !SendMerge(*connection, merge, backlog)) {
+      if (connection->state != State::kClosing && !SendMerge(*connection, merge, is_first)) {
         connection->send_round = send_round_;
         return false;
       }
@@ -175,8 +181,9 @@ void IngestCore::EndMerge(RecallMerger::MergeId merge) {
 
 // False while the client has to read first, as an answer may be larger than the backlog at which
 // the network gives a connection up, or while records are read.
-bool IngestCore::SendMerge(Connection& connection, RecallMerger::MergeId merge,
-                           size_t most_backlog) {
+bool IngestCore::SendMerge(Connection& connection, RecallMerger::MergeId merge, bool is_first) {
+  const size_t most_backlog = is_first ? options_.send_pause_bytes : options_.send_pause_bytes / 4;
+  NoteTaken(connection);
   // Between two frames nothing is in the scratch buffer.
   const std::span<std::byte> buffer = std::span(scratch_).first(kResultSlotBytes);
   bool done = merger_->reason(merge) != RefusalReason::kNone;
@@ -190,9 +197,18 @@ bool IngestCore::SendMerge(Connection& connection, RecallMerger::MergeId merge,
                buffer.subspan(sizeof(ResultBatch), batch.body_bytes));
     done = batch.last;
   }
+  NoteTaken(connection);
   if (network_->SendBacklog(connection.id) > options_.send_pause_bytes) PauseReceiving(connection);
+  if (network_->SendBacklog(connection.id) <= most_backlog) return done;
   // Others have use for the room.
-  if (network_->SendBacklog(connection.id) > most_backlog) merger_->DropReads(merge);
+  merger_->DropReads(merge);
+  const bool is_overdue =
+      merged_[merge].pins != 0 && now_ns_ - merged_[merge].sendable_ns > options_.answer_timeout_ns;
+  if (!done && is_first && is_overdue) {
+    RefuseAndClose(connection, RefusalReason::kSlowReader, FrameType::kRecall,
+                   merged_[merge].request_id);
+    return true;
+  }
   return done;
 }
 

@@ -36,6 +36,7 @@ bool IngestCore::TakeScroll(Connection& connection, const FrameHeader& header,
 
 RefusalReason IngestCore::PushScroll(Connection& connection, const ScrollBody& scroll,
                                      const FrameHeader& header) {
+  if (connection.recalls_in_flight >= options_.max_recalls) return RefusalReason::kMergesFull;
   const SpaceEntry* entry = EntryOf(connection);
   if (entry == nullptr) return RefusalReason::kUnknownSpace;
   if (scroll.partition >= entry->partitions()) return RefusalReason::kBadRecall;
@@ -108,6 +109,7 @@ bool IngestCore::TakeCheck(Connection& connection, const FrameHeader& header,
 
 RefusalReason IngestCore::PushCheck(Connection& connection, const CheckBody& check,
                                     uint64_t request_id) {
+  if (connection.recalls_in_flight >= options_.max_recalls) return RefusalReason::kMergesFull;
   if (check.shard >= shards()) return RefusalReason::kBadRecall;
   const ShardId shard(check.shard);
   const RefusalReason reason =

@@ -81,11 +81,14 @@ void IngestCore::SendStatus(Connection& connection, uint64_t request_id) {
   const IntrospectionBody body{.what = IntrospectWhat::kStatus};
   const uint64_t session = connection.session.value();
   constexpr size_t kLineRoom = 256;
-  if (!options_.data_directory.empty()) {
-    lines.Text("control data_directory ");
-    lines.Text(options_.data_directory);
+  const auto say = [&](std::string_view name, std::string_view text) {
+    if (text.empty()) return;
+    lines.Text(name);
+    lines.Text(text);
     lines.Text("\n");
-  }
+  };
+  say("control data_directory ", options_.data_directory);
+  say("control instance_id ", options_.instance_id);
   // By this core, which is the one that reads for whoever asks.
   const auto place = [&](std::string_view name, LogAddress address) {
     if (address == kNoLogAddress) return;

@@ -57,11 +57,14 @@ void IngestCore::BeginClose(Connection& connection, Network::CloseMode mode) {
   network_->Close(connection.id, mode);
 }
 
-// Says close once everything that was taken is answered.
+// Says close once everything that was taken is answered. A rebuild may take long, and may as well
+// end here.
 void IngestCore::FinishSettling(Connection& connection) {
+  const bool is_commanding =
+      connection.commands_in_flight > 0 && connection.command.what != SpaceCommand::kRebuild;
   if (connection.hello_pending || connection.observations_in_flight > 0 ||
       connection.recalls_in_flight > 0 || connection.introspections_in_flight > 0 ||
-      connection.commands_in_flight > 0) {
+      is_commanding) {
     return;
   }
   if (connection.has_session) {
@@ -150,18 +153,34 @@ void IngestCore::PauseReceiving(Connection& connection) {
   if (connection.paused || connection.state != State::kOpen) return;
   connection.paused = true;
   connection.paused_since_ns = now_ns_;
+  connection.backlog_seen = network_->SendBacklog(connection.id);
+  connection.taken_bytes = 0;
   paused_.push_back(connection.id.index);
   network_->SetReceivePaused(connection.id, true);
 }
 
-// Reads on where the answers were taken.
+// What the peer takes is seen in a backlog that shrinks, so look before and after more is sent.
+void IngestCore::NoteTaken(Connection& connection) {
+  const size_t backlog = network_->SendBacklog(connection.id);
+  if (backlog < connection.backlog_seen) {
+    connection.taken_bytes += connection.backlog_seen - backlog;
+  }
+  connection.backlog_seen = backlog;
+}
+
+// Reads on where the answers were taken. Where the peer takes them, though there are always more,
+// its time begins anew.
 void IngestCore::ReviewPaused() {
-  std::erase_if(paused_, [this](uint32_t index) {
+  const size_t enough = options_.send_pause_bytes / 2;
+  std::erase_if(paused_, [this, enough](uint32_t index) {
     Connection& connection = connections_[index];
-    if (connection.recalls_in_flight >= options_.max_recalls ||
-        network_->SendBacklog(connection.id) > options_.send_pause_bytes / 2) {
-      return false;
+    NoteTaken(connection);
+    const bool waits_for_us = connection.backlog_seen <= enough;
+    if (waits_for_us || connection.taken_bytes >= enough) {
+      connection.paused_since_ns = now_ns_;
+      connection.taken_bytes = 0;
     }
+    if (connection.recalls_in_flight >= options_.max_recalls || !waits_for_us) return false;
     connection.paused = false;
     connection.last_received_ns = now_ns_;
     if (connection.partial_since_ns != 0) connection.partial_since_ns = now_ns_;

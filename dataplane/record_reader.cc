@@ -4,9 +4,11 @@
 #include <bit>
 #include <cstring>
 #include <span>
+#include <tuple>
 #include <utility>
 
 #include "src/core/check.h"
+#include "src/core/commit_stamp.h"
 #include "src/core/log_files.h"
 #include "src/core/shard_port.h"
 
@@ -28,9 +30,9 @@ uint64_t KeyOf(uint16_t log, uint32_t segment) { return uint64_t{log} << 32 | se
 
 std::string_view RecordReaderCounterName(RecordReaderCounter counter) {
   static constexpr std::array<std::string_view, static_cast<size_t>(RecordReaderCounter::kCount)>
-      kNames = {"records_read",          "record_bytes_read",  "record_reads_repeated",
-                "records_mended",        "records_unreadable", "record_segments_opened",
-                "record_reads_under_way"};
+      kNames = {"records_read",           "record_bytes_read",     "record_reads_repeated",
+                "records_mended",         "records_unreadable",    "records_unreadable_unnamed",
+                "record_segments_opened", "record_reads_under_way"};
   return kNames[static_cast<size_t>(counter)];
 }
 
@@ -40,6 +42,7 @@ Result<std::unique_ptr<RecordReader>> RecordReader::Create(const RecordReaderOpt
   CHECK(access.make_disk != nullptr && access.pins != nullptr, "a reader has logs and pins");
   CHECK(!options.slots.empty() && options.slots.back().slot_bytes >= kMaxLogRecordBytes,
         "the largest slots hold any record");
+  CHECK(options.slots.size() <= 64, "each size has its bit");
   auto slab = SlotSlab::Create(options.slots, options.huge_pages, -1);
   if (!slab) return std::unexpected(slab.error());
   CHECK(options.max_open_files > slab->total_slots(), "a file can be opened for every read");
@@ -62,6 +65,7 @@ RecordReader::RecordReader(const RecordReaderOptions& options, Clock* clock,
   waited_.reserve(reads_.size());
   file_of_.reserve(files_.size());
   used_disks_.reserve(kLogs);
+  std::tie(unreadable_in_, unreadable_out_) = SpscRing<LogAddress>::Create(kUnreadableKept);
   for (auto ticket = static_cast<Ticket>(reads_.size()); ticket > 0; --ticket) {
     free_reads_.push_back(ticket - 1);
   }
@@ -122,6 +126,7 @@ int RecordReader::Poll() {
     epoch_ = now;
     CloseIdleFiles();
   }
+  short_sizes_ = 0;
   if (used_reads_ == 0) return 0;
   now_ns_ = clock_->MonotonicNs();
   int work = TakeCompletions();
@@ -132,12 +137,17 @@ int RecordReader::Poll() {
   return work + static_cast<int>(at_disk);
 }
 
-// A larger place where those of its size are taken.
+// A larger place where those of its size are taken, but not before somebody who waits for one.
 SlotId RecordReader::AcquireMemory(size_t bytes) {
-  for (const SlotClass& slots : options_.slots) {
-    if (slots.slot_bytes < bytes) continue;
-    if (const SlotId slot = slab_.Acquire(slots.slot_bytes); slot != kNoSlot) return slot;
+  size_t size = 0;
+  while (options_.slots[size].slot_bytes < bytes) ++size;
+  if ((short_sizes_ >> size & 1) != 0) return kNoSlot;
+  for (size_t larger = size; larger < options_.slots.size(); ++larger) {
+    if ((short_sizes_ >> larger & 1) != 0) continue;
+    const SlotId slot = slab_.Acquire(options_.slots[larger].slot_bytes);
+    if (slot != kNoSlot) return slot;
   }
+  short_sizes_ |= uint64_t{1} << size;
   return kNoSlot;
 }
 
@@ -261,9 +271,17 @@ bool RecordReader::Mend(Read* read) {
   return Check(read);
 }
 
+// A record is written soon after its stamp, or never. The clock on the wall is the stamps'.
+bool RecordReader::MayBeUnwritten(const Read& read) const {
+  const int64_t waited_ns = now_ns_ - read.began_ns;
+  if (waited_ns >= options_.retry_for_ns) return false;
+  const int64_t began_unix_ns = clock_->WallNs() - waited_ns;
+  return began_unix_ns - UnixNsOf(HeaderOf(read.hit).stamp) < options_.retry_for_ns;
+}
+
 void RecordReader::TryAgain(Ticket ticket) {
   Read& read = reads_[ticket];
-  if (now_ns_ - read.began_ns < options_.retry_for_ns) {
+  if (++read.tries < kLeastTries || MayBeUnwritten(read)) {
     counters_[RecordReaderCounter::kReadsRepeated].Add(1);
     Wait(ticket, now_ns_ + options_.retry_ns);
     return;
@@ -277,6 +295,9 @@ void RecordReader::TryAgain(Ticket ticket) {
   read.step = Step::kUnreadable;
   unreadable_.store(read.reference.address, std::memory_order_relaxed);
   counters_[RecordReaderCounter::kRecordsUnreadable].Add(1);
+  if (!unreadable_in_.TryPush(read.reference.address)) {
+    counters_[RecordReaderCounter::kUnreadableUnnamed].Add(1);
+  }
 }
 
 // ---- Files ----

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -21,6 +22,7 @@
 #include "src/core/read_pins.h"
 #include "src/core/result.h"
 #include "src/core/slot_slab.h"
+#include "src/core/spsc_ring.h"
 
 namespace engram {
 
@@ -32,13 +34,17 @@ struct RecordAccess {
   DiskFactory make_disk;
   ReadPins* pins = nullptr;  // outlives the core
   uint32_t place = 0;        // the core's among the pins' readers
+  // So long after its stamp a record may still be unwritten, where its space does not wait for the
+  // log.
+  int64_t unwritten_ns = kNanosPerSecond;
 };
 
 struct RecordReaderOptions {
   // Of all logs; more than there are reads at a time.
   uint32_t max_open_files = 512;
-  // A record that does not check out is read again at this pace and for so long: that of another
-  // shard's space which does not wait for its log is about to be written.
+  // A record that does not check out is read again at this pace: once, and where its stamp is
+  // younger than retry_for_ns for so long. That of another shard's space which does not wait for
+  // its log is about to be written then.
   int64_t retry_ns = 5 * kNanosPerMilli;
   int64_t retry_for_ns = kNanosPerSecond;
   // Memory for records, as many as are read at a time or wait to be handed out. The largest slots
@@ -53,6 +59,7 @@ enum class RecordReaderCounter : uint8_t {
   kReadsRepeated,
   kRecordsMended,      // one bit was flipped on the disk
   kRecordsUnreadable,  // their hits went out without payload and vector
+  kUnreadableUnnamed,  // of these, found when too many waited for TakeUnreadable
   kSegmentsOpened,
   kReadsUnderWay,
   kCount,
@@ -65,15 +72,21 @@ std::string_view RecordReaderCounterName(RecordReaderCounter counter);
 //    the cache: reads are buffered.
 // 2. Poll takes what was read. The record must check out, at its address (its CRC covers that), and
 //    be the hit's: kind, id, stamp and lengths.
-// 3. One that does not is read again for a while. Then, where turning one bit makes it the hit's
-//    record, it is taken as such; else it is unreadable.
+// 3. One that does not is read once more; one that may not be written yet, for a while. Then, where
+//    turning one bit makes it the hit's record, it is taken as such; else it is unreadable. What
+//    was damaged long ago keeps its memory for one pause only, so others hardly wait for it.
 // 4. Release gives the memory back, also of what is still being read.
+//
+// Those that wait for memory ask again after each Poll, in the order in which they came. Once one
+// found none, nobody behind it gets any of that size until the next Poll: what becomes free
+// meanwhile would else go to whoever asks then, and large records could be overtaken for ever.
 //
 // Files stay open, those that were used least recently are closed for others. When an epoch of the
 // pins is closed all are closed that are not being read: a file that was removed gives back its
 // room then.
 //
-// Thread safety: one core's alone; counters and `unreadable` may be read by others.
+// Thread safety: one core's alone; counters, `unreadable` and `mended` may be read by others, and
+// one other thread may call TakeUnreadable.
 // Takes no memory after Create but for the first reading of a log and the opening of a file, which
 // may wait for the disk; nothing else does, but with a backend whose Poll waits.
 class RecordReader {
@@ -105,6 +118,9 @@ class RecordReader {
   uint32_t open_files() const { return static_cast<uint32_t>(file_of_.size()); }
   // Where the last one lies that could not be read; kNoLogAddress: none.
   LogAddress unreadable() const { return unreadable_.load(std::memory_order_relaxed); }
+  // Where they lie, in the order in which they were found, some maybe again and again; each is
+  // handed out once. For the control plane.
+  std::optional<LogAddress> TakeUnreadable() { return unreadable_out_.TryPop(); }
   // Likewise, of the last one that was mended.
   LogAddress mended() const { return mended_.load(std::memory_order_relaxed); }
   void AddCounters(std::string_view core, CounterCatalogue* catalogue) const;
@@ -125,6 +141,7 @@ class RecordReader {
     uint32_t file = 0;  // in files_, while the disk reads
     const std::byte* hit = nullptr;
     HitReference reference{};
+    uint32_t tries = 0;  // that came to nothing
     int64_t began_ns = 0;
     int64_t due_ns = 0;
     LogRecord record;
@@ -138,6 +155,8 @@ class RecordReader {
   };
   static constexpr uint32_t kNoFile = UINT32_MAX;
   static constexpr size_t kLogs = 256;
+  static constexpr uint32_t kLeastTries = 2;
+  static constexpr size_t kUnreadableKept = 1'024;
 
   RecordReader(const RecordReaderOptions& options, Clock* clock, const RecordAccess& access,
                SlotSlab slab);
@@ -150,6 +169,7 @@ class RecordReader {
   bool IsTheHits(const Read& read, const LogRecord& record) const;
   bool Check(Read* read);
   bool Mend(Read* read);
+  bool MayBeUnwritten(const Read& read) const;
   void TryAgain(Ticket ticket);
   void Wait(Ticket ticket, int64_t due_ns);
   void Free(Ticket ticket);
@@ -171,6 +191,7 @@ class RecordReader {
   std::vector<Ticket> waiting_;
   std::vector<Ticket> waited_;  // while those that wait are gone through
   uint32_t used_reads_ = 0;
+  uint64_t short_sizes_ = 0;  // bits of the slots' sizes of which somebody found none
   std::vector<File> files_;
   std::unordered_map<uint64_t, uint32_t> file_of_;
   uint64_t last_use_ = 0;
@@ -179,11 +200,16 @@ class RecordReader {
   // Behind the memory that their reads go to.
   std::array<std::unique_ptr<Disk>, kLogs> disks_;
   std::vector<Disk*> used_disks_;
+  SpscRing<LogAddress>::Producer unreadable_in_;
 
   // Written by the owner, read by others.
   std::atomic<LogAddress> unreadable_{kNoLogAddress};
   std::atomic<LogAddress> mended_{kNoLogAddress};
   CounterSet<RecordReaderCounter, static_cast<size_t>(RecordReaderCounter::kCount)> counters_;
+
+  // The control plane's.
+  // alignas: each TryPop writes to it.
+  alignas(kFalseSharingBytes) SpscRing<LogAddress>::Consumer unreadable_out_;
 };
 
 }  // namespace engram

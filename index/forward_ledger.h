@@ -29,6 +29,7 @@ struct Forward {
   bool existed = false;
   bool is_elsewhere = false;   // an earlier owner has it, under the same stamp
   bool grows = false;          // counts for its space's quota until it is answered
+  bool deletes = false;        // likewise for updates, which may need what it ends
   bool waits_to_send = false;  // in its target's line
   bool is_replayed = false;    // read from the log after a restart: nobody is answered
   ProducerId producer;

@@ -49,6 +49,7 @@ void HnswGraph::Release() {
   linked_count_ = 0;
   doomed_count_ = 0;
   known_nodes_ = 0;
+  earlier_count_ = 0;
 }
 
 void HnswGraph::FreeUpper(NodeId node) {
@@ -92,7 +93,7 @@ bool HnswGraph::AddNode(NodeId node, uint32_t level) {
                .state = State::kLinking,
                .level = static_cast<uint8_t>(level),
                .children = 0,
-               .reserved = 0};
+               .generation = 0};
   known_nodes_ = std::max(known_nodes_, size_t{node} + 1);
   return true;
 }
@@ -176,6 +177,7 @@ void HnswGraph::FinishNode(NodeId node) {
   Node& entry = nodes_[node];
   CHECK(entry.state == State::kLinking, "a node is finished once");
   entry.state = State::kLinked;
+  entry.generation = generation_;
   ++linked_count_;
   if (entry.parent == kNoNode) root_ = node;
   const NodeId top = entry_point_.load(std::memory_order_relaxed);
@@ -219,10 +221,17 @@ void HnswGraph::ReplaceEntryPoint() {
 
 void HnswGraph::Forget(NodeId node) {
   CHECK(IsDoomed(node), "only a doomed node is forgotten");
+  if (IsEarlier(node)) --earlier_count_;
   if (root_ == node) root_ = kNoNode;
   FreeUpper(node);
   nodes_[node] = Node{};
   --doomed_count_;
+}
+
+void HnswGraph::BeginGeneration() {
+  CHECK(earlier_count_ == 0, "there are two generations at most");
+  generation_ ^= 1;
+  earlier_count_ = linked_count_ + doomed_count_;
 }
 
 NodeId HnswGraph::FindParent(NodeId near) const {
@@ -277,10 +286,12 @@ Result<void> HnswGraph::CheckNode(NodeId node) const {
 Result<void> HnswGraph::CheckNodes(NodeId entry) const {
   size_t linked = 0;
   size_t doomed = 0;
+  size_t earlier = 0;
   for (NodeId node = 0; node < known_nodes_; ++node) {
     if (IsAbsent(node)) continue;
     if (Result<void> lists = CheckLists(node); !lists) return lists;
     doomed += static_cast<size_t>(IsDoomed(node));
+    earlier += static_cast<size_t>(IsEarlier(node));
     if (!IsLinked(node)) continue;
     ++linked;
     if (Level(node) > Level(entry)) return Violation(node, "is above the entry point's level");
@@ -290,6 +301,11 @@ Result<void> HnswGraph::CheckNodes(NodeId entry) const {
                                          std::to_string(doomed) + " doomed, " +
                                          std::to_string(linked_count_) + " and " +
                                          std::to_string(doomed_count_) + " are counted");
+  }
+  if (earlier != earlier_count_) {
+    return Fail(ErrorCode::kCorrupt, "graph: " + std::to_string(earlier) +
+                                         " nodes are of the earlier generation, " +
+                                         std::to_string(earlier_count_) + " are counted");
   }
   return {};
 }

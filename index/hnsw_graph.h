@@ -24,6 +24,9 @@ namespace engram {
 // children get other parents and its neighbours lose their links to it (HnswSweep), then
 // ReplaceEntryPoint, then, once no reader can be on it, Forget.
 //
+// Nodes are of the generation in which they were finished. When a new one begins those that are in
+// the graph are of the earlier one, and are counted until the last of them has left.
+//
 // Thread safety: writing is the owner core's alone. Other cores may follow links at any moment: a
 // link list has no lock, a reader sees each of its places before or after a change. A link that
 // stays in a list keeps its place, so a reader that goes through a list while it is changed misses
@@ -97,6 +100,11 @@ class HnswGraph {
   // True from Doom until Forget.
   bool IsDoomed(NodeId node) const { return StateOf(node) == State::kDoomed; }
   bool IsAbsent(NodeId node) const { return StateOf(node) == State::kAbsent; }
+  // Linked, or doomed, before the generation began.
+  bool IsEarlier(NodeId node) const {
+    return (IsLinked(node) || IsDoomed(node)) && nodes_[node].generation != generation_;
+  }
+  size_t earlier_count() const { return earlier_count_; }
   // Level of the entry point; 0 while the graph is empty.
   uint32_t top_level() const;
   uint32_t Degree(NodeId node, uint32_t level) const;
@@ -136,6 +144,9 @@ class HnswGraph {
   // Ends a doomed node: nothing leads to it and no reader is on it.
   void Forget(NodeId node);
 
+  // What is finished from here on is of a new generation. None of an earlier one is left.
+  void BeginGeneration();
+
   // True where the two are parent and child, so that pruning must keep their links on level 0.
   bool IsTreeEdge(NodeId a, NodeId b) const {
     return nodes_[a].parent == b || nodes_[b].parent == a;
@@ -170,7 +181,7 @@ class HnswGraph {
     State state;
     uint8_t level;
     uint8_t children;  // that are not doomed
-    uint8_t reserved;
+    uint8_t generation;
   };
   static_assert(sizeof(Node) == 16);
 
@@ -208,6 +219,8 @@ class HnswGraph {
   size_t linked_count_ = 0;
   size_t doomed_count_ = 0;
   size_t known_nodes_ = 0;
+  uint8_t generation_ = 0;  // one of two
+  size_t earlier_count_ = 0;
 };
 
 }  // namespace engram

@@ -194,7 +194,8 @@ RecallJob::HitForm RecallJob::FormOf(const StoredObservation& stored, size_t sen
   const size_t wanted = with_payload_ ? stored.payload_bytes : 0;
   const bool fits = sent + wanted <= kMaxResultPayloadBytes;
   if (stored.record_bytes != 0 && wanted + vector_bytes > 0) {
-    if (log_ != nullptr && fits) form.record = log_->NotDurable(stored.origin);
+    // Also where the payload is left out: the vector cannot be read from the disk yet.
+    if (log_ != nullptr) form.record = log_->NotDurable(stored.origin);
     form.at_address = form.record.empty();
   }
   form.payload_bytes = fits || form.at_address ? wanted : 0;

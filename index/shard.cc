@@ -21,8 +21,9 @@ constexpr uint64_t kCreditEvery = 256;
 constexpr int64_t kLinkRetryNs = 100 * kNanosPerMilli;
 // Nodes given back in one round of upkeep.
 constexpr size_t kReclaimBatch = 64;
-// And this share of those that hold a place.
+// And this share of those that hold a place, up to a bound of the round: some 100 us.
 constexpr size_t kReclaimShare = 64;
+constexpr size_t kMostReclaimed = 2'048;
 // Where they end by age: from so many on that have ended and are scanned still, upkeep takes longer
 // slices.
 constexpr uint64_t kMostEndedListed = 1'024;
@@ -32,6 +33,8 @@ constexpr size_t kSessionSteps = 16;
 constexpr size_t kUsualTextBytes = 512;
 // Spaces that are looked at in one round of upkeep.
 constexpr size_t kUpkeepSpaces = 8;
+// Places that a rebuild looks at in one round: some 20 us.
+constexpr size_t kRebuildLooks = 256;
 
 }  // namespace
 
@@ -80,6 +83,7 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, const Sh
   logged_partitions_.reserve(max_spaces);
   pending_.reserve(max_spaces);
   growing_.reserve(max_spaces);
+  deleting_.reserve(max_spaces);
   generation_of_.reserve(max_spaces);
   birth_of_.reserve(max_spaces);
   dropped_at_.reserve(max_spaces);
@@ -99,6 +103,7 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, const Sh
   recovery_ = std::make_unique<ShardRecovery>(storage_, &recovery_progress_);
   recovering_.store(true, std::memory_order_relaxed);
   port_.stamps->Publish(port_.shard, kNoStamp);
+  port_.catalogue->BeginReplay();
 }
 
 // One that ends while it recovers still has requests of its own under way.
@@ -148,7 +153,7 @@ int Shard::Round() {
   const int observations = TakeObservations(Lane::kHigh) + TakeObservations(Lane::kNormal);
   if (observations > 0) work += PollLog();
   work += observations;
-  work += EndByAge();
+  work += EndByAge(work > 0);
   work += StepCommands();
   work += Upkeep(observations > 0);
   work += StepCheckpoint();
@@ -311,6 +316,7 @@ uint32_t Shard::FindOrMakeSpace(SpaceEntry* entry) {
   logged_partitions_.push_back(0);
   pending_.push_back(0);
   growing_.push_back(0);
+  deleting_.push_back(0);
   if (entry->ends_by_age()) aging_.push_back(space);
   attached_.push_back(0);
   announced_links_.push_back(0);
@@ -327,6 +333,7 @@ SpaceOptions Shard::OptionsOf(const SpaceEntry& entry) const {
           .dimension = entry.dimension(),
           .build = options_.build,
           .hash_seed = MixBits(hash_seed_ + entry.index()),
+          .graph_from = options_.graph_from,
           .ends_by_age = entry.ends_by_age(),
           .homes = port_.catalogue->shards()};
 }
@@ -422,17 +429,20 @@ bool Shard::BeginUpkeepOfNext() {
   const CommitStamp complete = CompleteEverywhere();
   space.SetHorizon(Horizon(complete));
   const NodeId node = space.NextToLink();
-  const uint64_t kept = space.retired() + space.tombstones();
+  const uint64_t kept = space.retired() + space.tombstones() + space.lifted();
   // What a sweep took out is on no linker's way once the linker was free after it, as it is now,
   // and on that of the next sweep it never was. Where as many end as come, that one is not awaited.
   if (entries_[index]->ends_by_age()) {
-    space.Reclaim(kReclaimBatch + space.retired() / kReclaimShare);
+    space.Reclaim(std::min(kReclaimBatch + space.retired() / kReclaimShare, kMostReclaimed));
   } else if (!sweep_.active()) {
     space.Reclaim(kReclaimBatch);
   }
   if (!keeps_tombstones_) space.ForgetTombstones(complete);
-  const bool has_freed = space.retired() + space.tombstones() < kept;
+  const bool has_freed = space.retired() + space.tombstones() + space.lifted() < kept;
+  const bool has_rebuilt = space.is_rebuilding() && space.StepRebuild(kRebuildLooks);
   const bool is_behind = space.backlog() > space.unlinked_count();
+  // What a space needs in memory is less by its part of what has ended.
+  if (has_freed) PublishUse(index);
   if (!sweep_.active() && space.WantsSweep() && space.BeginSweep(&sweep_)) {
     sweeping_space_ = index;
     if (is_behind) AnnounceCredit(index);
@@ -449,9 +459,9 @@ bool Shard::BeginUpkeepOfNext() {
     link_retry_ns_ = now_ns_ + kLinkRetryNs;
     return has_freed;
   }
-  if (has_freed) return true;
-  // It passed over some that have ended.
-  if (space.has_graph() && space.unlinked_count() > 0) return true;
+  if (has_freed || has_rebuilt) return true;
+  // It passed over some that have ended, or are on their way out of the graph.
+  if (space.has_graph() && space.linkable() > 0) return true;
   const bool is_done = !space.WaitsForHorizon() && !space.has_tombstones();
   if (is_done) {
     upkeep_queued_[index] = false;
@@ -606,7 +616,8 @@ std::string_view ShardCounterName(ShardCounter counter) {
        "log_errors",
        "log_unsettled_bytes",
        "observations_expired",
-       "observations_evicted"};
+       "observations_evicted",
+       "rebuild_left"};
   return kNames[static_cast<size_t>(counter)];
 }
 

@@ -61,6 +61,7 @@ struct ShardOptions {
   // Observations of a space in this shard from which on the space grows to twice as many
   // partitions; 0: never. It also grows where unlinked_limit_bytes is reached.
   uint64_t grow_partition_at = 250'000;
+  uint32_t graph_from = SpaceOptions::kGraphFrom;
   // Observations that may be under way to the shards that own them.
   uint32_t max_forwards = 8'192;
   // Secret; draws session ids and hash seeds. The same seed gives the same run.
@@ -91,6 +92,7 @@ enum class ShardCounter : uint8_t {
   kLogUnsettledBytes,    // that are not known to be durable by the log itself; 0 at rest
   kObservationsExpired,  // past the TTL of their space
   kObservationsEvicted,  // for the quota of their space
+  kRebuildLeft,          // observations that rebuilds under way have still to link anew
   kCount,
 };
 std::string_view ShardCounterName(ShardCounter counter);
@@ -222,7 +224,9 @@ class Shard {
   bool OthersHaveLoaded() const;
   bool MustWaitForOthers(const LogRecord& record) const;
   Result<bool> Replay(const LogEntry& entry);
-  void RestoreSession(SessionId id, uint32_t space, Sequence sequence, CommitStamp stamp);
+  bool AllHaveReplayed();
+  void RestoreSession(SessionId id, uint32_t space, Sequence sequence, CommitStamp stamp,
+                      int64_t last_active_unix_ns);
   Result<bool> ReplayObservation(const LogEntry& entry, uint32_t space);
   static ObserveRequest* RequestOf(const LogRecord& record, LogAddress address,
                                    uint32_t record_bytes);
@@ -270,14 +274,15 @@ class Shard {
   CommitStamp Horizon(CommitStamp complete) const;
   bool HasEnded(uint32_t space, CommitStamp stamp) const;
   static CommitStamp EndOf(const SpaceEntry& entry, CommitStamp stamp);
-  int EndByAge();
+  int EndByAge(bool busy);
   void EndBeforeAnswer(uint32_t space);
   int EndByAgeIn(uint32_t index, int most);
   void KeepToQuota(uint32_t space, CommitStamp stamp);
   int Evict(uint32_t space, CommitStamp end, int most);
   bool IsOverShare(uint32_t space) const;
   void PublishUse(uint32_t space);
-  RefusalReason JudgeQuota(uint32_t space, const ObserveRequest& request, bool* grows) const;
+  RefusalReason JudgeQuota(uint32_t space, const ObserveRequest& request, bool* grows);
+  RefusalReason JudgeGrowth(uint32_t space, const ObserveRequest& request) const;
   int Upkeep(bool busy);
   bool BeginUpkeep();
   bool BeginUpkeepOfNext();
@@ -296,16 +301,18 @@ class Shard {
 
   // Something that is done to a whole space, and under way (shard_commands.cc).
   struct Command {
-    enum class Step : uint8_t { kBegin, kSweeping, kForgetting, kJoined, kLogging };
+    enum class Step : uint8_t { kBegin, kSweeping, kRebuilding, kForgetting, kJoined, kLogging };
     SpaceCommand what = SpaceCommand::kCompact;
     Step step = Step::kBegin;
     size_t producer = 0;
     SlotId slot = kNoSlot;
     SpaceEntry* entry = nullptr;
-    uint32_t generation = 0;  // kCompact: of the space when it began
-    uint64_t goal = 0;        // kCompact: places that are then given back, ever
+    uint32_t generation = 0;  // of the space when it began; not for kDrop
+    // kCompact: places that are then given back, ever. kRebuild: that were relinked before, ever.
+    uint64_t goal = 0;
     uint64_t session_cursor = 0;
-    LogPosition log_end = 0;  // kDrop: of the record that says so
+    LogPosition log_end = 0;                      // kDrop: of the record that says so
+    RefusalReason reason = RefusalReason::kNone;  // why it was not done
   };
   // A part that was dropped, and is freed in slices.
   struct Condemned {
@@ -316,6 +323,8 @@ class Shard {
   int StepCommands();
   bool StepCommand(Command* command);
   bool StepCompact(Command* command, CommandRequest* request);
+  bool StepRebuild(Command* command, CommandRequest* request);
+  void CountRebuildLeft();
   bool StepDrop(Command* command, CommandRequest* request);
   bool HasUnderWay(uint32_t space);
   bool ForgetSessions(uint32_t space, uint64_t* cursor);
@@ -346,6 +355,7 @@ class Shard {
   std::vector<uint16_t> logged_partitions_;  // by space: as the log says last; 0: nothing yet
   std::vector<uint32_t> pending_;            // by space: upserts that were taken and not stored
   std::vector<uint32_t> growing_;            // by space: of a quota, taken here and not answered
+  std::vector<uint32_t> deleting_;           // by space: deletes taken here and not answered
   std::vector<uint32_t> aging_;              // spaces that end by age
   size_t aging_turn_ = 0;
   std::vector<uint32_t> generation_of_;  // by space: of its entry, when it was made

@@ -258,18 +258,12 @@ bool Shard::HandOnSessions() {
   const size_t before = away.size();
   for (; !away.empty() && ledger_.room() > 1; away.pop_back()) {
     const SavedSession& saved = away.back();
-    // Its space may have been dropped since; and later than this one began it was not.
-    const CommitStamp birth = recovery_->loading.births[std::string(spaces_[saved.space]->name())];
-    if (birth < entries_[saved.space]->birth()) continue;
-    CommitStamp last_active =
-        StampBefore(saved.last_active_unix_ns + (int64_t{1} << kStampShardBits));
-    // The time is rounded up, and its new home goes by the stamp, should the space be dropped by
-    // what is replayed: that is later than what was saved.
-    if (storage_.checkpoints[recovery_->loading.next].shards != port_.catalogue->shards()) {
-      last_active = std::min(last_active, recovery_->latest());
-    }
-    RestoreSession(SessionId(saved.id), saved.space, saved.last_sequence,
-                   std::max(last_active, birth + 1));
+    // It belongs to the incarnation that was saved, which may have been dropped since.
+    const CommitStamp first =
+        recovery_->loading.births[std::string(spaces_[saved.space]->name())] + 1;
+    if (IsDropped(saved.space, first)) continue;
+    RestoreSession(SessionId(saved.id), saved.space, saved.last_sequence, first,
+                   saved.last_active_unix_ns);
   }
   return away.size() < before;
 }

@@ -1,4 +1,5 @@
-// What is done to a whole space in a shard: compacting and dropping it (see shard.h).
+// What is done to a whole space in a shard: compacting and dropping it (see shard.h); rebuilding it
+// is in shard_rebuild.cc.
 //
 // Compact: until what had ended by then is given back, whatever has ended is swept, however little.
 //
@@ -8,14 +9,19 @@
 //    checkpoint that is being saved. Its sessions are forgotten. Then the shard joins, with a stamp
 //    that is later than all it has taken for the space. From here on no save begins.
 // 3. The latest of these stamps ends the incarnation. What has it or an earlier one is gone, now
-// and
-//    whenever it is replayed: so it does not matter in which order logs say what, and of which of
-//    them a crash takes the end. A shard that may have records of the space logs the stamp, also
-//    for what it writes later: the next record of what the space is names it again.
+//    and whenever it is replayed: so it does not matter in which order logs say what, and of which
+//    of them a crash takes the end. A shard that may have records of the space logs the stamp,
+//    also for what it writes later: the next record of what the space is names it again.
 // 4. It is answered once that is on stable storage. The part's memory is freed in slices.
 //
-// In a recovery the shards learn of a drop from their own logs or from each other, each at its own
-// time (Renew). What one of them has stored before it knew is of an earlier stamp, and goes.
+// In a recovery the shards learn of a drop from what they read or from each other, each at its own
+// time (Renew). Why what one of them has when it learns of a drop is of what was dropped, and goes:
+// each log, and each checkpoint for the logs behind it, says of itself to which incarnation belongs
+// what follows, a record and a session alike. What another log has said does not count, as that
+// one may be gone, or be read later by another shard. And a session is handed on with a stamp of
+// its incarnation, not with a time. So whatever is stored, the birth that it needs was known
+// before. No shard serves before all have read their logs (SpaceCatalogue::is_replaying): until
+// then another one may still read of a drop.
 
 #include <algorithm>
 #include <string>
@@ -58,10 +64,12 @@ int Shard::StepCommands() {
     const auto* request = reinterpret_cast<const CommandRequest*>(
         port_.producers[ended.producer].producer_slab->At(ended.slot));
     Complete(ended.producer, {.kind = CompletionKind::kCommand,
+                              .reason = ended.reason,
                               .slot = ended.slot,
                               .origin = request->origin,
                               .sequence = request->request_id});
   }
+  CountRebuildLeft();
   return work;
 }
 
@@ -70,8 +78,15 @@ bool Shard::StepCommand(Command* command) {
   auto* request = reinterpret_cast<CommandRequest*>(
       port_.producers[command->producer].producer_slab->At(command->slot));
   if (command->entry == nullptr) return true;
-  return command->what == SpaceCommand::kDrop ? StepDrop(command, request)
-                                              : StepCompact(command, request);
+  switch (command->what) {
+    case SpaceCommand::kCompact:
+      return StepCompact(command, request);
+    case SpaceCommand::kRebuild:
+      return StepRebuild(command, request);
+    case SpaceCommand::kDrop:
+      break;
+  }
+  return StepDrop(command, request);
 }
 
 bool Shard::StepCompact(Command* command, CommandRequest* request) {
@@ -102,6 +117,7 @@ bool Shard::StepDrop(Command* command, CommandRequest* request) {
   switch (command->step) {
     case Command::Step::kBegin:
     case Command::Step::kSweeping:
+    case Command::Step::kRebuilding:
       if (space != kNoNode && HasUnderWay(space)) return false;
       command->step = Command::Step::kForgetting;
       return false;

@@ -7,12 +7,14 @@
 //
 // Quotas: each shard publishes what its partition has (SpaceEntry::PublishUse).
 // 1. Refuse: the home compares the sum, and what it has under way itself, before it logs. Other
-//    homes may have as much under way as their ledgers hold.
+//    homes may have as much under way as their ledgers hold. An update counts as nothing, unless a
+//    delete of the space is under way, which may be of the very content that it counts on.
 // 2. Evict: whoever stores ends the oldest of its own as long as the sum is over the quota and its
 //    partition has more than its share. With one partition that is right after the store, so the
 //    same observations end again when the log is replayed. What was there when a checkpoint was
 //    made, and what had been evicted by then, the checkpoint says; nothing is evicted again before
-//    the replay is past it.
+//    the replay is past it. A partition keeps its last content whatever its share is: that may be
+//    what it has just acknowledged.
 
 #include <algorithm>
 
@@ -26,8 +28,10 @@ namespace {
 constexpr int kEndedAtOnce = 256;
 // By one store: the one that it is too much, and some of what a smaller quota has left.
 constexpr int kEvictedByStore = 4;
-// Spaces that are looked at in one round.
+// Spaces that are looked at in one round, and in one that had nothing else to do: then some tens of
+// us.
 constexpr size_t kAgingSpaces = 8;
+constexpr size_t kIdleAgingSpaces = 256;
 
 }  // namespace
 
@@ -43,9 +47,10 @@ CommitStamp Shard::EndOf(const SpaceEntry& entry, CommitStamp stamp) {
   return stamp + static_cast<CommitStamp>(entry.ttl_ns());
 }
 
-int Shard::EndByAge() {
+int Shard::EndByAge(bool busy) {
   int ended = 0;
-  for (size_t n = 0; n < std::min(kAgingSpaces, aging_.size()) && ended < kEndedAtOnce; ++n) {
+  const size_t looks = std::min(busy ? kAgingSpaces : kIdleAgingSpaces, aging_.size());
+  for (size_t n = 0; n < looks && ended < kEndedAtOnce; ++n) {
     aging_turn_ = (aging_turn_ + 1) % aging_.size();
     ended += EndByAgeIn(aging_[aging_turn_], kEndedAtOnce - ended);
   }
@@ -96,7 +101,8 @@ int Shard::Evict(uint32_t space, CommitStamp end, int most) {
   return evicted;
 }
 
-// All partitions have more than the quota, and this one has part in it.
+// All partitions have more than the quota, and this one has part in it; but what is alone in its
+// partition may be what was just stored.
 bool Shard::IsOverShare(uint32_t space) const {
   const SpaceEntry& entry = *entries_[space];
   const Space& part = *spaces_[space];
@@ -106,7 +112,7 @@ bool Shard::IsOverShare(uint32_t space) const {
   const auto is_over = [partitions](uint64_t all, uint64_t own, uint64_t quota) {
     return quota > 0 && all > quota && own > quota / partitions;
   };
-  return contents > 0 && (is_over(total.observations, contents, entry.quota_observations()) ||
+  return contents > 1 && (is_over(total.observations, contents, entry.quota_observations()) ||
                           is_over(total.bytes, part.content_bytes(), entry.quota_bytes()));
 }
 
@@ -119,7 +125,7 @@ void Shard::PublishUse(uint32_t space) {
 }
 
 // Whether the quota has room for what this home is about to take; *grows: it needs some.
-RefusalReason Shard::JudgeQuota(uint32_t space, const ObserveRequest& request, bool* grows) const {
+RefusalReason Shard::JudgeQuota(uint32_t space, const ObserveRequest& request, bool* grows) {
   const SpaceEntry& entry = *entries_[space];
   *grows = false;
   if (!entry.has_quota() || entry.evicts() || request.op != ObservationOp::kUpsert) {
@@ -128,9 +134,18 @@ RefusalReason Shard::JudgeQuota(uint32_t space, const ObserveRequest& request, b
   // Only here is it known what an update is.
   if (entry.partitions() == 1 && partition_of_[space] == 0 &&
       spaces_[space]->HasContent(ObservationIn(request).id)) {
+    *grows = deleting_[space] > 0;
     return RefusalReason::kNone;
   }
   *grows = true;
+  const RefusalReason reason = JudgeGrowth(space, request);
+  // What has expired is in nobody's way, though its turn may not have come.
+  if (reason == RefusalReason::kNone || EndByAgeIn(space, kEndedAtOnce) == 0) return reason;
+  return JudgeGrowth(space, request);
+}
+
+RefusalReason Shard::JudgeGrowth(uint32_t space, const ObserveRequest& request) const {
+  const SpaceEntry& entry = *entries_[space];
   const SpaceEntry::Use total = entry.TotalUse();
   const uint64_t growth = growing_[space] + uint64_t{1};
   if (entry.quota_observations() > 0 && total.observations + growth > entry.quota_observations()) {

@@ -76,6 +76,7 @@ void Shard::StepForward(uint64_t ticket) {
 void Shard::FinishForward(uint64_t ticket) {
   Forward& forward = ledger_.At(ticket);
   if (std::exchange(forward.grows, false)) --growing_[space_of_entry_[forward.space]];
+  if (std::exchange(forward.deletes, false)) --deleting_[space_of_entry_[forward.space]];
   ledger_.Finish(ticket, [this](const Forward& done) { AnswerForward(done); });
 }
 
@@ -175,12 +176,15 @@ void Shard::NoteOutcome(Forward* forward, bool existed, CommitStamp later) {
 
 StoreOutcome Shard::DoAsAsked(PeerMessage::Kind kind, uint32_t space, const ObserveRequest& request,
                               CommitStamp stamp, bool in_credit) {
+  const ReplayScope scope(request.address);  // Only while shards recover does anyone look at it.
   if (IsDropped(space, stamp)) return {};
   if (kind == PeerMessage::Kind::kStore) return Store(space, request, stamp, in_credit);
   const std::string_view id = ObservationIn(request).id;
+  const StoreOutcome outcome = kind == PeerMessage::Kind::kYield
+                                   ? spaces_[space]->Yield(id, stamp)
+                                   : spaces_[space]->Delete(id, stamp, true);
   QueueForUpkeep(space);
-  return kind == PeerMessage::Kind::kYield ? spaces_[space]->Yield(id, stamp)
-                                           : spaces_[space]->Delete(id, stamp, true);
+  return outcome;
 }
 
 void Shard::AnswerForward(const Forward& forward) {
@@ -256,12 +260,11 @@ int Shard::TakePeerRequests() {
 // False when it has to wait for room.
 bool Shard::TakePeerRequest(ShardId home, const PeerMessage& message) {
   const ObserveRequest& request = *message.request;
-  const ReplayScope scope(request.address);  // Only while shards recover does anyone look at it.
   const uint32_t space = FindOrMakeSpace(port_.catalogue->At(message.space));
   if (request.op == ObservationOp::kSkip) {
     // A session that belongs here, from the log of another shard.
     if (!IsDropped(space, message.stamp)) {
-      sessions_.Restore(request.session, space, request.sequence, UnixNsOf(message.stamp));
+      sessions_.Restore(request.session, space, request.sequence, request.when_ns);
     }
     return Answer(home, message, {});
   }

@@ -117,7 +117,7 @@ std::string ShardRecovery::PlaceOf(const LogEntry& entry) const {
 int Shard::Recover() {
   if (recovery_progress_.failed.load(std::memory_order_relaxed)) return 0;
   RenewStale();
-  int work = TakePeerAnswers() + SendWaiting();
+  int work = TakePeerAnswers() + SendWaiting() + FreeCondemned();
   const auto fail = [this](Error error) {
     recovery_progress_.error = std::move(error);
     recovery_progress_.failed.store(true, std::memory_order_release);
@@ -133,7 +133,7 @@ int Shard::Recover() {
   }
   work += TakePeerRequests();
   recovery_->NoteBefore(kFirstReplayed);
-  if (!OthersHaveLoaded()) return work + EndByAge() + Upkeep(true) + 1;
+  if (!OthersHaveLoaded()) return work + EndByAge(true) + Upkeep(true) + 1;
   for (int n = 0; n < kReplayBatch && ledger_.room() > 1; ++n) {
     LogEntry entry;
     if (recovery_->held) {
@@ -143,9 +143,8 @@ int Shard::Recover() {
       if (!step) return fail(step.error());
       if (*step == LogStep::kPending) return work + 1;
       if (*step == LogStep::kEnd) {
-        if (ledger_.empty()) {
-          if (auto ended = EndRecovery(); !ended) return fail(ended.error());
-        }
+        if (!ledger_.empty() || !AllHaveReplayed()) break;
+        if (auto ended = EndRecovery(); !ended) return fail(ended.error());
         return work + 1;
       }
     }
@@ -170,7 +169,7 @@ int Shard::Recover() {
     recovery_->held.reset();
     ++work;
   }
-  return work + EndByAge() + Upkeep(true);
+  return work + EndByAge(true) + Upkeep(true) + 1;
 }
 
 // What is replayed goes where the partitions say, and an earlier version may be in a later one. So
@@ -181,6 +180,17 @@ bool Shard::OthersHaveLoaded() const {
     if (port_.stamps->CompleteUpTo(ShardId(s), INT64_MAX) < kFirstReplayed - 1) return false;
   }
   return true;
+}
+
+// Until then another one may read that a space was dropped, of which this one has a part, sessions
+// and clients that go on with them.
+bool Shard::AllHaveReplayed() {
+  if (!recovery_->is_through) {
+    recovery_->is_through = true;
+    recovery_->NoteBefore(kOpenStamp);
+    port_.catalogue->EndReplay();
+  }
+  return !port_.catalogue->is_replaying();
 }
 
 // What it does depends on what came before it, which other logs may hold: then these come first. A
@@ -224,7 +234,11 @@ Result<bool> Shard::Replay(const LogEntry& entry) {
     auto space = port_.catalogue->Restore(record.space, definition, birth);
     if (!space) return std::unexpected(space.error());
     const uint32_t index = FindOrMakeSpace(*space);
-    if (birth == birth_of_[index]) logged_partitions_[index] = definition.partitions;
+    // What the log of a shard that is gone says has to be said again: that one is not read for
+    // ever, nor always by this shard.
+    if (recovery_->is_own() && birth == birth_of_[index]) {
+      logged_partitions_[index] = definition.partitions;
+    }
     return true;
   }
   SpaceEntry* space_entry = port_.catalogue->FindAny(record.space);
@@ -241,9 +255,15 @@ Result<bool> Shard::Replay(const LogEntry& entry) {
                                          std::string(record.space) + ", which was never made");
   }
   const uint32_t space = FindOrMakeSpace(space_entry);
+  const bool is_vacant = space_entry->is_vacant();  // Before its birth, which may rise meanwhile.
   if (IsDropped(space, record.stamp)) {
     recovery_->Note(record.stamp);
     return true;
+  }
+  if (is_vacant) {
+    return Fail(ErrorCode::kCorrupt, recovery_->PlaceOf(entry) + ": a record of space " +
+                                         std::string(record.space) +
+                                         ", which was dropped and not made again");
   }
   if (record.kind != LogRecordKind::kSkip && IsObservation(record.kind) && !left_out) {
     auto stored = ReplayObservation(entry, space);
@@ -253,16 +273,18 @@ Result<bool> Shard::Replay(const LogEntry& entry) {
   }
   recovery_->Note(record.stamp);
   if (record.session.value() != 0) {
-    RestoreSession(record.session, space, record.sequence, record.stamp);
+    RestoreSession(record.session, space, record.sequence, record.stamp, UnixNsOf(record.stamp));
   }
   return true;
 }
 
-// In its home, which is another one than it was where the number of shards has changed.
-void Shard::RestoreSession(SessionId id, uint32_t space, Sequence sequence, CommitStamp stamp) {
+// In its home, which is another one than it was where the number of shards has changed. `stamp` is
+// one of the incarnation that it belongs to: it ends with that.
+void Shard::RestoreSession(SessionId id, uint32_t space, Sequence sequence, CommitStamp stamp,
+                           int64_t last_active_unix_ns) {
   const auto home = static_cast<uint16_t>(HomeOfSession(id).value() % port_.catalogue->shards());
   if (home == port_.shard.value()) {
-    sessions_.Restore(id, space, sequence, UnixNsOf(stamp));
+    sessions_.Restore(id, space, sequence, last_active_unix_ns);
     return;
   }
   void* memory = std::aligned_alloc(kCacheLineBytes, kRequestBodyOffset);
@@ -271,6 +293,7 @@ void Shard::RestoreSession(SessionId id, uint32_t space, Sequence sequence, Comm
   request->op = ObservationOp::kSkip;
   request->session = id;
   request->sequence = sequence;
+  request->when_ns = last_active_unix_ns;
   const uint64_t ticket = ledger_.Add(nullptr);
   Forward& forward = ledger_.At(ticket);
   forward.step = Forward::Step::kStore;
@@ -359,6 +382,7 @@ Result<void> Shard::EndRecovery() {
   // added, as it may have been drawn ahead of the clock.
   stamp_clock_.Pass(recovery_->latest());
   clock_->PassWallNs(UnixNsOf(recovery_->latest()) + (int64_t{1} << kStampShardBits));
+  RenewStale();
   const LogPosition end = recovery_->end();
   const uint32_t epoch = recovery_->next_epoch();
   recovery_.reset();

@@ -108,6 +108,8 @@ class ShardRecovery {
   // Of what was loaded.
   void NoteLoaded(CommitStamp stamp) { latest_ = std::max(latest_, stamp); }
   CommitStamp latest() const { return latest_; }
+  // Whether the last record was of the shard's own log.
+  bool is_own() const { return from_ + 1 == sources_.size(); }
   // Where the shard's own log goes on, and with which epoch.
   LogPosition end() const { return end_; }
   uint32_t next_epoch() const { return epoch_ + 1; }
@@ -115,6 +117,8 @@ class ShardRecovery {
   std::string PlaceOf(const LogEntry& entry) const;
 
   CheckpointLoading loading;
+  // All is read, and stored wherever it belongs.
+  bool is_through = false;
   // An entry that there was no memory for yet.
   std::optional<LogEntry> held;
   int64_t held_since_ns = 0;

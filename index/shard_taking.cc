@@ -215,6 +215,8 @@ Shard::Taken Shard::Take(uint32_t space, Session* session, ObserveRequest* reque
   if (!consumed && request->op == ObservationOp::kUpsert) ++pending_[space];
   forward.grows = grows && !consumed;
   if (forward.grows) ++growing_[space];
+  forward.deletes = !consumed && request->op == ObservationOp::kDelete;
+  if (forward.deletes) ++deleting_[space];
   return taken;
 }
 

@@ -20,15 +20,15 @@ constexpr float kInt8Magnitude = 128;
 constexpr uint64_t kBusySweepShare = 16;
 constexpr uint64_t kIdleSweepShare = 1024;
 constexpr uint64_t kLeastBusySweep = 64;
-// No more of the graph at once: a search near doomed nodes must go through them to find others.
-constexpr uint64_t kMostSweepShare = 8;
 // The share of retired ones in the graph from which on they count as backlog: some sweeps' worth,
 // as they wait for the horizon first.
 constexpr uint64_t kGatheredShare = 4;
 constexpr int kTombstonesAtOnce = 64;
 constexpr uint64_t kEndedAtOnce = 64;
-// And where they end by age, as many as come, this share of all that are listed still.
+// And where they end by age, as many as come, this share of all that are listed still, up to a
+// bound of the round: some 100 us.
 constexpr uint64_t kEndedAtOnceShare = 16;
+constexpr uint64_t kMostEndedAtOnce = 2'048;
 // Without a graph: as many ended nodes as this share of the live ones are taken out of the list.
 constexpr uint64_t kEndedShare = 8;
 
@@ -372,6 +372,11 @@ void Space::EndVersion(NodeId node, CommitStamp stamp) {
     case NodeState::kLinked:
       ListRetired(node);
       return;
+    case NodeState::kLifted:
+      --unlinked_;
+      --lifted_live_;
+      stored.state = NodeState::kLiftedEnded;
+      return;
     default:
       CHECK(false, "only a live node ends");
   }
@@ -524,28 +529,31 @@ void Space::FreeText(Node* node) {
 // Upkeep
 
 NodeId Space::NextToLink() {
-  const uint64_t most = kEndedAtOnce + (aged_ ? ended_listed() / kEndedAtOnceShare : 0);
+  const uint64_t share = aged_ ? ended_listed() / kEndedAtOnceShare : 0;
+  const uint64_t most = std::min(kEndedAtOnce + share, kMostEndedAtOnce);
   for (uint64_t passed = 0; passed < most; ++passed) {
     const NodeId node = fresh_.first();
     if (node != kNoNode && nodes_[node].state == NodeState::kEnded && IsPast(node)) {
       fresh_.PopFirst();
+      ++taken_first_;
       PutInLine(node);
     } else if (!has_graph_) {
       DropEnded();
       return kNoNode;
-    } else if (node == kNoNode || nodes_[node].state != NodeState::kEnded) {
+    } else if (node == kNoNode || (nodes_[node].state != NodeState::kEnded && !IsLifted(node))) {
       return node;
-    } else if (unlinked_ == 0 || !ReserveFresh()) {
+    } else if (linkable() == 0 || !ReserveFresh()) {
       return kNoNode;
     } else {
       fresh_.MoveFirstToEnd();  // Still wanted; those behind it need not wait for the horizon.
+      ++taken_first_;
     }
   }
   return kNoNode;
 }
 
 bool Space::WaitsForHorizon() const {
-  if (WantsSweep()) return true;
+  if (is_rebuilding() || WantsSweep()) return true;
   const uint64_t outside = retired_ - retired_linked_;
   const uint64_t ended = fresh_.size() - unlinked_;
   if (outside > ended) return true;
@@ -563,6 +571,7 @@ bool Space::BeginLinking(HnswLinker* linker, NodeId node) {
 void Space::FinishLinking(NodeId node) {
   CHECK(fresh_.first() == node, "nodes are linked in the order in which they came");
   fresh_.PopFirst();
+  ++taken_first_;
   if (nodes_[node].state == NodeState::kRetiredLinking) {
     ListRetired(node);
     return;
@@ -573,8 +582,12 @@ void Space::FinishLinking(NodeId node) {
 }
 
 bool Space::WantsSweep() const {
+  return rebuild_.step == Rebuild::Step::kLeaving || WantsRetiredSweep();
+}
+
+bool Space::WantsRetiredSweep() const {
   if (retired_linked_ == 0) return false;
-  if (sweeps_all_) return true;
+  if (sweeps_all_ || rebuild_.step == Rebuild::Step::kEnding) return true;
   const uint64_t nodes = graph_.linked_count();
   if (unlinked_ == 0) return retired_linked_ * kIdleSweepShare >= nodes;
   return retired_linked_ >= std::max(kLeastBusySweep, nodes / kBusySweepShare);
@@ -587,6 +600,11 @@ uint64_t Space::backlog() const {
 }
 
 bool Space::BeginSweep(HnswSweep* sweep) {
+  if (rebuild_.step == Rebuild::Step::kLeaving && BeginLiftedSweep(sweep)) return true;
+  return WantsRetiredSweep() && BeginRetiredSweep(sweep);
+}
+
+bool Space::BeginRetiredSweep(HnswSweep* sweep) {
   if (first_sweepable_ == kNoNode) {
     first_sweepable_ = std::exchange(first_retired_, kNoNode);
     sweep_end_ = latest_stamp();
@@ -615,11 +633,23 @@ bool Space::BeginSweep(HnswSweep* sweep) {
 }
 
 void Space::FinishSweep(const HnswSweep& sweep) {
-  for (const NodeId node : sweep.batch()) PutInLine(node);
+  const bool was_lifted = !sweep.batch().empty() && IsLifted(sweep.batch().front());
+  for (const NodeId node : sweep.batch()) {
+    if (was_lifted) {
+      AwaitReaders(node);
+    } else {
+      PutInLine(node);
+    }
+  }
+  if (was_lifted) rebuild_.step = Rebuild::Step::kForgetting;
 }
 
 void Space::PutInLine(NodeId node) {
   nodes_[node].state = NodeState::kWaiting;
+  AwaitReaders(node);
+}
+
+void Space::AwaitReaders(NodeId node) {
   nodes_[node].next = first_waiting_;
   first_waiting_ = node;
 }
@@ -635,6 +665,10 @@ bool Space::Reclaim(size_t max_nodes) {
     if (!epochs_->Passed(closing_epoch_)) return true;
     const NodeId node = first_closing_;
     first_closing_ = nodes_[node].next;
+    if (IsLifted(node)) {
+      PutBack(node);
+      continue;
+    }
     if (save_ != nullptr && save_->MustKeep(node)) {
       if (first_kept_ == kNoNode) last_kept_ = node;
       nodes_[node].next = std::exchange(first_kept_, node);

@@ -112,6 +112,10 @@ struct SpaceOptions {
 // the stamp of a suppress, as against a tombstone, it would be lost, or, where it lies in another
 // shard, be there beside the older one once both are restored.
 //
+// A rebuild (space_rebuild.cc) takes what is linked out of the graph and has it linked anew, in its
+// place: kLinked -> kLifted (listed as fresh again, until a sweep has taken it out) -> kUnlinked;
+// or, where it ends meanwhile, kLiftedEnded -> kEnded.
+//
 // A SpaceSaver reads it in slices while all this goes on; a SpaceLoader fills it at a restart.
 // While a save is under way two things are kept longer than else, see Save below.
 //
@@ -262,6 +266,24 @@ class Space {
   void FinishSweep(const HnswSweep& sweep);
   // Until it is taken back whatever has ended is swept, however little it is, for an operator.
   void SweepAll(bool sweeps_all) { sweeps_all_ = sweeps_all; }
+
+  // Has all that is in the graph linked anew, at most `most` nodes at a time (at least 1), by the
+  // linker that there is now; what has ended is swept out. By upkeep; takes no memory but for
+  // places in the list of fresh nodes. No rebuild is under way.
+  void BeginRebuild(uint64_t most);
+  bool is_rebuilding() const { return rebuild_.step != Rebuild::Step::kNone; }
+  // Some of it, by upkeep between sweeping and linking: looks at `max_nodes` nodes at most. True
+  // when something was done.
+  bool StepRebuild(size_t max_nodes);
+  // Nodes that are still linked as before, or wait to be linked anew.
+  uint64_t rebuild_left() const;
+  // Nodes that have left the graph to be linked anew, ever.
+  uint64_t relinked() const { return relinked_; }
+  // Of these the ones that are on their way out.
+  uint32_t lifted() const { return lifted_; }
+  // That a linker may take.
+  uint64_t linkable() const { return unlinked_ - lifted_live_; }
+
   // Places of what had ended that were given back, ever.
   uint64_t reclaimed() const { return reclaimed_; }
   // Of a space that nobody has to do with any more, ahead of its end: gives back texts, of
@@ -318,6 +340,8 @@ class Space {
     kWaiting,
     kTombstone,
     kHidden,
+    kLifted,
+    kLiftedEnded,
     kCount,
   };
   struct Node {
@@ -377,12 +401,39 @@ class Space {
     }
   };
 
+  // One of them at a time, see space_rebuild.cc, which numbers the steps.
+  struct Rebuild {
+    enum class Step : uint8_t {
+      kNone,
+      kLifting,     // 1.
+      kLeaving,     // 2. waits for readers
+      kSweeping,    // 2.
+      kForgetting,  // 3. waits for readers
+      kLinking,     // 4.
+      kEnding,      // 5.
+    };
+    Step step = Step::kNone;
+    uint64_t most = 1;         // nodes of a batch
+    uint64_t most_now = 1;     // of this one
+    uint64_t visited = 0;      // places, of `turns`
+    uint64_t turns = 0;        // a power of two, at least the places that there were
+    uint64_t linked_when = 0;  // taken_first_, then
+    ReaderEpochs::Epoch epoch = 0;
+  };
+
   static constexpr ReaderEpochs::Epoch kNoEpoch = 0;
+  // No more of the graph leaves at once: a search near doomed nodes must go through them to find
+  // others.
+  static constexpr uint64_t kMostSweepShare = 8;
 
   bool IsLive(NodeId node) const {
     const NodeState state = nodes_[node].state;
     return state == NodeState::kUnlinked || state == NodeState::kLinking ||
-           state == NodeState::kLinked;
+           state == NodeState::kLinked || state == NodeState::kLifted;
+  }
+  bool IsLifted(NodeId node) const {
+    const NodeState state = nodes_[node].state;
+    return state == NodeState::kLifted || state == NodeState::kLiftedEnded;
   }
   // It ended, and no recall may ask for it any more.
   bool IsPast(NodeId node) const {
@@ -414,6 +465,12 @@ class Space {
   void EndVersion(NodeId node, CommitStamp stamp);
   void ListRetired(NodeId node);
   void PutInLine(NodeId node);
+  void AwaitReaders(NodeId node);
+  bool WantsRetiredSweep() const;
+  bool BeginRetiredSweep(HnswSweep* sweep);
+  bool LiftSome(size_t max_nodes);
+  bool BeginLiftedSweep(HnswSweep* sweep);
+  void PutBack(NodeId node);
   void FreeNode(NodeId node);
   void EndSave();
   void Supersede(uint64_t hash, NodeId old, CommitStamp stamp, bool several_homes);
@@ -498,7 +555,14 @@ class Space {
   bool memory_short_ = false;  // an upsert was refused
   bool sweeps_all_ = false;
   uint64_t reclaimed_ = 0;
-  uint32_t dismantled_ = 0;  // nodes
+  Rebuild rebuild_;
+  NodeId first_lifted_ = kNoNode;  // that no sweep has taken yet
+  uint32_t lifted_ = 0;
+  uint32_t lifted_live_ = 0;
+  uint64_t lifted_ever_ = 0;
+  uint64_t relinked_ = 0;
+  uint64_t taken_first_ = 0;  // nodes that were taken from the front of the list, ever
+  uint32_t dismantled_ = 0;   // nodes
   // The saver's, where one is under way. What it must keep waits in a list until it ends.
   Save* save_ = nullptr;
   NodeId first_kept_ = kNoNode;

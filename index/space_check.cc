@@ -35,7 +35,9 @@ Result<void> Space::CheckNode(NodeId node) const {
     }
   }
   const bool in_graph = stored.state == NodeState::kLinked || stored.state == NodeState::kRetired;
-  if (in_graph != graph_.IsLinked(node)) return Unsound("graph and node disagree", node);
+  const bool fits = IsLifted(node) ? graph_.IsLinked(node) || graph_.IsDoomed(node)
+                                   : in_graph == graph_.IsLinked(node);
+  if (!fits) return Unsound("graph and node disagree", node);
   if (stored.state == NodeState::kDoomed && !graph_.IsDoomed(node)) {
     return Unsound("doomed here and not in the graph", node);
   }
@@ -45,15 +47,19 @@ Result<void> Space::CheckNode(NodeId node) const {
 // Without reading any node.
 Result<void> Space::CompareCounts(const StateCounts& by_state) const {
   const auto count = [&](NodeState state) { return by_state[static_cast<size_t>(state)]; };
-  const uint64_t unlinked = count(NodeState::kUnlinked) + count(NodeState::kLinking);
+  const uint64_t lifted_live = count(NodeState::kLifted);
+  const uint64_t unlinked = count(NodeState::kUnlinked) + count(NodeState::kLinking) + lifted_live;
   const uint64_t live = unlinked + count(NodeState::kLinked);
   const uint64_t retired = count(NodeState::kEnded) + count(NodeState::kRetired) +
                            count(NodeState::kRetiredLinking) + count(NodeState::kDoomed) +
-                           count(NodeState::kWaiting);
+                           count(NodeState::kWaiting) + count(NodeState::kLiftedEnded);
   if (live != live_) return Unsound("live count is off", live);
   if (unlinked != unlinked_) return Unsound("unlinked count is off", unlinked);
   if (retired != retired_) return Unsound("retired count is off", retired);
   if (count(NodeState::kRetired) != retired_linked_) return Unsound("retired list is off", retired);
+  if (lifted_live != lifted_live_ || lifted_live + count(NodeState::kLiftedEnded) != lifted_) {
+    return Unsound("lifted count is off", lifted_live);
+  }
   if (count(NodeState::kTombstone) != tombstones_)
     return Unsound("tombstones are off", tombstones_);
   if (count(NodeState::kHidden) != hidden_) return Unsound("hidden count is off", hidden_);
@@ -76,7 +82,8 @@ Result<void> Space::CheckCounts() const {
   uint64_t listed = 0;
   for (size_t i = 0; i < fresh.size(); ++i) {
     const NodeState state = nodes_[fresh[i]].state;
-    listed += static_cast<uint64_t>(state == NodeState::kUnlinked || state == NodeState::kLinking);
+    listed += static_cast<uint64_t>(state == NodeState::kUnlinked || state == NodeState::kLinking ||
+                                    state == NodeState::kLifted);
   }
   if (listed != unlinked_) return Unsound("the fresh list lacks nodes", listed);
   if (aged_ && !aged_->IsSound()) return Unsound("queue by age is off", aged_->size());
@@ -89,11 +96,13 @@ Result<void> Space::CheckCounts() const {
 }
 
 // The same only if no count has changed: a node comes to life, or into what has ended, as it is
-// taken or restored from being hidden; without the first all of these go one way.
+// taken or restored from being hidden, and leaves the graph as it is lifted; without the first and
+// the last all of these go one way.
 uint64_t Space::ChangesMark() const {
   uint64_t mark = MixBits(nodes_taken_ + 1);
-  for (const uint64_t count : {live_, unlinked_, retired_, uint64_t{retired_linked_}, tombstones_,
-                               hidden_, uint64_t{node_count()}}) {
+  for (const uint64_t count :
+       {live_, unlinked_, retired_, uint64_t{retired_linked_}, tombstones_, hidden_, lifted_ever_,
+        uint64_t{lifted_}, uint64_t{lifted_live_}, uint64_t{node_count()}}) {
     mark = MixBits(mark ^ count);
   }
   return mark;

@@ -32,7 +32,7 @@ Result<std::unique_ptr<Appliance>> Appliance::Create(const ApplianceOptions& opt
   if (!mesh) return std::unexpected(mesh.error());
   std::unique_ptr<Appliance> appliance(new Appliance(std::move(spaces), *std::move(mesh),
                                                      ProducerId(ingest_cores), options.log_disks,
-                                                     options.pins));
+                                                     options.unwritten_ns, options.pins));
   for (uint16_t s = 0; s < options.shards; ++s) {
     ShardOptions shard_options = options.shard;
     if (s < mesh_options.shard_numa_node.size()) {
@@ -45,9 +45,9 @@ Result<std::unique_ptr<Appliance>> Appliance::Create(const ApplianceOptions& opt
     appliance->shards_.back()->AddCounters("shard" + std::to_string(s), &appliance->catalogue_);
   }
   for (uint16_t p = 0; p < ingest_cores; ++p) {
-    auto ingest = IngestCore::Create(
-        options.ingest, clock, networks[p], appliance->mesh_.TakeProducer(ProducerId(p)),
-        &appliance->catalogue_, {options.log_disks, appliance->pins_, p});
+    auto ingest = IngestCore::Create(options.ingest, clock, networks[p],
+                                     appliance->mesh_.TakeProducer(ProducerId(p)),
+                                     &appliance->catalogue_, appliance->RecordsFor(p));
     if (!ingest) return std::unexpected(ingest.error());
     appliance->ingest_.push_back(*std::move(ingest));
     appliance->ingest_.back()->AddCounters("ingress" + std::to_string(p), &appliance->catalogue_);

@@ -28,6 +28,7 @@ struct ApplianceOptions {
   std::vector<ShardStorage> storage;
   // Over the folders of their logs, for the cores that answer; with storage.
   RecordAccess::DiskFactory log_disks;
+  int64_t unwritten_ns = kNanosPerSecond;  // see RecordAccess
   // With a place for each ingress core and one for the gateway; outlives the appliance. nullptr: it
   // has its own.
   ReadPins* pins = nullptr;
@@ -64,26 +65,30 @@ class Appliance {
   SpaceCatalogue& spaces() { return *spaces_; }
   // Once, where the options asked for a gateway.
   ProducerPort TakeGatewayPort() { return mesh_.TakeProducer(gateway_); }
-  RecordAccess gateway_records() { return {log_disks_, pins_, gateway_.value()}; }
+  RecordAccess gateway_records() { return RecordsFor(gateway_.value()); }
   // Of all cores that answer; who frees what the logs hold closes epochs.
   ReadPins* pins() { return pins_; }
 
  private:
   Appliance(std::unique_ptr<SpaceCatalogue> spaces, RingMesh mesh, ProducerId gateway,
-            const RecordAccess::DiskFactory& log_disks, ReadPins* pins)
+            const RecordAccess::DiskFactory& log_disks, int64_t unwritten_ns, ReadPins* pins)
       : spaces_(std::move(spaces)),
         mesh_(std::move(mesh)),
         gateway_(gateway),
         log_disks_(log_disks),
+        unwritten_ns_(unwritten_ns),
         own_pins_(gateway.value() + 1U),
         pins_(pins != nullptr ? pins : &own_pins_) {
     CHECK(pins_->readers() > gateway.value(), "each core that answers has its place");
   }
 
+  RecordAccess RecordsFor(uint32_t place) { return {log_disks_, pins_, place, unwritten_ns_}; }
+
   std::unique_ptr<SpaceCatalogue> spaces_;
   RingMesh mesh_;
   ProducerId gateway_;  // the last one
   const RecordAccess::DiskFactory log_disks_;
+  const int64_t unwritten_ns_;
   ReadPins own_pins_;
   ReadPins* const pins_;  // by producer
   CounterCatalogue catalogue_;

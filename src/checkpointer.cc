@@ -29,9 +29,7 @@ Checkpointer::Checkpointer(const CheckpointerOptions& options, Disk* root, LogSt
       retention_(options.retention, logs, pins, clock) {}
 
 int Checkpointer::Poll(const NoteFn& note) {
-  const bool held = clock_->MonotonicNs() < held_until_ns_.load();
-  counters_[CheckpointCounter::kHeld].Set(held ? 1 : 0);
-  if (held) return 0;
+  if (IsHeld()) return 0;
   const int work = retention_.Poll(note);
   switch (phase_) {
     case Phase::kIdle:
@@ -50,9 +48,28 @@ int Checkpointer::Poll(const NoteFn& note) {
   return work;
 }
 
+// A round that was under way when somebody asked goes on to its end: until then the shards keep
+// what only it needs. Whoever reads 1 after asking finds that nothing goes until the lease ends.
+bool Checkpointer::IsHeld() {
+  const auto held = [this] {
+    return !stopping_ && phase_ == Phase::kIdle && lease_.Runs(clock_->MonotonicNs());
+  };
+  Counter& told = counters_[CheckpointCounter::kHeld];
+  if (!held()) {
+    if (told.Read() == 0) return false;
+    told.Set(0);
+    // Somebody else may have asked meanwhile and have read the 1 of before: then the lease is seen
+    // here, as one of the two looks after both have written.
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    if (!held()) return false;
+  }
+  told.Set(1);
+  return true;
+}
+
 bool Checkpointer::IsDue() const {
   if (requests_.load() != requests_taken_) return true;
-  if (compactions_.load() != compactions_taken_) return true;
+  if (IsCompactionWanted()) return true;
   if (compaction_rounds_ > 0 && clock_->MonotonicNs() >= retry_ns_) return true;
   return options_.every_bytes > 0 && clock_->MonotonicNs() >= retry_ns_ &&
          logs_->bytes_written() - bytes_at_last_ >= options_.every_bytes;
@@ -60,7 +77,7 @@ bool Checkpointer::IsDue() const {
 
 void Checkpointer::Begin() {
   requests_taken_ = requests_.load();
-  if (compactions_.load() != compactions_taken_) {
+  if (IsCompactionWanted()) {
     compactions_taken_ = compactions_.load();
     compaction_rounds_ = kCompactionRounds;
   }
@@ -189,6 +206,7 @@ void Checkpointer::End(bool succeeded) {
     if (compaction_rounds_ > 0) --compaction_rounds_;
   } else {
     retry_ns_ = clock_->MonotonicNs() + options_.retry_ns;
+    compaction_rounds_ = 0;
     // A file that was begun would only take room.
     if (!either_may_stand_) (void)logs_->RemoveCheckpointsBut(latest_.round);
     counters_[CheckpointCounter::kFailed].Add(1);

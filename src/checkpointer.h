@@ -10,6 +10,7 @@
 #include "src/core/clock.h"
 #include "src/core/counters.h"
 #include "src/core/disk.h"
+#include "src/core/file_lease.h"
 #include "src/core/read_pins.h"
 #include "src/log_store.h"
 #include "src/retention.h"
@@ -57,16 +58,22 @@ class Checkpointer {
   void Request() { requests_.fetch_add(1); }
   std::atomic<uint64_t>& requests() { return requests_; }
   // Begins the rounds that take over what lives in segments with any dead bytes, within the bounds
-  // of a round, and find the old ones empty. Any thread may ask, too.
+  // of a round, and find the old ones empty; a round that fails ends them. Any thread may ask, too.
   void RequestCompaction() { compactions_.fetch_add(1); }
   std::atomic<uint64_t>& compactions() { return compactions_; }
-  // Until that time of the clock no round begins or goes on, and no file of the logs goes that is
+  // While it runs no round begins, and, once none is under way, no file of the logs goes that is
   // there: somebody copies them. The counter `checkpoints_held` tells when it is so. Any thread.
-  std::atomic<int64_t>& held_until_ns() { return held_until_ns_; }
+  FileLease& lease() { return lease_; }
+  // From now on nobody holds files, and rounds are made on request alone: no compaction is begun or
+  // goes on.
+  void BeginStop() {
+    stopping_ = true;
+    compaction_rounds_ = 0;
+  }
   // A round is under way, or was asked for.
   bool busy() const {
     return phase_ != Phase::kIdle || requests_.load() != requests_taken_ ||
-           compaction_rounds_ > 0 || compactions_.load() != compactions_taken_;
+           compaction_rounds_ > 0 || IsCompactionWanted();
   }
   const Retention& retention() const { return retention_; }
   // By how much the logs have grown since the last round began.
@@ -78,6 +85,10 @@ class Checkpointer {
  private:
   enum class Phase : uint8_t { kIdle, kNoting, kSaving, kSyncing };
 
+  bool IsHeld();
+  bool IsCompactionWanted() const {
+    return !stopping_ && compactions_.load() != compactions_taken_;
+  }
   bool IsDue() const;
   void Begin();
   bool AllNoted();
@@ -105,12 +116,13 @@ class Checkpointer {
   uint64_t requests_taken_ = 0;
   uint64_t compactions_taken_ = 0;
   uint32_t compaction_rounds_ = 0;  // still to be made
+  bool stopping_ = false;
   Retention retention_;
   // Any thread's.
   CounterSet<CheckpointCounter, static_cast<size_t>(CheckpointCounter::kCount)> counters_;
   std::atomic<uint64_t> requests_{0};
   std::atomic<uint64_t> compactions_{0};
-  std::atomic<int64_t> held_until_ns_{0};
+  FileLease lease_;
 };
 
 }  // namespace engram

@@ -18,6 +18,10 @@ namespace {
 
 constexpr int64_t kDrainDeadlineNs = 10 * kNanosPerSecond;
 constexpr int64_t kControlPeriodNs = 10 * kNanosPerMilli;
+// Within which the disk writes what it was given.
+constexpr int64_t kFlushSlackNs = kNanosPerSecond;
+// Damaged places that are named one by one.
+constexpr size_t kUnreadableNoted = 1'000;
 // For calls that are under way when the daemon is told to stop; within kDrainDeadlineNs.
 constexpr int64_t kGrpcDrainNs = 5 * kNanosPerSecond;
 // A restart is faster by a checkpoint before the stop, where more than this would be replayed.
@@ -69,7 +73,7 @@ Result<std::unique_ptr<Daemon>> Daemon::Start(const Config& config, const Topolo
   if (auto made = daemon->MakeGuards(config, directory, before_replay, note); !made) {
     return std::unexpected(made.error());
   }
-  if (auto made = daemon->MakeAppliance(config, topology); !made) {
+  if (auto made = daemon->MakeAppliance(config, topology, directory->instance().id); !made) {
     return std::unexpected(made.error());
   }
   if (auto made = daemon->MakeCores(config); !made) return std::unexpected(made.error());
@@ -191,14 +195,16 @@ Result<void> Daemon::MakeGuards(const Config& config, DataDirectory* directory,
   return {};
 }
 
-Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topology) {
+Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topology,
+                                   const InstanceId& instance) {
   ApplianceOptions options;
   options.shards = static_cast<uint16_t>(config.shard_cpus.size());
   options.ingest.max_connections = config.limits.max_connections;
   options.ingest.huge_pages = config.huge_pages;
   options.ingest.checkpoint_requests = &checkpointer_->requests();
   options.ingest.compaction_requests = &checkpointer_->compactions();
-  options.ingest.held_until_ns = &checkpointer_->held_until_ns();
+  options.ingest.lease = &checkpointer_->lease();
+  options.ingest.instance_id = ToString(instance);
   std::error_code ignored;
   options.ingest.data_directory =
       std::filesystem::absolute(config.data_directory, ignored).string();
@@ -214,6 +220,8 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
     options.storage.back().guard = guards_[s].get();
   }
   options.log_disks = logs_->disks();
+  options.unwritten_ns =
+      std::max(kNanosPerSecond, config.flush_interval_ms * kNanosPerMilli + kFlushSlackNs);
   options.pins = pins_.get();
   options.space_defaults.precision = config.index.precision;
   options.space_defaults.durability = config.durability;
@@ -485,15 +493,21 @@ void Daemon::NoteGrowth(const NoteFn& note) {
   }
 }
 
-// Each place once, and of many at a time the last.
+// Each place once, and not more than an operator may read.
 void Daemon::NoteUnreadable(const NoteFn& note) {
-  const auto look = [&](const RecordReader* records) {
-    const LogAddress address = records == nullptr ? kNoLogAddress : records->unreadable();
-    if (address == kNoLogAddress || !unreadable_noted_.insert(address).second) return;
-    const LogPosition position = PositionOf(address);
-    note("error: " + LogFolder(LogOf(address)) + "/" + SegmentName(SegmentOf(position)) +
-         " is damaged at offset " + std::to_string(OffsetOf(position)) +
-         ": recalls leave out the payload that lies there; check this disk");
+  const auto look = [&](RecordReader* records) {
+    if (records == nullptr) return;
+    while (const auto address = records->TakeUnreadable()) {
+      if (unreadable_noted_.size() == kUnreadableNoted) continue;
+      if (!unreadable_noted_.insert(*address).second) continue;
+      const LogPosition position = PositionOf(*address);
+      note("error: " + LogFolder(LogOf(*address)) + "/" + SegmentName(SegmentOf(position)) +
+           " is damaged at offset " + std::to_string(OffsetOf(position)) +
+           ": recalls leave out the payload that lies there; check this disk");
+      if (unreadable_noted_.size() == kUnreadableNoted) {
+        note("error: more damaged places are not named; engramctl log verify finds them all");
+      }
+    }
   };
   for (size_t i = 0; i < appliance_->ingest_cores(); ++i) look(appliance_->ingest(i).records());
   if (gateway_ != nullptr) look(gateway_->records());
@@ -520,7 +534,7 @@ bool Daemon::ServeUntil(const std::atomic<bool>& stop, const NoteFn& note) {
     bell->Wait(kNanosPerMilli);
   }
   const bool drained = all_drained();
-  checkpointer_->held_until_ns().store(0);  // Whoever held it has no connection any more.
+  checkpointer_->BeginStop();
   if (IsWorthACheckpoint()) checkpointer_->Request();
   const int64_t saved_by_ns = clock_->MonotonicNs() + kLastCheckpointNs;
   while (checkpointer_->busy() && clock_->MonotonicNs() < saved_by_ns) {

@@ -72,7 +72,8 @@ class Daemon {
                         const NoteFn& note);
   Result<void> MakeGuards(const Config& config, DataDirectory* directory,
                           const ReplayHook& before_replay, const NoteFn& note);
-  Result<void> MakeAppliance(const Config& config, const Topology& topology);
+  Result<void> MakeAppliance(const Config& config, const Topology& topology,
+                             const InstanceId& instance);
   Result<void> MakeCores(const Config& config);
   void MakeIngress(CoreRunner* runner, size_t index);
   Result<void> MakeGateway(const Config& config);

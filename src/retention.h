@@ -19,8 +19,8 @@
 namespace engram {
 
 struct RetentionOptions {
-  // From the manifest that a segment is dead by until it is freed: snapshots reach back 1 s. While a
-  // forward waits for its owner they may reach back 30 s more, and then lack such a payload.
+  // From the manifest that a segment is dead by until it is freed: snapshots reach back 1 s. While
+  // a forward waits for its owner they may reach back 30 s more, and then lack such a payload.
   int64_t free_after_ns = 5 * kNanosPerSecond;
   // A segment with less than this share of live bytes is rewritten.
   uint32_t rewrite_below_permille = 500;

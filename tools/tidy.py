@@ -58,7 +58,7 @@ LAYERS = (
     ("src/control/", ("src/", "index/", "dataplane/", "engram/v1/")),
     ("src/", ("src/", "index/", "dataplane/")),
     ("tools/", ("src/core/", "src/control/config_", "src/control/core_map.", "tools/",
-                "dataplane/frame_", "index/log/", "index/checkpoint/checkpoint_file.",
+                "dataplane/frame_", "index/log/", "index/checkpoint/",
                 "src/checkpoint_manifest.")),
 )
 FREE_DIRS = ("tests/", "perf/")

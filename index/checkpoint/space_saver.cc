@@ -238,8 +238,10 @@ size_t SpaceSaver::WriteEnd(std::span<std::byte> to) {
 // leads on to others until all lists are mended.
 bool SpaceSaver::DescribeLinks(NodeId node, SavedLinks* saved) const {
   const Space::NodeState state = space_->nodes_[node].state;
+  const bool is_leaving =
+      space_->IsLifted(node) && space_->rebuild_.step != Space::Rebuild::Step::kForgetting;
   if (state != Space::NodeState::kLinked && state != Space::NodeState::kRetired &&
-      state != Space::NodeState::kDoomed) {
+      state != Space::NodeState::kDoomed && !is_leaving) {
     return false;
   }
   const HnswGraph& graph = space_->graph_;
@@ -282,6 +284,7 @@ bool SpaceSaver::DescribeNode(NodeId node, SavedNode* saved) const {
     case Space::NodeState::kUnlinked:
     case Space::NodeState::kLinking:
     case Space::NodeState::kLinked:
+    case Space::NodeState::kLifted:
       saved->state = SavedState::kLive;
       break;
     case Space::NodeState::kEnded:
@@ -289,6 +292,7 @@ bool SpaceSaver::DescribeNode(NodeId node, SavedNode* saved) const {
     case Space::NodeState::kRetired:
     case Space::NodeState::kDoomed:
     case Space::NodeState::kWaiting:
+    case Space::NodeState::kLiftedEnded:
       if (!save_.MustKeep(node)) return false;
       saved->state = save_.WasSuppressed(node) ? SavedState::kSuppressed : SavedState::kRetired;
       break;

@@ -44,9 +44,11 @@ uint32_t CrcOf(std::span<const std::byte> bytes) { return Crc32c(bytes.subspan(k
 
 LogAddress RecordUnderReplay() { return t_record.load(std::memory_order_relaxed); }
 
-ReplayScope::ReplayScope(LogAddress address) { t_record.store(address, std::memory_order_relaxed); }
+ReplayScope::ReplayScope(LogAddress address) : before_(RecordUnderReplay()) {
+  t_record.store(address, std::memory_order_relaxed);
+}
 
-ReplayScope::~ReplayScope() { t_record.store(kNoLogAddress, std::memory_order_relaxed); }
+ReplayScope::~ReplayScope() { t_record.store(before_, std::memory_order_relaxed); }
 
 std::string QuarantineFileName(LogAddress address) {
   const LogPosition position = PositionOf(address);

@@ -32,6 +32,9 @@ class ReplayScope {
   ~ReplayScope();
   ReplayScope(const ReplayScope&) = delete;
   ReplayScope& operator=(const ReplayScope&) = delete;
+
+ private:
+  const LogAddress before_;
 };
 
 // A record that is kept out of the replay: FORMAT.md, "Quarantine".

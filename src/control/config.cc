@@ -163,6 +163,7 @@ class ConfigChecker {
       if (space.partitions != config_.index.partitions) {
         CheckPartitions(field, space.partitions, line);
       }
+      CheckQuota(i);
       CheckFilterKeys(i);
     }
     if (config_.spaces.size() > config_.limits.max_spaces) {
@@ -170,6 +171,21 @@ class ConfigChecker {
                                      std::to_string(config_.spaces.size()) +
                                      " [[space]] entries; raise it");
     }
+  }
+
+  // Each partition evicts its own oldest, and keeps what it has stored last. `shards_` as above.
+  void CheckQuota(size_t i) {
+    const SpaceConfig& space = config_.spaces[i];
+    if (space.quota_observations == 0 || space.quota_when_full != WhenFull::kEvictOldest) return;
+    uint64_t most = config_.index.max_partitions;
+    if (most == 0 && cores_are_sound_) most = shards_;
+    if (space.quota_observations >= most) return;
+    AddSpaceFault(
+        i, "quota_observations",
+        std::to_string(space.quota_observations) + " is less than the " + std::to_string(most) +
+            " partitions that the space may grow to, and with quota_when_full = " +
+            "\"evict_oldest\" each keeps one at least; write at least " + std::to_string(most) +
+            ", or set index.max_partitions to at most " + std::to_string(space.quota_observations));
   }
 
   void CheckFilterKeys(size_t space) {

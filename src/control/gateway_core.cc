@@ -61,7 +61,8 @@ Result<std::unique_ptr<GatewayCore>> GatewayCore::Create(const GatewayOptions& o
   CHECK(!port.shards.empty(), "a gateway has shards to ask");
   std::unique_ptr<RecordReader> records;
   if (access.make_disk != nullptr) {
-    auto reader = RecordReader::Create({.huge_pages = options.huge_pages}, clock, access);
+    auto reader = RecordReader::Create(
+        {.retry_for_ns = access.unwritten_ns, .huge_pages = options.huge_pages}, clock, access);
     if (!reader) return std::unexpected(reader.error());
     records = *std::move(reader);
   }
@@ -432,8 +433,7 @@ void GatewayCore::TakeBatch(Place* place, ShardId shard, const Completion& compl
     NoteReason(place, RefusalReason::kSlotsExhausted, 0);
     return;
   }
-  place->answer_bytes += full_bytes;
-  answer_bytes_ += full_bytes;
+  CountAnswer(place, full_bytes);
   GatewayAnswer& answer = place->call->answer;
   if (completion.kind == CompletionKind::kRecords) {
     answer.records.insert(answer.records.end(), body, body + head.body_bytes);
@@ -441,6 +441,11 @@ void GatewayCore::TakeBatch(Place* place, ShardId shard, const Completion& compl
   }
   answer.hits.insert(answer.hits.end(), body, body + head.body_bytes);
   answer.hit_count += head.count;
+}
+
+void GatewayCore::CountAnswer(Place* place, size_t bytes) {
+  place->answer_bytes += bytes;
+  answer_bytes_ += bytes;
 }
 
 // Reads what the shard wrote into the request, then takes the slot back.
@@ -546,6 +551,11 @@ bool GatewayCore::DeliverMerged(Place* place) {
   while (const size_t bytes = merger_->Emit(place->merge, scratch_)) {
     ResultBatch head;
     std::memcpy(&head, scratch_.data(), sizeof(head));
+    if (answer_bytes_ + head.body_bytes > options_.answer_memory_bytes) {
+      NoteReason(place, RefusalReason::kSlotsExhausted, 0);
+      return true;
+    }
+    CountAnswer(place, head.body_bytes);
     answer.hits.insert(answer.hits.end(), scratch_.begin() + sizeof(head),
                        scratch_.begin() + static_cast<ptrdiff_t>(bytes));
     answer.hit_count += head.count;

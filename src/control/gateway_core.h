@@ -77,7 +77,7 @@ class GatewayCore {
   }
 
   // nullptr where the shards have no logs.
-  const RecordReader* records() const { return records_.get(); }
+  RecordReader* records() const { return records_.get(); }
   // Calls that have a place in the table, those that were answered early included.
   uint32_t calls_under_way() const { return options_.max_calls - FreePlaces(); }
   void AddCounters(std::string_view core, CounterCatalogue* catalogue) const;
@@ -135,6 +135,7 @@ class GatewayCore {
   int TakeCompletions();
   void TakeCompletion(ShardId shard, const Completion& completion);
   void TakeBatch(Place* place, ShardId shard, const Completion& completion);
+  void CountAnswer(Place* place, size_t bytes);
   void FinishRequest(Place* place, const Completion& completion);
   void Continue(Place* place);
   void ContinueScroll(Place* place);

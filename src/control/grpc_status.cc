@@ -7,8 +7,7 @@ namespace engram {
 namespace {
 
 bool HelpsToWait(RefusalReason reason) {
-  return HasEffect(reason, RefusalEffect::kWaits) || reason == RefusalReason::kMergesFull ||
-         reason == RefusalReason::kBusy;
+  return HasEffect(reason, RefusalEffect::kWaits) || reason == RefusalReason::kBusy;
 }
 
 }  // namespace

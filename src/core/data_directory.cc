@@ -118,12 +118,8 @@ Result<void> CheckIsNew(Disk& disk) {
 }
 
 Result<InstanceInfo> ReadOrWriteInstance(Disk& disk, const InstanceInfo& fresh) {
-  const auto content = ReadWholeFile(disk, kInstanceFileName, kMaxInstanceBytes);
-  const std::string path = disk.directory() + "/" + kInstanceFileName;
-  if (content) {
-    const auto* text = reinterpret_cast<const char*>(content->data());
-    auto instance = Parse(std::string_view(text, content->size()), path);
-    if (!instance) return instance;
+  auto instance = ReadInstance(disk);
+  if (instance) {
     if (instance->format_version < kDataFormatVersion) {
       // From now on programs that know the old version only must not touch it.
       instance->format_version = kDataFormatVersion;
@@ -136,8 +132,7 @@ Result<InstanceInfo> ReadOrWriteInstance(Disk& disk, const InstanceInfo& fresh) 
     if (const auto synced = disk.SyncDirectory(); !synced) return std::unexpected(synced.error());
     return instance;
   }
-  if (content.error().code == ErrorCode::kCorrupt) return Damaged(path, "too long");
-  if (content.error().code != ErrorCode::kNotFound) return std::unexpected(content.error());
+  if (instance.error().code != ErrorCode::kNotFound) return instance;
   if (const auto is_new = CheckIsNew(disk); !is_new) return std::unexpected(is_new.error());
   if (const auto written = ReplaceFile(disk, kInstanceFileName, BytesOf(Print(fresh))); !written) {
     return std::unexpected(written.error());
@@ -155,6 +150,16 @@ std::string ToString(const InstanceId& id) {
     text += kDigits[byte & 15];
   }
   return text;
+}
+
+Result<InstanceInfo> ReadInstance(Disk& disk) {
+  const std::string path = disk.directory() + "/" + kInstanceFileName;
+  const auto content = ReadWholeFile(disk, kInstanceFileName, kMaxInstanceBytes);
+  if (content) {
+    return Parse({reinterpret_cast<const char*>(content->data()), content->size()}, path);
+  }
+  if (content.error().code == ErrorCode::kCorrupt) return Damaged(path, "too long");
+  return std::unexpected(content.error());
 }
 
 Result<DataDirectory> OpenDataDirectory(std::unique_ptr<Disk> disk, int64_t now_ns,

@@ -35,6 +35,10 @@ struct InstanceInfo {
 inline constexpr uint32_t kDataFormatVersion = 2;
 inline constexpr const char* kInstanceFileName = "INSTANCE";
 
+// What the file in `disk`'s directory says, whoever uses that. Errors: kNotFound where there is
+// none, kCorrupt, kUnavailable (written by a newer version); those of the file system.
+Result<InstanceInfo> ReadInstance(Disk& disk);
+
 // A directory that is ours alone, for as long as this lives.
 class DataDirectory {
  public:

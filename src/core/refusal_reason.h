@@ -68,13 +68,16 @@ enum class RefusalEffect : uint8_t {
   X(66, kMetricMismatch, "metric_mismatch", kCloses, "the space has another metric")              \
   X(67, kDimensionMismatch, "dimension_mismatch", kCloses, "the space has another dimension")     \
   X(68, kUnknownSpace, "unknown_space", kAnswers, "the space holds nothing yet")                  \
-  X(69, kBadRecall, "bad_recall", kAnswers, "k is 1 to 1000, ef 0 to 10000")                      \
+  X(69, kBadRecall, "bad_recall", kAnswers,                                                       \
+    "a recall's k is 1 to 1000 and its ef 0 to 10000; a scroll's limit is 1 to 512 and its "      \
+    "partition one of the space's; a check's shard is one of the daemon's")                       \
   X(70, kNoSession, "no_session", kAnswers, "this connection's hello asked for no session")       \
   X(71, kSessionSpaceMismatch, "session_space_mismatch", kCloses,                                 \
     "the session belongs to another space")                                                       \
-  X(72, kBusy, "busy", kAnswers, "one such request of this connection is still under way")        \
-  X(73, kMergesFull, "merges_full", kAnswers,                                                     \
-    "too many recalls over several partitions are under way; ask again")                          \
+  X(72, kBusy, "busy", kAnswers,                                                                  \
+    "one such request of this connection, or a rebuild of this space, is still under way")        \
+  X(73, kMergesFull, "merges_full", kWaits,                                                       \
+    "too many recalls, scrolls or checks are under way; ask again")                               \
   X(74, kDeadlinePassed, "deadline_passed", kAnswers, "the request's deadline passed")            \
   X(75, kCancelled, "cancelled", kAnswers, "whoever asked has gone")                              \
   X(76, kSnapshotTooOld, "snapshot_too_old", kAnswers,                                            \

@@ -191,14 +191,15 @@ struct DetachRequest {
 };
 
 // Something that is done to a whole space: every shard is asked, and writes its answer into the
-// same slot before it gives it back. For kDrop the producer has begun it (SpaceEntry::BeginDrop).
+// same slot before it gives it back. For kDrop and kRebuild the producer has begun it (SpaceEntry).
+// A completion with a reason: it was not done.
 struct CommandRequest {
   RequestHeader header{RequestKind::kCommand};
   SpaceCommand what = SpaceCommand::kCompact;
   Origin origin = 0;
   uint64_t request_id = 0;
   // Answer.
-  uint64_t observations = 0;  // swept, or dropped
+  uint64_t observations = 0;  // swept, dropped, or linked anew
   uint64_t bytes_before = 0;  // of memory that the shard's part took
   uint64_t bytes_after = 0;
   SpaceName space;

@@ -126,6 +126,14 @@ class SpaceEntry {
   CommitStamp drop_stamp() const { return drop_stamp_.load(std::memory_order_relaxed); }
   // 4. Each of `shards` says it once.
   void FinishDrop(uint16_t shards);
+
+  // False where a rebuild is under way, in some shard. Each of `shards` ends its part of it once.
+  bool BeginRebuild(uint16_t shards) {
+    uint16_t none = 0;
+    return rebuilding_.compare_exchange_strong(none, shards, std::memory_order_relaxed);
+  }
+  void FinishRebuild() { rebuilding_.fetch_sub(1, std::memory_order_relaxed); }
+
   uint16_t max_partitions() const { return static_cast<uint16_t>(shards_.size()); }
 
   // Where partition `partition` lives. Which partition an id is of: PartitionOf(hash, partitions).
@@ -191,6 +199,7 @@ class SpaceEntry {
   std::atomic<bool> dropping_{false};
   std::atomic<uint16_t> joined_{0};
   std::atomic<uint16_t> finished_{0};
+  std::atomic<uint16_t> rebuilding_{0};  // shards that have not ended their part
   std::atomic<CommitStamp> drop_stamp_{kNoStamp};
 };
 
@@ -243,6 +252,12 @@ class SpaceCatalogue {
   // What has a stamp up to `stamp` is gone. Where the birth is as late already nothing changes. A
   // configured space exists again at once, empty.
   void EndIncarnation(SpaceEntry* entry, CommitStamp stamp);
+  // A restart. Each shard that has a log begins before any of them polls, and ends once all that it
+  // has read is stored, wherever. Incarnations may end by what is read until all have; from then
+  // on by drops alone.
+  void BeginReplay() { replaying_.fetch_add(1, std::memory_order_relaxed); }
+  void EndReplay() { replaying_.fetch_sub(1, std::memory_order_acq_rel); }
+  bool is_replaying() const { return replaying_.load(std::memory_order_acquire) > 0; }
   // Counts generations that ended, of all spaces.
   uint64_t generations_ended() const { return generations_ended_.load(std::memory_order_acquire); }
   uint32_t size() const { return size_.load(std::memory_order_acquire); }
@@ -281,6 +296,7 @@ class SpaceCatalogue {
   const std::unique_ptr<std::atomic<uint32_t>[]> table_;  // index + 1; 0: nothing
   std::atomic<uint32_t> size_{0};
   std::atomic<uint64_t> generations_ended_{0};
+  std::atomic<uint32_t> replaying_{0};  // shards
   std::mutex mutex_;
 };
 

@@ -155,6 +155,12 @@ constexpr Wrong kWrongFiles[] = {
      "engram.toml:2: index.max_partitions: 9 partitions need as many shards, and there are 2; "
      "write at most 2, or give cores.shard more processors"},
 
+    {"QuotaBelowTheShards",
+     "[[space]]\nname = \"a\"\nquota_observations = 1\nquota_when_full = \"evict_oldest\"\n",
+     "engram.toml:3: space.quota_observations: 1 is less than the 2 partitions that the space may "
+     "grow to, and with quota_when_full = \"evict_oldest\" each keeps one at least; write at least "
+     "2, or set index.max_partitions to at most 1"},
+
     {"OneBracket", "[space]\nname = \"films\"\n",
      "engram.toml:1: space: a section stands where a list of spaces is expected; write [[space]], "
      "with two brackets, once for each"},

@@ -616,6 +616,31 @@ TEST(GatewayCoreTest, AnswersTakeNoMoreMemoryThanTheyMay) {
   rig.ExpectIdle();
 }
 
+TEST(GatewayCoreTest, AMergedAnswerCountsToo) {
+  Rig rig({.gateway = {.max_calls = 64,
+                       .inbox_capacity = 64,
+                       .max_merges = 4,
+                       .answer_memory_bytes = 200'000}});
+  for (int i = 0; i < 40; ++i) {
+    TestCall* call = rig.Remember(IdOf(i), {1});
+    call->payload.assign(10'000, 'x');
+    call->question.payload = call->payload;
+    rig.DoWell(call);
+  }
+  for (int round = 0; round < 3; ++round) {
+    TestCall* large = rig.Recall({1}, 40);
+    large->question.with_payload = true;
+    rig.Do(large);
+    EXPECT_EQ(large->answered, 1);
+    EXPECT_EQ(large->answer.reason, RefusalReason::kSlotsExhausted);
+    EXPECT_GE(large->answer.retry_after_ms, 1u);
+    TestCall* small = rig.Recall({1}, 10);
+    small->question.with_payload = true;
+    EXPECT_EQ(rig.DoWell(small)->answer.hit_count, 10u) << "what was taken is given back";
+  }
+  rig.ExpectIdle();
+}
+
 TEST(GatewayCoreTest, AShardsRefusalEndsTheCallWithItsRetryTime) {
   Rig rig;
   rig.DoWell(rig.Remember("a", {1}));

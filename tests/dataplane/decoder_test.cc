@@ -407,7 +407,7 @@ TEST(DecodeCommandTest, BoundsTheNameAndKnowsWhatThereIs) {
   EXPECT_EQ(DecodeCommand(sound.get(), &command), RefusalReason::kNone);
   EXPECT_EQ(command.what, SpaceCommand::kDrop);
   EXPECT_EQ(command.space, "abc");
-  for (const uint8_t what : {0, 3, 255}) {
+  for (const uint8_t what : {0, 4, 255}) {
     EXPECT_EQ(DecodeCommand(Exact(bytes(what, 3, "abc")).get(), &command),
               RefusalReason::kBadFrame);
   }

@@ -75,6 +75,7 @@ class FakeShard {
   std::function<RefusalReason(const ObserveRequest&, std::string_view id)> judge;
   RefusalReason hello_refusal = RefusalReason::kNone;
   RefusalReason recall_refusal = RefusalReason::kNone;
+  RefusalReason command_refusal = RefusalReason::kNone;
   uint64_t next_cursor = 0;  // that a scroll's answer names
   // Forwarded as they are where one partition answers; to be merged they have to be real ones.
   std::vector<Batch> hits{Batch{.body = {}, .count = 0}};
@@ -359,8 +360,10 @@ class FakeShard {
       spaces_.erase(name);
       entry->FinishDrop(shards);
     }
+    if (request->what == SpaceCommand::kRebuild) port_.catalogue->FindAny(name)->FinishRebuild();
     request->observations = ++commands_;
     Complete(waiting->producer, {.kind = CompletionKind::kCommand,
+                                 .reason = command_refusal,
                                  .slot = waiting->slot,
                                  .origin = request->origin,
                                  .sequence = request->request_id});

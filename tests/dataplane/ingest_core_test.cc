@@ -655,6 +655,87 @@ TEST_F(IngestCoreTest, TooManyRecallsPauseReading) {
   EXPECT_EQ(client.Await(kWireResult).size(), 20u);
 }
 
+// Reading pauses too late for what came in one piece. Where the stream is cut is up to the seed.
+TEST_F(IngestCoreTest, WhatComesInOnePieceIsBoundedToo) {
+  size_t refused = 0;
+  for (uint64_t seed = 1; seed <= 20; ++seed) {
+    HarnessOptions options = Calm();
+    options.ingest.max_recalls = 4;
+    options.seed = seed;
+    Start(options);
+    TestClient& client = Greeted();
+    for (const RequestKind kind :
+         {RequestKind::kRecall, RequestKind::kScroll, RequestKind::kCheck}) {
+      h().shard().SetHeld(kind, true);
+    }
+    WireBytes piece;
+    const auto add = [&piece](const WireBytes& frame) {
+      piece.insert(piece.end(), frame.begin(), frame.end());
+    };
+    for (uint64_t id = 1; id <= 12; id += 3) {
+      add(RecallBytes(id, F32Recall(kVector)));
+      add(ScrollBytes(id + 1, 0, 0, 10));
+      add(CheckBytes(id + 2, 0));
+    }
+    client.Send(piece);
+    h().Settle();
+    EXPECT_EQ(h().shard().unanswered(), 4u);
+    const auto naks = client.Of(kWireNak);
+    for (size_t i = 0; i < naks.size(); ++i) {
+      const WireNak nak = ParseNak(naks[i]);
+      EXPECT_EQ(naks[i].sequence, 5 + i);
+      EXPECT_EQ(nak.reason, CodeOf(RefusalReason::kMergesFull));
+      EXPECT_GE(nak.retry_after_ms, 1u);
+      EXPECT_FALSE(nak.closing);
+    }
+    refused += naks.size();
+    for (const RequestKind kind :
+         {RequestKind::kRecall, RequestKind::kScroll, RequestKind::kCheck}) {
+      h().shard().SetHeld(kind, false);
+    }
+    // What has been answered makes room.
+    EXPECT_GE(client.Await(kWireResult).size(), 2u);
+    client.Forget();
+    client.Send(RecallBytes(20, F32Recall(kVector)));
+    EXPECT_EQ(client.Await(kWireResult).size(), 1u);
+    EXPECT_TRUE(client.Of(kWireNak).empty());
+    clients_.clear();
+  }
+  EXPECT_GT(refused, 20u) << "hardly anything came in one piece";
+}
+
+// What a drop or a compaction leaves in the logs is to go the same way, whether or not somebody
+// still waits to be told.
+TEST_F(IngestCoreTest, ACommandWhoseClientHasGoneIsFollowedUp) {
+  std::atomic<uint64_t> checkpoints{0};
+  std::atomic<uint64_t> compactions{0};
+  HarnessOptions options = Calm();
+  options.shards = 3;
+  options.ingest.checkpoint_requests = &checkpoints;
+  options.ingest.compaction_requests = &compactions;
+  Start(options);
+  Greeted();
+  for (const SpaceCommand what : {SpaceCommand::kCompact, SpaceCommand::kDrop}) {
+    TestClient& client = Greeted();
+    for (size_t s = 0; s < 3; ++s) h().shard(s).SetHeld(RequestKind::kCommand, true);
+    client.Send(CommandBytes(1, static_cast<uint8_t>(what), "default"));
+    h().Settle();
+    // One answers before it goes, where it can.
+    h().shard(0).SetHeld(RequestKind::kCommand, false);
+    h().Settle();
+    client.Abort();
+    h().Settle();
+    EXPECT_EQ(checkpoints.load(), 0u);
+    h().shard(1).SetHeld(RequestKind::kCommand, false);
+    h().Settle();
+    EXPECT_EQ(compactions.load(), what == SpaceCommand::kDrop ? 1u : 0u) << "once all are done";
+    h().shard(2).SetHeld(RequestKind::kCommand, false);
+    h().Settle();
+    EXPECT_EQ(compactions.load(), 1u);
+    EXPECT_EQ(checkpoints.load(), what == SpaceCommand::kDrop ? 1u : 0u);
+  }
+}
+
 TEST_F(IngestCoreTest, IntrospectionGathersAllShards) {
   HarnessOptions options = Calm();
   options.shards = 3;
@@ -736,21 +817,52 @@ TEST_F(IngestCoreTest, StatusIsLinesOfText) {
 }
 
 TEST_F(IngestCoreTest, FilesAreHeldForAWhileOrUntilTheyNeedNotBe) {
-  std::atomic<int64_t> until_ns{0};
+  FileLease lease;
   HarnessOptions options = Calm();
-  options.ingest.held_until_ns = &until_ns;
+  options.ingest.lease = &lease;
   Start(options);
+  const auto left_ns = [&] {
+    return lease.Extend(FileLease::kNobody, h().clock().MonotonicNs(), 0);
+  };
   TestClient& client = Greeted();
   client.Send(IntrospectBytes(11, 4));
   EXPECT_EQ(client.Await(kWireIntrospection).size(), 1u);
-  const int64_t first_ns = until_ns.load();
-  EXPECT_GT(first_ns, 9 * kNanosPerSecond);
+  EXPECT_GT(left_ns(), 9 * kNanosPerSecond);
+  h().clock().AdvanceNs(5 * kNanosPerSecond);
+  EXPECT_LT(left_ns(), 6 * kNanosPerSecond);
   client.Send(IntrospectBytes(12, 4));
   EXPECT_EQ(client.Await(kWireIntrospection).size(), 2u);
-  EXPECT_GT(until_ns.load(), first_ns);
+  EXPECT_GT(left_ns(), 9 * kNanosPerSecond);
   client.Send(IntrospectBytes(13, 5));
   EXPECT_EQ(client.Await(kWireIntrospection).size(), 3u);
-  EXPECT_EQ(until_ns.load(), 0);
+  EXPECT_FALSE(lease.Runs(h().clock().MonotonicNs()));
+}
+
+TEST_F(IngestCoreTest, AHoldIsItsConnectionsAlone) {
+  FileLease lease;
+  HarnessOptions options = Calm();
+  options.ingest.lease = &lease;
+  Start(options);
+  TestClient& first = Greeted();
+  TestClient& second = Greeted();
+  first.Send(IntrospectBytes(11, 4));
+  EXPECT_EQ(first.Await(kWireIntrospection).size(), 1u);
+  second.Send(IntrospectBytes(21, 4));
+  const WireNak nak = OnlyNak(second);
+  EXPECT_EQ(nak.reason, CodeOf(RefusalReason::kBusy));
+  EXPECT_GT(nak.retry_after_ms, 9'000u);
+  EXPECT_LE(nak.retry_after_ms, 10'001u);
+  EXPECT_NE(nak.text.find("holds the files"), std::string::npos) << nak.text;
+  second.Send(IntrospectBytes(22, 5));
+  EXPECT_EQ(second.Await(kWireIntrospection).size(), 1u);
+  EXPECT_TRUE(lease.Runs(h().clock().MonotonicNs())) << "another has released it";
+  // It ends with its connection.
+  first.Close();
+  h().Settle();
+  EXPECT_FALSE(lease.Runs(h().clock().MonotonicNs()));
+  second.Send(IntrospectBytes(23, 4));
+  EXPECT_EQ(second.Await(kWireIntrospection).size(), 2u);
+  EXPECT_TRUE(lease.Runs(h().clock().MonotonicNs()));
 }
 
 TEST_F(IngestCoreTest, ACheckpointIsAskedForAndAnsweredAtOnce) {
@@ -1007,6 +1119,48 @@ TEST_F(IngestCoreTest, ACloseThatIsNeverSettledIsForced) {
   for (int i = 0; i < 10; ++i) h().Step(kNanosPerSecond);
   h().Settle();
   EXPECT_EQ(h().core().open_connections(), 0u);
+}
+
+// A space has one at a time, whoever asks. A drain need not wait for it.
+TEST_F(IngestCoreTest, ARebuildIsAnsweredOrEndsWithTheConnection) {
+  constexpr auto kRebuild = static_cast<uint8_t>(SpaceCommand::kRebuild);
+  HarnessOptions options = Calm();
+  options.shards = 2;
+  Start(options);
+  const std::string space = "docs";
+  TestClient& first = Greeted({.space = space});
+  TestClient& second = Greeted();
+  for (size_t s = 0; s < 2; ++s) h().shard(s).SetHeld(RequestKind::kCommand, true);
+  first.Send(CommandBytes(7, kRebuild, space));
+  h().Settle();
+  second.Send(CommandBytes(8, kRebuild, space));
+  h().Settle();
+  EXPECT_EQ(OnlyNak(second).reason, CodeOf(RefusalReason::kBusy));
+  second.Send(CommandBytes(9, kRebuild, "nowhere"));
+  h().Settle();
+  EXPECT_EQ(second.Of(kWireNak).back().sequence, 9u);
+  for (size_t s = 0; s < 2; ++s) h().shard(s).held.fill(false);
+  h().Settle();
+  EXPECT_EQ(first.Of(kWireCommandDone).size(), 1u);
+  // One shard says that the space is being dropped.
+  h().shard(1).command_refusal = RefusalReason::kSpaceDropping;
+  second.Send(CommandBytes(10, kRebuild, space));
+  h().Settle();
+  EXPECT_TRUE(second.Of(kWireCommandDone).empty());
+  EXPECT_EQ(second.Of(kWireNak).back().sequence, 10u);
+  h().shard(1).command_refusal = RefusalReason::kNone;
+  for (size_t s = 0; s < 2; ++s) h().shard(s).SetHeld(RequestKind::kCommand, true);
+  second.Send(CommandBytes(11, kRebuild, space));
+  h().Settle();
+  h().core().BeginDrain();
+  h().Settle();
+  EXPECT_EQ(second.Of(kWireClose).size(), 1u);
+  EXPECT_TRUE(second.Of(kWireCommandDone).empty());
+  for (TestClient& client : clients_) client.Close();
+  h().Settle();
+  EXPECT_TRUE(h().core().drained());
+  for (size_t s = 0; s < 2; ++s) h().shard(s).held.fill(false);
+  EXPECT_TRUE(h().Finish());
 }
 
 TEST_F(IngestCoreTest, DrainSettlesAndSaysGoodBye) {

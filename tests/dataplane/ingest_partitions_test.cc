@@ -388,6 +388,8 @@ TEST_F(IngestPartitionsTest, MoreRecallsThanMergesAreRefused) {
   for (uint64_t id = 1; id <= 3; ++id) client.Send(Recall(id));
   const WireNak nak = OnlyNak(client);
   EXPECT_EQ(nak.reason, CodeOf(RefusalReason::kMergesFull));
+  EXPECT_GE(nak.retry_after_ms, 1u) << "it may be asked again";
+  EXPECT_FALSE(nak.closing);
   EXPECT_EQ(client.Of(kWireNak).at(0).sequence, 3u);
   for (uint16_t p = 0; p < kShards; ++p) EXPECT_EQ(ShardOf(p).unanswered(), 2u);
   HoldRecalls(false);
@@ -460,6 +462,45 @@ TEST_F(IngestPartitionsTest, AnAnswerIsSentAsFastAsTheClientReads) {
   EXPECT_EQ(h().refused(RefusalReason::kSlowReader), 0u);
   EXPECT_EQ(h().core().merges_in_flight(), 0u);
   EXPECT_FALSE(client.closed());
+}
+
+// There is always more to be sent, so its backlog is always there.
+TEST_F(IngestPartitionsTest, AClientThatReadsAllTheTimeIsNotASlowReader) {
+  Start(SmallWindows(Options()));
+  TestClient& client = Greeted();
+  AnswerMuch(&h());
+  WireRecall recall = F32Recall(kVector);
+  recall.k = 24;
+  client.Send(RecallBytes(1, recall, 1));
+  h().Settle();
+  // 16 KiB each 4 s.
+  int rounds = 0;
+  for (; rounds < 1'000 && h().core().merges_in_flight() > 0; ++rounds) {
+    h().Step(4 * kNanosPerSecond);
+    h().Settle();
+    client.Receive();
+  }
+  EXPECT_GT(rounds, 30) << "not slow enough to tell";
+  EXPECT_EQ(AnswerTo(client, 1).size(), 24u);
+  EXPECT_EQ(h().refused(RefusalReason::kSlowReader), 0u);
+  EXPECT_FALSE(client.closed());
+}
+
+// 16 KiB each 10 s, while half of 128 KiB in 30 s are the least.
+TEST_F(IngestPartitionsTest, AClientThatTricklesIsRefused) {
+  Start(SmallWindows(Options()));
+  TestClient& client = Greeted();
+  AnswerMuch(&h());
+  WireRecall recall = F32Recall(kVector);
+  recall.k = 24;
+  client.Send(RecallBytes(1, recall, 1));
+  h().Settle();
+  for (int i = 0; i < 5; ++i) {
+    h().Step(10 * kNanosPerSecond);
+    h().Settle();
+    client.Receive();
+  }
+  EXPECT_EQ(h().refused(RefusalReason::kSlowReader), 1u);
 }
 
 TEST_F(IngestPartitionsTest, AClientThatDoesNotReadItsMergedAnswerIsRefused) {

@@ -113,7 +113,9 @@ class ProgramClient {
       case 2:
         return CheckBytes(id, static_cast<uint16_t>(random_->Below(4)));
       default:
-        return CommandBytes(id, static_cast<uint8_t>(SpaceCommand::kCompact),
+        return CommandBytes(id,
+                            static_cast<uint8_t>(random_->Below(2) == 0 ? SpaceCommand::kCompact
+                                                                        : SpaceCommand::kRebuild),
                             SpaceOf(random_->Below(4)));
     }
   }

@@ -38,8 +38,11 @@ class IngestRecordsTest : public testing::Test {
     options.network.partial_send_probability = 0;
     options.ingest.send_pause_bytes = 64 * 1024;
     options.ingest.max_merges = 8;
+    options.ingest.answer_timeout_ns = answer_timeout_ns_;
     options.records = logs_.Access();
     harness_ = std::make_unique<IngestHarness>(options);
+    // Stamps are small numbers: all was taken just now.
+    h().clock().StepWallNs(-h().clock().WallNs());
     filler_ = std::string(filler, '.');
     for (uint16_t s = 0; s < shards; ++s) {
       std::vector<FakeShard::Batch> batches;
@@ -94,6 +97,7 @@ class IngestRecordsTest : public testing::Test {
   bool PinsAreLeft() { return logs_.pins.Passed(logs_.pins.Close()); }
   uint64_t UnderWay() { return h().core().records()->under_way(); }
 
+  int64_t answer_timeout_ns_ = 300 * kNanosPerSecond;
   FakeLogs logs_;
   std::unique_ptr<IngestHarness> harness_;
   std::deque<TestClient> clients_;
@@ -284,6 +288,31 @@ TEST_F(IngestRecordsTest, ASlowReaderDoesNotHoldUpOthers) {
   EXPECT_TRUE(h().Finish());
 }
 
+// However steadily it reads: files cannot be removed as long as it does.
+TEST_F(IngestRecordsTest, AnAnswerThatHoldsPinsHasItsTime) {
+  answer_timeout_ns_ = 60 * kNanosPerSecond;
+  for (const bool fast : {true, false}) {
+    Start(1, 400, 40'000);
+    logs_.ends_at_once = true;
+    TestClient& client = Greeted();
+    for (uint64_t id = 1; id <= 4; ++id) Recall(client, id, 400);
+    h().Run(200);
+    // 64 KiB a second or each 5 s, of some 4 MB.
+    int64_t waited_ns = 0;
+    const int64_t step_ns = fast ? kNanosPerSecond / 2 : 5 * kNanosPerSecond;
+    while (h().core().merges_in_flight() > 0 && waited_ns < 600 * kNanosPerSecond) {
+      h().Step(step_ns);
+      h().Run(200);
+      client.Receive();
+      waited_ns += step_ns;
+    }
+    EXPECT_EQ(h().refused(RefusalReason::kSlowReader), fast ? 0u : 1u);
+    EXPECT_LE(waited_ns, 70 * kNanosPerSecond);
+    EXPECT_TRUE(PinsAreLeft());
+    clients_.clear();
+  }
+}
+
 TEST_F(IngestRecordsTest, DamageIsToldToTheClient) {
   Start();
   logs_.ends_at_once = true;
@@ -303,6 +332,47 @@ TEST_F(IngestRecordsTest, DamageIsToldToTheClient) {
     EXPECT_EQ(hits[i].flags, i == 3 ? kHitPayloadOmitted : 0);
   }
   EXPECT_EQ(h().core().records()->counter(RecordReaderCounter::kRecordsUnreadable).Read(), 1u);
+  EXPECT_TRUE(PinsAreLeft());
+}
+
+// Recalls over a segment that was damaged long ago, as many as there is memory for.
+TEST_F(IngestRecordsTest, OldDamageHoldsUpNobody) {
+  Start(1, 1'000);
+  logs_.ends_at_once = true;
+  h().clock().StepWallNs(3'600 * kNanosPerSecond);
+  const std::vector<FakeShard::Batch> sound = h().shard().hits;
+  std::vector<FakeShard::Batch> damaged;
+  for (uint32_t i = 0; i < 1'000; ++i) {
+    const auto hit = logs_.Put(0, 2, 4'096 + i * 1'024, "d" + std::to_string(i), "payload", i);
+    logs_.files["log-000/" + SegmentName(2)][4'096 + i * 1'024 + 66] ^= std::byte{0x11};
+    if (i % 100 == 0) damaged.push_back({.body = {}, .count = 0});
+    damaged.back().body.append(reinterpret_cast<const char*>(hit.data()), hit.size());
+    ++damaged.back().count;
+  }
+  h().shard().hits = damaged;
+  TestClient& over_damage = Greeted();
+  TestClient& other = Greeted();
+  for (uint64_t id = 1; id <= 7; ++id) Recall(over_damage, id, 1'000);
+  h().Run(10);
+  h().shard().hits = sound;
+  const int64_t began_ns = h().clock().MonotonicNs();
+  Recall(other, 1);
+  bool done = false;
+  for (int i = 0; i < 10'000 && !done; ++i) {
+    h().Step(kNanosPerMilli);
+    HitsOf(other, 1, &done);
+  }
+  ExpectWhole(HitsOf(other, 1), 10);
+  EXPECT_LT(h().clock().MonotonicNs() - began_ns, 100 * kNanosPerMilli);
+  for (uint64_t id = 1; id <= 7; ++id) {
+    done = false;
+    for (int i = 0; i < 10'000 && !done; ++i) {
+      h().Step(kNanosPerMilli);
+      HitsOf(over_damage, id, &done);
+    }
+    EXPECT_EQ(HitsOf(over_damage, id).size(), 1'000u);
+  }
+  EXPECT_LT(h().clock().MonotonicNs() - began_ns, 5 * kNanosPerSecond);
   EXPECT_TRUE(PinsAreLeft());
 }
 

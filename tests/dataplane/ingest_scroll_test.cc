@@ -169,7 +169,12 @@ TEST_F(IngestScrollTest, ACheckIsHandedToItsShardAndBack) {
   SetWireNumber(body, 0, 2, 2);
   client().Send(MakeFrame(kWireCheck, {.sequence = 4}, body));
   Settle();
-  EXPECT_EQ(client().Of(kWireNak).size(), 1u) << "a shard that is not there";
+  const auto naks = client().Of(kWireNak);
+  ASSERT_EQ(naks.size(), 1u) << "a shard that is not there";
+  EXPECT_EQ(ParseNak(naks[0]).reason, static_cast<uint16_t>(RefusalReason::kBadRecall));
+  for (const char* what : {"a recall's k", "a scroll's limit", "partition", "a check's shard"}) {
+    EXPECT_NE(ParseNak(naks[0]).text.find(what), std::string::npos) << what;
+  }
   EXPECT_TRUE(h().Finish());
 }
 

@@ -59,6 +59,8 @@ class RecordReaderTest : public testing::Test {
     reader_->Release(ticket);
     return state;
   }
+  // Of what was taken just now.
+  CommitStamp Now() { return static_cast<CommitStamp>(clock_.WallNs()); }
   std::vector<std::byte>& File(uint32_t segment) {
     return logs_.files["log-000/" + SegmentName(segment)];
   }
@@ -106,7 +108,7 @@ TEST_F(RecordReaderTest, TheDiskIsAwaited) {
 }
 
 TEST_F(RecordReaderTest, ErrorsAndShortReadsAreReadAgain) {
-  const auto hit = logs_.Put(0, 1, 4'096, "a", "payload", 5);
+  const auto hit = logs_.Put(0, 1, 4'096, "a", "payload", Now());
   const Ticket ticket = reader_->Begin(hit.data());
   logs_.End(0, EIO);
   reader_->Poll();
@@ -134,7 +136,9 @@ TEST_F(RecordReaderTest, ErrorsAndShortReadsAreReadAgain) {
 
 // As with a space that does not wait for its log.
 TEST_F(RecordReaderTest, WhatIsNotWrittenYetIsAwaited) {
-  const auto hit = logs_.Put(0, 1, 4'096, "a", "payload", 5, {1, 2}, /*in_file=*/false);
+  const CommitStamp stamp = Now();
+  const auto hit = logs_.Put(0, 1, 4'096, "a", "payload", stamp, {1, 2}, /*in_file=*/false);
+  clock_.AdvanceNs(kRetryForNs - kNanosPerMilli);
   const Ticket ticket = reader_->Begin(hit.data());
   EXPECT_TRUE(logs_.reads.empty()) << "there is no file";
   clock_.AdvanceNs(kRetryNs);
@@ -146,13 +150,13 @@ TEST_F(RecordReaderTest, WhatIsNotWrittenYetIsAwaited) {
   logs_.EndAll();
   reader_->Poll();
   EXPECT_EQ(reader_->state(ticket), State::kReading) << "zeros";
-  logs_.Put(0, 1, 4'096, "a", "payload", 5);
+  logs_.Put(0, 1, 4'096, "a", "payload", stamp);
   EXPECT_EQ(Await(ticket), State::kReady);
   reader_->Release(ticket);
 }
 
 TEST_F(RecordReaderTest, DamageIsSaidAndCountedOnceThePatienceIsOver) {
-  const auto hit = logs_.Put(0, 1, 4'096, "a", std::string(300, 'p'), 5);
+  const auto hit = logs_.Put(0, 1, 4'096, "a", std::string(300, 'p'), Now());
   File(1)[4'096 + 150] ^= std::byte{1};
   File(1)[4'096 + 250] ^= std::byte{1};
   const int64_t began_ns = clock_.MonotonicNs();
@@ -164,6 +168,44 @@ TEST_F(RecordReaderTest, DamageIsSaidAndCountedOnceThePatienceIsOver) {
   EXPECT_EQ(counter(RecordReaderCounter::kRecordsRead), 0u);
   EXPECT_EQ(reader_->unreadable(), MakeLogAddress(0, MakeLogPosition(1, 4'096)));
   reader_->Release(ticket);
+}
+
+// It cannot be about to be written, and others need the memory.
+TEST_F(RecordReaderTest, WhatWasDamagedLongAgoIsReadTwiceAndNotAwaited) {
+  const auto hit = logs_.Put(0, 1, 4'096, "a", std::string(300, 'p'), Now());
+  File(1)[4'096 + 150] ^= std::byte{3};
+  clock_.AdvanceNs(kRetryForNs + kNanosPerMilli);
+  const int64_t began_ns = clock_.MonotonicNs();
+  EXPECT_EQ(ReadOnce(hit), State::kUnreadable);
+  EXPECT_LE(clock_.MonotonicNs() - began_ns, 2 * kRetryNs);
+  EXPECT_EQ(counter(RecordReaderCounter::kReadsRepeated), 1u);
+  // An error of the disk may pass.
+  File(1)[4'096 + 150] ^= std::byte{3};
+  const Ticket ticket = reader_->Begin(hit.data());
+  logs_.End(0, EIO);
+  EXPECT_EQ(Await(ticket), State::kReady);
+  reader_->Release(ticket);
+}
+
+TEST_F(RecordReaderTest, AllThatCannotBeReadIsNamed) {
+  logs_.ends_at_once = true;
+  std::vector<std::vector<std::byte>> hits;
+  for (uint32_t i = 0; i < 4; ++i) {
+    hits.push_back(logs_.Put(0, 1, 4'096 * (i + 1), "a", "payload", 5));
+    if (i != 2) File(1)[4'096 * (i + 1) + 66] ^= std::byte{3};
+  }
+  EXPECT_FALSE(reader_->TakeUnreadable().has_value());
+  for (const auto& hit : hits) ReadOnce(hit);
+  for (const uint32_t i : {0, 1, 3}) {
+    EXPECT_EQ(reader_->TakeUnreadable(), MakeLogAddress(0, MakeLogPosition(1, 4'096 * (i + 1))));
+  }
+  EXPECT_FALSE(reader_->TakeUnreadable().has_value());
+  // Nobody takes them.
+  for (int i = 0; i < 1'024 + 6; ++i) ReadOnce(hits[0]);
+  EXPECT_EQ(counter(RecordReaderCounter::kUnreadableUnnamed), 6u);
+  int named = 0;
+  while (reader_->TakeUnreadable()) ++named;
+  EXPECT_EQ(named, 1'024);
 }
 
 // Any bit of it.
@@ -304,6 +346,40 @@ TEST_F(RecordReaderTest, WhatIsReleasedWhileItIsReadKeepsItsMemoryUntilThen) {
   EXPECT_EQ(Await(ticket), State::kReady);
   reader_->Release(ticket);
   EXPECT_EQ(reader_->under_way(), 0u);
+}
+
+// What is given back between two rounds belongs to the one that found nothing first.
+TEST_F(RecordReaderTest, WhoWaitsForMemoryIsNotOvertaken) {
+  logs_.ends_at_once = true;
+  std::vector<std::vector<std::byte>> hits;
+  for (uint32_t i = 0; i < 6; ++i) {
+    hits.push_back(logs_.Put(0, 1, 4'096 * (i + 1), "id", std::string(2'000, 'a'), 5));
+  }
+  std::vector<std::vector<std::byte>> small;
+  for (uint32_t i = 0; i < 5; ++i) {
+    small.push_back(logs_.Put(0, 2, 4'096 * (i + 1), "id", std::string(10, 'a'), 5));
+  }
+  std::vector<Ticket> tickets;
+  for (size_t i = 0; i < 4; ++i) tickets.push_back(reader_->Begin(hits[i].data()));
+  reader_->Poll();
+  EXPECT_EQ(reader_->Begin(hits[4].data()), RecordReader::kNone);
+  reader_->Release(tickets[3]);
+  EXPECT_EQ(reader_->Begin(hits[5].data()), RecordReader::kNone) << "it came later";
+  for (size_t i = 0; i < 4; ++i) {
+    tickets.push_back(reader_->Begin(small[i].data()));
+    EXPECT_NE(tickets.back(), RecordReader::kNone) << "it needs nothing of what is short";
+  }
+  EXPECT_EQ(reader_->Begin(small[4].data()), RecordReader::kNone) << "the last one is waited for";
+  reader_->Poll();
+  tickets[3] = reader_->Begin(hits[4].data());
+  ASSERT_NE(tickets[3], RecordReader::kNone);
+  EXPECT_EQ(reader_->Begin(hits[5].data()), RecordReader::kNone);
+  for (const Ticket ticket : tickets) {
+    EXPECT_EQ(Await(ticket), State::kReady);
+    reader_->Release(ticket);
+  }
+  reader_->Poll();
+  EXPECT_EQ(ReadOnce(hits[5]), State::kReady);
 }
 
 TEST_F(RecordReaderTest, WhatIsReleasedWhileItWaitsIsForgotten) {

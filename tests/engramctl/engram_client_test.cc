@@ -229,6 +229,29 @@ TEST_F(EngramClientTest, TheCodeOfARefusalSaysWhatCanBeDone) {
   }
 }
 
+// Others have all the room now.
+TEST_F(EngramClientTest, AScrollThatFindsNoRoomIsAskedAgain) {
+  constexpr uint64_t kRequest = UINT64_MAX;
+  peer_.SendHelloAck(0, 0);
+  ASSERT_TRUE(connection_.Hello({}, kTimeoutNs).has_value());
+  for (int i = 0; i < 2; ++i) {
+    peer_.SendNak({.reason = RefusalReason::kMergesFull,
+                   .refused_type = FrameType::kScroll,
+                   .retry_after_ms = 1},
+                  kRequest);
+  }
+  peer_.Send(FrameType::kScrolled, 0, kRequest,
+             ScriptedPeer::ToBytes(BytesOf(ScrolledBody{.partitions = 1, .ended = 1})));
+  const auto page = Scroll(connection_, {}, kTimeoutNs);
+  ASSERT_TRUE(page.has_value()) << page.error().message;
+  EXPECT_TRUE(page->ended);
+  int asked = 0;
+  while (const auto frame = peer_.NextFrame()) {
+    asked += frame->header.type == FrameType::kScroll ? 1 : 0;
+  }
+  EXPECT_EQ(asked, 3);
+}
+
 TEST_F(EngramClientTest, AConnectionToItselfIsNoServer) {
   ASSERT_TRUE(connection_.SendHello({}).has_value());
   ASSERT_TRUE(connection_.Flush().has_value());

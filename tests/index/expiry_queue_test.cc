@@ -6,6 +6,7 @@
 #include <map>
 #include <set>
 #include <utility>
+#include <vector>
 
 #include "src/core/hash.h"
 #include "src/core/huge_page_arena.h"
@@ -71,6 +72,75 @@ TEST_F(ExpiryQueueTest, TheOldestIsFirstWhateverCameInWhichOrder) {
         ASSERT_TRUE(queue.IsSound());
       }
     }
+  }
+}
+
+constexpr CommitStamp StampAt(uint64_t time, uint16_t home = 0) {
+  return (time << kStampShardBits) + home;
+}
+
+// A restart with fewer shards: two files of the same homes and times come one after the other.
+TEST_F(ExpiryQueueTest, ASecondFileOfTheSameTimesIsNoSearch) {
+  constexpr NodeId kEach = 20'000;
+  ExpiryQueue queue(&heap_, 1);
+  ASSERT_TRUE(queue.Reserve(2 * kEach));
+  for (NodeId file : {0u, 1u}) {
+    for (NodeId n = 0; n < kEach; ++n) queue.Add(file * kEach + n, StampAt(1 + 2 * n + file));
+  }
+  EXPECT_LE(queue.steps(), 2 * kEach * 16);
+  EXPECT_EQ(queue.lists(), 2u);
+  ASSERT_TRUE(queue.IsSound());
+  for (CommitStamp time = 1; time <= 2 * kEach; ++time) {
+    ASSERT_EQ(queue.StampOf(queue.oldest()), StampAt(time));
+    queue.Remove(queue.oldest());
+  }
+  EXPECT_EQ(queue.lists(), 0u);
+}
+
+// Files and logs of many shards that are read side by side, each from another time on, while what
+// comes overtakes what came a few before it.
+TEST_F(ExpiryQueueTest, ThereAreNoMoreListsThanSourcesAndLittleIsLookedBackOver) {
+  constexpr uint64_t kSources = 40;
+  constexpr NodeId kEach = 1'000;
+  constexpr NodeId kNodes = kSources * kEach;
+  ExpiryQueue queue(&heap_, 4);
+  ASSERT_TRUE(queue.Reserve(kNodes));
+  SplitMix64 random(7);
+  std::vector<uint64_t> times(kSources);
+  for (uint64_t& time : times) time = 100 + random.Next() % 5'000;
+  std::multiset<CommitStamp> model;
+  for (NodeId node = 0; node < kNodes; ++node) {
+    const uint64_t source = random.Next() % kSources;
+    times[source] += random.Next() % 8;
+    const CommitStamp stamp =
+        StampAt(times[source] - random.Next() % 3, static_cast<uint16_t>(source % 4));
+    queue.Add(node, stamp);
+    model.insert(stamp);
+  }
+  EXPECT_LE(queue.lists(), kSources);
+  EXPECT_LE(queue.steps(), uint64_t{kNodes} * 16);
+  ASSERT_TRUE(queue.IsSound());
+  for (const CommitStamp stamp : model) {
+    ASSERT_EQ(queue.StampOf(queue.oldest()), stamp);
+    queue.Remove(queue.oldest());
+  }
+}
+
+// More sources than there may be lists: slow, and still in order.
+TEST_F(ExpiryQueueTest, MoreSourcesThanLists) {
+  constexpr NodeId kSources = 100;
+  constexpr NodeId kEach = 40;
+  ExpiryQueue queue(&heap_, 1);
+  ASSERT_TRUE(queue.Reserve(kSources * kEach));
+  NodeId node = 0;
+  for (uint64_t source = kSources; source > 0; --source) {
+    for (uint64_t n = 0; n < kEach; ++n) queue.Add(node++, StampAt(source + n * kSources));
+  }
+  EXPECT_LT(queue.lists(), kSources);
+  ASSERT_TRUE(queue.IsSound());
+  for (CommitStamp time = 1; queue.size() > 0; ++time) {
+    ASSERT_EQ(queue.StampOf(queue.oldest()), StampAt(time));
+    queue.Remove(queue.oldest());
   }
 }
 

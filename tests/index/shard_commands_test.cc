@@ -167,6 +167,18 @@ TEST_F(ShardCommandsTest, WhatIsUnderWayIsAnsweredFirst) {
   EXPECT_EQ(Recalled({1, 2}), (std::set<std::string>{"new"}));
 }
 
+// Also where another shard has drawn stamps ahead of the clock.
+TEST_F(ShardCommandsTest, WhatComesAfterADropIsLaterThanIt) {
+  Make(2);
+  RigSession session = Open({.metric = Metric::kL2, .shard = 1});
+  Fill(&session, 8);
+  rig_->clock.StepWallNs(-kNanosPerSecond);
+  ASSERT_EQ(rig_->Command(SpaceCommand::kDrop, "s").observations, 8u);
+  session = Open();
+  Fill(&session, 4);
+  EXPECT_EQ(Recalled({0, 1}), (std::set<std::string>{"id0", "id1", "id2", "id3"}));
+}
+
 // Memory is given back in parts, between other work.
 TEST_F(ShardCommandsTest, ALargeSpaceIsFreedInSlices) {
   Make();

@@ -192,6 +192,35 @@ TEST_F(ShardLifecycleTest, TheSteadyStateNeedsNoMoreMemoryAndTakesNone) {
   ExpectSound();
 }
 
+// However much has gathered, a round of upkeep gives back no more than a bound.
+TEST_F(ShardLifecycleTest, MuchThatEndsAtOnceIsGivenBackInSlices) {
+  constexpr uint64_t kCount = 250'000;
+  SpaceSettings settings = Settings();
+  settings.ttl_ns = 1'000 * kNanosPerSecond;
+  ShardOptions options = ShardRig::SmallOptions();
+  options.unlinked_limit_bytes = size_t{1} << 30;
+  options.snapshot_keep_ns = 5 * kNanosPerSecond;
+  Make(settings, Layout(), options);
+  for (uint64_t i = 0; i < kCount; ++i) {
+    ASSERT_EQ(Upsert("id" + std::to_string(i)), RefusalReason::kNone);
+  }
+  rig_->clock.AdvanceNs(settings.ttl_ns);
+  ASSERT_TRUE(rig_->PollUntil([&] { return Contents() == 0; }));
+  rig_->clock.AdvanceNs(options.snapshot_keep_ns);
+  const Space& space = *rig_->shard->FindSpace("s");
+  ASSERT_GT(space.retired(), kCount / 2);
+  for (int polls = 0; polls < 100'000 && space.retired() > 0; ++polls) {
+    const uint64_t before = space.reclaimed();
+    const uint64_t listed = space.ended_listed();
+    rig_->Poll();
+    ASSERT_LE(space.reclaimed() - before, 2'048u);
+    // But for the last, which go in one pass over the list.
+    if (space.ended_listed() > 0) {
+      ASSERT_LE(listed - space.ended_listed(), 2'048u);
+    }
+  }
+}
+
 TEST_F(ShardLifecycleTest, AFullQuotaRefusesWhatIsNewAndNotUpdates) {
   SpaceSettings settings = Settings();
   settings.quota_observations = 3;
@@ -293,6 +322,97 @@ TEST_F(ShardLifecycleTest, AQuotaIsOverAllPartitions) {
     ExpectSound();
     rig_.reset();
   }
+}
+
+// Fewer observations than partitions: what was acknowledged is there, and an older one goes.
+TEST_F(ShardLifecycleTest, WhatWasJustStoredIsNotTheOldest) {
+  for (const uint64_t quota : {1, 2, 3}) {
+    SpaceSettings settings = Settings();
+    settings.partitions = 2;
+    settings.quota_observations = quota;
+    settings.when_full = WhenFull::kEvictOldest;
+    Make(settings, {.shards = 2, .max_partitions = 2}, ShardRig::SmallOptions());
+    for (int i = 0; i < 100; ++i) {
+      const std::string id = "id" + std::to_string(i);
+      ASSERT_EQ(Upsert(id), RefusalReason::kNone);
+      ASSERT_TRUE(Recalled().contains(id)) << id << " with a quota of " << quota;
+      ASSERT_LE(Contents(), std::max<uint64_t>(quota, 2));
+    }
+    ExpectSound();
+    rig_.reset();
+  }
+}
+
+// An id that moves to a new partition ends in the old one, which says so at once.
+TEST_F(ShardLifecycleTest, WhatEndsInAnEarlierPartitionCountsNoLonger) {
+  SpaceSettings settings = Settings();
+  settings.quota_observations = 1'000;
+  ShardOptions options = ShardRig::SmallOptions();
+  options.grow_partition_at = 40;
+  Make(settings, {.shards = 2, .max_partitions = 2}, options);
+  for (int i = 0; i < 40; ++i) {
+    ASSERT_EQ(Upsert("id" + std::to_string(i)), RefusalReason::kNone);
+  }
+  const SpaceEntry& entry = *rig_->entry("s");
+  ASSERT_EQ(entry.partitions(), 2);
+  for (int i = 0; i < 40; ++i) {
+    ASSERT_EQ(Upsert("id" + std::to_string(i)), RefusalReason::kNone);
+    ASSERT_EQ(Contents(), 40u);
+    ASSERT_EQ(entry.TotalUse().observations, 40u) << i;
+  }
+}
+
+// Without a log payloads are in memory, also those of what has ended, until upkeep comes to them.
+TEST_F(ShardLifecycleTest, WhatIsGivenBackCountsNoLonger) {
+  SpaceSettings settings = Settings();
+  settings.quota_bytes = size_t{64} << 20;
+  Make(settings);
+  RigSession nobody = Nobody("small");
+  for (int i = 0; i < 20; ++i) {
+    Observation observation{.id = "id" + std::to_string(i), .vector = {1, 2}};
+    if (i >= 10) observation.payload.assign(8'000, 'p');
+    ASSERT_EQ(rig_->ObserveAlone(nobody, observation).first.reason, RefusalReason::kNone);
+  }
+  for (int i = 10; i < 20; ++i) (void)Do(ObservationOp::kDelete, "id" + std::to_string(i));
+  rig_->clock.AdvanceNs(kNanosPerSecond);
+  rig_->Settle();
+  const Space& space = *rig_->shard->FindSpace("s");
+  ASSERT_LT(space.retired(), 5u);
+  EXPECT_EQ(rig_->entry("s")->TotalUse().bytes, space.content_bytes());
+}
+
+// Not only once the space has its turn.
+TEST_F(ShardLifecycleTest, WhatHasExpiredIsInNobodysWay) {
+  SpaceSettings settings = Settings();
+  settings.quota_observations = 2;
+  settings.ttl_ns = kTtlNs;
+  Make(settings);
+  ASSERT_EQ(Upsert("a"), RefusalReason::kNone);
+  ASSERT_EQ(Upsert("b"), RefusalReason::kNone);
+  ASSERT_EQ(Upsert("c"), RefusalReason::kQuotaObservations);
+  rig_->clock.AdvanceNs(kTtlNs);
+  EXPECT_EQ(Upsert("c"), RefusalReason::kNone);
+  EXPECT_EQ(Recalled(), (std::set<std::string>{"c"}));
+}
+
+// A shard that has nothing else to do looks at many spaces in each round.
+TEST_F(ShardLifecycleTest, ManySpacesHaveTheirTurnSoon) {
+  constexpr int kSpaces = 1'000;
+  SpaceSettings settings = Settings();
+  settings.ttl_ns = kTtlNs;
+  RigWorld world;
+  for (int i = 0; i < kSpaces; ++i) world.spaces.emplace_back("s" + std::to_string(i), settings);
+  rig_.emplace(ShardRig::SmallOptions(), 1, 256, kSpaces, RigShards(), world);
+  RigSession nobody;
+  nobody.origin = 1;
+  for (int i = 0; i < kSpaces; ++i) {
+    nobody.space = "s" + std::to_string(i);
+    (void)rig_->ObserveAlone(nobody, {.id = "a", .vector = {1, 2}});
+  }
+  rig_->Settle();
+  rig_->clock.AdvanceNs(kTtlNs);
+  for (int polls = 0; polls < 10; ++polls) rig_->Poll();
+  EXPECT_EQ(rig_->counter(ShardCounter::kObservationsExpired), uint64_t{kSpaces});
 }
 
 }  // namespace

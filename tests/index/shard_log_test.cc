@@ -215,6 +215,31 @@ TEST_F(ShardLogTest, WhatIsNotOnTheDiskYetIsRecalledWithItsPayload) {
   EXPECT_EQ(PayloadsOf("a"), Payloads{"third"});
 }
 
+// A payload beyond an answer's bound is left out, but the vector is asked for all the same.
+TEST_F(ShardLogTest, TheVectorOfWhatIsNotOnTheDiskYetIsThereWithoutItsPayload) {
+  DurableSetup setup = SmallSetup();
+  setup.spaces[0].second.durability = Durability::kMemory;
+  setup.writer.blocks = 64;
+  setup.keeper.segment_bytes = 8 << 20;
+  Start(setup);
+  RigSession session = OpenAt(0);
+  rig_.medium.StallUntil(rig_.clock.MonotonicNs() + kNanosPerSecond);
+  const std::string payload(kMaxPayloadBytes, 'p');
+  for (int i = 0; i < 20; ++i) {
+    ASSERT_EQ(rig_.shards->Observe(&session, Upsert(std::to_string(i), payload)).reason, kNone);
+  }
+  const RigAnswer answer =
+      rig_.shards->Recall(kSpace, {1, 2}, {.k = 20, .with_payload = true, .with_vector = true});
+  ASSERT_EQ(answer.hits.size(), 20u);
+  int omitted = 0;
+  for (const Hit& hit : answer.hits) {
+    EXPECT_EQ(hit.vector, (std::vector<float>{1, 2}));
+    omitted += hit.payload_omitted ? 1 : 0;
+  }
+  EXPECT_EQ(omitted, 4);
+  EXPECT_EQ(rig_.shards->records->counter(RecordReaderCounter::kReadsRepeated).Read(), 0u);
+}
+
 // The record lies in the log of the shard that took it, which has not written it yet: it is
 // awaited.
 TEST_F(ShardLogTest, WhatAnotherShardHasNotWrittenYetIsAwaited) {

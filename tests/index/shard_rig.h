@@ -291,7 +291,12 @@ class ShardRig {
     if (what == SpaceCommand::kDrop) {
       CHECK(known != nullptr && known->BeginDrop(), "the test drops what is there");
     }
+    if (what == SpaceCommand::kRebuild) {
+      CHECK(known != nullptr && known->BeginRebuild(static_cast<uint16_t>(shards.size())),
+            "the test rebuilds what is there, once at a time");
+    }
     commanded = CommandRequest();
+    command_reason = RefusalReason::kNone;
     for (size_t s = 0; s < shards.size(); ++s) {
       const SlotId slot = Take(0, kRequestBodyOffset);
       auto* request = new (ports_[0].slab->At(slot)) CommandRequest;
@@ -398,6 +403,7 @@ class ShardRig {
   std::map<uint64_t, RigAnswer> answers;
   std::map<uint64_t, CommitStamp> alone_stamps;  // without a session, by the request's number
   CommandRequest commanded;                      // the sums of what the shards have answered
+  RefusalReason command_reason = RefusalReason::kNone;
   size_t commands_under_way = 0;
   bool hold_completions = false;
   bool polled_elsewhere = false;  // by threads of the test; this one only takes what comes back
@@ -464,6 +470,7 @@ class ShardRig {
       commanded.observations += request->observations;
       commanded.bytes_before += request->bytes_before;
       commanded.bytes_after += request->bytes_after;
+      if (completion.reason != RefusalReason::kNone) command_reason = completion.reason;
       --commands_under_way;
     }
     if (completion.kind == CompletionKind::kObserve) {

@@ -1342,6 +1342,9 @@ class Program {
   }
 
   void ChangeOnce() {
+    if (random_.Below(30) == 0 && !rig_.space.is_rebuilding()) {
+      rig_.space.BeginRebuild(1 + random_.Below(30));
+    }
     const uint64_t what = random_.Below(100);
     if (what < 45) {
       ASSERT_NO_FATAL_FAILURE(Operate());

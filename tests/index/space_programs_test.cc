@@ -182,6 +182,7 @@ class Program {
   }
 
   void Step() {
+    if (random_.Below(30) == 0) BeginRebuild();
     const uint64_t what = random_.Below(100);
     if (what < 26) {
       Upsert();
@@ -210,6 +211,12 @@ class Program {
     } else {
       ASSERT_NO_FATAL_FAILURE(FindAll());
     }
+  }
+
+  void BeginRebuild() {
+    if (space_->is_rebuilding()) return;
+    upkeep_->SetRebuildLooks(1 + random_.Below(random_.Below(2) == 0 ? 4 : 100));
+    space_->BeginRebuild(1 + random_.Below(20));
   }
 
   std::string AnyId() {
@@ -406,6 +413,13 @@ class Program {
     while (space_->has_tombstones()) space_->ForgetTombstones(space_->latest_stamp());
     upkeep_->Run();
     ASSERT_NO_FATAL_FAILURE(ExpectSound());
+    ASSERT_FALSE(space_->is_rebuilding()) << space_->rebuild_left() << " are left";
+    const uint64_t before = space_->relinked();
+    BeginRebuild();
+    upkeep_->Run();
+    ASSERT_NO_FATAL_FAILURE(ExpectSound());
+    ASSERT_FALSE(space_->is_rebuilding()) << space_->rebuild_left() << " are left";
+    ASSERT_EQ(space_->relinked() - before, space_->linked()) << "each is linked anew, once";
     if (space_->has_graph()) {
       ASSERT_EQ(space_->unlinked_count(), 0u);
       ASSERT_EQ(space_->retired(), 0u);

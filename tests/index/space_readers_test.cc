@@ -1,6 +1,6 @@
 // Readers on other threads recall while one thread does all that a shard does to a space: upserts,
-// deletes, links, sweeps, gives back, moves the horizon. Under ThreadSanitizer a race is a failure
-// too.
+// deletes, links, sweeps, gives back, links anew, moves the horizon. Under ThreadSanitizer a race
+// is a failure too.
 
 #include <gtest/gtest.h>
 
@@ -35,6 +35,8 @@ constexpr uint32_t kStable = 700;
 constexpr uint32_t kGraphFrom = 1'000;
 constexpr uint32_t kChurnIds = 300;
 constexpr CommitStamp kKeep = 150;  // operations of the past that snapshots may ask for
+constexpr CommitStamp kRebuildEvery = 500;
+constexpr uint64_t kRebuildMost = 60;
 constexpr uint32_t kQueries = 60;
 constexpr uint32_t kEf = 150;
 constexpr uint32_t kWholeEf = 8'000;  // more than there are nodes
@@ -135,8 +137,10 @@ class Writer {
     current_[id_number] = kNoNode;
     Acknowledge();
   }
-  // Slices of upkeep, as many as keep the fresh list short; the horizon follows.
+  // Slices of upkeep, as many as keep the fresh list short; the horizon follows. Every now and then
+  // all is linked anew meanwhile.
   void Upkeep() {
+    if (stamp_ % kRebuildEvery == 0 && !space_->is_rebuilding()) space_->BeginRebuild(kRebuildMost);
     space_->SetHorizon(stamp_ - std::min(stamp_, kKeep));
     space_->ForgetTombstones(stamp_ - std::min(stamp_, kKeep));
     const int slices = space_->unlinked_count() > 150 ? 40 : 4;
@@ -424,6 +428,8 @@ TEST_P(SpaceReadersTest, NothingIsTornMissingOrBackWhileTheWriterGoesOn) {
   writer.Finish();
   EXPECT_EQ(space.unlinked_count(), 0u);
   EXPECT_EQ(space.retired(), 0u);
+  EXPECT_FALSE(space.is_rebuilding());
+  EXPECT_GT(space.relinked(), 2 * kStable) << "two rebuilds at least beside the readers";
   const Result<void> sound = space.CheckInvariants();
   ASSERT_TRUE(sound.has_value()) << sound.error().message;
   double during = 0;

@@ -42,6 +42,9 @@ class SpaceUpkeep {
     }
   }
 
+  // Places that a rebuild looks at in one slice.
+  void SetRebuildLooks(size_t looks) { rebuild_looks_ = looks; }
+
   const HnswLinker& linker() const { return linker_; }
   const HnswSweep& sweep() const { return sweep_; }
   uint64_t links() const { return links_; }
@@ -53,17 +56,20 @@ class SpaceUpkeep {
   // True where something was begun or is left.
   bool Begin() {
     const NodeId node = space_->NextToLink();
-    const uint64_t retired = space_->retired();
+    const uint64_t kept = space_->retired() + space_->lifted();
     if (!sweep_.active()) space_->Reclaim(kReclaimBatch);
+    const bool has_freed = space_->retired() + space_->lifted() < kept;
+    const bool has_rebuilt = space_->is_rebuilding() && space_->StepRebuild(rebuild_looks_);
     if (!sweep_.active() && space_->WantsSweep() && space_->BeginSweep(&sweep_)) return true;
     if (node != kNoNode && space_->BeginLinking(&linker_, node)) return true;
-    return space_->retired() < retired;
+    return has_freed || has_rebuilt;
   }
 
   Space* space_;
   HnswLinker linker_;
   HnswSweep sweep_;
   bool sweep_turn_ = false;
+  size_t rebuild_looks_ = 256;
   uint64_t links_ = 0;
   uint64_t sweeps_ = 0;
 };

@@ -6,9 +6,12 @@ beginning without gaps. A backup that is damaged or was cut off is refused, and 
 is in use.
 """
 
+import fcntl
 import json
+import os
 import pathlib
 import random
+import signal
 import struct
 import subprocess
 import tempfile
@@ -20,6 +23,7 @@ import frames
 DIMENSION = 16
 BEFORE = 400
 LOADED = 60_000
+HOLD, RELEASE = 4, 5  # of introspect
 
 
 def vector_of(rng):
@@ -173,6 +177,141 @@ class BackupTest(unittest.TestCase):
                 done = daemon.engramctl("checkpoint", "--json", address=running.address_text)
                 self.assertEqual(done.returncode, 0, done.stderr)
                 self.assertEqual(client.counters()["checkpoints_held"], 0)
+
+    def hold(self, client):
+        client.introspect(HOLD)
+        while client.counters()["checkpoints_held"] != 1:
+            client.introspect(HOLD)
+
+    def test_a_hold_is_its_connections_alone_and_ends_with_it(self):
+        with daemon.running() as running:
+            self.observe_all(running)
+            with running.client("any", features=1) as first, \
+                    running.client("any", features=1) as second:
+                self.hold(first)
+                with self.assertRaises(frames.Refused) as refused:
+                    second.introspect(HOLD)
+                nak = refused.exception.nak
+                self.assertEqual((nak.name, nak.flags), ("busy", 0))
+                self.assertIn("holds the files", nak.text)
+                self.assertGreater(nak.retry_after_ms, 0)
+                second.introspect(RELEASE)
+                self.assertEqual(second.counters()["checkpoints_held"], 1)
+                # Said at once, and nothing is begun.
+                self.hold(first)
+                done = daemon.engramctl("backup", self.backup, address=running.address_text)
+                self.assertEqual(done.returncode, 1)
+                self.assertIn("holds the files", done.stderr)
+                self.assertFalse(self.backup.exists())
+                self.hold(first)
+                first.close()
+                while second.counters()["checkpoints_held"] != 0:
+                    pass
+                self.make_backup(running)
+
+    def test_a_hold_that_has_lapsed_makes_no_backup(self):
+        with daemon.running() as running:
+            self.observe_all(running)
+            data = running.path / "data"
+            (data / "quarantine").mkdir(exist_ok=True)
+            stuck = data / "quarantine" / "log-003-0000002a-00001f40.record"
+            # The last file that is copied. Whoever opens it waits until this process lets go.
+            lease = os.open(stuck, os.O_RDWR | os.O_CREAT)
+            self.addCleanup(os.close, lease)
+            before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+            self.addCleanup(signal.signal, signal.SIGIO, before)
+            try:
+                fcntl.fcntl(lease, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            except OSError as error:
+                self.skipTest(f"leases of files: {error}")
+            backup = subprocess.Popen(
+                [daemon.executable("ENGRAMCTL", "tools/engramctl"), "backup", "--address",
+                 running.address_text, str(self.backup)],
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            try:
+                with running.client("any", features=1) as client:
+                    while client.counters()["checkpoints_held"] != 1:
+                        self.assertIsNone(backup.poll())
+                    while client.counters()["checkpoints_held"] == 1:
+                        self.assertIsNone(backup.poll())
+                    client.close()
+                fcntl.fcntl(lease, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+                _, said = backup.communicate(timeout=60)
+            finally:
+                backup.kill()
+                backup.communicate()
+            self.assertEqual(backup.returncode, 1, said)
+            self.assertIn("stood still", said)
+            self.assertFalse((self.backup / "BACKUP").exists())
+
+    def test_what_the_checkpoint_names_is_there(self):
+        settings = {"data.segment_mib": 1, "data.checkpoint_mib": 4096, "cores.shard": [0]}
+        with daemon.running(settings) as running:
+            with running.client("large", metric=frames.L2) as client:
+                for row in range(60):
+                    self.assertEqual(client.observe([frames.record(
+                        b"%d" % row, [float(row), 1.0], payload=b"x" * 60_000)]), [])
+                client.close()
+            done = daemon.engramctl("checkpoint", address=running.address_text)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            first = sorted((running.path / "data" / "log-000").glob("segment-*"))[0]
+            aside = running.path / "aside"
+            first.rename(aside)
+            done = daemon.engramctl("backup", self.backup, address=running.address_text)
+            self.assertEqual(done.returncode, 1, done.stdout)
+            self.assertIn(f"log-000/{first.name}", done.stderr)
+            self.assertIn("not copied", done.stderr)
+            self.assertFalse((self.backup / "BACKUP").exists())
+            aside.rename(first)
+
+    def test_another_daemons_directory_is_refused(self):
+        with daemon.running() as running, daemon.running() as other:
+            self.observe_all(running)
+            done = daemon.engramctl("backup", self.backup, "--data", other.path / "data",
+                                    address=running.address_text)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn("another engramd", done.stderr)
+            self.assertFalse(self.backup.exists())
+            self.make_backup(running, "--data", running.path / "data")
+
+    def test_a_target_that_cannot_be_replaced_is_refused_before_anything_is_copied(self):
+        with daemon.running() as running:
+            self.observe_all(running)
+            self.make_backup(running)
+        target = self.folder / "restored"
+        beside = self.folder / "restored.restoring"
+
+        def refused(prefix, text):
+            done = subprocess.run(
+                [*prefix, daemon.executable("ENGRAMCTL", "tools/engramctl"), "restore",
+                 str(self.backup), str(target)], capture_output=True, text=True, check=False)
+            self.assertEqual(done.returncode, 1, done.stdout)
+            self.assertIn(text, done.stderr)
+
+        for leads_to in (self.folder / "nowhere", self.folder / "empty"):
+            (self.folder / "empty").mkdir(exist_ok=True)
+            target.symlink_to(leads_to)
+            refused([], "is a link")
+            self.assertFalse(beside.exists())
+            target.unlink()
+        beside.mkdir()
+        (beside / "mine").write_text("x")
+        refused([], f"{beside} is in the way")
+        self.assertEqual([file.name for file in beside.iterdir()], ["mine"])
+        (beside / "mine").unlink()
+        beside.rmdir()
+        target.mkdir()
+        for mount in ("mount -t tmpfs none", f"mount --bind '{self.folder / 'empty'}'"):
+            in_mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c",
+                        f"{mount} \"$1\" || exit 77; shift; exec \"$@\"", "sh", str(target)]
+            if subprocess.run([*in_mount, "true"], capture_output=True, check=False).returncode:
+                continue  # Not allowed here.
+            refused(in_mount, "is a mount point")
+            self.assertFalse(beside.exists())
+        # An empty directory that is none of these is replaced.
+        with self.restored() as running:
+            self.assert_all_there(running)
+        self.assertEqual(target.stat().st_mode & 0o777, 0o700)
 
 
 if __name__ == "__main__":

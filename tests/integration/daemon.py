@@ -27,6 +27,7 @@ SAMPLE_DATA = ROOT / "tools" / "sample-data"
 START_DEADLINE_S = 60
 # engramd's own deadline to drain is 10 s; a loaded machine gets more before it counts as stuck.
 STOP_DEADLINE_S = 40
+WAIT_DEADLINE_S = 60
 
 
 def executable(variable, default):
@@ -54,6 +55,14 @@ def raise_open_files(wanted):
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return soft
+
+
+def wait_until(done, what):
+    """Asks the daemon again and again; fails with what was awaited."""
+    deadline = time.monotonic() + WAIT_DEADLINE_S
+    while not done():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not so in {WAIT_DEADLINE_S} s")
 
 
 class Log:

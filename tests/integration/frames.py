@@ -21,10 +21,12 @@ MAX_FRAME_BYTES = 1_048_576
 
 (HELLO, HELLO_ACK, OBSERVE, ACK, NAK) = (1, 2, 3, 4, 5)
 (RECALL, RESULT, PING, CLOSE, INTROSPECT, INTROSPECTION) = (7, 8, 9, 10, 11, 12)
+(COMMAND, COMMAND_DONE) = (13, 14)
 (SCROLL, SCROLLED, CHECK, CHECKED) = (15, 16, 17, 18)
 NO_SESSION = 1
 COSINE, INNER_PRODUCT, L2 = 1, 2, 3
 UPSERT, DELETE = 1, 2
+COMPACT, DROP, REBUILD = 1, 2, 3
 F32, F16, BF16, INT8 = 1, 2, 3, 4
 SPACES, STATUS = 1, 2
 CONSUMED, CLOSED = 1, 2  # flags of nak
@@ -41,7 +43,7 @@ REASONS = {
     "bad_confidence": 27, "bad_operation": 28, "sequence_gap": 60, "session_expired": 61,
     "fenced": 62, "bad_space_id": 65, "metric_mismatch": 66, "dimension_mismatch": 67,
     "unknown_space": 68, "bad_recall": 69, "no_session": 70, "session_space_mismatch": 71,
-    "merges_full": 73, "quota_observations": 47, "quota_memory": 48,
+    "busy": 72, "merges_full": 73, "quota_observations": 47, "quota_memory": 48,
 }
 REASON_NAMES = {code: name for name, code in REASONS.items()}
 
@@ -433,6 +435,12 @@ class Client:
         if what == SPACES:
             return [space for part in parts for space in decode_spaces(part)]
         return b"".join(part.body[8:] for part in parts).decode()
+
+    def send_command(self, what, space):
+        name = space.encode()
+        self.last_request += 1
+        self.send(frame(COMMAND, bytes([what, len(name)]) + bytes(6) + name, session=self.session,
+                        sequence=self.last_request))
 
     def counters(self):
         """{counter: sum over cores}, without what is text"""

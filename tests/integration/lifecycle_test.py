@@ -17,6 +17,8 @@ grpc = ""
 directory = "{directory}"
 [memory]
 limit_mib = 1024
+[index]
+max_partitions = 1
 [[space]]
 name = "brief"
 metric = "l2"

@@ -56,11 +56,10 @@ class SegmentsTest(daemon.DaemonCase):
             self.checkpoint()
         self.check(last)
         with self.daemon.client("s", features=frames.NO_SESSION) as client:
-            while client.counters()["segments_freed"] < 3:
-                pass
+            daemon.wait_until(lambda: client.counters()["segments_freed"] >= 3,
+                              "three segments are freed")
         self.assertTrue(self.segments("vault"))
-        while self.segments("log-000") == before:
-            pass
+        daemon.wait_until(lambda: self.segments("log-000") != before, "a file of the log is gone")
         self.check(last)
         logs = self.verify()
         self.assertGreaterEqual(logs[255]["records"], KEPT)

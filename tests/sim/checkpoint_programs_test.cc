@@ -1,4 +1,4 @@
-// Random programs (tests/sim/durable_program.h) with checkpoints at any moment.
+// Random programs (tests/sim/durable_program.h) with checkpoints and rebuilds at any moment.
 //
 // ENGRAM_DURABLE_SEED=n runs the program of that seed alone, and says what it
 // does; ENGRAM_DURABLE_SEEDS=n runs so many, from ENGRAM_DURABLE_FIRST on.
@@ -45,6 +45,9 @@ TEST(CheckpointProgramsTest, WhatWasAcknowledgedIsThere) {
                      {"files_loaded_elsewhere", stats.loaded_elsewhere},
                      {"segments_freed", stats.segments_freed},
                      {"records_taken_over", stats.records_taken_over},
+                     {"rebuilds", stats.rebuilds},
+                     {"relinked_by_rebuilds", stats.relinked},
+                     {"crashes_in_rebuilds", stats.crashes_in_rebuilds},
                      {"pinned_reads", stats.pinned_reads},
                      {"recalls", stats.recalls},
                      {"records_read", stats.records_read},
@@ -631,7 +634,7 @@ TEST_F(TwoShardsTest, AnObservationStandsBeforeTheTombstoneThatItHasLeft) {
 TEST_F(TwoShardsTest, WhatIsReplayedElsewhereEndsWithoutATrace) {
   setup_.spaces[0].second.partitions = 1;
   ASSERT_EQ(Start(), "");
-  constexpr int kIds = 300;  // More than are forgotten at once.
+  constexpr int kIds = 1'200;  // More than are forgotten at once.
   ASSERT_NO_FATAL_FAILURE(BeginCheckpoint());
   for (int i = 0; i < kIds; ++i) Store("id" + std::to_string(i), std::to_string(i));
   ASSERT_TRUE(rig_.shards->entry("space")->Grow(1));
@@ -765,6 +768,78 @@ TEST_F(CheckpointStepsTest, AFullDiskFailsOneAndNotTheNext) {
   EXPECT_EQ(std::ranges::count_if(
                 *files, [](const auto& entry) { return CheckpointRound(entry.name).has_value(); }),
             1);
+}
+
+// A failed round is not made again for a compaction that has been asked for: a daemon that stops
+// would wait for it.
+TEST_F(CheckpointStepsTest, ARoundThatFailsEndsTheCompaction) {
+  ASSERT_EQ(Start(), "");
+  Store("a", "1");
+  rig_.checkpointer->RequestCompaction();
+  rig_.disks.fails_to_sync = DurableRig::kRootFolder;
+  EXPECT_FALSE(EndCheckpoint());
+  EXPECT_FALSE(rig_.checkpointer->busy());
+  rig_.disks.fails_to_sync.clear();
+  rig_.clock.AdvanceNs(setup_.checkpointer.retry_ns);
+  rig_.checkpointer->RequestCompaction();
+  EXPECT_TRUE(EndCheckpoint());
+  EXPECT_EQ(rig_.checkpointer->completed(), 3u);
+}
+
+TEST_F(CheckpointStepsTest, WhatStopsCompactsNoMore) {
+  ASSERT_EQ(Start(), "");
+  Store("a", "1");
+  rig_.checkpointer->RequestCompaction();
+  ASSERT_NO_FATAL_FAILURE(BeginCheckpoint());
+  rig_.checkpointer->RequestCompaction();
+  // Whoever holds the files has no say any more.
+  const FileLease::Owner owner = rig_.checkpointer->lease().NewOwner();
+  ASSERT_EQ(rig_.checkpointer->lease().Extend(owner, rig_.clock.MonotonicNs(), INT64_C(1) << 40),
+            0);
+  rig_.checkpointer->BeginStop();
+  EXPECT_TRUE(EndCheckpoint());
+  EXPECT_EQ(rig_.checkpointer->completed(), 1u);
+  EXPECT_FALSE(rig_.checkpointer->busy());
+  EXPECT_TRUE(Checkpoint()) << "on request";
+}
+
+// Until a round ends the shards keep every tombstone, so a hold that lasts for hours must not find
+// one half-way.
+TEST_F(CheckpointStepsTest, AHoldLetsARoundEndAndNoneBegin) {
+  CounterCatalogue catalogue;
+  const auto is_held = [&] {
+    catalogue.clear();
+    rig_.checkpointer->AddCounters(&catalogue);
+    return std::ranges::find(catalogue, "checkpoints_held", &CounterView::name)->counter->Read();
+  };
+  const auto poll_often = [&] {
+    for (int i = 0; i < 5'000; ++i) {
+      Poll();
+      PollCheckpointer();
+    }
+  };
+  ASSERT_EQ(Start(), "");
+  (void)LeaveAlone("a", "b");
+  for (int i = 0; i < 20; ++i) Store("b", std::to_string(i) + std::string(30'000, 'y'));
+  ASSERT_NO_FATAL_FAILURE(BeginCheckpoint());
+  FileLease& lease = rig_.checkpointer->lease();
+  const FileLease::Owner owner = lease.NewOwner();
+  ASSERT_EQ(lease.Extend(owner, rig_.clock.MonotonicNs(), INT64_C(1) << 40), 0);
+  PollCheckpointer();
+  EXPECT_EQ(is_held(), 0u) << "the round goes on";
+  ASSERT_TRUE(EndCheckpoint());
+  EXPECT_EQ(rig_.store->checkpoint(0).ended.load(), 2u);
+  rig_.checkpointer->Request();
+  poll_often();
+  EXPECT_EQ(is_held(), 1u);
+  EXPECT_EQ(rig_.checkpointer->completed(), 2u);
+  EXPECT_EQ(rig_.store->checkpoint(0).note.load(), 2u);
+  EXPECT_TRUE(rig_.checkpointer->retention().has_dead());
+  lease.End(owner);
+  poll_often();
+  EXPECT_EQ(is_held(), 0u);
+  EXPECT_EQ(rig_.checkpointer->completed(), 3u);
+  EXPECT_FALSE(rig_.checkpointer->retention().has_dead());
 }
 
 // Of the bytes that the manifest counts, in a file with every kind of extent. ENGRAM_EVERY_BIT=1

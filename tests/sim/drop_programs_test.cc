@@ -1,63 +1,65 @@
 // Random programs with spaces that are dropped and made again, with another metric and dimension,
-// over shards whose logs are replayed each for itself, on a simulated disk: with checkpoints at any
-// moment, crashes in the midst of a drop, and restarts with other numbers of shards. What is there
-// is compared with a map.
+// over shards whose logs are replayed each for itself, on a simulated disk: with observations under
+// way, checkpoints at any moment, several drops at a time, crashes in the midst of a drop and of a
+// recovery, and restarts with other numbers of shards. What is there is compared with a map, and
+// which sessions are.
 //
-// ENGRAM_DROP_SEED=n runs the program of that seed alone; ENGRAM_DROP_SEEDS=n so many;
-// ENGRAM_DROP_RESHARD=1 changes the number of shards at restarts. Beyond the usual seeds, and with
-// other numbers of shards, there are failures (src/design/0014, "Known limits").
+// ENGRAM_DROP_SEED=n runs the programs of that seed alone, ENGRAM_DROP_SEEDS=n so many from
+// ENGRAM_DROP_FIRST on.
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
+#include <iterator>
 #include <map>
-#include <optional>
 #include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "src/core/hash.h"
+#include "src/core/space_catalogue.h"
 #include "tests/sim/durable_rig.h"
+#include "tests/sim/program_seeds.h"
 
 namespace engram {
 namespace {
 
-uint64_t FromEnvironment(const char* name, uint64_t otherwise) {
-  const char* text = std::getenv(name);
-  return text == nullptr ? otherwise : std::strtoull(text, nullptr, 10);
-}
-
-// A sanitizer takes its time.
-uint64_t UsualSeeds() {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  return 30;
-#else
-  return 150;
-#endif
-}
+uint64_t DropSeeds() { return UsualSeeds(500, 40); }
 
 struct Stats {
   uint64_t drops = 0;
+  uint64_t unanswered_in_drops = 0;
+  uint64_t refused_in_drops = 0;
   uint64_t crashes_in_drops = 0;
   uint64_t dropped_by_crash = 0;
   uint64_t kept_by_crash = 0;
   uint64_t checkpoints = 0;
   uint64_t crashes_in_checkpoints = 0;
+  uint64_t crashes_in_recoveries = 0;
+  uint64_t unanswered_in_crashes = 0;
   uint64_t reshards = 0;
   uint64_t compared = 0;
   uint64_t sessions_expired = 0;
   uint64_t sessions_resumed = 0;
 };
 
+// What an observation leaves of its id: the number that its payload begins with, or kNothing.
+using Content = uint64_t;
+constexpr Content kNothing = 0;
+
 // What a space is and holds in its present incarnation.
 struct SpaceModel {
   uint16_t dimension = 0;  // 0: nothing of it is there
   Metric metric = Metric::kL2;
-  std::set<std::string> ids;
+  std::map<std::string, Content> ids;
+  // What an id may be after a crash, as well: nobody was told.
+  std::map<std::string, std::set<Content>> maybe;
   uint64_t incarnation = 0;
+  bool is_acknowledged = false;  // something of it
+  bool is_dropping = false;
+  CommitStamp birth = kNoStamp;  // when the drop began
 };
 
 class DropProgram {
@@ -65,10 +67,15 @@ class DropProgram {
   DropProgram(uint64_t seed, bool reshards, Stats* stats)
       : random_(seed), stats_(stats), reshards_(reshards), rig_(seed) {
     setup_.shard = DurableRig::SmallShard();
+    setup_.shard.max_sessions = 512;
     setup_.writer = DurableRig::SmallWriter();
     setup_.keeper = DurableRig::SmallKeeper();
     DrawShards();
     for (const char* name : {"a", "b", "c"}) spaces_[name];
+    if (!Chance(2)) return;
+    // It is there from the start, and again once it was dropped.
+    spaces_[kConfigured];
+    setup_.spaces.push_back({kConfigured, {.metric = Metric::kL2}});
   }
 
   void Run() {
@@ -87,78 +94,116 @@ class DropProgram {
   struct KnownSession {
     RigSession session;
     uint64_t incarnation = 0;
+    Sequence sent = 0;  // session.next: behind the last one that was acknowledged
   };
+  // An observation that nobody waits for.
+  struct Unanswered {
+    SlotId slot = kNoSlot;
+    size_t from = 0;  // of the completions
+    std::string space;
+    Sequence sequence = 0;
+    std::string id;
+    Content content = kNothing;
+  };
+
+  bool Chance(uint64_t of) { return random_.Next() % of == 0; }
 
   void DrawShards() {
     const auto drawn = static_cast<uint16_t>(1 + random_.Next() % 3);
     const uint16_t shards = running_ && !reshards_ ? setup_.shards : drawn;
-    if (shards != setup_.shards) ++stats_->reshards;
-    has_resharded_ = has_resharded_ || (running_ && shards != setup_.shards);
+    if (running_ && shards != setup_.shards) ++stats_->reshards;
     setup_.shards = shards;
     setup_.max_partitions = shards;
   }
 
-  std::string DrawSpace() { return std::string(1, static_cast<char>('a' + random_.Next() % 3)); }
+  std::string DrawSpace() {
+    auto at = spaces_.begin();
+    std::advance(at, random_.Next() % spaces_.size());
+    return at->first;
+  }
 
   void Step() {
     const uint64_t dice = random_.Next() % 32;
-    if (dice <= 2 && !rig_.checkpointer->busy()) rig_.checkpointer->Request();
+    if (dice < checkpoints_ && !rig_.checkpointer->busy()) rig_.checkpointer->Request();
     if (dice == 3) {
       ASSERT_NO_FATAL_FAILURE(Compare());
     }
     if (dice == 4) rig_.clock.AdvanceNs(static_cast<int64_t>(random_.Next() % 20) * kTickNs);
     for (uint64_t polls = random_.Next() % 8; polls > 0; --polls) Poll();
+    if (commands_ > 0 && rig_.shards->commands_under_way == 0) FinishDrops();
     const std::string space = DrawSpace();
-    if (dice >= 5 && dice <= 6 && spaces_[space].dimension != 0) {
-      Drop(space);
-    } else if (dice == 7 && spaces_[space].dimension != 0) {
+    SpaceModel& model = spaces_[space];
+    if (model.is_dropping) {
+      RefusedWhileDropping(space);
+    } else if (dice >= 5 && dice <= 6 && model.dimension != 0) {
+      BeginDrop(space);
+      if (Chance(2)) AwaitDrops();
+    } else if (dice == 7 && model.dimension != 0) {
       // More partitions, as if it were full.
       SpaceEntry* entry = rig_.shards->entry(space);
       if (entry != nullptr) (void)entry->Grow(entry->partitions());
     } else if (dice == 8) {
-      Resume(space);
+      Resume();
+    } else if (dice == 9 && sessions_.contains(space)) {
+      // Another one goes on with the space, maybe in another shard.
+      old_sessions_.push_back(sessions_[space]);
+      sessions_.erase(space);
+    } else if (dice == 10 && checkpoints_ > 0 && Chance(4)) {
+      rig_.checkpointer->RequestCompaction();
     } else {
       Observe(space);
     }
   }
 
-  void Observe(const std::string& space) {
+  void Open(const std::string& space) {
     SpaceModel& model = spaces_[space];
     if (model.dimension == 0) {
       model.dimension = static_cast<uint16_t>(1 + random_.Next() % 6);
-      model.metric = random_.Next() % 2 == 0 ? Metric::kL2 : Metric::kInnerProduct;
+      model.metric = space == kConfigured || Chance(2) ? Metric::kL2 : Metric::kInnerProduct;
       sessions_.erase(space);
     }
-    if (!sessions_.contains(space)) {
-      const auto shard = static_cast<size_t>(random_.Next() % setup_.shards);
-      const auto [reason, answer] =
-          rig_.shards->Hello(0, ++origins_, space, {.metric = model.metric, .shard = shard});
-      ASSERT_EQ(reason, RefusalReason::kNone) << DescribeRefusal(reason).name;
-      sessions_[space] = {.session = {.producer = 0,
-                                      .shard = shard,
-                                      .origin = origins_,
-                                      .space = space,
-                                      .id = answer.session,
-                                      .slot = answer.session_slot},
-                          .incarnation = model.incarnation};
-    }
-    RigSession& session = sessions_[space].session;
-    const std::string id = "id" + std::to_string(random_.Next() % 40);
-    Observation observation{.id = id};
-    if (random_.Next() % 5 == 0) {
+    if (sessions_.contains(space)) return;
+    const auto shard = static_cast<size_t>(random_.Next() % setup_.shards);
+    const auto [reason, answer] =
+        rig_.shards->Hello(0, ++origins_, space, {.metric = model.metric, .shard = shard});
+    ASSERT_EQ(reason, RefusalReason::kNone) << DescribeRefusal(reason).name;
+    sessions_[space] = {.session = SessionOf(answer, space, shard),
+                        .incarnation = model.incarnation};
+  }
+
+  // Each with another payload.
+  Observation DrawObservation(const SpaceModel& model) {
+    Observation observation{.id = "id" + std::to_string(random_.Next() % 40)};
+    if (Chance(5)) {
       observation.op = ObservationOp::kDelete;
     } else {
       observation.vector.assign(model.dimension, 1.0F + static_cast<float>(random_.Next() % 9));
-      observation.payload = std::string(random_.Next() % 300, 'p');
+      observation.payload = std::to_string(++payloads_);
+      observation.payload.append(random_.Next() % 300, 'p');
     }
+    return observation;
+  }
+  static Content ContentOf(const Observation& observation) {
+    if (observation.op == ObservationOp::kDelete) return kNothing;
+    return std::stoull(observation.payload);
+  }
+  static void Acknowledge(const std::string& id, Content content, SpaceModel* model) {
+    model->is_acknowledged = true;
+    if (content != kNothing) {
+      model->ids[id] = content;
+    } else {
+      model->ids.erase(id);
+    }
+  }
+
+  void Observe(const std::string& space) {
+    SpaceModel& model = spaces_[space];
+    ASSERT_NO_FATAL_FAILURE(Open(space));
+    const Observation observation = DrawObservation(model);
     for (int tries = 0; tries < 2'000; ++tries) {
-      const Completion completion = rig_.shards->Observe(&session, observation);
+      const Completion completion = rig_.shards->Observe(&sessions_[space].session, observation);
       if (completion.reason == RefusalReason::kNone) {
-        if (observation.op == ObservationOp::kDelete) {
-          model.ids.erase(id);
-        } else {
-          model.ids.insert(id);
-        }
+        Acknowledge(observation.id, ContentOf(observation), &model);
         return;
       }
       ASSERT_TRUE(HasEffect(completion.reason, RefusalEffect::kWaits))
@@ -167,61 +212,192 @@ class DropProgram {
     }
     ADD_FAILURE() << "the log takes nothing";
   }
+  // Some that are under way when a drop begins, or when all ends.
+  void ObserveUnanswered(const std::string& space) {
+    ASSERT_NO_FATAL_FAILURE(Open(space));
+    KnownSession& known = sessions_[space];
+    known.sent = std::max(known.sent, known.session.next - 1);
+    for (uint64_t count = random_.Next() % 6; count > 0; --count) {
+      if (unanswered_.size() == kMostUnanswered || rig_.shards->LaneFull(known.session)) return;
+      const Observation observation = DrawObservation(spaces_[space]);
+      const size_t from = rig_.shards->completions.size();
+      ++known.sent;
+      unanswered_.push_back(
+          {.slot = rig_.shards->PushObserve(known.session, known.sent, observation),
+           .from = from,
+           .space = space,
+           .sequence = known.sent,
+           .id = observation.id,
+           .content = ContentOf(observation)});
+      if (Chance(2)) Poll();
+    }
+  }
+  // What has become of them: of a space that is not dropped all that was acknowledged stands, and
+  // what was not refused may.
+  void TakeAnswers() {
+    const auto& completions = rig_.shards->completions;
+    for (const Unanswered& each : unanswered_) {
+      SpaceModel& model = spaces_[each.space];
+      const Completion* found = nullptr;
+      for (size_t i = each.from; i < completions.size() && found == nullptr; ++i) {
+        if (completions[i].second.slot == each.slot) found = &completions[i].second;
+      }
+      if (found == nullptr) {
+        model.maybe[each.id].insert(each.content);
+        ++stats_->unanswered_in_crashes;
+      } else if (found->reason == RefusalReason::kNone) {
+        Acknowledge(each.id, each.content, &model);
+        sessions_[each.space].session.next = each.sequence + 1;
+      }
+    }
+    unanswered_.clear();
+  }
 
-  void Drop(const std::string& space) {
-    if (rig_.shards->entry(space) == nullptr) return;  // Nothing of it was ever acknowledged.
+  void BeginDrop(const std::string& space) {
+    const SpaceEntry* entry = rig_.shards->entry(space);
+    if (entry == nullptr) return;  // Nothing of it was ever acknowledged.
+    ASSERT_NO_FATAL_FAILURE(ObserveUnanswered(space));
+    spaces_[space].birth = entry->birth();
     rig_.shards->PushCommand(SpaceCommand::kDrop, space);
+    ++commands_;
+    spaces_[space].is_dropping = true;
+    // So that one shard is saved before it, and another one after.
+    slowness_ = Chance(2) ? 1 : 1 + random_.Next() % 40;
+    if (checkpoints_ > 0 && Chance(4) && !rig_.checkpointer->busy()) {
+      rig_.checkpointer->Request();
+    }
+  }
+  void AwaitDrops() {
     for (int i = 0; i < 50'000 && rig_.shards->commands_under_way > 0; ++i) Poll();
     ASSERT_EQ(rig_.shards->commands_under_way, 0u);
-    ++stats_->drops;
-    NoteDropped(space);
-    ASSERT_EQ(rig_.shards->entry(space), nullptr);
+    FinishDrops();
+  }
+  void FinishDrops() {
+    commands_ = 0;
+    stats_->unanswered_in_drops += unanswered_.size();
+    // All of them are answered now, and of spaces that are gone.
+    TakeAnswers();
+    for (auto& [name, model] : spaces_) {
+      if (!model.is_dropping) continue;
+      ++stats_->drops;
+      NoteDropped(name);
+      SpaceEntry* entry = rig_.shards->entry(name);
+      ASSERT_EQ(entry != nullptr, name == kConfigured) << name;
+    }
   }
   void NoteDropped(const std::string& space) {
     SpaceModel& model = spaces_[space];
-    old_sessions_.push_back(sessions_[space]);
+    if (sessions_.contains(space)) old_sessions_.push_back(sessions_[space]);
     sessions_.erase(space);
-    model = {.ids = {}, .incarnation = model.incarnation + 1};
+    model = SpaceModel{.ids = {}, .maybe = {}, .incarnation = model.incarnation + 1};
+  }
+  // Nothing is taken for it, with a session or without.
+  void RefusedWhileDropping(const std::string& space) {
+    if (rig_.shards->commands_under_way == 0) return;
+    const auto shard = static_cast<size_t>(random_.Next() % setup_.shards);
+    const bool alone = Chance(2);
+    const Metric metric = alone && space != kConfigured ? Metric::kCosine : Metric::kL2;
+    SpaceModel next;
+    next.dimension = 3;
+    next.metric = metric;
+    const Observation observation = DrawObservation(next);
+    RefusalReason reason;
+    RigSession session{.producer = 0, .shard = shard, .origin = ++origins_, .space = space};
+    if (alone) {
+      reason = rig_.shards->ObserveAlone(session, observation).first.reason;
+    } else {
+      const auto answer =
+          rig_.shards->Hello(0, origins_, space, {.metric = metric, .shard = shard});
+      reason = answer.first;
+      session = SessionOf(answer.second, space, shard);
+    }
+    if (reason != RefusalReason::kNone) {
+      ASSERT_EQ(reason, RefusalReason::kSpaceDropping) << DescribeRefusal(reason).name;
+      ++stats_->refused_in_drops;
+      return;
+    }
+    // It has come to its end meanwhile, in all shards, and this was the first of the next
+    // incarnation.
+    const auto dropping =
+        std::ranges::count_if(spaces_, [](const auto& each) { return each.second.is_dropping; });
+    ASSERT_TRUE(dropping > 1 || rig_.shards->commands_under_way == 0) << space;
+    std::erase_if(unanswered_, [&](const Unanswered& each) { return each.space == space; });
+    NoteDropped(space);
+    ++stats_->drops;
+    SpaceModel& model = spaces_[space];
+    next.incarnation = model.incarnation;
+    model = next;
+    if (alone) {
+      Acknowledge(observation.id, ContentOf(observation), &model);
+    } else {
+      sessions_[space] = {.session = session, .incarnation = model.incarnation};
+    }
+  }
+  RigSession SessionOf(const HelloRequest& answer, const std::string& space, size_t shard) const {
+    return {.producer = 0,
+            .shard = shard,
+            .origin = origins_,
+            .space = space,
+            .id = answer.session,
+            .slot = answer.session_slot,
+            .next = answer.last_sequence + 1};
   }
 
-  // A session of before a crash or a drop.
-  void Resume(const std::string& space) {
+  // A session of before a crash or a drop, if it can be resumed.
+  void Resume() {
     if (old_sessions_.empty()) return;
     const size_t which = random_.Next() % old_sessions_.size();
     const KnownSession known = old_sessions_[which];
     old_sessions_.erase(old_sessions_.begin() + static_cast<ptrdiff_t>(which));
     const RigSession& session = known.session;
-    if (session.id.value() == 0 || session.next == 1) return;
-    const size_t home = HomeOfSession(session.id).value() % setup_.shards;
+    const SpaceModel& model = spaces_[session.space];
+    if (session.next == 1 || model.is_dropping || known.incarnation != model.incarnation) return;
+    const size_t home = HomeOf(session);
     const auto [reason, answer] =
         rig_.shards->Hello(0, ++origins_, session.space, {.session = session.id, .shard = home});
-    const bool lives = known.incarnation == spaces_[session.space].incarnation;
-    // Known limit: one that moved to another home may outlive its space (src/design/0014).
-    if (!lives && has_resharded_) return;
-    ASSERT_EQ(reason, lives ? RefusalReason::kNone : RefusalReason::kSessionExpired)
-        << session.space << " " << known.incarnation << " asked beside " << space;
-    ++(lives ? stats_->sessions_resumed : stats_->sessions_expired);
-    if (!lives) return;
+    ASSERT_EQ(reason, RefusalReason::kNone)
+        << session.space << " " << known.incarnation << " " << DescribeRefusal(reason).name;
+    ++stats_->sessions_resumed;
     ASSERT_GE(answer.last_sequence + 1, session.next);
-    sessions_[session.space] = {.session = {.producer = 0,
-                                            .shard = home,
-                                            .origin = origins_,
-                                            .space = session.space,
-                                            .id = session.id,
-                                            .slot = answer.session_slot,
-                                            .next = answer.last_sequence + 1},
-                                .incarnation = known.incarnation};
+    if (sessions_.contains(session.space)) old_sessions_.push_back(sessions_[session.space]);
+    const std::string space = session.space;
+    sessions_[space] = {.session = SessionOf(answer, space, home),
+                        .incarnation = known.incarnation};
+  }
+  size_t HomeOf(const RigSession& session) const {
+    return HomeOfSession(session.id).value() % setup_.shards;
+  }
+  // Those of spaces that were dropped since are not.
+  void CheckSessions() {
+    for (const KnownSession& known : old_sessions_) {
+      const RigSession& session = known.session;
+      const SpaceModel& model = spaces_[session.space];
+      if (model.is_dropping || known.incarnation == model.incarnation) continue;
+      const auto [reason, answer] = rig_.shards->Hello(
+          0, ++origins_, session.space, {.session = session.id, .shard = HomeOf(session)});
+      ASSERT_EQ(reason, RefusalReason::kSessionExpired)
+          << session.space << " " << known.incarnation << " " << DescribeRefusal(reason).name;
+      ++stats_->sessions_expired;
+    }
   }
 
   void Poll() {
-    rig_.shards->Poll();
+    if (Chance(2)) {
+      rig_.shards->Poll();
+    } else {
+      const size_t shard = random_.Next() % setup_.shards;
+      for (uint64_t polls = random_.Next() % 6; polls > 0; --polls) {
+        rig_.shards->PollShard(shard);
+        rig_.clock.AdvanceNs(static_cast<int64_t>(random_.Next() % 100) * kNanosPerMicro);
+      }
+    }
     rig_.store->Poll();
     // Seldom, so that much happens between the steps of a checkpoint.
-    if (random_.Next() % slowness_ == 0) rig_.checkpointer->Poll([](const std::string&) {});
+    if (Chance(slowness_)) rig_.checkpointer->Poll([](const std::string&) {});
   }
 
-  std::set<std::string> Stored(const std::string& space) {
-    std::set<std::string> stored;
+  std::map<std::string, Content> Stored(const std::string& space) {
+    std::map<std::string, Content> stored;
     for (const auto& shard : rig_.shards->shards) {
       const Space* part = shard->FindSpace(space);
       if (part == nullptr) continue;
@@ -231,8 +407,12 @@ class DropProgram {
         part->Scroll(&cursor, 1'000, &nodes);
       } while (cursor != 0);
       for (const NodeId node : nodes) {
-        const std::string id(part->Get(node).id);
-        EXPECT_TRUE(stored.insert(id).second) << id << " twice in " << space;
+        const StoredObservation found = part->Get(node);
+        const std::string id(found.id);
+        const auto payload = rig_.PayloadOf(found);
+        EXPECT_TRUE(payload.has_value()) << id << " of " << space << " has lost its record";
+        const Content content = std::stoull(payload.value_or("0"));
+        EXPECT_TRUE(stored.emplace(id, content).second) << id << " twice in " << space;
       }
     }
     return stored;
@@ -244,67 +424,106 @@ class DropProgram {
       ASSERT_TRUE(sound.has_value()) << sound.error().message;
     }
     for (const auto& [name, model] : spaces_) {
+      if (model.is_dropping) continue;
       ASSERT_EQ(Stored(name), model.ids) << name;
+      if (!model.is_acknowledged) continue;
       const SpaceEntry* entry = rig_.shards->entry(name);
-      if (model.ids.empty()) continue;
       ASSERT_NE(entry, nullptr) << name;
       ASSERT_EQ(entry->metric(), model.metric) << name;
+      if (model.ids.empty()) continue;
       ASSERT_EQ(entry->dimension(), model.dimension) << name;
     }
+    ASSERT_NO_FATAL_FAILURE(CheckSessions());
   }
 
-  // With a drop under way at times: all of it has happened then, or nothing.
+  // With drops under way at times: all of each has happened then, or nothing.
   void CrashAndStart() {
+    if (commands_ > 0 && Chance(2)) {
+      ASSERT_NO_FATAL_FAILURE(AwaitDrops());
+    }
     if (rig_.checkpointer->busy()) ++stats_->crashes_in_checkpoints;
     stats_->checkpoints += rig_.checkpointer->completed();
-    const std::string space = DrawSpace();
-    const bool drops = random_.Next() % 2 == 0 && rig_.shards->entry(space) != nullptr;
-    if (drops) {
-      ++stats_->crashes_in_drops;
-      rig_.shards->PushCommand(SpaceCommand::kDrop, space);
-      for (uint64_t polls = random_.Next() % 24; polls > 0; --polls) {
-        rig_.shards->PollShard(random_.Next() % setup_.shards);
-        rig_.clock.AdvanceNs(static_cast<int64_t>(random_.Next() % 300) * kNanosPerMicro);
+    for (uint64_t more = random_.Next() % 4; more > 0; --more) {
+      const std::string space = DrawSpace();
+      if (spaces_[space].is_dropping) continue;
+      if (more % 2 == 0) {
+        ASSERT_NO_FATAL_FAILURE(ObserveUnanswered(space));
+      } else {
+        ASSERT_NO_FATAL_FAILURE(BeginDrop(space));
       }
     }
-    const bool answered = drops && rig_.shards->commands_under_way == 0;
-    random_.Next() % 2 == 0 ? rig_.CutPower() : rig_.Kill();
+    for (uint64_t polls = random_.Next() % 40; polls > 0; --polls) {
+      rig_.shards->PollShard(random_.Next() % setup_.shards);
+      rig_.clock.AdvanceNs(static_cast<int64_t>(random_.Next() % 200) * kNanosPerMicro);
+    }
+    const bool answered = commands_ > 0 && rig_.shards->commands_under_way == 0;
+    commands_ = 0;
+    TakeAnswers();
+    Crash();
     DrawShards();
     ASSERT_NO_FATAL_FAILURE(Start());
     for (auto& [name, known] : sessions_) old_sessions_.push_back(known);
     sessions_.clear();
     for (auto& [name, model] : spaces_) {
+      const SpaceEntry* entry = rig_.shards->entry(name);
+      if (model.is_dropping) {
+        ++stats_->crashes_in_drops;
+        const bool gone = entry == nullptr || entry->birth() > model.birth;
+        ASSERT_TRUE(gone || !answered) << name;
+        ++(gone ? stats_->dropped_by_crash : stats_->kept_by_crash);
+        if (gone) NoteDropped(name);
+        model.is_dropping = false;
+      }
       // Whoever had never been told of anything, and is open again.
-      if (rig_.shards->entry(name) == nullptr && model.ids.empty()) model.dimension = 0;
-    }
-    if (drops) {
-      const bool gone = rig_.shards->entry(space) == nullptr;
-      ASSERT_TRUE(gone || !answered) << space;
-      ++(gone ? stats_->dropped_by_crash : stats_->kept_by_crash);
-      if (gone) NoteDropped(space);
+      if (entry == nullptr && !model.is_acknowledged) model.dimension = 0;
+      ASSERT_NO_FATAL_FAILURE(TakeWhatStood(name));
     }
     ASSERT_NO_FATAL_FAILURE(Compare());
   }
+  // Of what was not acknowledged.
+  void TakeWhatStood(const std::string& space) {
+    SpaceModel& model = spaces_[space];
+    if (model.maybe.empty()) return;
+    const std::map<std::string, Content> stored = Stored(space);
+    for (const auto& [id, contents] : std::exchange(model.maybe, {})) {
+      const auto at = stored.find(id);
+      const Content content = at == stored.end() ? kNothing : at->second;
+      if (!contents.contains(content)) continue;  // Then it is as it was.
+      Acknowledge(id, content, &model);
+      // What was taken and is gone again may have left nothing of its space.
+      model.is_acknowledged = rig_.shards->entry(space) != nullptr;
+    }
+  }
+  void Crash() { Chance(2) ? rig_.CutPower() : rig_.Kill(); }
 
   void Start() {
-    running_ = true;
-    setup_.shard.seed = random_.Next();  // Ids of sessions are drawn by it.
-    auto started = rig_.Start(setup_);
-    ASSERT_TRUE(started.has_value()) << started.error().message;
-    for (int i = 0; i < 200'000 && rig_.IsRecovering(); ++i) {
-      // In any order, so that one reads of a drop long before the others.
-      rig_.shards->PollShard(random_.Next() % setup_.shards);
-      if (i % 8 == 0) rig_.clock.AdvanceNs(10 * kNanosPerMicro);
-      ASSERT_EQ(rig_.RecoveryError(), "");
+    for (;;) {
+      running_ = true;
+      setup_.shard.seed = random_.Next();  // Ids of sessions are drawn by it.
+      auto started = rig_.Start(setup_);
+      ASSERT_TRUE(started.has_value()) << started.error().message;
+      // At times it crashes again before it is there.
+      uint64_t crashes_in = Chance(4) ? 1 + random_.Next() % 200 : 0;
+      for (int i = 0; i < 200'000 && rig_.IsRecovering(); ++i) {
+        // In any order, so that one reads of a drop long before the others.
+        rig_.shards->PollShard(random_.Next() % setup_.shards);
+        if (i % 8 == 0) rig_.clock.AdvanceNs(10 * kNanosPerMicro);
+        ASSERT_EQ(rig_.RecoveryError(), "");
+        if (crashes_in > 0 && --crashes_in == 0) break;
+      }
+      if (!rig_.IsRecovering()) break;
+      ASSERT_EQ(crashes_in, 0u) << "it does not come to an end";
+      ++stats_->crashes_in_recoveries;
+      Crash();
+      DrawShards();
     }
-    ASSERT_FALSE(rig_.IsRecovering());
     auto prepared = rig_.store->PrepareFirst();
     ASSERT_TRUE(prepared.has_value()) << prepared.error().message;
-    // What one has read last the others see in their next round.
-    rig_.shards->Poll();
   }
 
   static constexpr int64_t kTickNs = 50 * kNanosPerMilli;
+  static constexpr size_t kMostUnanswered = 20;
+  static constexpr const char* kConfigured = "d";
 
   SplitMix64 random_;
   Stats* const stats_;
@@ -314,43 +533,219 @@ class DropProgram {
   std::map<std::string, SpaceModel> spaces_;
   std::map<std::string, KnownSession> sessions_;  // by space, with a connection
   std::vector<KnownSession> old_sessions_;
+  std::vector<Unanswered> unanswered_;
+  size_t commands_ = 0;  // drops that were begun, and are not known to have ended
   bool running_ = false;
-  bool has_resharded_ = false;
   Origin origins_ = 1'000;
-  const uint64_t slowness_ = 1 + random_.Next() % 40;  // of the checkpointer
+  uint64_t payloads_ = 0;
+  const uint64_t checkpoints_ = random_.Next() % 4;  // of 32 steps begin one
+  uint64_t slowness_ = 1 + random_.Next() % 40;      // of the checkpointer
 };
 
-TEST(DropProgramsTest, WhatWasDroppedNeverComesBackAndNothingElseGoes) {
+// Of programs with and without other numbers of shards.
+void RunPrograms(bool reshards) {
   Stats stats;
-  uint64_t first = 1;
-  uint64_t seeds = FromEnvironment("ENGRAM_DROP_SEEDS", UsualSeeds());
-  if (const uint64_t seed = FromEnvironment("ENGRAM_DROP_SEED", 0); seed != 0) {
-    first = seed;
-    seeds = 1;
-  }
-  const bool reshards = FromEnvironment("ENGRAM_DROP_RESHARD", 0) != 0;
-  for (uint64_t seed = first; seed < first + seeds; ++seed) {
+  const auto seeds = Seeds::FromPrefix("ENGRAM_DROP", DropSeeds());
+  for (uint64_t seed = seeds.first; seed < seeds.end(); ++seed) {
     DropProgram program(seed, reshards, &stats);
     program.Run();
     ASSERT_FALSE(testing::Test::HasFailure()) << "again: ENGRAM_DROP_SEED=" << seed;
   }
-  const std::vector<std::pair<std::string, uint64_t>> counts = {
+  std::vector<std::pair<std::string, uint64_t>> counts = {
       {"drops", stats.drops},
+      {"unanswered_in_drops", stats.unanswered_in_drops},
+      {"refused_in_drops", stats.refused_in_drops},
       {"crashes_in_drops", stats.crashes_in_drops},
       {"dropped_by_crash", stats.dropped_by_crash},
       {"kept_by_crash", stats.kept_by_crash},
       {"checkpoints", stats.checkpoints},
       {"crashes_in_checkpoints", stats.crashes_in_checkpoints},
-      {"other_shards", stats.reshards},
+      {"crashes_in_recoveries", stats.crashes_in_recoveries},
+      {"unanswered_in_crashes", stats.unanswered_in_crashes},
       {"compared", stats.compared},
       {"sessions_expired", stats.sessions_expired},
       {"sessions_resumed", stats.sessions_resumed}};
-  for (const auto& [name, count] : counts) {
-    std::printf("%s %llu\n", name.c_str(), static_cast<unsigned long long>(count));
-    if (seeds >= UsualSeeds() && (reshards || name != "other_shards")) {
-      EXPECT_GT(count, 0u) << name << ": the programs no longer come to that";
+  if (reshards) counts.emplace_back("other_shards", stats.reshards);
+  ExpectAllHappened(counts, seeds.count >= DropSeeds());
+}
+
+TEST(DropProgramsTest, WhatWasDroppedNeverComesBackAndNothingElseGoes) { RunPrograms(false); }
+
+TEST(DropProgramsTest, NorWithOtherNumbersOfShards) { RunPrograms(true); }
+
+// Recoveries step by step, where programs seldom come.
+class DropRecoveryTest : public testing::Test {
+ protected:
+  void Start(uint16_t shards) {
+    DurableSetup setup;
+    setup.shards = shards;
+    setup.shard = DurableRig::SmallShard();
+    setup.writer = DurableRig::SmallWriter();
+    setup.keeper = DurableRig::SmallKeeper();
+    setup.keeper.ahead = 4;
+    auto started = rig_.Start(setup);
+    ASSERT_TRUE(started.has_value()) << started.error().message;
+  }
+  void PollShard(size_t shard) {
+    rig_.clock.AdvanceNs(10 * kNanosPerMicro);
+    rig_.shards->PollShard(shard);
+  }
+  void Poll() {
+    rig_.shards->Poll();
+    rig_.store->Poll();
+    rig_.checkpointer->Poll([](const std::string&) {});
+  }
+  void Recover() {
+    for (int i = 0; i < 100'000 && rig_.IsRecovering(); ++i) {
+      rig_.shards->Poll();
+      ASSERT_EQ(rig_.RecoveryError(), "");
+    }
+    ASSERT_FALSE(rig_.IsRecovering());
+    ASSERT_TRUE(rig_.store->PrepareFirst().has_value());
+  }
+  RigSession Open(size_t shard) {
+    return rig_.shards->Open(0, ++origins_, space_, {.metric = Metric::kL2, .shard = shard});
+  }
+  // Many, as long as they are taken; how many were.
+  uint64_t Fill(RigSession* session, uint64_t most, size_t dimension) {
+    const Sequence first = session->next;
+    while (session->next < first + most) {
+      const size_t from = rig_.shards->completions.size();
+      const Sequence before = session->next;
+      for (Sequence next = before; next < before + 32; ++next) {
+        rig_.shards->PushObserve(
+            *session, next,
+            {.id = "id" + std::to_string(next), .vector = std::vector<float>(dimension, 1.0F)});
+      }
+      while (rig_.shards->outstanding(0) > 0) Poll();
+      bool is_full = false;
+      for (size_t i = from; i < rig_.shards->completions.size(); ++i) {
+        const Completion& completion = rig_.shards->completions[i].second;
+        if (completion.reason == RefusalReason::kNone) {
+          session->next = std::max(session->next, completion.sequence + 1);
+        }
+        is_full = is_full || completion.reason == RefusalReason::kMemoryFull;
+      }
+      if (is_full) break;
+    }
+    return session->next - first;
+  }
+  void Drop() {
+    rig_.shards->PushCommand(SpaceCommand::kDrop, space_);
+    while (rig_.shards->commands_under_way > 0) Poll();
+  }
+
+  DurableRig rig_{1};
+  std::string space_ = "s";
+  Origin origins_ = 1;
+};
+
+// One shard was saved before the drop, and another one, which alone says so, after it. Wherever
+// what was saved belongs, sessions as well.
+TEST_F(DropRecoveryTest, WhatIsBeingLoadedGoesOnceADropIsKnown) {
+  constexpr uint64_t kMany = 4'000;
+  constexpr size_t before = 0;
+  constexpr size_t after = 1;
+  while (SpaceCatalogue::RankShards(space_, 2, 1)[0].value() != before) space_ += "s";
+  // A session that the first of two shards knows, and the last of three.
+  ASSERT_NO_FATAL_FAILURE(Start(3));
+  ASSERT_NO_FATAL_FAILURE(Recover());
+  RigSession moves = Open(2);
+  ASSERT_GE(Fill(&moves, 1, 2), 1u);
+  rig_.Kill();
+  ASSERT_NO_FATAL_FAILURE(Start(2));
+  ASSERT_NO_FATAL_FAILURE(Recover());
+  RigSession session = Open(before);
+  ASSERT_GE(Fill(&session, kMany, 2), kMany);
+  RigSession other = Open(after);
+  ASSERT_GE(Fill(&other, 1, 2), 1u);
+  rig_.shards->Settle();
+  // While one observation waits for the disk, the shard does not join.
+  rig_.shards->PushObserve(session, session.next, {.id = "last", .vector = {1, 1}});
+  rig_.shards->PollShard(before);
+  rig_.shards->PushCommand(SpaceCommand::kDrop, space_);
+  for (int polls = 0; polls < 8; ++polls) rig_.shards->PollShard(after);
+  rig_.checkpointer->Request();
+  const auto conduct = [this] { rig_.checkpointer->Poll([](const std::string&) {}); };
+  conduct();
+  rig_.shards->PollShard(before);
+  rig_.shards->PollShard(after);
+  conduct();
+  CheckpointHandoff& handoff = rig_.store->checkpoint(static_cast<uint16_t>(before));
+  ASSERT_NE(handoff.save.load(), 0u);
+  for (int polls = 0; polls < 10'000 && handoff.saved.load() != handoff.save.load(); ++polls) {
+    PollShard(before);
+  }
+  ASSERT_EQ(handoff.saved.load(), handoff.save.load());
+  ASSERT_EQ(rig_.shards->commands_under_way, 2u) << "it is saved as it was before";
+  for (int polls = 0; polls < 10'000 && rig_.checkpointer->busy(); ++polls) Poll();
+  ASSERT_EQ(rig_.checkpointer->completed(), 1u);
+  ASSERT_EQ(rig_.shards->commands_under_way, 0u);
+
+  for (const uint16_t shards : {2, 3}) {
+    rig_.Kill();
+    ASSERT_NO_FATAL_FAILURE(Start(shards));
+    const RecoveryProgress& progress = rig_.shards->shards[before]->recovery();
+    for (int polls = 0; polls < 1'000 && progress.bytes_read.load() == 0; ++polls) {
+      PollShard(before);
+    }
+    ASSERT_GT(progress.bytes_read.load(), 0u);
+    ASSERT_NE(rig_.shards->entry(space_), nullptr);
+    for (int polls = 0; polls < 1'000 && rig_.shards->entry(space_) != nullptr; ++polls) {
+      PollShard(after);
+    }
+    ASSERT_EQ(rig_.shards->entry(space_), nullptr);
+    ASSERT_NO_FATAL_FAILURE(Recover());
+    EXPECT_EQ(progress.observations.load(), 0u);
+    EXPECT_EQ(rig_.shards->entry(space_), nullptr);
+    for (const RigSession& known : {session, moves}) {
+      const size_t home = HomeOfSession(known.id).value() % shards;
+      const auto resumed =
+          rig_.shards->Hello(0, ++origins_, space_, {.session = known.id, .shard = home});
+      EXPECT_EQ(resumed.first, RefusalReason::kSessionExpired) << home << " of " << shards;
     }
   }
+  RigSession next = Open(after);
+  EXPECT_EQ(Fill(&next, 32, 5), 32u);
+}
+
+// Also in a shard whose stamps are ahead of the clock, and that is not the first to join.
+TEST_F(DropRecoveryTest, ADropIsLaterThanAllThatItEnds) {
+  ASSERT_NO_FATAL_FAILURE(Start(2));
+  ASSERT_NO_FATAL_FAILURE(Recover());
+  for (const size_t shard : {0, 1}) {
+    RigSession session = Open(shard);
+    ASSERT_EQ(Fill(&session, 32, 2), 32u);
+  }
+  rig_.clock.StepWallNs(-kNanosPerSecond);
+  RigSession session = Open(0);
+  rig_.shards->Settle();
+  Drop();
+  rig_.Kill();
+  ASSERT_NO_FATAL_FAILURE(Start(2));
+  // The first one has read of the drop before the other one reads anything.
+  PollShard(1);
+  for (int polls = 0; polls < 1'000; ++polls) PollShard(0);
+  ASSERT_NO_FATAL_FAILURE(Recover());
+  EXPECT_EQ(rig_.shards->entry(space_), nullptr);
+}
+
+// Incarnations that fit the memory one after the other, and not together.
+TEST_F(DropRecoveryTest, MemoryOfWhatWasDroppedIsFreeForWhatComesAfterIt) {
+  ASSERT_NO_FATAL_FAILURE(Start(1));
+  ASSERT_NO_FATAL_FAILURE(Recover());
+  uint64_t taken = 0;
+  for (int incarnation = 0; incarnation < 4; ++incarnation) {
+    if (taken > 0) Drop();
+    rig_.shards->Settle();
+    RigSession session = Open(0);
+    taken = Fill(&session, 1'000'000, 128);
+    ASSERT_GT(taken, 1'000u);
+  }
+  rig_.Kill();
+  ASSERT_NO_FATAL_FAILURE(Start(1));
+  ASSERT_NO_FATAL_FAILURE(Recover());
+  EXPECT_EQ(rig_.shards->shard->FindSpace(space_)->live(), taken);
 }
 
 }  // namespace

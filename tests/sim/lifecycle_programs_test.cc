@@ -322,7 +322,7 @@ class LifecycleProgram {
   uint64_t contents_ = 0;
 };
 
-// A checkpoint that a test steps itself, of a space that evicts.
+// A log, or a checkpoint, that a test steps itself, of a space with a quota.
 class LifecycleStepsTest : public testing::Test {
  protected:
   LifecycleStepsTest() : rig_(3) {
@@ -330,12 +330,12 @@ class LifecycleStepsTest : public testing::Test {
     setup_.writer = DurableRig::SmallWriter();
     setup_.keeper = DurableRig::SmallKeeper();
   }
-  void Start(uint64_t quota) {
+  void Start(uint64_t quota, WhenFull when_full = WhenFull::kEvictOldest) {
     SpaceSettings settings;
     settings.metric = Metric::kL2;
     settings.durability = Durability::kFsync;
     settings.quota_observations = quota;
-    settings.when_full = WhenFull::kEvictOldest;
+    settings.when_full = when_full;
     setup_.spaces = {{"space", settings}};
     ASSERT_TRUE(rig_.Start(setup_).has_value());
     for (int i = 0; i < 100'000 && rig_.IsRecovering(); ++i) rig_.shards->Poll();
@@ -442,6 +442,25 @@ TEST_F(LifecycleStepsTest, WhatIsEvictedAfterItWasSavedIsNotLoaded) {
   ASSERT_EQ(rig_.store->checkpoint(0).saved.load(), 0u) << "the save is to last longer";
   FinishAndRestart(kQuota);
   EXPECT_EQ(Ids(), before_);
+}
+
+// The delete is stored, and its place free, while the update is in the log still: nobody else takes
+// that place.
+TEST_F(LifecycleStepsTest, AnUpdateKeepsThePlaceOfWhatADeleteBeforeItEnds) {
+  Start(3, WhenFull::kRefuse);
+  for (const char* id : {"a", "b", "c"}) Upsert(id);
+  int between = 0;
+  for (int round = 0; round < 20; ++round) {
+    Push(ObservationOp::kDelete, "a");
+    rig_.shards->Poll();
+    Push(ObservationOp::kUpsert, "a");
+    while (rig_.shards->outstanding(0) > 1) rig_.shards->Poll();
+    between += static_cast<int>(Ids() == std::set<std::string>{"b", "c"});
+    Push(ObservationOp::kUpsert, "d");
+    AwaitAll();
+    EXPECT_EQ(Ids(), (std::set<std::string>{"a", "b", "c"}));
+  }
+  EXPECT_GT(between, 0) << "nothing was shown";
 }
 
 TEST(LifecycleProgramsTest, WhatIsThereIsWhatItsAgeAndQuotaSay) {

@@ -1,5 +1,6 @@
 // engramctl backup and restore.
 
+#include <fcntl.h>
 #include <sys/stat.h>
 
 #include <cerrno>
@@ -11,11 +12,14 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "index/checkpoint/checkpoint_file.h"
+#include "index/checkpoint/live_table.h"
+#include "index/checkpoint/space_extent.h"
 #include "index/log/log_reader.h"
 #include "index/log/log_verifier.h"
 #include "index/log/replay_guard.h"
@@ -59,6 +63,16 @@ Result<void> CheckIsFree(const std::string& path) {
   return {};
 }
 
+// Whole, without "." or a slash at its end, so that it has a parent and a name.
+Result<std::string> PlainPath(const std::string& path) {
+  std::error_code error;
+  const fs::path whole = fs::absolute(path + "/.", error);
+  if (error) return FailErrno("find " + path, error.value());
+  return whole.lexically_normal().parent_path().string();
+}
+
+std::string ParentOf(const std::string& plain) { return fs::path(plain).parent_path().string(); }
+
 Result<void> MakeFolder(const std::string& path) {
   std::error_code error;
   fs::create_directories(path, error);
@@ -92,7 +106,8 @@ Result<LogPosition> EndOfLog(const std::string& folder, uint16_t log,
 // ---------------------------------------------------------------------------------------------
 // Holding
 
-// The daemon's files stay as they are while this lives and is renewed in time.
+// The daemon's files stay as they are while this lives and is renewed in time. Once that has failed
+// it has for good: nobody who passes over one error takes what was copied since for sound.
 class Hold {
  public:
   explicit Hold(Connection* connection) : connection_(connection) {}
@@ -100,6 +115,8 @@ class Hold {
   Hold(const Hold&) = delete;
   Hold& operator=(const Hold&) = delete;
 
+  // Whether another holds them: an error that says so.
+  static Result<void> Try(Connection* connection) { return Hold(connection).Extend(); }
   // Until the daemon says that it is so.
   Result<void> Begin() {
     for (;;) {
@@ -112,15 +129,24 @@ class Hold {
   }
   // To be called often. Errors: it has lapsed meanwhile, or the daemon is gone.
   Result<void> Renew() {
-    const int64_t now_ns = clock_.MonotonicNs();
-    if (now_ns - asked_ns_ < kRenewNs) return {};
-    if (now_ns - asked_ns_ >= kHoldNs) return Lapsed();
-    const int64_t before_ns = asked_ns_;
-    if (auto extended = Extend(); !extended) return extended;
-    return clock_.MonotonicNs() - before_ns >= kHoldNs ? Lapsed() : Result<void>();
+    if (!failed_ && clock_.MonotonicNs() - asked_ns_ < kRenewNs) return {};
+    return Confirm();
+  }
+  // That it has not ended since it began, by the daemon's word of now. Errors: likewise.
+  Result<void> Confirm() {
+    if (!failed_) {
+      if (auto held = Prolong(); !held) failed_ = held.error();
+    }
+    return failed_ ? Result<void>(std::unexpected(*failed_)) : Result<void>();
   }
 
  private:
+  Result<void> Prolong() {
+    const int64_t before_ns = asked_ns_;
+    if (clock_.MonotonicNs() - before_ns >= kHoldNs) return Lapsed();
+    if (auto extended = Extend(); !extended) return extended;
+    return clock_.MonotonicNs() - before_ns >= kHoldNs ? Lapsed() : Result<void>();
+  }
   Result<void> Extend() {
     asked_ns_ = clock_.MonotonicNs();
     return HoldFiles(*connection_, true, kAnswerTimeoutNs);
@@ -133,6 +159,7 @@ class Hold {
   Connection* const connection_;
   SystemClock clock_;
   int64_t asked_ns_ = 0;
+  std::optional<Error> failed_;
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -165,7 +192,8 @@ class Copier {
       }
       if (!copied) return copied;
     }
-    return DropRecycled();
+    if (auto dropped = DropRecycled(); !dropped) return dropped;
+    return hold_->Confirm();
   }
   std::vector<BackupList::File>& files() { return files_; }
   // Of the logs that shards write.
@@ -207,11 +235,10 @@ class Copier {
         if (*number > SegmentOf(*end)) continue;
         if (*number == SegmentOf(*end)) range.kept_bytes = OffsetOf(*end);
       }
-      if (auto copied = Copy(folder + "/" + entry.name, range); !copied) {
-        // One that nothing lived in any more, made into the next segment since it was listed.
-        std::error_code error;
-        if (fs::exists(from_ + "/" + folder + "/" + entry.name, error)) return copied;
-      }
+      auto copied = Copy(folder + "/" + entry.name, range);
+      // One that nothing lived in any more may have been made into the next segment since it was
+      // listed.
+      if (!copied && copied.error().code != ErrorCode::kNotFound) return copied;
     }
     return {};
   }
@@ -271,9 +298,62 @@ class Copier {
 // ---------------------------------------------------------------------------------------------
 // Verifying
 
-// Every extent of a checkpoint file against its checksum, and that the last one is the last.
-Result<void> VerifyCheckpoint(const std::string& folder, uint32_t round, uint64_t bytes) {
-  constexpr size_t kCrcAt = 12;
+// Bytes of all segments in a data directory.
+using SegmentSizes = std::map<LogSegment, uint64_t>;
+
+Result<SegmentSizes> SegmentsIn(const std::string& data) {
+  const auto root = OpenFolder(data);
+  if (!root) return std::unexpected(root.error());
+  const auto folders = (*root)->List();
+  if (!folders) return std::unexpected(folders.error());
+  SegmentSizes sizes;
+  for (const DirectoryEntry& folder : *folders) {
+    const auto log = LogOfFolder(folder.name);
+    if (!log) continue;
+    const auto disk = OpenFolder(data + "/" + folder.name);
+    if (!disk) return std::unexpected(disk.error());
+    const auto files = (*disk)->List();
+    if (!files) return std::unexpected(files.error());
+    for (const DirectoryEntry& file : *files) {
+      if (const auto number = SegmentNumber(file.name)) sizes[{*log, *number}] = file.size_bytes;
+    }
+  }
+  return sizes;
+}
+
+// That the records which an extent of nodes names lie in segments that are there.
+Result<void> VerifyOrigins(std::span<const std::byte> extent, uint32_t count,
+                           const SegmentSizes& segments, const std::string& place) {
+  size_t at = sizeof(ExtentHeader);
+  for (uint32_t i = 0; i < count; ++i) {
+    SavedNode node;
+    if (extent.size() - at < sizeof(node)) {
+      return Fail(ErrorCode::kCorrupt, place + ": an observation is cut short");
+    }
+    std::memcpy(&node, extent.data() + at, sizeof(node));
+    if (node.saved_bytes < sizeof(node) || node.saved_bytes > extent.size() - at) {
+      return Fail(ErrorCode::kCorrupt, place + ": an observation has no sound length");
+    }
+    at += node.saved_bytes;
+    if (node.record_words == 0) continue;
+    const LogPosition position = PositionOf(node.origin);
+    const auto segment = segments.find(SegmentAt(node.origin));
+    if (segment != segments.end() &&
+        OffsetOf(position) + uint64_t{node.record_words} * 8 <= segment->second) {
+      continue;
+    }
+    return Fail(ErrorCode::kCorrupt,
+                place + " names a record at offset " + std::to_string(OffsetOf(position)) + " of " +
+                    LogFolder(LogOf(node.origin)) + "/" + SegmentName(SegmentOf(position)) +
+                    ", which was not copied: try again, and see whether the data directory has it");
+  }
+  return {};
+}
+
+// Every extent of a checkpoint file against its checksum, that the last one is the last, and that
+// what they name is there.
+Result<void> VerifyCheckpoint(const std::string& folder, uint32_t round, uint64_t bytes,
+                              const SegmentSizes& segments) {
   const auto disk = OpenFolder(folder);
   if (!disk) return std::unexpected(disk.error());
   CheckpointReader reader(disk->get());
@@ -287,10 +367,14 @@ Result<void> VerifyCheckpoint(const std::string& folder, uint32_t round, uint64_
     if (*step == CheckpointReader::Step::kEnd) break;
     ExtentHeader header;
     std::memcpy(&header, extent.data(), sizeof(header));
-    const uint32_t crc =
-        Crc32c(extent.subspan(kCrcAt + sizeof(uint32_t)), Crc32c(extent.first(kCrcAt)));
+    const uint32_t crc = Crc32c(extent.subspan(kExtentCrcOffset + sizeof(uint32_t)),
+                                Crc32c(extent.first(kExtentCrcOffset)));
     if (crc != header.crc) {
       return Fail(ErrorCode::kCorrupt, reader.Place() + ": the checksum does not match");
+    }
+    if (header.kind == ExtentKind::kNodes) {
+      auto verified = VerifyOrigins(extent, header.count, segments, reader.Place());
+      if (!verified) return verified;
     }
     last = header.kind;
   }
@@ -305,6 +389,8 @@ Result<void> VerifyData(const std::string& data, const std::map<uint16_t, LogPos
   const auto manifest = ReadManifest(**root);
   if (!manifest) return std::unexpected(manifest.error());
   if (!*manifest) return Fail(ErrorCode::kCorrupt, data + " has no checkpoint");
+  const auto segments = SegmentsIn(data);
+  if (!segments) return std::unexpected(segments.error());
   const auto entries = (*root)->List();
   if (!entries) return std::unexpected(entries.error());
   for (const DirectoryEntry& entry : *entries) {
@@ -314,8 +400,8 @@ Result<void> VerifyData(const std::string& data, const std::map<uint16_t, LogPos
     LogPosition from = 0;
     if (*log < (*manifest)->logs.size()) {
       from = (*manifest)->logs[*log].from;
-      auto checked =
-          VerifyCheckpoint(folder, (*manifest)->round, (*manifest)->logs[*log].file_bytes);
+      auto checked = VerifyCheckpoint(folder, (*manifest)->round,
+                                      (*manifest)->logs[*log].file_bytes, *segments);
       if (!checked) return checked;
       const auto end = EndOfLog(folder, *log, (*manifest)->logs[*log], {});
       if (!end) return std::unexpected(end.error());
@@ -334,7 +420,8 @@ Result<void> VerifyData(const std::string& data, const std::map<uint16_t, LogPos
     if (!header) return std::unexpected(header.error());
     if (!*header) continue;
     const auto report = *log == kVaultLog ? VerifyVault(**disk, (*header)->instance)
-                                          : VerifyLog(**disk, *log, (*header)->instance, from);
+                                          : VerifyLog(**disk, *log, (*header)->instance, from,
+                                                      *log < (*manifest)->logs.size());
     if (!report) return std::unexpected(report.error());
     if (report->sound()) continue;
     const std::string file =
@@ -347,20 +434,24 @@ Result<void> VerifyData(const std::string& data, const std::map<uint16_t, LogPos
 
 Result<void> SyncAll(const std::string& directory) {
   std::error_code error;
-  for (const auto& entry : fs::recursive_directory_iterator(directory, error)) {
-    if (!entry.is_directory()) continue;
-    if (auto synced = SyncFolder(entry.path().string()); !synced) return synced;
+  const fs::recursive_directory_iterator end;
+  for (fs::recursive_directory_iterator at(directory, error); !error && at != end;
+       at.increment(error)) {
+    const bool is_folder = at->is_directory(error);
+    if (error) break;
+    if (!is_folder) continue;
+    if (auto synced = SyncFolder(at->path().string()); !synced) return synced;
   }
   if (error) return FailErrno("list " + directory, error.value());
   if (auto synced = SyncFolder(directory); !synced) return synced;
-  return SyncFolder(fs::absolute(directory).lexically_normal().parent_path().string());
+  const auto plain = PlainPath(directory);
+  if (!plain) return std::unexpected(plain.error());
+  return SyncFolder(ParentOf(*plain));
 }
 
-// 1. The target is free. 2. A checkpoint, so that little has to be replayed. 3. The daemon holds
-// its files while they are copied. 4. The copy is flushed and verified. 5. Its list is written,
-// which makes it a backup.
-Result<BackupList> Backup(const ServerOptions& server, const BackupOptions& options,
-                          Connection& connection) {
+// The directory of the daemon that the connection leads to, on this machine.
+Result<std::string> FindData(const ServerOptions& server, const BackupOptions& options,
+                             Connection& connection) {
   std::string data = options.data;
   if (data.empty()) {
     const auto said = ControlText(connection, "data_directory");
@@ -373,9 +464,32 @@ Result<BackupList> Backup(const ServerOptions& server, const BackupOptions& opti
                 data + " is no data directory on this machine: run this where engramd at " +
                     server.address + " runs, or name the directory with --data");
   }
+  const auto disk = OpenFolder(data);
+  if (!disk) return std::unexpected(disk.error());
+  const auto found = ReadInstance(**disk);
+  if (!found) return std::unexpected(found.error());
+  const auto wanted = ControlText(connection, "instance_id");
+  if (!wanted) return std::unexpected(wanted.error());
+  if (ToString(found->id) != *wanted) {
+    return Fail(ErrorCode::kInvalidArgument,
+                data + " is the data directory of another engramd: it has the instance " +
+                    ToString(found->id) + ", and the one at " + server.address + " is " + *wanted +
+                    ". Name its directory with --data, or the other one with --address");
+  }
+  return data;
+}
+
+// 1. The directory is the daemon's, the target is free, and nobody holds the files. 2. A
+// checkpoint, so that little has to be replayed. 3. The daemon holds its files while they are
+// copied. 4. The copy is flushed and verified. 5. Its list is written, which makes it a backup.
+Result<BackupList> Backup(const ServerOptions& server, const BackupOptions& options,
+                          Connection& connection) {
+  const auto data = FindData(server, options, connection);
+  if (!data) return std::unexpected(data.error());
   if (auto is_free = CheckIsFree(options.directory); !is_free) {
     return std::unexpected(is_free.error());
   }
+  if (auto is_free = Hold::Try(&connection); !is_free) return std::unexpected(is_free.error());
   const auto saved = AwaitCheckpoint(connection);
   if (!saved) return std::unexpected(saved.error());
   if (!*saved) {
@@ -384,12 +498,12 @@ Result<BackupList> Backup(const ServerOptions& server, const BackupOptions& opti
   BackupList list;
   std::map<uint16_t, LogPosition> ends;
   const std::string copy = options.directory + "/" + kBackupDataFolder;
-  if (auto made = MakeFolder(copy); !made) return std::unexpected(made.error());
   {
     Hold hold(&connection);
     if (auto begun = hold.Begin(); !begun) return std::unexpected(begun.error());
+    if (auto made = MakeFolder(copy); !made) return std::unexpected(made.error());
     list.made_unix_ns = SystemClock().WallNs();
-    Copier copier(data, copy, &hold);
+    Copier copier(*data, copy, &hold);
     if (auto copied = copier.CopyAll(); !copied) return std::unexpected(copied.error());
     list.files = std::move(copier.files());
     ends = copier.ends();
@@ -426,6 +540,51 @@ std::unexpected<Error> Differs(const std::string& path) {
                                        "differs. Use another backup");
 }
 
+// That in the end a directory beside it can take its place, in one step.
+Result<void> CheckCanBeReplaced(const std::string& target) {
+  struct statx found{};
+  if (statx(AT_FDCWD, target.c_str(), AT_SYMLINK_NOFOLLOW, STATX_TYPE, &found) != 0) {
+    if (errno == ENOENT) return {};
+    return FailErrno("look at " + target, errno);
+  }
+  if (S_ISLNK(found.stx_mode)) {
+    return Fail(ErrorCode::kInvalidArgument, target + " is a link: name what it leads to");
+  }
+  if (auto is_free = CheckIsFree(target); !is_free) return is_free;
+  struct statx parent{};
+  if (statx(AT_FDCWD, ParentOf(target).c_str(), 0, STATX_TYPE, &parent) != 0) {
+    return FailErrno("look at " + ParentOf(target), errno);
+  }
+  const bool is_elsewhere =
+      found.stx_dev_major != parent.stx_dev_major || found.stx_dev_minor != parent.stx_dev_minor;
+  // A directory of the same file system may be mounted, too; not every kernel tells.
+  if (is_elsewhere || (found.stx_attributes & STATX_ATTR_MOUNT_ROOT) != 0) {
+    return Fail(ErrorCode::kInvalidArgument,
+                target +
+                    " is a mount point, which no directory can take the place of: name one "
+                    "below it, like " +
+                    target + "/data");
+  }
+  return {};
+}
+
+std::unexpected<Error> IsInTheWay(const std::string& beside) {
+  return Fail(
+      ErrorCode::kAlreadyExists,
+      beside + " is in the way, maybe from a restore that was cut off: remove or rename it");
+}
+
+Result<void> CopyBack(const std::string& from, const BackupList& list, const std::string& to) {
+  for (const BackupList::File& file : list.files) {
+    const std::string path = to + "/" + file.name;
+    if (auto made = MakeFolder(ParentOf(path)); !made) return made;
+    const auto copied = CopyFile(from + file.name, path, {}, {});
+    if (!copied) return std::unexpected(copied.error());
+    if (copied->bytes != file.bytes || copied->crc != file.crc) return Differs(from + file.name);
+  }
+  return SyncAll(to);
+}
+
 // 1. Every file of the backup is read and compared with the list, before anything is written.
 // 2. All is copied into a folder beside the target and compared again. 3. That folder becomes the
 // target in one step.
@@ -436,35 +595,35 @@ Result<BackupList> Restore(const RestoreOptions& options) {
   }
   auto list = ReadList(options.backup);
   if (!list) return list;
-  const std::string target =
-      fs::absolute(options.directory + "/.").lexically_normal().parent_path().string();
-  if (auto is_free = CheckIsFree(target); !is_free) return std::unexpected(is_free.error());
+  const auto target = PlainPath(options.directory);
+  if (!target) return std::unexpected(target.error());
+  if (auto checked = CheckCanBeReplaced(*target); !checked) {
+    return std::unexpected(checked.error());
+  }
+  const std::string beside = *target + ".restoring";
+  struct stat status{};
+  if (lstat(beside.c_str(), &status) == 0) return IsInTheWay(beside);
   const std::string from = options.backup + "/" + kBackupDataFolder + "/";
   for (const BackupList::File& file : list->files) {
     const auto found = ChecksumFile(from + file.name);
     if (!found) return std::unexpected(found.error());
     if (found->bytes != file.bytes || found->crc != file.crc) return Differs(from + file.name);
   }
-  const std::string beside = target + ".restoring";
-  fs::remove_all(beside, error);
-  if (auto made = MakeFolder(beside); !made) return std::unexpected(made.error());
-  fs::permissions(beside, fs::perms::owner_all, error);
-  for (const BackupList::File& file : list->files) {
-    const std::string to = beside + "/" + file.name;
-    if (auto made = MakeFolder(fs::path(to).parent_path().string()); !made) {
-      return std::unexpected(made.error());
-    }
-    const auto copied = CopyFile(from + file.name, to, {}, {});
-    if (!copied) return std::unexpected(copied.error());
-    if (copied->bytes != file.bytes || copied->crc != file.crc) return Differs(from + file.name);
+  if (auto made = MakeFolder(ParentOf(*target)); !made) return std::unexpected(made.error());
+  if (mkdir(beside.c_str(), 0700) != 0) {
+    if (errno == EEXIST) return IsInTheWay(beside);
+    return FailErrno("make directory " + beside, errno);
   }
-  if (auto synced = SyncAll(beside); !synced) return std::unexpected(synced.error());
+  auto copied = CopyBack(from, *list, beside);
   // Takes the place of an empty directory too.
-  if (std::rename(beside.c_str(), target.c_str()) != 0) {
-    return FailErrno("rename " + beside + " to " + target, errno);
+  if (copied && std::rename(beside.c_str(), target->c_str()) != 0) {
+    copied = FailErrno("rename " + beside + " to " + *target, errno);
   }
-  auto synced = SyncFolder(fs::path(target).parent_path().string());
-  if (!synced) return std::unexpected(synced.error());
+  if (!copied) {
+    fs::remove_all(beside, error);  // It is this restore's own.
+    return std::unexpected(copied.error());
+  }
+  if (auto synced = SyncFolder(ParentOf(*target)); !synced) return std::unexpected(synced.error());
   return list;
 }
 

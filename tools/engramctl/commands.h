@@ -96,11 +96,12 @@ int RunCheckpoint(const ServerOptions& server);
 
 struct SpaceCommandOptions {
   std::string space;
-  bool yes = false;       // drop: does not ask
-  bool unproven = false;  // drop: in spite of what is known against it
+  bool yes = false;  // drop: does not ask
 };
 // What has ended in a space is swept out now.
 int RunCompact(const ServerOptions& server, const SpaceCommandOptions& options);
+// All that is in a space's graph is linked anew.
+int RunRebuild(const ServerOptions& server, const SpaceCommandOptions& options);
 // All of a space is gone.
 int RunDrop(const ServerOptions& server, const SpaceCommandOptions& options);
 

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdio>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "src/core/crc32c.h"
@@ -83,7 +84,11 @@ Result<CopiedFile> CopyFile(const std::string& from, const std::string& to, cons
   const UniqueFd source(open(from.c_str(), O_RDONLY | O_CLOEXEC));
   if (!source) return FailErrno("open " + from, errno);
   const UniqueFd target(open(to.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
-  if (!target) return FailErrno("make " + to, errno);
+  if (!target) {
+    Error error = FailErrno("make " + to, errno).error();
+    if (error.code == ErrorCode::kNotFound) error.code = ErrorCode::kUnavailable;
+    return std::unexpected(std::move(error));
+  }
   auto copied = CopyPieces(source.get(), from, target.get(), to, range, between);
   if (copied && fsync(target.get()) != 0) return FailErrno("flush " + to, errno);
   return copied;

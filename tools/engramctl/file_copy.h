@@ -20,7 +20,8 @@ struct CopyRange {
 };
 
 // Copies a file to one that must not exist, and flushes it. `between` is called every now and then
-// and may end the copy. Errors: those of the files, named, and those of `between`.
+// and may end the copy. Errors: kNotFound, there is no `from`, and nothing was made; others of the
+// files, named; those of `between`.
 Result<CopiedFile> CopyFile(const std::string& from, const std::string& to, const CopyRange& range,
                             const std::function<Result<void>()>& between);
 // The same without a copy.

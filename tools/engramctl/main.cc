@@ -197,6 +197,7 @@ CLI::App* AddQuarantine(CLI::App& app, QuarantineOptions& options) {
   quarantine->require_subcommand(1);
   CLI::App* list = quarantine->add_subcommand("list", "A line for each");
   CLI::App* dump = quarantine->add_subcommand("dump", "All that they hold, as JSON, a line each");
+  dump->footer("An id or payload that is no plain text is under id_base64 or payload_base64.");
   for (CLI::App* command : {list, dump}) {
     command->add_option("dir", options.directory, "The data directory")->required();
   }
@@ -212,12 +213,18 @@ CLI::App* AddBackup(CLI::App& app, ServerOptions& server, BackupOptions& options
   AddServerOptions(backup, server);
   backup->add_option("dir", options.directory, "Where to; not there yet, or empty")->required();
   backup->add_option("--data", options.data, "engramd's data directory; default: as it says");
+  backup->footer(
+      "While it copies, for as long as that takes, engramd makes no checkpoint and frees\n"
+      "nothing of its logs. One backup of a daemon is made at a time.");
   return backup;
 }
 
 CLI::App* AddRestore(CLI::App& app, ServerOptions& server, RestoreOptions& options) {
   CLI::App* restore = app.add_subcommand(
       "restore", "Make a data directory of a backup, once all of it is verified");
+  restore->footer(
+      "It is made beside DIR, as DIR.restoring, and takes its place in one step: DIR is no\n"
+      "link and no mount point.");
   restore->add_option("backup", options.backup, "What `engramctl backup` made")->required();
   restore->add_option("dir", options.directory, "The data directory; not there yet, or empty")
       ->required();
@@ -288,14 +295,22 @@ CLI::App* AddCompact(CLI::App& app, ServerOptions& server, SpaceCommandOptions& 
   return compact;
 }
 
+CLI::App* AddRebuild(CLI::App& app, ServerOptions& server, SpaceCommandOptions& options) {
+  CLI::App* rebuild = app.add_subcommand("rebuild",
+                                         "Link all of a space anew while it serves, as "
+                                         "index.ef_construction says now; rebuild_left in "
+                                         "the status counts down");
+  AddServerOptions(rebuild, server);
+  rebuild->add_option("space", options.space, "The space's name")->required();
+  return rebuild;
+}
+
 CLI::App* AddDrop(CLI::App& app, ServerOptions& server, SpaceCommandOptions& options) {
   CLI::App* drop = app.add_subcommand(
       "drop", "Remove a space and all that it holds; its name may be used again at once");
   AddServerOptions(drop, server);
   drop->add_option("space", options.space, "The space's name")->required();
   drop->add_flag("--yes", options.yes, "Do not ask for the name again");
-  drop->add_flag("--unproven", options.unproven,
-                 "Needed: restarts after a drop are not proven yet (src/design/0014)");
   return drop;
 }
 
@@ -325,6 +340,7 @@ int Run(int argc, char** argv) {
 
   SpaceCommandOptions space_options;
   const CLI::App* compact = AddCompact(app, server, space_options);
+  const CLI::App* rebuild = AddRebuild(app, server, space_options);
   const CLI::App* drop = AddDrop(app, server, space_options);
 
   EncodeOptions encode_options;
@@ -382,6 +398,7 @@ int Run(int argc, char** argv) {
   if (ping->parsed()) return RunPing(server);
   if (checkpoint->parsed()) return RunCheckpoint(server);
   if (compact->parsed()) return RunCompact(server, space_options);
+  if (rebuild->parsed()) return RunRebuild(server, space_options);
   if (drop->parsed()) return RunDrop(server, space_options);
   if (quarantine->parsed()) return RunQuarantine(quarantine_options);
   if (export_command->parsed()) return RunExport(server, export_options);

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "index/log/replay_guard.h"
@@ -11,6 +12,7 @@
 #include "src/core/log_files.h"
 #include "src/core/vector_dtype.h"
 #include "tools/engramctl/commands.h"
+#include "tools/engramctl/export_row.h"
 #include "tools/engramctl/table.h"
 
 namespace engram {
@@ -19,6 +21,15 @@ namespace {
 
 std::string Line(const nlohmann::json& json) {
   return json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+// Under `name` where the bytes are plain text, else as base64 under another name.
+void SetText(const char* name, std::string_view bytes, nlohmann::json* json) {
+  if (IsPlainText(bytes)) {
+    (*json)[name] = bytes;
+  } else {
+    (*json)[std::string(name) + "_base64"] = Base64(bytes);
+  }
 }
 
 // Where it lies in the log, whose it is, and, with `whole`, all that it holds.
@@ -35,17 +46,20 @@ nlohmann::json Describe(const std::string& file, const QuarantinedRecord& kept, 
       {"crashes", kept.crashes},
       {"since_ns", kept.since_unix_ns},
       {"space", record.space},
-      {"id", record.id},
       {"session", record.session.value()},
       {"sequence", record.sequence},
       {"stamp", record.stamp},
       {"kind", static_cast<int>(record.kind)},
       {"payload_bytes", record.payload.size()}};
+  SetText("id", record.id, &json);
   if (!whole) return json;
   json["when_ns"] = record.when_ns;
   json["confidence"] = record.confidence;
-  json["payload"] =
-      std::string(reinterpret_cast<const char*>(record.payload.data()), record.payload.size());
+  SetText("payload", {reinterpret_cast<const char*>(record.payload.data()), record.payload.size()},
+          &json);
+  if (record.payload_kind != PayloadKind::kOpaque) {
+    json["payload_kind"] = static_cast<int>(record.payload_kind);
+  }
   if (record.dtype != VectorDtype::kNone) {
     std::vector<float> numbers(record.dimension);
     DecodeVector(record.dtype, record.dimension, record.scale, record.vector.data(),
@@ -57,17 +71,21 @@ nlohmann::json Describe(const std::string& file, const QuarantinedRecord& kept, 
 }
 
 void PrintText(const nlohmann::json& json) {
+  const auto id_of = [](const nlohmann::json& record) {
+    const bool is_plain = record.contains("id");
+    const auto id = record[is_plain ? "id" : "id_base64"].get<std::string>();
+    return is_plain ? "\"" + Printable(id) + "\"" : "base64 " + id;
+  };
   if (!json["sound"].get<bool>()) {
     std::printf("%s: DAMAGED: %s\n", json["file"].get<std::string>().c_str(),
                 json["error"].get<std::string>().c_str());
     return;
   }
   std::printf(
-      "%s: space %s, id \"%s\", session %016llx, sequence %llu, %llu bytes of payload; "
+      "%s: space %s, id %s, session %016llx, sequence %llu, %llu bytes of payload; "
       "crashed %u starts; lies in %s at offset %u\n",
       json["file"].get<std::string>().c_str(), json["space"].get<std::string>().c_str(),
-      Printable(json["id"].get<std::string>()).c_str(),
-      static_cast<unsigned long long>(json["session"].get<uint64_t>()),
+      id_of(json).c_str(), static_cast<unsigned long long>(json["session"].get<uint64_t>()),
       static_cast<unsigned long long>(json["sequence"].get<uint64_t>()),
       static_cast<unsigned long long>(json["payload_bytes"].get<uint64_t>()),
       json["crashes"].get<uint32_t>(), json["segment"].get<std::string>().c_str(),

@@ -14,14 +14,14 @@ namespace engram {
 
 namespace {
 
-// A sweep looks at every list of a graph, and a drop waits for a checkpoint that is being saved.
-constexpr int64_t kLongestCommandNs = 600 * kNanosPerSecond;
+// Without a sign of life.
+constexpr int64_t kLongestSilenceNs = 600 * kNanosPerSecond;
 
 int RunCommand(const ServerOptions& server, SpaceCommand what, const std::string& space,
                const char* done_text) {
   auto connection = OpenReader(server, "");
   if (!connection) return connection.error();
-  const auto done = CommandSpace(*connection, what, space, kLongestCommandNs);
+  const auto done = CommandSpace(*connection, what, space, kLongestSilenceNs);
   if (!done) return ReportError(done.error());
   if (server.json) {
     std::printf("%s\n", nlohmann::json({{"observations", done->observations},
@@ -52,15 +52,11 @@ int RunCompact(const ServerOptions& server, const SpaceCommandOptions& options) 
   return RunCommand(server, SpaceCommand::kCompact, options.space, "swept out");
 }
 
+int RunRebuild(const ServerOptions& server, const SpaceCommandOptions& options) {
+  return RunCommand(server, SpaceCommand::kRebuild, options.space, "linked anew");
+}
+
 int RunDrop(const ServerOptions& server, const SpaceCommandOptions& options) {
-  if (!options.unproven) {
-    std::fprintf(
-        stderr,
-        "engramctl: nothing was dropped: after a drop a restart may lose an observation of "
-        "the space that took its name, or refuse a session of it; --unproven drops it all "
-        "the same\n");
-    return kExitFailed;
-  }
   if (!options.yes && !Confirms(options.space)) {
     std::fprintf(stderr, "engramctl: nothing was dropped\n");
     return kExitFailed;

@@ -77,7 +77,7 @@ TEST(LogFormatTest, SegmentHeadersComeBackAndLieAsTheFormatSays) {
   EXPECT_EQ(std::memcmp(page.data(), "EGRMLOG1", 8), 0);
   EXPECT_EQ(NumberAt(page, 8, 4),
             Crc32c(std::span(page).subspan(12), Crc32c(std::span(page).first(8))));
-  EXPECT_EQ(NumberAt(page, 12, 4), 1u);
+  EXPECT_EQ(NumberAt(page, 12, 4), kLogFormatVersion);
   EXPECT_EQ(NumberAt(page, 16, 4), 0x0A0B0Cu);
   EXPECT_EQ(NumberAt(page, 20, 4), 0x00500000u);
   EXPECT_EQ(NumberAt(page, 24, 2), 0x1234u);

@@ -187,6 +187,12 @@ TEST(ReplayScope, NamesTheRecordOfThisThread) {
   {
     const ReplayScope scope(kAddress);
     EXPECT_EQ(RecordUnderReplay(), kAddress);
+    {
+      // What waited for it is stored in the midst of another one's.
+      const ReplayScope inner(kAddress + 8);
+      EXPECT_EQ(RecordUnderReplay(), kAddress + 8);
+    }
+    EXPECT_EQ(RecordUnderReplay(), kAddress);
   }
   EXPECT_EQ(RecordUnderReplay(), kNoLogAddress);
 }

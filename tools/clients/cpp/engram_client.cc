@@ -821,15 +821,22 @@ Result<std::string> IntrospectStatus(Connection& connection, int64_t timeout_ns)
 Result<CommandDoneBody> CommandSpace(Connection& connection, SpaceCommand what,
                                      std::string_view space, int64_t timeout_ns) {
   constexpr uint64_t kRequest = 1;
-  const int64_t deadline_ns = NowNs() + timeout_ns;
+  int64_t deadline_ns = NowNs() + timeout_ns;
   std::string body;
   const CommandBody head{.what = what, .space_bytes = static_cast<uint8_t>(space.size())};
   body.append(reinterpret_cast<const char*>(&head), sizeof(head));
   body.append(space);
   connection.SendFrame(FrameType::kCommand, 0, kRequest, BytesOf(std::string_view(body)));
   for (;;) {
-    const Result<Frame> frame = connection.AwaitFrame(deadline_ns);
-    if (!frame) return std::unexpected(frame.error());
+    connection.KeepAlive(NowNs());
+    const int64_t until_ns = std::min(deadline_ns, NowNs() + kKeepAliveNs / 2);
+    const Result<Frame> frame = connection.AwaitFrame(until_ns);
+    if (!frame) {
+      // It has nothing to say yet, or the connection is gone: then that is said again.
+      if (NowNs() >= until_ns && until_ns < deadline_ns) continue;
+      return std::unexpected(frame.error());
+    }
+    deadline_ns = NowNs() + timeout_ns;
     if (frame->header.type != FrameType::kCommandDone) {
       if (auto passed = CheckUnrelatedFrame(*frame); !passed) {
         return std::unexpected(passed.error());

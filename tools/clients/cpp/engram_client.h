@@ -283,7 +283,9 @@ struct SpaceInfo {
 Result<std::vector<SpaceInfo>> IntrospectSpaces(Connection& connection, int64_t timeout_ns);
 // Lines of "core counter value".
 Result<std::string> IntrospectStatus(Connection& connection, int64_t timeout_ns);
-// Has something done to a whole space, and waits until it is. Errors: as above.
+// Has something done to a whole space, and waits until it is, which may be long. Errors: as above;
+// kUnavailable also when nothing came from the server for `timeout_ns`, above the 60 s after which
+// it is asked for a sign of life.
 Result<CommandDoneBody> CommandSpace(Connection& connection, SpaceCommand what,
                                      std::string_view space, int64_t timeout_ns);
 // Asks for a checkpoint, which then begins; the counters checkpoints_completed and
