@@ -114,6 +114,7 @@ class IngestCoreTest : public testing::Test {
               harness_->counted(IngestCounter::kConnectionsClosed));
   }
 
+  FileLease lease_;  // of those harnesses that have one
   std::unique_ptr<IngestHarness> harness_;
   std::deque<TestClient> clients_;
 };
@@ -817,12 +818,11 @@ TEST_F(IngestCoreTest, StatusIsLinesOfText) {
 }
 
 TEST_F(IngestCoreTest, FilesAreHeldForAWhileOrUntilTheyNeedNotBe) {
-  FileLease lease;
   HarnessOptions options = Calm();
-  options.ingest.lease = &lease;
+  options.ingest.lease = &lease_;
   Start(options);
   const auto left_ns = [&] {
-    return lease.Extend(FileLease::kNobody, h().clock().MonotonicNs(), 0);
+    return lease_.Extend(FileLease::kNobody, h().clock().MonotonicNs(), 0);
   };
   TestClient& client = Greeted();
   client.Send(IntrospectBytes(11, 4));
@@ -835,13 +835,12 @@ TEST_F(IngestCoreTest, FilesAreHeldForAWhileOrUntilTheyNeedNotBe) {
   EXPECT_GT(left_ns(), 9 * kNanosPerSecond);
   client.Send(IntrospectBytes(13, 5));
   EXPECT_EQ(client.Await(kWireIntrospection).size(), 3u);
-  EXPECT_FALSE(lease.Runs(h().clock().MonotonicNs()));
+  EXPECT_FALSE(lease_.Runs(h().clock().MonotonicNs()));
 }
 
 TEST_F(IngestCoreTest, AHoldIsItsConnectionsAlone) {
-  FileLease lease;
   HarnessOptions options = Calm();
-  options.ingest.lease = &lease;
+  options.ingest.lease = &lease_;
   Start(options);
   TestClient& first = Greeted();
   TestClient& second = Greeted();
@@ -855,14 +854,14 @@ TEST_F(IngestCoreTest, AHoldIsItsConnectionsAlone) {
   EXPECT_NE(nak.text.find("holds the files"), std::string::npos) << nak.text;
   second.Send(IntrospectBytes(22, 5));
   EXPECT_EQ(second.Await(kWireIntrospection).size(), 1u);
-  EXPECT_TRUE(lease.Runs(h().clock().MonotonicNs())) << "another has released it";
+  EXPECT_TRUE(lease_.Runs(h().clock().MonotonicNs())) << "another has released it";
   // It ends with its connection.
   first.Close();
   h().Settle();
-  EXPECT_FALSE(lease.Runs(h().clock().MonotonicNs()));
+  EXPECT_FALSE(lease_.Runs(h().clock().MonotonicNs()));
   second.Send(IntrospectBytes(23, 4));
   EXPECT_EQ(second.Await(kWireIntrospection).size(), 2u);
-  EXPECT_TRUE(lease.Runs(h().clock().MonotonicNs()));
+  EXPECT_TRUE(lease_.Runs(h().clock().MonotonicNs()));
 }
 
 TEST_F(IngestCoreTest, ACheckpointIsAskedForAndAnsweredAtOnce) {

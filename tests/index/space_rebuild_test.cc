@@ -35,8 +35,10 @@ constexpr uint64_t kMost = 100;  // lifted at once
 constexpr size_t kQueries = 200;
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr uint32_t kVectors = 900;
+constexpr double kNoise = 0.01;  // of recall@10 from graph to graph
 #else
 constexpr uint32_t kVectors = 3'000;
+constexpr double kNoise = 0.003;
 #endif
 
 std::vector<float> CloudVector(uint64_t number, uint64_t version) {
@@ -164,7 +166,7 @@ TEST_F(SpaceRebuildTest, ABadGraphBecomesAsGoodAsANewOne) {
   RecordProperty("recall_bad_rebuilt_fresh",
                  std::to_string(bad) + " " + std::to_string(rebuilt) + " " + std::to_string(fresh));
   EXPECT_LT(bad, fresh - 0.02) << "nothing is shown";
-  EXPECT_GE(rebuilt, fresh - 0.003);
+  EXPECT_GE(rebuilt, fresh - kNoise);
 }
 
 TEST_F(SpaceRebuildTest, EachIsLinkedAnewInItsPlaceWithAllThatItHas) {
@@ -216,10 +218,10 @@ TEST_F(SpaceRebuildTest, RecallsFindAsMuchMeanwhile) {
     ASSERT_EQ(answer.hits.size(), 10u);
     found += model_.CountTrue(answer.hits, query, 10);
   }
-  ASSERT_GT(asked, kQueries);
+  ASSERT_GT(asked, kVectors / 15) << "too short to say much";
   const double during = static_cast<double>(found) / static_cast<double>(10 * asked);
   RecordProperty("recall_before_during", std::to_string(before) + " " + std::to_string(during));
-  EXPECT_GE(during, before - 0.005);
+  EXPECT_GE(during, before - 2 * kNoise);
 }
 
 // Updates, deletes, suppresses and what comes newly, at each of its steps.
