@@ -170,7 +170,7 @@ static_assert(sizeof(ScrollBody) == 16);
 inline constexpr uint16_t kMaxScrollHits = 512;
 // With payload at most so many come, however many are asked for: all their payloads fit one answer,
 // and one more that has the same hash.
-inline constexpr uint16_t kMaxScrollHitsWithPayload = kMaxResultPayloadBytes / kMaxPayloadBytes - 1;
+inline constexpr uint16_t kMaxScrollHitsWithPayload = kMaxAnswerPayloadBytes / kMaxPayloadBytes - 1;
 
 // Ends the answer to a scroll.
 struct ScrolledBody {

@@ -22,9 +22,8 @@ class HitWindow {
  public:
   static constexpr uint32_t kHits = 32;
 
-  HitWindow() = default;
   // `max_payload_bytes`: of the whole answer.
-  explicit HitWindow(size_t max_payload_bytes) : max_payload_bytes_(max_payload_bytes) {}
+  explicit HitWindow(size_t max_payload_bytes = 0) : max_payload_bytes_(max_payload_bytes) {}
 
   uint32_t size() const { return added_ - written_; }
   bool full() const { return size() == kHits; }
@@ -52,7 +51,7 @@ class HitWindow {
   std::array<Entry, kHits> entries_{};
   uint32_t added_ = 0;  // ever
   uint32_t written_ = 0;
-  size_t max_payload_bytes_ = kMaxResultPayloadBytes;
+  size_t max_payload_bytes_;
   size_t payload_added_ = 0;
   size_t payload_written_ = 0;
 };

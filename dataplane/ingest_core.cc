@@ -33,7 +33,7 @@ Result<std::unique_ptr<IngestCore>> IngestCore::Create(const IngestOptions& opti
     records = *std::move(reader);
   }
   auto merger = RecallMerger::Create(options.max_merges, port.catalogue->max_partitions(),
-                                     options.huge_pages, records.get());
+                                     kMaxRecallPayloadBytes, options.huge_pages, records.get());
   if (!merger) return std::unexpected(merger.error());
   return std::unique_ptr<IngestCore>(new IngestCore(options, clock, network, std::move(port),
                                                     catalogue, *std::move(pool), std::move(records),

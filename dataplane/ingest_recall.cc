@@ -45,6 +45,10 @@ bool IngestCore::TakeRecall(Connection& connection, const FrameHeader& header,
 
 RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& view,
                                      const FrameHeader& header) {
+  const bool with_vector = (header.flags & kFrameFlagWithVector) != 0;
+  if (with_vector && view.body.k > kMaxRecallNumbers / view.body.dimension) {
+    return RefusalReason::kBadRecall;
+  }
   // Reading pauses at the limit, but what has been received goes on to come.
   if (connection.recalls_in_flight >= options_.max_recalls) return RefusalReason::kMergesFull;
   const SpaceEntry* entry = EntryOf(connection);
@@ -75,7 +79,8 @@ RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& v
   }
   auto* request = reinterpret_cast<RecallRequest*>(first);
   request->with_payload = (header.flags & kFrameFlagWithPayload) != 0;
-  request->with_vector = (header.flags & kFrameFlagWithVector) != 0;
+  request->with_vector = with_vector;
+  request->max_payload_bytes = kMaxRecallPayloadBytes;
   request->space = connection.space;
   request->origin = OriginOf(connection);
   request->request_id = header.sequence;

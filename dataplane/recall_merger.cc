@@ -17,12 +17,10 @@ namespace {
 // Hits that are worth a batch while others are still being read.
 constexpr uint32_t kLeastBatchHits = 16;
 static_assert(kLeastBatchHits <= HitWindow::kHits);
-// One partition's largest answer. Twice that in blocks holds it however its batches fall, as any
-// two neighbouring blocks are together at least half full.
-constexpr size_t kMaxAnswerBytes =
-    kMaxRecallResults *
-        PadTo8(sizeof(HitHeader) + kMaxDimension * sizeof(float) + kMaxIdBytes + 7) +
-    kMaxResultPayloadBytes;
+// One partition's largest answer but for its payloads. Twice all of it in blocks holds it however
+// its batches fall, as any two neighbouring blocks are together at least half full.
+constexpr size_t kMaxAnswerBytes = kMaxRecallResults * PadTo8(sizeof(HitHeader) + kMaxIdBytes + 7) +
+                                   kMaxRecallNumbers * sizeof(float);
 
 HitHeader HeaderOf(const std::byte* hit) {
   HitHeader header;
@@ -54,10 +52,11 @@ size_t TablePlaces(size_t hits) { return std::bit_ceil(2 * std::max<size_t>(hits
 }  // namespace
 
 Result<std::unique_ptr<RecallMerger>> RecallMerger::Create(uint32_t merges, uint16_t max_partitions,
+                                                           size_t max_payload_bytes,
                                                            HugePagePolicy huge_pages,
                                                            RecordReader* records) {
   CHECK(merges > 0 && max_partitions > 0, "a merger merges");
-  const size_t answer_bytes = 2 * max_partitions * kMaxAnswerBytes;
+  const size_t answer_bytes = 2 * max_partitions * (kMaxAnswerBytes + max_payload_bytes);
   const size_t pool_bytes =
       std::min(merges * answer_bytes, std::max(answer_bytes, kUsualPoolBytes));
   const size_t blocks = (pool_bytes + kBlockBytes - 1) / kBlockBytes;
@@ -67,13 +66,15 @@ Result<std::unique_ptr<RecallMerger>> RecallMerger::Create(uint32_t merges, uint
                                                         ? HugePagePolicy::kTransparent
                                                         : HugePagePolicy::kOff});
   if (!arena) return std::unexpected(arena.error());
-  return std::unique_ptr<RecallMerger>(new RecallMerger(
-      merges, max_partitions, static_cast<uint32_t>(blocks), *std::move(arena), records));
+  return std::unique_ptr<RecallMerger>(new RecallMerger(merges, max_partitions, max_payload_bytes,
+                                                        static_cast<uint32_t>(blocks),
+                                                        *std::move(arena), records));
 }
 
-RecallMerger::RecallMerger(uint32_t merges, uint16_t max_partitions, uint32_t blocks,
-                           HugePageArena arena, RecordReader* records)
+RecallMerger::RecallMerger(uint32_t merges, uint16_t max_partitions, size_t max_payload_bytes,
+                           uint32_t blocks, HugePageArena arena, RecordReader* records)
     : max_partitions_(max_partitions),
+      max_payload_bytes_(max_payload_bytes),
       max_blocks_(blocks),
       records_(records),
       arena_(std::move(arena)),
@@ -102,6 +103,7 @@ RecallMerger::MergeId RecallMerger::Begin(uint16_t partitions, uint32_t k) {
   merges_[id].partitions = partitions;
   merges_[id].waiting = partitions;
   merges_[id].k = k;
+  merges_[id].window = HitWindow(max_payload_bytes_);
   return id;
 }
 

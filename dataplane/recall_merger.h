@@ -23,9 +23,9 @@ namespace engram {
 // 2. Add copies each batch at once, so that result slots go straight back: a core that held some of
 //    one shard while it waited for another could stop both.
 // 3. FinishPartition counts; the last one puts the hits in order.
-// 4. Emit hands them out batch by batch; the payloads of all of them are at most
-//    kMaxResultPayloadBytes, those beyond are left out and the hit says so. Records that the hits
-//    refer to are read a window ahead (HitWindow).
+// 4. Emit hands them out batch by batch; the payloads of all of them are bounded, those beyond are
+//    left out and the hit says so. Records that the hits refer to are read a window ahead
+//    (HitWindow).
 // 5. Release gives back the merge and its memory, also when it was not handed out.
 //
 // Thread safety: one core's alone. Takes no memory after Create; pages are touched as they are used
@@ -36,11 +36,13 @@ class RecallMerger {
   using MergeId = uint32_t;
   static constexpr MergeId kNone = UINT32_MAX;
 
-  // At most `merges` at a time, each over at most `max_partitions`. They share address space for
+  // At most `merges` at a time, each over at most `max_partitions`, none of which sends more than
+  // `max_payload_bytes` in an answer; nor does the merger. They share address space for
   // kUsualPoolBytes of hits, or for the largest single answer where that is more. `records`
   // outlives the merger; nullptr: no hit refers to a record. Errors:
   // kResourceExhausted.
   static Result<std::unique_ptr<RecallMerger>> Create(uint32_t merges, uint16_t max_partitions,
+                                                      size_t max_payload_bytes,
                                                       HugePagePolicy huge_pages,
                                                       RecordReader* records = nullptr);
 
@@ -102,8 +104,8 @@ class RecallMerger {
     const std::byte* hit = nullptr;
   };
 
-  RecallMerger(uint32_t merges, uint16_t max_partitions, uint32_t blocks, HugePageArena arena,
-               RecordReader* records);
+  RecallMerger(uint32_t merges, uint16_t max_partitions, size_t max_payload_bytes, uint32_t blocks,
+               HugePageArena arena, RecordReader* records);
 
   std::byte* TakeRoom(Merge* merge, size_t bytes);
   std::byte* BlockAt(uint32_t block) const { return pool_ + size_t{block} * kBlockBytes; }
@@ -117,6 +119,7 @@ class RecallMerger {
 
   // Constant after construction.
   const uint16_t max_partitions_;
+  const size_t max_payload_bytes_;  // of an answer
   const uint32_t max_blocks_;
   RecordReader* const records_;
 

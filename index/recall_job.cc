@@ -15,6 +15,8 @@ namespace {
 
 // Rows of the scan that are asked for ahead of the one that is compared.
 constexpr size_t kScanAhead = 4;
+// Observations that are asked for before they are handed out.
+constexpr size_t kPrefetchedHits = 32;
 // How many of the nearest by code are compared again: those beyond rarely belong to the k nearest.
 constexpr uint32_t kCompareFactor = 2;
 constexpr uint32_t kCompareExtra = 32;
@@ -60,7 +62,7 @@ RefusalReason RecallJob::Begin(const Space& space, const RecallRequest& request,
   nearest_.Clear();
   hits_.clear();
   scored_ = true;
-  BeginEmit(request.with_payload, request.with_vector);
+  BeginEmit(request.with_payload, request.with_vector, request.max_payload_bytes);
   phase_ = Phase::kScan;
   return RefusalReason::kNone;
 }
@@ -165,7 +167,8 @@ void RecallJob::CompareSlice(uint32_t max_distances) {
 }
 
 void RecallJob::FinishSearch() {
-  for (const NeighbourKey hit : hits_) space_->PrefetchObservation(NodeOf(hit));
+  const size_t ahead = std::min(hits_.size(), kPrefetchedHits);
+  for (size_t i = 0; i < ahead; ++i) space_->PrefetchObservation(NodeOf(hits_[i]));
   phase_ = Phase::kReady;
 }
 
@@ -175,16 +178,17 @@ void RecallJob::BeginListing(const Space& space, std::span<const NodeId> nodes, 
   hits_.clear();
   for (const NodeId node : nodes) hits_.push_back(KeyOf(0, node));
   scored_ = false;
-  BeginEmit(with_payload, with_vector);
+  BeginEmit(with_payload, with_vector, kMaxAnswerPayloadBytes);
   phase_ = Phase::kReady;
 }
 
 // 6.
-void RecallJob::BeginEmit(bool with_payload, bool with_vector) {
+void RecallJob::BeginEmit(bool with_payload, bool with_vector, size_t max_payload_bytes) {
   with_payload_ = with_payload;
   with_vector_ = with_vector;
   emitted_ = 0;
   payload_sent_ = 0;
+  max_payload_bytes_ = max_payload_bytes;
 }
 
 // What a log holds is bounded by who reads it, once it is known which hits are among the best.
@@ -192,7 +196,7 @@ RecallJob::HitForm RecallJob::FormOf(const StoredObservation& stored, size_t sen
   HitForm form;
   const size_t vector_bytes = with_vector_ ? space_->dimension() * sizeof(float) : 0;
   const size_t wanted = with_payload_ ? stored.payload_bytes : 0;
-  const bool fits = sent + wanted <= kMaxResultPayloadBytes;
+  const bool fits = sent + wanted <= max_payload_bytes_;
   if (stored.record_bytes != 0 && wanted + vector_bytes > 0) {
     // Also where the payload is left out: the vector cannot be read from the disk yet.
     if (log_ != nullptr) form.record = log_->NotDurable(stored.origin);

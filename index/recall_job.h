@@ -56,6 +56,8 @@ class RecallJob {
 
   // Bytes of the next batch, header included, at most `max_bytes`.
   size_t NextBatchBytes(size_t max_bytes) const;
+  // Hits that were handed out.
+  size_t emitted() const { return emitted_; }
   // Step 6: writes the next batch of at most `slot.size()` bytes. True when it was the last.
   bool EmitBatch(std::span<std::byte> slot);
 
@@ -75,7 +77,7 @@ class RecallJob {
   void Merge();
   void CompareSlice(uint32_t max_distances);
   void FinishSearch();
-  void BeginEmit(bool with_payload, bool with_vector);
+  void BeginEmit(bool with_payload, bool with_vector, size_t max_payload_bytes);
   // How a hit goes out, given the payload that was sent before it.
   struct HitForm {
     size_t payload_bytes = 0;  // that are sent with it, or that whoever reads its record will send
@@ -115,6 +117,7 @@ class RecallJob {
   size_t compared_ = 0;
   size_t emitted_ = 0;
   size_t payload_sent_ = 0;
+  size_t max_payload_bytes_ = 0;
 };
 
 }  // namespace engram

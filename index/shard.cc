@@ -93,7 +93,7 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, const Sh
   upkeep_queued_.reserve(max_spaces);
   credit_due_.reserve(max_spaces);
   upkeep_queue_.reserve(max_spaces);
-  listed_.reserve(2 * kMaxRecallResults);
+  listed_.reserve(2 * kMaxPageResults);
   counters_[ShardCounter::kMemoryLimitBytes].Set(arena_->reserve_bytes());
   if (log_ == nullptr) return;
   if (storage_.checkpoint != nullptr) {

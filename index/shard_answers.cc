@@ -96,7 +96,7 @@ void Shard::BeginScroll(size_t producer, SlotId slot) {
   const uint32_t space = FindSpaceIndex(request->space.view());
   if (!MayAnswer(space)) return;
   listed_.clear();
-  const size_t limit = std::clamp<size_t>(request->limit, 1, kMaxRecallResults);
+  const size_t limit = std::clamp<size_t>(request->limit, 1, kMaxPageResults);
   spaces_[space]->Scroll(&request->cursor, limit, &listed_);
   recall_.BeginListing(*spaces_[space], listed_, request->with_payload, request->with_vector);
   answering_ = Answering::kEmitting;
@@ -135,10 +135,12 @@ void Shard::CheckSpace(size_t producer, SlotId slot) {
                       .sequence = request->request_id});
 }
 
-// As many batches as there are result slots; the rest in a later round.
+// As many batches as there are result slots and as fit a slice; the rest in a later round.
 int Shard::EmitHits() {
   int work = 0;
+  const size_t end = recall_.emitted() + kEmitSliceHits;
   for (bool last = false; !last;) {
+    if (recall_.emitted() >= end) return work;
     const SlotId slot = port_.result_slab->Acquire(recall_.NextBatchBytes(kResultSlotBytes));
     if (slot == kNoSlot) return work;
     last = recall_.EmitBatch({port_.result_slab->At(slot), port_.result_slab->SlotBytes(slot)});

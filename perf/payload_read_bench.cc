@@ -7,8 +7,11 @@
 //
 // One thread runs client, ingress core and shard in turn, over a socket of this machine, so the
 // figures are of all three together. The log is in a folder under --dir (default: the current
-// directory), which is removed at the end. What is read has just been written, so it comes from the
-// operating system's cache.
+// directory), which is removed at the end. What is read comes from the operating system's cache,
+// but in the rows `cold`: before each of their recalls it is told to forget the log.
+
+#include <fcntl.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <cstdio>
@@ -103,23 +106,26 @@ class Rig {
     double median_us = 0;
     double payload_bytes = 0;  // an answer
   };
-  // One after the other.
-  Figures Recall(uint32_t k, uint16_t flags) {
+  // One after the other, `forget` before each.
+  template <typename Forget>
+  Figures Recall(uint32_t k, uint16_t flags, const Forget& forget) {
     std::vector<double> times_us;
     const uint64_t payload_before = payload_bytes_;
     const uint64_t omitted_before = omitted_;
     const int64_t began_ns = clock_.MonotonicNs();
     const auto seconds = [&] { return static_cast<double>(clock_.MonotonicNs() - began_ns) / 1e9; };
+    double asking_us = 0;
     while (seconds() < options_.seconds) {
+      forget();
       client_->QueueRecall(k, flags);
       const int64_t asked_ns = clock_.MonotonicNs();
       RunUntil([this] { return client_->results == client_->recalls; });
       times_us.push_back(static_cast<double>(clock_.MonotonicNs() - asked_ns) / 1e3);
     }
-    const double took = seconds();
+    for (const double time_us : times_us) asking_us += time_us;
     if (omitted_ != omitted_before) Fatal("a payload was left out: use a smaller one");
     const auto count = static_cast<double>(times_us.size());
-    return {.recalls_per_second = count / took,
+    return {.recalls_per_second = count / asking_us * 1e6,
             .median_us = Median(times_us),
             .payload_bytes = static_cast<double>(payload_bytes_ - payload_before) / count};
   }
@@ -151,6 +157,20 @@ class Rig {
   uint64_t omitted_ = 0;
 };
 
+// Drops the files of a folder from the operating system's cache.
+void Forget(const std::string& folder) {
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(folder)) {
+    if (!entry.is_regular_file()) continue;
+    const int fd = open(entry.path().c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0 || posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED) != 0) {
+      Fatal("the cache keeps " + entry.path().string());
+    }
+    close(fd);
+  }
+}
+
+enum class Row : uint8_t { kIds, kPayload, kCold };
+
 void Measure(const Options& options, bool with_log, const std::string& folder) {
   Rig rig(options, with_log, folder);
   rig.Fill();
@@ -158,18 +178,23 @@ void Measure(const Options& options, bool with_log, const std::string& folder) {
   const char* format = options.json ? "{\"payloads\":\"%s\",\"bytes_a_node\":%.1f}\n"
                                     : "payloads in %s: %.1f bytes a node\n";
   std::printf(format, place, rig.BytesOfNode());
-  for (const uint32_t k : {10U, 1'000U}) {
+  for (const uint32_t k : {10U, 1'000U, kMaxRecallResults}) {
     double ids_alone = 0;
-    for (const bool payload : {false, true}) {
-      const Rig::Figures figures = rig.Recall(k, payload ? kFrameFlagWithPayload : uint16_t{0});
-      if (!payload) ids_alone = figures.recalls_per_second;
+    for (const Row row : {Row::kIds, Row::kPayload, Row::kCold}) {
+      if (row == Row::kCold && !with_log) continue;
+      const Rig::Figures figures =
+          rig.Recall(k, row == Row::kIds ? uint16_t{0} : kFrameFlagWithPayload, [&] {
+            if (row == Row::kCold) Forget(folder);
+          });
+      if (row == Row::kIds) ids_alone = figures.recalls_per_second;
+      const char* what = row == Row::kIds ? "ids" : row == Row::kPayload ? "payload" : "cold";
       const char* line =
           options.json
-              ? "{\"payloads\":\"%s\",\"k\":%u,\"with_payload\":%d,\"recalls_per_second\":%.1f,"
+              ? "{\"payloads\":\"%s\",\"k\":%u,\"recall\":\"%s\",\"recalls_per_second\":%.1f,"
                 "\"median_us\":%.1f,\"payload_bytes\":%.0f,\"ratio_to_ids\":%.3f}\n"
-              : "payloads in %-6s  k %5u  with payload %d  %9.1f recalls/s  median %8.1f us  "
+              : "payloads in %-6s  k %5u  %-7s  %9.1f recalls/s  median %9.1f us  "
                 "%8.0f bytes  %.3f of ids alone\n";
-      std::printf(line, place, k, payload ? 1 : 0, figures.recalls_per_second, figures.median_us,
+      std::printf(line, place, k, what, figures.recalls_per_second, figures.median_us,
                   figures.payload_bytes, figures.recalls_per_second / ids_alone);
     }
   }

@@ -37,12 +37,12 @@ struct GatewayQuestion {
   ObservationOp op = ObservationOp::kUpsert;
   int64_t when_ns = 0;
   float confidence = 1;
-  uint32_t k = 0;                     // kRecall: 1 to kMaxRecallResults
+  uint32_t k = 0;                     // kRecall: 1 to kMaxPageResults
   uint32_t ef = 0;                    // kRecall: up to kMaxEf; 0: the shard's default
   std::vector<std::string_view> ids;  // kGet
   uint16_t partition = 0;             // kScroll: where the page begins
   uint64_t cursor = 0;                // kScroll: and there in that partition
-  uint16_t limit = 0;                 // kScroll: 1 to kMaxRecallResults
+  uint16_t limit = 0;                 // kScroll: 1 to kMaxPageResults
 };
 
 // What the gateway core found.

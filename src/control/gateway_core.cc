@@ -27,7 +27,7 @@ constexpr uint32_t kKeepFreePercent = 10;
 // A scroll asks a shard for so many observations at a time that all their payloads fit its answer,
 // and ends a page that has grown to so many bytes: one more answer and the page is still below the
 // 4 MiB that gRPC's clients take unless told otherwise.
-constexpr uint32_t kScrollStep = kMaxResultPayloadBytes / kMaxPayloadBytes;
+constexpr uint32_t kScrollStep = kMaxAnswerPayloadBytes / kMaxPayloadBytes;
 constexpr size_t kScrollPageBytes = size_t{2} << 20;
 static_assert(kScrollPageBytes + kScrollStep * (kMaxPayloadBytes + kMaxDimension * sizeof(float) +
                                                 kMaxIdBytes + sizeof(HitHeader) + 8) <
@@ -67,7 +67,7 @@ Result<std::unique_ptr<GatewayCore>> GatewayCore::Create(const GatewayOptions& o
     records = *std::move(reader);
   }
   auto merger = RecallMerger::Create(options.max_merges, static_cast<uint16_t>(port.shards.size()),
-                                     options.huge_pages, records.get());
+                                     kMaxAnswerPayloadBytes, options.huge_pages, records.get());
   if (!merger) return std::unexpected(merger.error());
   return std::unique_ptr<GatewayCore>(
       new GatewayCore(options, clock, std::move(port), std::move(records), *std::move(merger)));

@@ -201,7 +201,7 @@ Asked AskMemory(const v1::Memory& memory, int64_t now_unix_ns, CallText* text,
 // ---- Recall ----
 
 Asked CheckResults(int32_t results, const std::string& field) {
-  if (results >= 0 && static_cast<uint32_t>(results) <= kMaxRecallResults) return {};
+  if (results >= 0 && static_cast<uint32_t>(results) <= kMaxPageResults) return {};
   return Invalid(field + ": " + std::to_string(results) + "; expected 0 to 1000");
 }
 
@@ -292,7 +292,7 @@ bool ReadCursor(std::string_view text, uint16_t* partition, uint64_t* cursor) {
 }
 
 Asked AskScroll(const v1::ScrollRequest& scroll, GatewayQuestion* question) {
-  if (scroll.limit() > kMaxRecallResults) {
+  if (scroll.limit() > kMaxPageResults) {
     return Invalid("scroll.limit: " + std::to_string(scroll.limit()) + "; expected 0 to 1000");
   }
   if (!scroll.cursor().empty() &&

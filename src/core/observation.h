@@ -16,7 +16,11 @@ static_assert(std::endian::native == std::endian::little,
 inline constexpr size_t kMaxIdBytes = 256;
 inline constexpr size_t kMaxPayloadBytes = 65'536;
 inline constexpr size_t kMaxSpaceNameBytes = 64;
-inline constexpr uint32_t kMaxRecallResults = 1'000;
+inline constexpr uint32_t kMaxRecallResults = 10'000;
+// k times the dimension, of a recall with vectors: 10,000 results of 1,024 dimensions.
+inline constexpr uint32_t kMaxRecallNumbers = kMaxRecallResults * 1'024;
+// Of a page of a listing.
+inline constexpr uint32_t kMaxPageResults = 1'000;
 inline constexpr uint32_t kMaxEf = 10'000;
 
 // How near two vectors are. The values are stored and sent: unchangeable.
@@ -93,13 +97,15 @@ struct HitHeader {
   uint16_t reserved;
 };
 static_assert(sizeof(HitHeader) == 40);
-// The payload did not fit in the answer's bound (kMaxResultPayloadBytes in all), or its record
-// cannot be read (then the vector is missing as well).
+// The payload did not fit in the answer's bound (kMaxRecallPayloadBytes in all of a recall over
+// frames, else kMaxAnswerPayloadBytes), or its record cannot be read (then the vector is missing as
+// well).
 inline constexpr uint8_t kHitPayloadOmitted = 1;
 // Inside the appliance only: payload and vector lie in a log. Header, HitReference, id, padding.
 // payload_bytes and vector_dimension are those that the hit will have, 0 where not asked for.
 inline constexpr uint8_t kHitAtAddress = 2;
-inline constexpr size_t kMaxResultPayloadBytes = size_t{1} << 20;
+inline constexpr size_t kMaxRecallPayloadBytes = size_t{16} << 20;
+inline constexpr size_t kMaxAnswerPayloadBytes = size_t{1} << 20;
 
 // Where a hit's record lies.
 struct HitReference {

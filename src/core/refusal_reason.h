@@ -69,8 +69,9 @@ enum class RefusalEffect : uint8_t {
   X(67, kDimensionMismatch, "dimension_mismatch", kCloses, "the space has another dimension")     \
   X(68, kUnknownSpace, "unknown_space", kAnswers, "the space holds nothing yet")                  \
   X(69, kBadRecall, "bad_recall", kAnswers,                                                       \
-    "a recall's k is 1 to 1000 and its ef 0 to 10000; a scroll's limit is 1 to 512 and its "      \
-    "partition one of the space's; a check's shard is one of the daemon's")                       \
+    "a recall's k is 1 to 10000, with vectors k times the dimension at most 10240000, and its "   \
+    "ef 0 to 10000; a scroll's limit is 1 to 512 and its partition one of the space's; a "        \
+    "check's shard is one of the daemon's")                                                       \
   X(70, kNoSession, "no_session", kAnswers, "this connection's hello asked for no session")       \
   X(71, kSessionSpaceMismatch, "session_space_mismatch", kCloses,                                 \
     "the session belongs to another space")                                                       \

@@ -136,6 +136,8 @@ struct RecallRequest {
   uint16_t dimension = 0;
   uint32_t k = 0;
   uint32_t ef = 0;  // 0: the shard's default
+  // Of all hits together; payloads beyond are left out.
+  uint32_t max_payload_bytes = kMaxAnswerPayloadBytes;
   float scale = 1;
   Origin origin = 0;
   uint64_t request_id = 0;
@@ -163,7 +165,7 @@ struct ScrollRequest {
   RequestHeader header{RequestKind::kScroll};
   bool with_payload = true;
   bool with_vector = false;
-  uint16_t limit = 100;  // 1 to kMaxRecallResults
+  uint16_t limit = 100;  // 1 to kMaxPageResults
   Origin origin = 0;
   uint64_t request_id = 0;
   uint64_t cursor = 0;  // 0: from the start. Answer: where the next page begins, 0: that was all

@@ -208,7 +208,7 @@ class GatewayFakeShard {
   RefusalReason Scroll(ScrollRequest* request) {
     const auto space = spaces.find(std::string(request->space.view()));
     if (space == spaces.end()) return RefusalReason::kUnknownSpace;
-    CHECK(request->limit >= 1 && request->limit <= kMaxRecallResults, "a page has a size");
+    CHECK(request->limit >= 1 && request->limit <= kMaxPageResults, "a page has a size");
     std::vector<std::string> hits;
     size_t place = 0;
     for (const auto& entry : space->second) {

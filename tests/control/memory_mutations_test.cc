@@ -262,7 +262,7 @@ void ExpectBounds(const GatewayQuestion& question) {
       break;
     case CallKind::kRecall:
       ASSERT_NO_FATAL_FAILURE(ExpectVector(question));
-      ASSERT_TRUE(question.k >= 1 && question.k <= kMaxRecallResults) << question.k;
+      ASSERT_TRUE(question.k >= 1 && question.k <= kMaxPageResults) << question.k;
       ASSERT_LE(question.ef, kMaxEf);
       break;
     case CallKind::kGet:
@@ -270,7 +270,7 @@ void ExpectBounds(const GatewayQuestion& question) {
       for (const std::string_view id : question.ids) ASSERT_NO_FATAL_FAILURE(ExpectId(id));
       break;
     case CallKind::kScroll:
-      ASSERT_TRUE(question.limit >= 1 && question.limit <= kMaxRecallResults) << question.limit;
+      ASSERT_TRUE(question.limit >= 1 && question.limit <= kMaxPageResults) << question.limit;
       break;
     case CallKind::kIntrospect:
       break;

@@ -19,7 +19,8 @@ namespace {
 using MergeId = RecallMerger::MergeId;
 
 std::unique_ptr<RecallMerger> MakeMerger(uint32_t merges, uint16_t partitions) {
-  auto merger = RecallMerger::Create(merges, partitions, HugePagePolicy::kOff);
+  auto merger =
+      RecallMerger::Create(merges, partitions, kMaxAnswerPayloadBytes, HugePagePolicy::kOff);
   EXPECT_TRUE(merger.has_value());
   return *std::move(merger);
 }
@@ -224,12 +225,12 @@ TEST(RecallMergerTest, PayloadsBeyondTheBoundAreLeftOutAndSaidToBe) {
     const WireHit& hit = answer.hits[n];
     EXPECT_EQ(hit.id, "id-" + std::to_string(n));
     EXPECT_EQ(hit.vector, (std::vector<float>{1, 2, 3}));
-    const bool fits = n < kMaxResultPayloadBytes / 60'000 || n == 29;
+    const bool fits = n < kMaxAnswerPayloadBytes / 60'000 || n == 29;
     EXPECT_EQ(hit.payload, n == 29 ? "small" : fits ? payload : "");
     EXPECT_EQ(hit.flags, fits ? 0 : kHitPayloadOmitted);
     sum += hit.payload.size();
   }
-  EXPECT_LE(sum, kMaxResultPayloadBytes);
+  EXPECT_LE(sum, kMaxAnswerPayloadBytes);
   merger->Release(id);
 }
 
@@ -258,11 +259,12 @@ TEST(RecallMergerTest, MergesAreBoundedAndUsedAgain) {
 // The largest answer that two partitions can give: it always finds room.
 TEST(RecallMergerTest, TheLargestAnswerFitsAlone) {
   auto merger = MakeMerger(1, 2);
-  for (int round = 0; round < 2; ++round) {
-    const MergeId id = merger->Begin(2, kMaxRecallResults);
-    const std::vector<float> vector(kMaxDimension, 0.5F);
-    size_t payload_left[2] = {kMaxResultPayloadBytes, kMaxResultPayloadBytes};
-    for (uint64_t n = 0; n < 2 * kMaxRecallResults; ++n) {
+  for (const uint32_t dimension : {kMaxRecallNumbers / kMaxRecallResults, kMaxDimension}) {
+    const uint32_t k = kMaxRecallNumbers / dimension;
+    const MergeId id = merger->Begin(2, k);
+    const std::vector<float> vector(dimension, 0.5F);
+    size_t payload_left[2] = {kMaxAnswerPayloadBytes, kMaxAnswerPayloadBytes};
+    for (uint64_t n = 0; n < 2 * k; ++n) {
       const size_t payload = std::min(payload_left[n % 2], kMaxPayloadBytes);
       payload_left[n % 2] -= payload;
       std::string name = std::to_string(n);
@@ -274,7 +276,7 @@ TEST(RecallMergerTest, TheLargestAnswerFitsAlone) {
     ASSERT_TRUE(merger->FinishPartition(id, RefusalReason::kNone));
     ASSERT_EQ(merger->reason(id), RefusalReason::kNone);
     const Answer answer = EmitAll(merger.get(), id);
-    ASSERT_EQ(answer.hits.size(), kMaxRecallResults);
+    ASSERT_EQ(answer.hits.size(), k);
     for (size_t i = 0; i < answer.hits.size(); ++i) {
       EXPECT_EQ(answer.hits[i].stamp, i);
       EXPECT_EQ(answer.hits[i].vector, vector);
@@ -358,7 +360,7 @@ struct Model {
     sorted.resize(std::min<size_t>(sorted.size(), k));
     size_t sent = 0;
     for (WireHit& hit : sorted) {
-      if (sent + hit.payload.size() > kMaxResultPayloadBytes) {
+      if (sent + hit.payload.size() > kMaxAnswerPayloadBytes) {
         hit.payload.clear();
         hit.flags = 1;
       }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -144,12 +145,47 @@ TEST(RecallJobTest, AnEmptySpaceGivesOneEmptyLastBatch) {
 
 TEST(RecallJobTest, TheLargestKComesWholeAndInOrder) {
   RecallRig rig(Metric::kCosine);
-  rig.AddMany(3'000, 5, 3);
+  rig.AddMany(kMaxRecallResults + 500, 5, 3);
   SplitMix64 random(4);
   const std::vector<float> query = QuarterVector(&random, 5);
   const RecallAnswer answer = rig.Recall(query, {.k = kMaxRecallResults, .with_payload = true});
   ASSERT_EQ(answer.hits.size(), kMaxRecallResults);
   ASSERT_NO_FATAL_FAILURE(rig.model.ExpectExact(answer.hits, query, kMaxRecallResults, true));
+}
+
+// Half from the graph and half from the scan, with an ef that is raised to k.
+TEST(RecallJobTest, TheLargestKComesFromTheGraphToo) {
+  RecallRig rig(Metric::kL2);
+  rig.AddMany(kMaxRecallResults + 500, 5, 7);
+  rig.Link(kMaxRecallResults / 2);
+  SplitMix64 random(8);
+  const std::vector<float> query = QuarterVector(&random, 5);
+  const RecallAnswer answer = rig.Recall(query, {.k = kMaxRecallResults, .ef = 10});
+  ASSERT_EQ(answer.hits.size(), kMaxRecallResults);
+  std::set<std::string> ids;
+  for (size_t i = 0; i < answer.hits.size(); ++i) {
+    ids.insert(answer.hits[i].id);
+    if (i > 0) {
+      ASSERT_GE(answer.hits[i].score, answer.hits[i - 1].score);
+    }
+  }
+  EXPECT_EQ(ids.size(), answer.hits.size());
+}
+
+// What a recall may send of payloads is the request's to say.
+TEST(RecallJobTest, ThePayloadBoundIsTheRequests) {
+  RecallRig rig(Metric::kL2);
+  for (int i = 0; i < 20; ++i) {
+    rig.Add("id" + std::to_string(i), {static_cast<float>(i)}, std::string(kMaxPayloadBytes, 'p'));
+  }
+  for (const size_t fitting : {size_t{0}, size_t{1}, size_t{19}, size_t{20}}) {
+    const RecallAnswer answer =
+        rig.Recall({0}, {.k = 20,
+                         .with_payload = true,
+                         .max_payload_bytes = static_cast<uint32_t>(fitting * kMaxPayloadBytes)});
+    ASSERT_EQ(answer.hits.size(), 20u);
+    for (size_t i = 0; i < 20; ++i) EXPECT_EQ(answer.hits[i].payload_omitted, i >= fitting) << i;
+  }
 }
 
 // The same recall on the scan, on the graph, and on both; one job for all of them.
@@ -289,7 +325,7 @@ TEST(RecallJobTest, TheLargestHitFitsAResultSlot) {
 // one behind it may still come.
 TEST(RecallJobTest, PayloadsBeyondTheBoundAreOmittedAndMarked) {
   RecallRig rig(Metric::kL2);
-  static_assert(kMaxResultPayloadBytes == 16 * kMaxPayloadBytes);
+  static_assert(kMaxAnswerPayloadBytes == 16 * kMaxPayloadBytes);
   for (int i = 0; i < 15; ++i) {
     rig.Add("full" + std::to_string(i), {static_cast<float>(i)},
             std::string(kMaxPayloadBytes, 'f'));
@@ -307,7 +343,7 @@ TEST(RecallJobTest, PayloadsBeyondTheBoundAreOmittedAndMarked) {
     sent += hit.payload.size();
     EXPECT_EQ(hit.payload_omitted, hit.id == "too_large" || hit.id == "one_more") << hit.id;
   }
-  EXPECT_EQ(sent, kMaxResultPayloadBytes);
+  EXPECT_EQ(sent, kMaxAnswerPayloadBytes);
   // The next recall has the whole bound again.
   EXPECT_FALSE(rig.Recall({16}, {.k = 1, .with_payload = true}).hits[0].payload_omitted);
 }

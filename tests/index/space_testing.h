@@ -183,6 +183,7 @@ struct RecallParams {
   uint32_t ef = 0;
   bool with_payload = false;
   bool with_vector = false;
+  uint32_t max_payload_bytes = kMaxAnswerPayloadBytes;
   CommitStamp snapshot = kNoStamp;
   VectorDtype dtype = VectorDtype::kF32;
   uint32_t slice = UINT32_MAX;           // distances
@@ -204,6 +205,7 @@ inline RecallAnswer RunRecall(const Space& space, RecallJob* job, std::span<cons
   request.dtype = params.dtype;
   request.with_payload = params.with_payload;
   request.with_vector = params.with_vector;
+  request.max_payload_bytes = params.max_payload_bytes;
   request.snapshot = params.snapshot;
   request.dimension = static_cast<uint16_t>(query.size());
   request.k = params.k;

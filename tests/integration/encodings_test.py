@@ -11,8 +11,8 @@ import frames
 from frames import BF16, F16, F32, INT8, record
 
 SCALE = 0.25
-K_MAX, PAYLOAD_MAX, ID_MAX = 1000, 65_536, 256
-ANSWER_PAYLOAD_MAX = 1_048_576
+K_MAX, PAYLOAD_MAX, ID_MAX = 10_000, 65_536, 256
+ANSWER_PAYLOAD_MAX = 16 << 20
 
 
 def sent_as(values, dtype):
@@ -141,33 +141,38 @@ class EncodingsTest(daemon.DaemonCase):
             # One client at rest: what it had acked is in.
             self.assertGreaterEqual(client.last_snapshot, again.stamp)
 
-    def test_1000_results_come_in_several_frames(self):
+    def test_the_most_results_come_whole_and_in_order(self):
         with self.daemon.client("many", metric=frames.L2) as client:
-            for first in range(0, 1200, 100):
+            for first in range(0, K_MAX + 200, 100):
                 client.observe([record(b"%d-" % i + b"x" * (ID_MAX - len(b"%d-" % i)),
-                                       [float(i)], payload=b"%d" % i * 250)
+                                       [float(i)], payload=b"%d" % i * 200)
                                 for i in range(first, first + 100)])
-            answer = client.recall_frames([-1.0], K_MAX, payload=True)
-            self.assertGreater(len(answer), 1)
-            self.assertEqual({metric for metric, _ in answer}, {frames.L2})
-            hits = [hit for _, part in answer for hit in part]
-            self.assertEqual([int(hit.id.split(b"-")[0]) for hit in hits], list(range(K_MAX)))
-            for i, hit in enumerate(hits):
-                self.assertEqual((len(hit.id), hit.payload), (ID_MAX, b"%d" % i * 250))
+            for wanted in ({}, {"payload": True}, {"payload": True, "with_vector": True}):
+                with self.subTest(wanted):
+                    answer = client.recall_frames([-1.0], K_MAX, ef=K_MAX, **wanted)
+                    self.assertGreater(len(answer), 1)
+                    self.assertEqual({metric for metric, _ in answer}, {frames.L2})
+                    hits = [hit for _, part in answer for hit in part]
+                    self.assertEqual([int(hit.id.split(b"-")[0]) for hit in hits],
+                                     list(range(K_MAX)))
+                    for i, hit in enumerate(hits):
+                        self.assertEqual(len(hit.id), ID_MAX)
+                        self.assertEqual(hit.payload, b"%d" % i * 200 if wanted else b"")
+                        self.assertEqual(hit.vector, (i,) if "with_vector" in wanted else ())
 
-    def test_payloads_beyond_1_mib_are_left_out_and_it_says_so(self):
+    def test_payloads_beyond_16_mib_are_left_out_and_it_says_so(self):
         with self.daemon.client("left-out", metric=frames.L2) as client:
-            sizes = [PAYLOAD_MAX - i for i in range(20)]
+            sizes = [PAYLOAD_MAX - i for i in range(262)]
             for i, size in enumerate(sizes):
-                client.observe([record(b"%d" % i, [float(i)], payload=bytes([i]) * size)])
-            hits = client.recall([0.0], 20, payload=True)
-            self.assertEqual([hit.id for hit in hits], [b"%d" % i for i in range(20)])
+                client.observe([record(b"%d" % i, [float(i)], payload=bytes([i % 256]) * size)])
+            hits = client.recall([0.0], 262, payload=True)
+            self.assertEqual([hit.id for hit in hits], [b"%d" % i for i in range(262)])
             fitting = 0
             while sum(sizes[:fitting + 1]) <= ANSWER_PAYLOAD_MAX:
                 fitting += 1
             for i, hit in enumerate(hits):
                 left_out = i >= fitting
-                self.assertEqual(hit.payload, b"" if left_out else bytes([i]) * sizes[i])
+                self.assertEqual(hit.payload, b"" if left_out else bytes([i % 256]) * sizes[i])
                 self.assertEqual(hit.flags, frames.PAYLOAD_LEFT_OUT if left_out else 0)
 
     def test_fewer_than_k_and_equal_scores_in_a_fixed_order(self):

@@ -132,8 +132,9 @@ class HostileObservationsTest(daemon.DaemonCase):
             self.assert_recall_refused(client, "unknown_space", [1.0, 0.0])
             client.observe([record(b"x", [1.0, 0.0])])
             for name, vector, fields in (
-                    ("bad_recall", [1.0, 0.0], {"k": 0}), ("bad_recall", [1.0, 0.0], {"k": 1001}),
+                    ("bad_recall", [1.0, 0.0], {"k": 0}), ("bad_recall", [1.0, 0.0], {"k": 10001}),
                     ("bad_recall", [1.0, 0.0], {"ef": 10001}),
+                    ("bad_recall", [1.0] * 1025, {"k": 10000, "with_vector": True}),
                     ("wrong_dimension", [1.0], {}), ("wrong_dimension", [1.0] * 3, {}),
                     ("not_finite", [NAN, 0.0], {}), ("not_finite", [INF, 0.0], {}),
                     ("zero_vector", [0.0, 0.0], {}),

@@ -701,7 +701,7 @@ Result<ScrollPage> Scroll(Connection& connection, const ScrollQuery& query, int6
   };
   const auto take = [&](const Frame& frame) -> Result<bool> {
     if (frame.header.type == FrameType::kResult) {
-      if (auto added = AddHits(frame.body, kMaxRecallResults, answer); !added) {
+      if (auto added = AddHits(frame.body, kMaxPageResults, answer); !added) {
         return std::unexpected(added.error());
       }
       return false;
