@@ -10,7 +10,9 @@
 // log     LogWriter: records are appended as long as there is room, and it is polled.
 // shard   Slots are filled, a shard with durability fsync is polled and its answers are taken, all
 //         in this thread. Each space holds fewer observations than a graph begins with.
-// floor   To each of the two, right after it: writes of the same sizes from ready memory into a
+// core    The same, but slots are filled and answers taken by another thread, as an ingress core
+//         does it in the daemon: what is measured is the shard's core.
+// floor   To each of them, right after it: writes of the same sizes from ready memory into a
 // file
 //         that was written before (O_DIRECT, registered buffers), and a flush wherever the
 //         contender had one. A commit ends before the next one begins.
@@ -27,6 +29,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -39,19 +42,18 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include "dataplane/ring_mesh.h"
 #include "index/log/log_writer.h"
-#include "index/log/segment_keeper.h"
 #include "index/shard.h"
 #include "perf/bench_support.h"
+#include "perf/log_and_floor.h"
 #include "src/core/check.h"
 #include "src/core/clock.h"
-#include "src/core/disk.h"
 #include "src/core/hash.h"
-#include "src/core/huge_page_arena.h"
 #include "src/core/latency_histogram.h"
 #include "src/core/topology.h"
 
@@ -65,7 +67,6 @@ constexpr size_t kIdBytes = 16;
 constexpr size_t kWindowBytes = size_t{3} << 20;
 // Of a space, below what begins a graph.
 constexpr uint64_t kSpaceObservations = 4'000;
-constexpr uint32_t kSegmentBytes = 64u << 20;
 constexpr double kTarget = 0.8;
 constexpr double kMostSeconds = 1;
 
@@ -78,246 +79,6 @@ struct Options {
   uint32_t block_bytes = LogWriterOptions{}.block_bytes;
   uint32_t max_writes = LogWriterOptions{}.max_writes;
   std::string dir = ".";
-};
-
-double SecondsSince(int64_t start_ns, Clock* clock) {
-  return static_cast<double>(clock->MonotonicNs() - start_ns) / kNanosPerSecond;
-}
-
-// A write of so many bytes; 0: a flush.
-using WriteTrace = std::vector<uint32_t>;
-
-// Notes the sizes of the writes and where the flushes lie between them.
-class TracedDisk final : public Disk {
- public:
-  explicit TracedDisk(std::unique_ptr<Disk> disk) : disk_(std::move(disk)) {
-    trace_.reserve(size_t{1} << 20);
-  }
-  WriteTrace TakeTrace() {
-    WriteTrace trace = trace_;
-    trace_.clear();
-    return trace;
-  }
-
-  Result<void> LockDirectory() override { return disk_->LockDirectory(); }
-  Result<std::vector<DirectoryEntry>> List() override { return disk_->List(); }
-  Result<DiskFile> Open(const std::string& name, OpenMode mode, Caching caching) override {
-    return disk_->Open(name, mode, caching);
-  }
-  void Close(FileId file) override { disk_->Close(file); }
-  Result<void> Rename(const std::string& from, const std::string& to) override {
-    return disk_->Rename(from, to);
-  }
-  Result<void> Remove(const std::string& name) override { return disk_->Remove(name); }
-  Result<void> SyncDirectory() override { return disk_->SyncDirectory(); }
-  bool Read(FileId file, uint64_t offset, std::span<std::byte> to, uint64_t tag) override {
-    return disk_->Read(file, offset, to, tag);
-  }
-  bool Write(FileId file, uint64_t offset, std::span<const std::byte> from, uint64_t tag) override {
-    const bool taken = disk_->Write(file, offset, from, tag);
-    if (taken) trace_.push_back(static_cast<uint32_t>(from.size()));
-    return taken;
-  }
-  bool Flush(FileId file, uint64_t tag) override {
-    const bool taken = disk_->Flush(file, tag);
-    if (taken) trace_.push_back(0);
-    return taken;
-  }
-  size_t Poll(std::span<DiskCompletion> out) override { return disk_->Poll(out); }
-  uint32_t in_flight() const override { return disk_->in_flight(); }
-  void Wait(int64_t timeout_ns) override { disk_->Wait(timeout_ns); }
-  const std::string& directory() const override { return disk_->directory(); }
-  std::string_view backend() const override { return disk_->backend(); }
-
- private:
-  std::unique_ptr<Disk> disk_;
-  WriteTrace trace_;
-};
-
-// What takes turns in one round needs of its disk.
-struct Place {
-  const Options* options = nullptr;
-  Clock* clock = nullptr;
-  std::string folder;
-
-  std::unique_ptr<Disk> MakeDisk(const std::string& name, const DiskOptions& disk_options) const {
-    return Must(CreateDisk(options->posix ? DiskBackend::kPosix : DiskBackend::kAuto,
-                           folder + "/" + name, disk_options, nullptr));
-  }
-};
-
-struct AlignedMemory {
-  AlignedMemory(size_t bytes, HugePagePolicy policy)
-      : arena(Must(HugePageArena::Create({.reserve_bytes = bytes, .huge_pages = policy}))),
-        span(arena.Allocate(bytes, kLogPageBytes), bytes) {
-    std::memset(span.data(), 1, span.size());
-  }
-  HugePageArena arena;
-  std::span<std::byte> span;
-};
-
-// One log: what LogStore makes of it, and segments that are freed as soon as they are full.
-class BenchLog {
- public:
-  BenchLog(const Place& place, const std::string& name, uint64_t round_bytes)
-      : writer_options_{.block_bytes = place.options->block_bytes,
-                        .max_writes = place.options->max_writes},
-        memory_(LogWriter::MemoryBytes(writer_options_), HugePagePolicy::kTransparent),
-        ahead_(static_cast<uint32_t>(round_bytes / kSegmentBytes + 3)) {
-    disk_ = std::make_unique<TracedDisk>(
-        place.MakeDisk(name, {.max_in_flight = 64, .registered_buffers = {memory_.span}}));
-    keeper_disk_ = place.MakeDisk(name, {.max_in_flight = 8, .registered_buffers = {}});
-    writer_ = std::make_unique<LogWriter>(writer_options_, disk_.get(), &handoff_, memory_.span);
-    keeper_ = std::make_unique<SegmentKeeper>(
-        SegmentKeeperOptions{.segment_bytes = kSegmentBytes, .ahead = ahead_, .spare = 2 * ahead_},
-        keeper_disk_.get(), place.clock, &handoff_);
-  }
-
-  LogWriter& writer() { return *writer_; }
-  ShardStorage Storage() {
-    ShardStorage storage;
-    storage.log = writer_.get();
-    storage.sources.push_back({.log = 0, .disk = disk_.get()});
-    return storage;
-  }
-  // The writer has started, by itself or by its shard.
-  void Prepare() {
-    Must(keeper_->Start(handoff_.current.load()));
-    Recycle();
-  }
-  // Enough is there for a round.
-  void Recycle() {
-    while (keeper_->segments().begin()->first < handoff_.current.load()) {
-      keeper_->Free(keeper_->segments().begin()->first);
-    }
-    while (handoff_.prepared.load() < handoff_.current.load() + ahead_) {
-      keeper_->Poll();
-      keeper_disk_->Wait(kNanosPerMilli);
-      CHECK(handoff_.trouble.load() == SegmentTrouble::kNone, "there is room on the disk");
-    }
-    (void)disk_->TakeTrace();
-  }
-  WriteTrace TakeTrace() { return disk_->TakeTrace(); }
-
- private:
-  const LogWriterOptions writer_options_;
-  AlignedMemory memory_;
-  const uint32_t ahead_;
-  SegmentHandoff handoff_;
-  std::unique_ptr<TracedDisk> disk_;
-  std::unique_ptr<Disk> keeper_disk_;
-  std::unique_ptr<LogWriter> writer_;
-  std::unique_ptr<SegmentKeeper> keeper_;
-};
-
-// The plain writer.
-class Floor {
- public:
-  Floor(const Place& place, uint64_t file_bytes)
-      : clock_(place.clock),
-        block_bytes_(place.options->block_bytes),
-        max_writes_(place.options->max_writes),
-        memory_(size_t{kBuffers} * block_bytes_, HugePagePolicy::kTransparent),
-        disk_(place.MakeDisk("floor", {.max_in_flight = 64, .registered_buffers = {memory_.span}})),
-        file_bytes_((file_bytes + block_bytes_ - 1) / block_bytes_ * block_bytes_) {
-    SplitMix64 random(3);
-    for (size_t at = 0; at < memory_.span.size(); at += 8) {
-      const uint64_t bits = random.Next();
-      std::memcpy(memory_.span.data() + at, &bits, 8);
-    }
-    file_ = Must(disk_->Open("floor.log", OpenMode::kCreate, Caching::kDirect)).id;
-    for (uint64_t at = 0; at < file_bytes_; at += block_bytes_) {
-      CHECK(disk_->Write(file_, at, memory_.span.first(block_bytes_), 0), "one at a time");
-      WaitFor(0);
-    }
-    CHECK(disk_->Flush(file_, 0), "nothing is under way");
-    WaitFor(0);
-  }
-
-  // All writes between two flushes together, then a flush. Seconds.
-  double Replay(const WriteTrace& trace) {
-    const int64_t start_ns = clock_->MonotonicNs();
-    for (const uint32_t bytes : trace) {
-      if (bytes == 0) {
-        WaitFor(0);
-        CHECK(disk_->Flush(file_, kFlush), "nothing is under way");
-        WaitFor(0);
-      } else {
-        WaitFor(max_writes_ - 1);
-        Write(bytes);
-      }
-    }
-    WaitFor(0);
-    return SecondsSince(start_ns, clock_);
-  }
-
-  // The same writes; a flush whenever there is something to flush and none is under way.
-  double ReplayDeep(const WriteTrace& trace) {
-    const int64_t start_ns = clock_->MonotonicNs();
-    size_t next = 0;
-    uint32_t writing = 0;
-    bool flushing = false;
-    bool dirty = false;
-    uint32_t unflushed = 0;  // buffers that are not to be used again yet
-    uint32_t flushed = 0;
-    while (true) {
-      while (next < trace.size() && trace[next] == 0) ++next;
-      if (next == trace.size() && writing == 0 && !flushing && !dirty) break;
-      if (next < trace.size() && writing < max_writes_ && unflushed < kBuffers) {
-        Write(trace[next++]);
-        ++writing;
-        ++unflushed;
-      }
-      if (dirty && !flushing) {
-        CHECK(disk_->Flush(file_, kFlush), "there is room");
-        flushing = true;
-        dirty = false;
-        flushed = unflushed - writing;
-      }
-      std::array<DiskCompletion, 8> ends;
-      const size_t count = disk_->Poll(ends);
-      for (size_t i = 0; i < count; ++i) {
-        CHECK(ends[i].error == 0, "the disk works");
-        if (ends[i].tag == kFlush) {
-          flushing = false;
-          unflushed -= flushed;
-        } else {
-          --writing;
-          dirty = true;
-        }
-      }
-    }
-    return SecondsSince(start_ns, clock_);
-  }
-
- private:
-  static constexpr uint32_t kBuffers = 8;
-  static constexpr uint64_t kFlush = 1;
-
-  void Write(uint32_t bytes) {
-    if (at_ + bytes > file_bytes_) at_ = 0;
-    CHECK(disk_->Write(file_, at_, memory_.span.subspan(turn_ * block_bytes_, bytes), 0),
-          "there is room");
-    at_ += bytes;
-    turn_ = (turn_ + 1) % kBuffers;
-  }
-  void WaitFor(uint32_t most) {
-    std::array<DiskCompletion, 8> ends;
-    while (disk_->in_flight() > most) {
-      const size_t count = disk_->Poll(ends);
-      for (size_t i = 0; i < count; ++i) CHECK(ends[i].error == 0, "the disk works");
-    }
-  }
-
-  Clock* const clock_;
-  const uint32_t block_bytes_;
-  const uint32_t max_writes_;
-  AlignedMemory memory_;
-  std::unique_ptr<Disk> disk_;
-  const uint64_t file_bytes_;
-  FileId file_;
-  uint64_t at_ = 0;
-  size_t turn_ = 0;
 };
 
 // What is sent: vectors as they lie in a receive buffer, more of them than a cache holds.
@@ -457,6 +218,23 @@ class ShardContender {
       shard_->Poll();
       TakeAnswers();
     }
+    return SecondsSince(start_ns, clock_);
+  }
+
+  // Likewise, with a thread of its own for the ingress core.
+  double RunOnTwoCores(uint64_t observations) {
+    Begin(observations, Durability::kFsync);
+    const int64_t start_ns = clock_->MonotonicNs();
+    std::atomic<bool> done = false;
+    std::jthread ingress([&] {
+      if (auto topology = DiscoverTopology()) (void)PinThisThread(topology->cpus.back().os_index);
+      while (acked_ < observations) {
+        for (int i = 0; i < kBurst && MaySend(); ++i) Send(start_ns);
+        TakeAnswers();
+      }
+      done.store(true, std::memory_order_release);
+    });
+    while (!done.load(std::memory_order_acquire)) shard_->Poll();
     return SecondsSince(start_ns, clock_);
   }
 
@@ -687,14 +465,17 @@ constexpr std::array<Case, 3> kCases{
     {{"f32", VectorDtype::kF32}, {"bf16", VectorDtype::kBf16}, {"int8", VectorDtype::kInt8}}};
 
 int Run(const Options& options) {
-  if (auto topology = DiscoverTopology()) (void)PinThisThread(topology->cpus.front().os_index);
   SystemClock clock;
   std::string folder = options.dir + "/durable_ingest_XXXXXX";
   if (mkdtemp(folder.data()) == nullptr) {
     std::perror(folder.c_str());
     return 1;
   }
-  const Place place{.options = &options, .clock = &clock, .folder = folder};
+  const Place place{
+      .clock = &clock,
+      .folder = folder,
+      .backend = options.posix ? DiskBackend::kPosix : DiskBackend::kAuto,
+      .writer = {.block_bytes = options.block_bytes, .max_writes = options.max_writes}};
   const uint64_t round_bytes =
       options.observations *
       LogRecordBytes(kSpace.size(), kDimension * sizeof(float), kIdBytes, kPayloadBytes);
@@ -717,13 +498,14 @@ int Run(const Options& options) {
   std::vector<Late> late;
   for (const Case& each : kCases) {
     Feed feed(each.dtype);
-    const size_t legs = static_cast<size_t>(options.rounds) + 1 + 4;
+    const size_t legs = 2 * (static_cast<size_t>(options.rounds) + 1) + 4;
     const size_t memory =
         (size_t{1} << 30) + legs * options.observations * (2 * feed.body_bytes() + 2'048);
     ShardContender shard(place, &feed, std::string("shard-") + each.name,
                          options.observations * RecordBytes(feed), memory);
     Rounds log_rounds;
     Rounds shard_rounds;
+    Rounds core_rounds;
     for (int round = 0; round < options.rounds + 1; ++round) {  // The first one warms up.
       Rounds unused;
       log.log().Recycle();
@@ -733,9 +515,13 @@ int Run(const Options& options) {
       const double shard_seconds = shard.Run(options.observations);
       (round == 0 ? unused : shard_rounds)
           .Add(shard.log().TakeTrace(), options.observations, shard_seconds, &floor);
+      const double core_seconds = shard.RunOnTwoCores(options.observations);
+      (round == 0 ? unused : core_rounds)
+          .Add(shard.log().TakeTrace(), options.observations, core_seconds, &floor);
     }
     PrintRounds(options, each.name, "log", log_rounds);
     PrintRounds(options, each.name, "shard", shard_rounds);
+    PrintRounds(options, each.name, "core", core_rounds);
     reached &= std::ranges::max(log_rounds.over_floor) >= kTarget;
     if (!options.latency) continue;
     const double most = Median(shard_rounds.observations_per_s);
