@@ -107,7 +107,22 @@ Result<void> Daemon::Recover(const Config& config, DataDirectory* directory,
     if (auto recovered = AwaitRecovery(stop, note); !recovered) return recovered;
   }
   if (auto removed = RemoveReplayCrashes(directory->disk()); !removed) return removed;
-  return logs_->PrepareFirst();
+  auto prepared = logs_->PrepareFirst();
+  // What is there can be recalled; what comes is refused until there is room.
+  if (!prepared && HasRecovered()) {
+    note("error: " + prepared.error().message + ". Recalls are served, writes are refused");
+    return {};
+  }
+  return prepared;
+}
+
+bool Daemon::HasRecovered() const {
+  for (size_t s = 0; s < appliance_->shards(); ++s) {
+    if (appliance_->shard(s).recovery().total_bytes.load(std::memory_order_relaxed) > 0) {
+      return true;
+    }
+  }
+  return false;
 }
 
 Daemon::~Daemon() { Join(); }
@@ -513,12 +528,38 @@ void Daemon::NoteUnreadable(const NoteFn& note) {
   if (gateway_ != nullptr) look(gateway_->records());
 }
 
+// When it begins and when it ends.
+void Daemon::NoteTrouble(const NoteFn& note) {
+  trouble_noted_.resize(logs_->shards());
+  for (uint16_t s = 0; s < logs_->shards(); ++s) {
+    const SegmentTrouble trouble = logs_->trouble(s);
+    if (trouble == std::exchange(trouble_noted_[s], trouble)) continue;
+    const std::string log = LogFolder(s);
+    switch (trouble) {
+      case SegmentTrouble::kDiskFull:
+        note("error: " + log +
+             " has no room for its next segment: free some on this disk. Once what is prepared is "
+             "used up writes are refused with disk_full; recalls go on");
+        break;
+      case SegmentTrouble::kFailing:
+        note("error: " + log +
+             " cannot prepare its next segment: check this disk. Once what is prepared is used up "
+             "writes are refused with disk_failing; recalls go on");
+        break;
+      case SegmentTrouble::kNone:
+        note(log + " has its next segment again");
+        break;
+    }
+  }
+}
+
 bool Daemon::ServeUntil(const std::atomic<bool>& stop, const NoteFn& note) {
   auto bell = Doorbell::Create();
   CHECK(bell.has_value(), "a descriptor is left for the control plane");
   while (!stop.load()) {
     NoteGrowth(note);
     NoteUnreadable(note);
+    NoteTrouble(note);
     const int work = logs_->Poll() + checkpointer_->Poll(note);
     if (!Prefault()) bell->Wait(work > 0 ? kNanosPerMilli : kControlPeriodNs);
   }

@@ -83,6 +83,7 @@ class Daemon {
                        const std::atomic<bool>& stop, const NoteFn& note);
   Result<void> AwaitRecovery(const std::atomic<bool>& stop, const NoteFn& note);
   std::string DescribeRecovery() const;
+  bool HasRecovered() const;
   bool LogsSettled() const;
   bool IsWorthACheckpoint() const;
   Result<void> StartGrpc(const Config& config);
@@ -90,6 +91,7 @@ class Daemon {
   bool Prefault();
   void NoteGrowth(const NoteFn& note);
   void NoteUnreadable(const NoteFn& note);
+  void NoteTrouble(const NoteFn& note);
   void Join();
 
   Clock* const clock_;
@@ -108,7 +110,8 @@ class Daemon {
   uint64_t growths_noted_ = 0;
   std::vector<uint16_t> partitions_noted_;  // by space
   std::set<LogAddress> unreadable_noted_;
-  std::atomic<bool> serving_{false};  // ingress cores wait for it
+  std::vector<SegmentTrouble> trouble_noted_;  // by shard
+  std::atomic<bool> serving_{false};           // ingress cores wait for it
   std::atomic<bool> drain_{false};
   std::vector<std::unique_ptr<std::atomic<bool>>> drained_;  // by ingress core
   // Last: its threads use what stands above.

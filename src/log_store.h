@@ -60,6 +60,8 @@ class LogStore {
   Result<void> PrepareFirst();
   // One bounded round of the keepers, which may wait for the disk; returns how much was done.
   int Poll();
+  // Why a shard's log has no further segment.
+  SegmentTrouble trouble(uint16_t shard) const { return logs_[shard]->handoff.trouble.load(); }
 
   // For others who read the logs.
   const DiskFactory& disks() const { return make_disk_; }

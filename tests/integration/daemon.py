@@ -103,9 +103,11 @@ class Log:
 
 
 class Daemon:
-    """A running engramd. Settings are given as {"listen.backend": "posix", ...}."""
+    """A running engramd. Settings are given as {"listen.backend": "posix", ...}. `prefix` is a
+    command that runs the command behind it."""
 
-    def __init__(self, settings=None, config_text=None):
+    def __init__(self, settings=None, config_text=None, prefix=()):
+        self._prefix = prefix
         self._directory = tempfile.TemporaryDirectory(prefix="engramd-test-")
         self.path = pathlib.Path(self._directory.name)
         self.config = self.path / "engram.toml"
@@ -123,7 +125,8 @@ class Daemon:
     def spawn(self):
         """Starts the process, also again after kill(), and does not wait for it."""
         self.process = subprocess.Popen(
-            [executable("ENGRAMD", "src/engramd"), "--config", str(self.config)], cwd=self.path,
+            [*self._prefix, executable("ENGRAMD", "src/engramd"), "--config", str(self.config)],
+            cwd=self.path,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             errors="replace")
         self.log = Log(self.process.stderr)

@@ -44,6 +44,7 @@ REASONS = {
     "fenced": 62, "bad_space_id": 65, "metric_mismatch": 66, "dimension_mismatch": 67,
     "unknown_space": 68, "bad_recall": 69, "no_session": 70, "session_space_mismatch": 71,
     "busy": 72, "merges_full": 73, "quota_observations": 47, "quota_memory": 48,
+    "disk_full": 44, "log_busy": 46,
 }
 REASON_NAMES = {code: name for name, code in REASONS.items()}
 
