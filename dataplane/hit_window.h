@@ -23,7 +23,7 @@ class HitWindow {
   static constexpr uint32_t kHits = 32;
 
   // `max_payload_bytes`: of the whole answer.
-  explicit HitWindow(size_t max_payload_bytes = 0) : max_payload_bytes_(max_payload_bytes) {}
+  explicit HitWindow(size_t max_payload_bytes) : max_payload_bytes_(max_payload_bytes) {}
 
   uint32_t size() const { return added_ - written_; }
   bool full() const { return size() == kHits; }

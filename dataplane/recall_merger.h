@@ -90,7 +90,7 @@ class RecallMerger {
     uint32_t emitted = 0;  // of the order
     uint32_t first_block = kNoBlock;
     uint32_t last_block = kNoBlock;
-    HitWindow window;  // on what follows
+    HitWindow window{0};  // on what follows
   };
   struct Block {
     uint32_t next = kNoBlock;

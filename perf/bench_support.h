@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -35,6 +37,29 @@ inline double Median(std::vector<double> values) {
 
 // Time-stamp counter: ticks at a fixed rate, near the processor's nominal clock.
 inline uint64_t Ticks() { return __builtin_ia32_rdtsc(); }
+
+// Reads --json and those named numbers, each followed by a value above 0; the values come in with
+// their defaults. Anything else ends the program with its usage and status 2.
+inline void ReadArguments(int argc, char** argv, bool* json,
+                          std::initializer_list<std::pair<const char*, uint64_t*>> numbers) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view argument = argv[i];
+    const long value = i + 1 < argc ? std::strtol(argv[i + 1], nullptr, 10) : 0;
+    const auto* named =
+        std::ranges::find_if(numbers, [&](const auto& n) { return argument == n.first; });
+    if (argument == "--json") {
+      *json = true;
+    } else if (named != numbers.end() && value > 0) {
+      *named->second = static_cast<uint64_t>(value);
+      ++i;
+    } else {
+      std::fprintf(stderr, "usage: %s [--json]", argv[0]);
+      for (const auto& [name, unused] : numbers) std::fprintf(stderr, " [%s N]", name);
+      std::fprintf(stderr, "\n");
+      std::exit(2);
+    }
+  }
+}
 
 inline bool HasFlag(int argc, char** argv, const std::string& flag) {
   return std::any_of(argv + 1, argv + argc, [&](const char* arg) { return flag == arg; });

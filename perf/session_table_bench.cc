@@ -14,8 +14,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
-#include <string_view>
 #include <unordered_map>
 #include <vector>
 
@@ -234,19 +232,7 @@ int Run(bool json, int rounds) {
 
 int main(int argc, char** argv) {
   bool json = false;
-  int rounds = 7;
-  for (int i = 1; i < argc; ++i) {
-    const std::string_view argument = argv[i];
-    const long value = i + 1 < argc ? std::strtol(argv[i + 1], nullptr, 10) : 0;
-    if (argument == "--json") {
-      json = true;
-    } else if (argument == "--rounds" && value > 0) {
-      rounds = static_cast<int>(value);
-      ++i;
-    } else {
-      std::fprintf(stderr, "usage: %s [--json] [--rounds N]\n", argv[0]);
-      return 2;
-    }
-  }
-  return engram::Run(json, rounds);
+  uint64_t rounds = 7;
+  engram::ReadArguments(argc, argv, &json, {{"--rounds", &rounds}});
+  return engram::Run(json, static_cast<int>(rounds));
 }

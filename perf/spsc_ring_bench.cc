@@ -15,12 +15,10 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <deque>
 #include <functional>
 #include <mutex>
 #include <span>
-#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -227,23 +225,8 @@ int Run(bool json, int rounds, uint64_t entries) {
 
 int main(int argc, char** argv) {
   bool json = false;
-  int rounds = 9;
+  uint64_t rounds = 9;
   uint64_t entries = 500'000;
-  for (int i = 1; i < argc; ++i) {
-    const std::string_view argument = argv[i];
-    const long value = i + 1 < argc ? std::strtol(argv[i + 1], nullptr, 10) : 0;
-    if (argument == "--json") {
-      json = true;
-    } else if (argument == "--rounds" && value > 0) {
-      rounds = static_cast<int>(value);
-      ++i;
-    } else if (argument == "--entries" && value > 0) {
-      entries = static_cast<uint64_t>(value);
-      ++i;
-    } else {
-      std::fprintf(stderr, "usage: %s [--json] [--rounds N] [--entries N]\n", argv[0]);
-      return 2;
-    }
-  }
-  return engram::Run(json, rounds, entries);
+  engram::ReadArguments(argc, argv, &json, {{"--rounds", &rounds}, {"--entries", &entries}});
+  return engram::Run(json, static_cast<int>(rounds), entries);
 }

@@ -14,12 +14,14 @@ Each finding is a line "file:line: [rule] what is wrong; what to do". The rules:
     word     no marks of unfinished work, no tests switched off by name
     place    no paths of one machine, no hosts of package registries
     sleep    nothing under tests/ and perf/ sleeps to be right
+    threads  a test of the engine that makes threads is in the suite that ThreadSanitizer runs
     march    no -march outside perf/: SIMD goes through Highway's dynamic dispatch
     format   clang-format-19 agrees (not checked where it is not installed)
     header   with --headers: every header of the engine and the tools compiles alone
 
 Files are those that git tracks or does not ignore. --build-dir names a configured meson build: its
-compile_commands.json gives the flags for --headers, its introspection the sources of each target.
+compile_commands.json gives the flags for --headers, its introspection the sources of each target
+and the suites of each test.
 --self-test runs the rules over small trees with one fault each, and fails if a fault goes unseen.
 """
 
@@ -86,6 +88,7 @@ MACHINE_PATH = re.compile(r"/wo" r"rk/|/tmp/bash_" r"jobs")
 REGISTRY_HOST = re.compile(
     r"https?://[^ )\"]*(debian|npm|pypi|crates\.io)|\bdeb\.deb" r"ian\.org|\bregistry\.np" r"mjs|"
     r"\bpypi\.o" r"rg|\bproxy\.gol" r"ang\.org|\bfiles\.python" r"hosted\.org")
+THREAD = re.compile(r"\bstd::(thread|jthread|async)\b")
 SLEEP = re.compile(r"\b(sleep_for|sleep_until|usleep|nanosleep|sleep)\s*\(")
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(["<])([^">\n]+)[">]', re.M)
 TARGET_INCLUDE = re.compile(r'^[ \t]*#[ \t]*define[ \t]+HWY_TARGET_INCLUDE[ \t]+"([^"\n]+)"', re.M)
@@ -414,17 +417,19 @@ def stem_of(path):
 
 
 def check_dead(repo, build_dir):
-    listed = built_sources(repo, build_dir)
+    built, named = built_sources(repo, build_dir), set()
     stems = collections.Counter()
-    for directory, literal in meson_literals(repo):
-        listed.add(os.path.normpath(os.path.join(directory, literal)))
-        listed.add(os.path.normpath(literal))
+    for directory, literal in set(meson_literals(repo)):
+        named.add(os.path.normpath(os.path.join(directory, literal)))
+        named.add(os.path.normpath(literal))
         if "." not in literal:
             stems[os.path.basename(literal)] += 1
-    # A meson.build may name tests and benchmarks by their stems, in a foreach: each such literal
-    # stands for one file, and the targets of this configuration have taken theirs.
-    stems.subtract(stem_of(path) for path in listed
+    # A meson.build may name tests and benchmarks by their stems, in a foreach: each such literal,
+    # however often it stands there, is one file, and the targets of this configuration that are not
+    # named as a whole have taken theirs.
+    stems.subtract(stem_of(path) for path in built - named
                    if has_prefix(path, FREE_DIRS) and path.endswith(".cc"))
+    listed = built | named
     included = {target for path in repo.of_kind("c++")
                 for _, _, target in repo.includes(path) if target != path}
     for path in repo.of_kind("c++", "python"):
@@ -482,6 +487,28 @@ def check_sleeps(repo):
         for match in SLEEP.finditer(text):
             yield Finding(path, line_of(text, match.start()), "sleep",
                           f"{match.group(1)}: wait on a condition, or step the simulated clock")
+
+
+def check_threads(repo, build_dir):
+    info = pathlib.Path(build_dir or "") / "meson-info"
+    if build_dir is None or not (info / "intro-tests.json").exists():
+        return
+    targets = {target["id"]: target
+               for target in json.loads((info / "intro-targets.json").read_text())}
+    for test in json.loads((info / "intro-tests.json").read_text()):
+        suites = {suite.split(":")[-1] for suite in test["suite"]}
+        if "engine" not in suites or "threads" in suites:
+            continue
+        sources = {os.path.relpath(os.path.join(repo.root.resolve(), name), repo.root.resolve())
+                   for depends in test["depends"]
+                   for group in targets[depends]["target_sources"]
+                   for name in group.get("sources", ())}
+        for path in sorted({path for source in sources if repo.exists(source)
+                            for path in repo.reached(source) if path.startswith("tests/")}):
+            match = THREAD.search(split_cpp(repo.text(path))[0])
+            if match:
+                yield Finding(path, line_of(repo.text(path), match.start()), "threads",
+                              f"add {test['name']} to threaded_tests in tests/meson.build")
 
 
 def check_march(repo):
@@ -607,6 +634,7 @@ def run_checks(root, build_dir=None, headers=False):
         findings.extend(check(repo))
     findings.extend(check_lengths(repo, notes))
     findings.extend(check_dead(repo, build_dir))
+    findings.extend(check_threads(repo, build_dir))
     findings.extend(check_format(repo, notes))
     if headers:
         findings.extend(check_headers(repo, build_dir, notes))

@@ -25,6 +25,17 @@ CLEAN_TREE = {
     "README.md": "A line that ends in two blanks breaks here.  \n" + "word " * 40 + "\n",
 }
 
+def threaded_test(suites):
+    """A test that makes a thread, and what meson says of it."""
+    return {
+        "tests/core/ids_test.cc": '#include "src/core/ids.h"\n\n#include <thread>\n\n'
+                                  "void Run() { std::thread([] {}).join(); }\n",
+        "build/meson-info/intro-tests.json": json.dumps(
+            [{"name": "ids", "suite": suites, "depends": ["t"]}]),
+        "build/meson-info/intro-targets.json": json.dumps(
+            [{"id": "t", "target_sources": [{"sources": ["tests/core/ids_test.cc"]}]}])}
+
+
 # What is changed in the clean tree, and the rule and the file that must be named for it. None: the
 # change is allowed, and nothing may be reported.
 SELF_TESTS = (
@@ -93,11 +104,17 @@ SELF_TESTS = (
     ("a test listed by its stem beside it",
      {"tests/fuzz/meson.build": "foreach name : ['ids']\nendforeach\n",
       "tests/fuzz/ids_fuzz.cc": '#include "src/core/ids.h"\n'}, None, None),
+    ("a test listed by its stem, and a benchmark of that stem listed as a whole",
+     {"perf/meson.build": "executable('ids_bench', 'ids_bench.cc')\n",
+      "perf/ids_bench.cc": '#include "src/core/ids.h"\n\nId id = 1;\n'}, None, None),
     ("an unlisted test with the name of a listed one",
      {"tests/index/ids_test.cc": '#include "src/core/ids.h"\n'}, "dead", "tests/index/ids_test.cc"),
     ("an unlisted Python test", {"tests/system/start_test.py": "a = 1\n"},
      "dead", "tests/system/start_test.py"),
     ("a header nobody includes", {"index/dead.h": "#pragma once\n"}, "dead", "index/dead.h"),
+    ("a test with threads in the usual suite", threaded_test(["p:engine"]),
+     "threads", "tests/core/ids_test.cc"),
+    ("a test with threads in their suite", threaded_test(["p:engine", "p:threads"]), None, None),
     ("an ignored file", {"build/dead.cc": "\tx\n", ".gitignore": "/build/\n"}, None, None),
     ("an unfinished piece", {"tools/a.py": "a = 1  # TO" "DO: more\n"}, "word", "tools/a.py"),
     ("an unfinished comment",

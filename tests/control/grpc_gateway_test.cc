@@ -89,6 +89,13 @@ class Served {
     v1::RememberResponse response;
     return stub_->Remember(&context, request, &response);
   }
+  grpc::Status Forget(const std::string& id) {
+    grpc::ClientContext context;
+    v1::ForgetRequest request;
+    request.set_memory_id(id);
+    v1::ForgetResponse response;
+    return stub_->Forget(&context, request, &response);
+  }
   grpc::Status Scroll(v1::RecallResponse* response) {
     grpc::ClientContext context;
     v1::RecallRequest request;
@@ -143,6 +150,18 @@ class Waiting {
 
 bool IsIdle(GatewayCore& core, GatewayFakeShard&) { return core.calls_under_way() == 0; }
 bool HasOne(GatewayCore&, GatewayFakeShard& shard) { return shard.held() == 1; }
+bool HasOneCancelled(GatewayCore&, GatewayFakeShard& shard) {
+  return shard.held() == 1 && IsCancelled(shard.held_header(0));
+}
+
+// A recall that the shard has, and does not answer until it is told to.
+std::unique_ptr<Waiting> HeldRecall(Served& served) {
+  EXPECT_TRUE(served.Remember("a").ok());
+  served.SetAnswers(false);
+  auto call = std::make_unique<Waiting>(&served.stub(), std::chrono::seconds(100));
+  served.Until(HasOne);
+  return call;
+}
 
 uint32_t RetryAfterMs(const grpc::Status& status) {
   v1::RpcStatus details;
@@ -157,18 +176,15 @@ uint32_t RetryAfterMs(const grpc::Status& status) {
 
 TEST(GrpcGatewayTest, ACallsDeadlineReachesTheShard) {
   Served served;
-  ASSERT_TRUE(served.Remember("a").ok());
-  served.SetAnswers(false);
   const int64_t before_ns = served.clock().MonotonicNs();
-  Waiting call(&served.stub(), std::chrono::seconds(100));
-  served.Until(HasOne);
+  const auto call = HeldRecall(served);
   const int64_t deadline_ns = served.Still(
       [](GatewayCore&, GatewayFakeShard& shard) { return shard.held_header(0).deadline_ns; });
   EXPECT_GT(deadline_ns, before_ns + 90 * kNanosPerSecond);
   // A client's library rounds so long a time up.
   EXPECT_LE(deadline_ns, served.clock().MonotonicNs() + 110 * kNanosPerSecond);
   served.SetAnswers(true);
-  EXPECT_TRUE(call.Wait().ok());
+  EXPECT_TRUE(call->Wait().ok());
   served.Until(IsIdle);
 }
 
@@ -178,26 +194,19 @@ TEST(GrpcGatewayTest, ADeadlineThatPassesIsCarriedToTheShardAsACancel) {
   served.SetAnswers(false);
   Waiting call(&served.stub(), std::chrono::seconds(1));
   EXPECT_EQ(call.Wait().error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
-  served.Until([](GatewayCore&, GatewayFakeShard& shard) {
-    return shard.held() == 1 && IsCancelled(shard.held_header(0));
-  });
+  served.Until(HasOneCancelled);
   served.SetAnswers(true);
   served.Until(IsIdle);
 }
 
 TEST(GrpcGatewayTest, WhenTheAskerGoesTheShardIsTold) {
   Served served;
-  ASSERT_TRUE(served.Remember("a").ok());
-  served.SetAnswers(false);
-  Waiting call(&served.stub(), std::chrono::seconds(100));
-  served.Until(HasOne);
+  const auto call = HeldRecall(served);
   EXPECT_FALSE(served.Still(
       [](GatewayCore&, GatewayFakeShard& shard) { return IsCancelled(shard.held_header(0)); }));
-  call.Cancel();
-  EXPECT_EQ(call.Wait().error_code(), grpc::StatusCode::CANCELLED);
-  served.Until([](GatewayCore&, GatewayFakeShard& shard) {
-    return shard.held() == 1 && IsCancelled(shard.held_header(0));
-  });
+  call->Cancel();
+  EXPECT_EQ(call->Wait().error_code(), grpc::StatusCode::CANCELLED);
+  served.Until(HasOneCancelled);
   served.SetAnswers(true);
   served.Until(IsIdle);
   EXPECT_TRUE(served.Remember("b").ok());
@@ -242,11 +251,7 @@ TEST(GrpcGatewayTest, LargeAnswersThatNobodyReadsAreBounded) {
   EXPECT_TRUE(refused.error_message().starts_with("answers_full: ")) << refused.error_message();
   EXPECT_GE(RetryAfterMs(refused), 1u);
   for (int i = 0; i < 5; ++i) {
-    grpc::ClientContext context;
-    v1::ForgetRequest request;
-    request.set_memory_id(std::to_string(i));
-    v1::ForgetResponse response;
-    ASSERT_TRUE(served.stub().Forget(&context, request, &response).ok());
+    ASSERT_TRUE(served.Forget(std::to_string(i)).ok());
   }
   // 150 KB: one at a time, and what is read is given back, a moment after the client has it.
   for (int i = 0; i < 5; ++i) {
@@ -264,11 +269,7 @@ TEST(GrpcGatewayTest, SmallAnswersPassWhereLargeOnesDoNot) {
   v1::RecallResponse page;
   EXPECT_EQ(served.Scroll(&page).error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED) << "80 KB";
   for (int i = 0; i < 5; ++i) {
-    grpc::ClientContext context;
-    v1::ForgetRequest request;
-    request.set_memory_id(std::to_string(i));
-    v1::ForgetResponse response;
-    ASSERT_TRUE(served.stub().Forget(&context, request, &response).ok());
+    ASSERT_TRUE(served.Forget(std::to_string(i)).ok());
   }
   EXPECT_TRUE(served.Scroll(&page).ok()) << "40 KB";
 }
@@ -283,10 +284,7 @@ TEST(GrpcGatewayTest, WhatWasStoredIsToldHoweverMuchIsUnread) {
 
 TEST(GrpcGatewayTest, TheEndRefusesNewCallsAndWaitsForThoseUnderWay) {
   Served served;
-  ASSERT_TRUE(served.Remember("a").ok());
-  served.SetAnswers(false);
-  Waiting call(&served.stub(), std::chrono::seconds(100));
-  served.Until(HasOne);
+  const auto call = HeldRecall(served);
   std::jthread end([&served] { served.server().Shutdown(100 * kNanosPerSecond); });
   // Until it takes effect calls are still taken, and wait as the first does.
   grpc::Status status;
@@ -302,25 +300,20 @@ TEST(GrpcGatewayTest, TheEndRefusesNewCallsAndWaitsForThoseUnderWay) {
   EXPECT_EQ(status.error_message(), "the daemon is stopping; connect again later");
   // Longer than what the end takes by itself: however long, it waits for the call.
   const int64_t until_ns = served.clock().MonotonicNs() + kNanosPerSecond;
-  while (served.clock().MonotonicNs() < until_ns && !call.ended()) std::this_thread::yield();
-  EXPECT_FALSE(call.ended());
+  while (served.clock().MonotonicNs() < until_ns && !call->ended()) std::this_thread::yield();
+  EXPECT_FALSE(call->ended());
   served.SetAnswers(true);
-  EXPECT_TRUE(call.Wait().ok());
+  EXPECT_TRUE(call->Wait().ok());
   end.join();
   served.Until(IsIdle);
 }
 
 TEST(GrpcGatewayTest, TheEndCutsWhatTakesTooLong) {
   Served served;
-  ASSERT_TRUE(served.Remember("a").ok());
-  served.SetAnswers(false);
-  Waiting call(&served.stub(), std::chrono::seconds(100));
-  served.Until(HasOne);
+  const auto call = HeldRecall(served);
   served.server().Shutdown(kNanosPerMilli);
-  EXPECT_FALSE(call.Wait().ok());
-  served.Until([](GatewayCore&, GatewayFakeShard& shard) {
-    return shard.held() == 1 && IsCancelled(shard.held_header(0));
-  });
+  EXPECT_FALSE(call->Wait().ok());
+  served.Until(HasOneCancelled);
   served.SetAnswers(true);
   served.Until(IsIdle);
 }

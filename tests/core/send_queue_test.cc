@@ -10,17 +10,10 @@
 #include <utility>
 #include <vector>
 
+#include "tests/support/random_bytes.h"
+
 namespace engram {
 namespace {
-
-using Bytes = std::vector<std::byte>;
-
-Bytes RandomBytes(uint64_t seed, size_t count) {
-  std::mt19937_64 random(seed);
-  Bytes bytes(count);
-  for (std::byte& byte : bytes) byte = static_cast<std::byte>(random());
-  return bytes;
-}
 
 SendPool MakePool(size_t blocks) {
   auto pool = SendPool::Create(blocks * kSendBlockBytes);

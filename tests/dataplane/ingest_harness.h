@@ -34,6 +34,17 @@ struct HarnessOptions {
   uint64_t seed = 1;
 };
 
+// Bytes move in large pieces and at once, so that a test says what is cut and when.
+inline HarnessOptions CalmOptions() {
+  HarnessOptions options;
+  options.network.network.max_connections = 64;
+  options.network.min_delay_ns = 10 * kNanosPerMicro;
+  options.network.max_delay_ns = 10 * kNanosPerMicro;
+  options.network.max_chunk_bytes = 65'536;
+  options.network.partial_send_probability = 0;
+  return options;
+}
+
 // A whole ingress core in one thread: simulated clock and network, real rings, scripted shards.
 class IngestHarness {
  public:

@@ -3,45 +3,33 @@
 
 #include <gtest/gtest.h>
 
-#include <deque>
 #include <map>
-#include <memory>
-#include <set>
 #include <string>
 #include <vector>
 
 #include "src/core/session_id.h"
-#include "tests/dataplane/fake_shard.h"
-#include "tests/dataplane/ingest_harness.h"
-#include "tests/dataplane/wire.h"
+#include "tests/dataplane/ingest_rig.h"
 
 namespace engram {
 namespace {
 
-constexpr std::array<float, 3> kVector{1, 2, 3};
 constexpr uint16_t kShards = 4;
 
-uint16_t CodeOf(RefusalReason reason) { return static_cast<uint16_t>(reason); }
 WireBytes Recall(uint64_t id, uint16_t flags = 0) {
   return RecallBytes(id, F32Recall(kVector), flags);
 }
 
-class IngestPartitionsTest : public testing::Test {
+class IngestPartitionsTest : public IngestCoreTest {
  protected:
   static HarnessOptions Options(uint16_t partitions = kShards) {
-    HarnessOptions options;
+    HarnessOptions options = CalmOptions();
     options.shards = kShards;
     options.partitions = partitions;
-    options.network.network.max_connections = 64;
-    options.network.min_delay_ns = 10 * kNanosPerMicro;
-    options.network.max_delay_ns = 10 * kNanosPerMicro;
-    options.network.max_chunk_bytes = 65'536;
-    options.network.partial_send_probability = 0;
     return options;
   }
-  void Start(const HarnessOptions& options = Options()) {
-    harness_ = std::make_unique<IngestHarness>(options);
-    // Partition p of any space answers with 0, 10, 20 and so on, plus its shard's number.
+  void SetUp() override { Start(Options()); }
+  // Partition p of any space answers with 0, 10, 20 and so on, plus its shard's number.
+  void Started() override {
     for (uint16_t s = 0; s < kShards; ++s) {
       std::vector<WireHit> near;
       std::vector<WireHit> far;
@@ -55,17 +43,6 @@ class IngestPartitionsTest : public testing::Test {
             .score = static_cast<float>(place),
             .stamp = 1000 + place,
             .payload = "p" + std::to_string(place)};
-  }
-  IngestHarness& h() {
-    if (!harness_) Start();
-    return *harness_;
-  }
-  TestClient& NewClient() { return clients_.emplace_back(&h()); }
-  TestClient& Greeted(const WireHello& hello = {}) {
-    TestClient& client = NewClient();
-    EXPECT_NE(client.Hello(hello), 0u);
-    client.Forget();
-    return client;
   }
   SpaceEntry& Default() {
     SpaceEntry* entry = h().spaces().FindOrAdd("default", Metric::kL2);
@@ -91,24 +68,32 @@ class IngestPartitionsTest : public testing::Test {
     EXPECT_EQ(last, 1) << "the answer has no last frame";
     return ids;
   }
-  static WireNak OnlyNak(TestClient& client) {
-    const auto naks = client.Await(kWireNak);
-    EXPECT_EQ(naks.size(), 1u);
-    return naks.size() == 1 ? ParseNak(naks[0]) : WireNak{};
-  }
-
-  void TearDown() override {
-    if (!harness_) return;
-    for (TestClient& client : clients_) {
-      client.Receive();
-      EXPECT_TRUE(client.sound());
+  // A client that has asked for 960 KB, 24 hits of 40 KB from four partitions, through windows of
+  // 16 KiB: some of it is on its way.
+  TestClient& AskForMuch() {
+    HarnessOptions options = Options();
+    options.ingest.send_pause_bytes = 128 * 1024;
+    options.network.network.send_limit_bytes = 300'000;
+    options.network.client_window_bytes = 16'384;
+    options.network.max_chunk_bytes = 8'000;
+    Start(options);
+    TestClient& client = Greeted();
+    for (uint16_t s = 0; s < kShards; ++s) {
+      h().shard(s).hits.clear();
+      for (uint64_t i = 0; i < 6; ++i) {
+        h().shard(s).hits.push_back(HitBatch({{.id = std::to_string(4 * i + s),
+                                               .score = static_cast<float>(4 * i + s),
+                                               .stamp = 4 * i + s,
+                                               .payload = std::string(40'000, 'p')}}));
+      }
     }
-    EXPECT_TRUE(harness_->Finish()) << "a slot, a merge or a connection is left";
-    EXPECT_EQ(harness_->core().merges_in_flight(), 0u);
+    WireRecall recall = F32Recall(kVector);
+    recall.k = 24;
+    client.Send(RecallBytes(1, recall, 1));
+    h().Settle();
+    EXPECT_EQ(h().core().merges_in_flight(), 1u);
+    return client;
   }
-
-  std::unique_ptr<IngestHarness> harness_;
-  std::deque<TestClient> clients_;
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -426,36 +411,9 @@ TEST_F(IngestPartitionsTest, ABadRecallReachesNoPartition) {
 // ---------------------------------------------------------------------------------------------
 // Large answers
 
-HarnessOptions SmallWindows(HarnessOptions options) {
-  options.ingest.send_pause_bytes = 128 * 1024;
-  options.network.network.send_limit_bytes = 300'000;
-  options.network.client_window_bytes = 16'384;
-  options.network.max_chunk_bytes = 8'000;
-  return options;
-}
-// 24 hits of 40 KB, 960 KB in all, from four partitions.
-void AnswerMuch(IngestHarness* harness) {
-  for (uint16_t s = 0; s < kShards; ++s) {
-    harness->shard(s).hits.clear();
-    for (uint64_t i = 0; i < 6; ++i) {
-      harness->shard(s).hits.push_back(HitBatch({{.id = std::to_string(4 * i + s),
-                                                  .score = static_cast<float>(4 * i + s),
-                                                  .stamp = 4 * i + s,
-                                                  .payload = std::string(40'000, 'p')}}));
-    }
-  }
-}
-
 // The answer is larger than the backlog at which a connection is given up.
 TEST_F(IngestPartitionsTest, AnAnswerIsSentAsFastAsTheClientReads) {
-  Start(SmallWindows(Options()));
-  TestClient& client = Greeted();
-  AnswerMuch(&h());
-  WireRecall recall = F32Recall(kVector);
-  recall.k = 24;
-  client.Send(RecallBytes(1, recall, 1));
-  h().Settle();
-  EXPECT_EQ(h().core().merges_in_flight(), 1u);
+  TestClient& client = AskForMuch();
   const auto ids = AnswerTo(client, 1);
   ASSERT_EQ(ids.size(), 24u);
   for (size_t i = 0; i < 24; ++i) EXPECT_EQ(ids[i], std::to_string(i));
@@ -466,13 +424,7 @@ TEST_F(IngestPartitionsTest, AnAnswerIsSentAsFastAsTheClientReads) {
 
 // There is always more to be sent, so its backlog is always there.
 TEST_F(IngestPartitionsTest, AClientThatReadsAllTheTimeIsNotASlowReader) {
-  Start(SmallWindows(Options()));
-  TestClient& client = Greeted();
-  AnswerMuch(&h());
-  WireRecall recall = F32Recall(kVector);
-  recall.k = 24;
-  client.Send(RecallBytes(1, recall, 1));
-  h().Settle();
+  TestClient& client = AskForMuch();
   // 16 KiB each 4 s.
   int rounds = 0;
   for (; rounds < 1'000 && h().core().merges_in_flight() > 0; ++rounds) {
@@ -488,13 +440,7 @@ TEST_F(IngestPartitionsTest, AClientThatReadsAllTheTimeIsNotASlowReader) {
 
 // 16 KiB each 10 s, while half of 128 KiB in 30 s are the least.
 TEST_F(IngestPartitionsTest, AClientThatTricklesIsRefused) {
-  Start(SmallWindows(Options()));
-  TestClient& client = Greeted();
-  AnswerMuch(&h());
-  WireRecall recall = F32Recall(kVector);
-  recall.k = 24;
-  client.Send(RecallBytes(1, recall, 1));
-  h().Settle();
+  TestClient& client = AskForMuch();
   for (int i = 0; i < 5; ++i) {
     h().Step(10 * kNanosPerSecond);
     h().Settle();
@@ -504,14 +450,7 @@ TEST_F(IngestPartitionsTest, AClientThatTricklesIsRefused) {
 }
 
 TEST_F(IngestPartitionsTest, AClientThatDoesNotReadItsMergedAnswerIsRefused) {
-  Start(SmallWindows(Options()));
-  TestClient& slow = Greeted();
-  AnswerMuch(&h());
-  WireRecall recall = F32Recall(kVector);
-  recall.k = 24;
-  slow.Send(RecallBytes(1, recall, 1));
-  h().Settle();
-  EXPECT_EQ(h().core().merges_in_flight(), 1u);
+  AskForMuch();
   for (int i = 0; i < 12; ++i) {
     h().Step(10 * kNanosPerSecond);
     h().Settle();
@@ -522,14 +461,7 @@ TEST_F(IngestPartitionsTest, AClientThatDoesNotReadItsMergedAnswerIsRefused) {
 }
 
 TEST_F(IngestPartitionsTest, AConnectionThatGoesWhileItsAnswerIsSentLeavesNothing) {
-  Start(SmallWindows(Options()));
-  TestClient& client = Greeted();
-  AnswerMuch(&h());
-  WireRecall recall = F32Recall(kVector);
-  recall.k = 24;
-  client.Send(RecallBytes(1, recall, 1));
-  h().Settle();
-  EXPECT_EQ(h().core().merges_in_flight(), 1u);
+  TestClient& client = AskForMuch();
   client.Abort();
   h().Settle();
   EXPECT_EQ(h().core().merges_in_flight(), 0u);

@@ -430,7 +430,7 @@ TEST_F(HitWindowTest, HitsComeInOrderWithWhatWasAskedFor) {
   Ask(&vector, false, 3);
   const WireHit whole{.id = "whole", .stamp = 8, .payload = "p4", .vector = {7}};
   WireBytes whole_bytes = HitBytesOf(whole);
-  HitWindow window;
+  HitWindow window(kMaxAnswerPayloadBytes);
   for (const auto* hit : {&both, &vector, &payload, &whole_bytes}) {
     ASSERT_TRUE(window.Add(hit->data(), reader_.get()));
   }
@@ -459,7 +459,7 @@ TEST_F(HitWindowTest, WhatCannotBeReadGoesOutWithoutPayloadAndVector) {
   auto hit = logs_.Put(0, 1, 4'096, "a", "payload", 5, {1, 2});
   Ask(&hit, true, 2);
   File(1)[4'096 + 70] ^= std::byte{3};
-  HitWindow window;
+  HitWindow window(kMaxAnswerPayloadBytes);
   ASSERT_TRUE(window.Add(hit.data(), reader_.get()));
   for (int i = 0; i < 100 && window.BytesAt(0, reader_.get()) == 0; ++i) {
     logs_.EndAll();
@@ -510,7 +510,7 @@ TEST_F(HitWindowTest, PayloadBeyondTheBoundIsLeftOut) {
 TEST_F(HitWindowTest, WithoutRoomNothingIsAdded) {
   std::vector<std::vector<std::byte>> hits;
   for (uint32_t i = 0; i < 9; ++i) hits.push_back(logs_.Put(0, 1, 4'096 * (i + 1), "a", "p", 5));
-  HitWindow window;
+  HitWindow window(kMaxAnswerPayloadBytes);
   for (size_t i = 0; i < 8; ++i) EXPECT_TRUE(window.Add(hits[i].data(), reader_.get()));
   EXPECT_FALSE(window.Add(hits[8].data(), reader_.get()));
   EXPECT_EQ(window.size(), 8u);

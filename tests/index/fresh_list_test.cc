@@ -14,6 +14,7 @@
 #include "src/core/hash.h"
 #include "src/core/reader_epochs.h"
 #include "tests/index/space_testing.h"
+#include "tests/support/sanitized.h"
 
 namespace engram {
 namespace {
@@ -229,11 +230,7 @@ TEST_F(FreshListTest, WithoutReserveThereIsNoRoom) {
 // and go: a snapshot has each of them, once.
 TEST_F(FreshListTest, NoSnapshotOfAnotherThreadMissesWhatStays) {
   constexpr NodeId kStaying = 5;
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  constexpr NodeId kTurns = 600'000;
-#else
-  constexpr NodeId kTurns = 20'000'000;
-#endif
+  constexpr NodeId kTurns = kSanitized ? 600'000 : 20'000'000;
   for (NodeId node = 0; node < kStaying; ++node) Append(node);
   std::atomic<bool> done{false};
   std::array<std::atomic<uint64_t>, 2> looks{};

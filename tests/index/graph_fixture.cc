@@ -18,6 +18,11 @@ HugePageArena MakeArena(size_t bytes) {
 
 }  // namespace
 
+std::string Violation(const HnswGraph& graph) {
+  const Result<void> checked = graph.CheckInvariants();
+  return checked.has_value() ? "" : checked.error().message;
+}
+
 TestVectors GaussianVectors(size_t count, uint32_t dimension, uint32_t seed) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;

@@ -4,6 +4,7 @@
 #include <functional>
 #include <random>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "index/distance.h"
@@ -19,6 +20,11 @@
 #include "src/core/observation.h"
 
 namespace engram {
+
+inline constexpr HnswBuildParams kSmallBuild{.M = 4, .M0 = 8, .ef_construction = 30};
+
+// What is wrong with the graph; empty: nothing.
+std::string Violation(const HnswGraph& graph);
 
 // Vectors side by side, `dimension` floats each.
 struct TestVectors {

@@ -16,13 +16,6 @@
 namespace engram {
 namespace {
 
-constexpr HnswBuildParams kSmall{.M = 4, .M0 = 8, .ef_construction = 30};
-
-std::string Violation(const HnswGraph& graph) {
-  const Result<void> checked = graph.CheckInvariants();
-  return checked.has_value() ? "" : checked.error().message;
-}
-
 // All links of all levels, node by node.
 std::vector<std::vector<NodeId>> LinksOf(const GraphFixture& fixture) {
   std::vector<std::vector<NodeId>> lists;
@@ -61,11 +54,11 @@ TEST(HnswLinkerTest, LevelsAreDrawnAsInThePaperAndAgainTheSame) {
 
 TEST(HnswLinkerTest, SlicesGiveTheSameGraph) {
   const TestVectors data = GaussianVectors(1'000, 12, 3);
-  GraphFixture whole(Metric::kL2, 12, kSmall);
+  GraphFixture whole(Metric::kL2, 12, kSmallBuild);
   whole.Build(data);
   EXPECT_EQ(Violation(whole.graph), "");
   for (const uint32_t budget : {1U, 50U}) {
-    GraphFixture sliced(Metric::kL2, 12, kSmall);
+    GraphFixture sliced(Metric::kL2, 12, kSmallBuild);
     sliced.Build(data, budget);
     EXPECT_EQ(LinksOf(sliced), LinksOf(whole)) << "budget " << budget;
     EXPECT_EQ(sliced.linker.distances(), whole.linker.distances());
@@ -93,7 +86,7 @@ TEST(HnswLinkerTest, SlicesAreShort) {
 }
 
 TEST(HnswLinkerTest, TheGraphIsSoundAndSearchableBetweenAnyTwoSlices) {
-  GraphFixture fixture(Metric::kL2, 6, kSmall);
+  GraphFixture fixture(Metric::kL2, 6, kSmallBuild);
   const TestVectors data = GaussianVectors(250, 6, 6);
   for (size_t i = 0; i < data.size(); ++i) {
     const NodeId node = fixture.Store(data[i]);
@@ -113,7 +106,7 @@ TEST(HnswLinkerTest, TheGraphIsSoundAndSearchableBetweenAnyTwoSlices) {
 
 // Own links come before reverse links, on every level: whoever gets to a node can leave it.
 TEST(HnswLinkerTest, ANodeThatIsLinkedToHasLinksOfItsOwn) {
-  GraphFixture fixture(Metric::kL2, 6, kSmall);
+  GraphFixture fixture(Metric::kL2, 6, kSmallBuild);
   const TestVectors data = GaussianVectors(200, 6, 8);
   for (size_t i = 0; i < data.size(); ++i) {
     const NodeId node = fixture.Store(data[i]);
@@ -209,7 +202,7 @@ TEST(HnswLinkerTest, EachOptionOfSelectionBuildsASoundGraph) {
 
 // Given up after any number of slices, a node leaves no trace but the links that pruning dropped.
 TEST(HnswLinkerTest, AbandonTakesANodeBackFromAnyPhase) {
-  GraphFixture fixture(Metric::kL2, 6, kSmall);
+  GraphFixture fixture(Metric::kL2, 6, kSmallBuild);
   fixture.Build(GaussianVectors(300, 6, 18));
   const TestVectors more = GaussianVectors(1, 6, 19);
   const NodeId node = fixture.Store(more[0]);
@@ -235,7 +228,7 @@ TEST(HnswLinkerTest, AbandonTakesANodeBackFromAnyPhase) {
 }
 
 TEST(HnswLinkerTest, AbandonTheFirstNode) {
-  GraphFixture fixture(Metric::kL2, 2, kSmall);
+  GraphFixture fixture(Metric::kL2, 2, kSmallBuild);
   const float value[2] = {1, 2};
   const NodeId node = fixture.Store(value);
   ASSERT_TRUE(fixture.linker.Begin(&fixture.graph, fixture.Target(), node));
@@ -248,7 +241,7 @@ TEST(HnswLinkerTest, AbandonTheFirstNode) {
 
 // Nodes need not come in order, nor all of them.
 TEST(HnswLinkerTest, AnyOrderWithGaps) {
-  GraphFixture fixture(Metric::kL2, 6, kSmall);
+  GraphFixture fixture(Metric::kL2, 6, kSmallBuild);
   const TestVectors data = GaussianVectors(900, 6, 20);
   for (size_t i = 0; i < data.size(); ++i) fixture.Store(data[i]);
   for (NodeId i = 0; i < 900; i += 3) fixture.Link(i * 7 % 900);
@@ -259,10 +252,10 @@ TEST(HnswLinkerTest, AnyOrderWithGaps) {
 
 TEST(HnswLinkerTest, OneLinkerServesSeveralGraphs) {
   const TestVectors data = GaussianVectors(400, 6, 22);
-  GraphFixture alone(Metric::kL2, 6, kSmall);
+  GraphFixture alone(Metric::kL2, 6, kSmallBuild);
   alone.Build(data);
-  GraphFixture first(Metric::kL2, 6, kSmall);
-  GraphFixture second(Metric::kCosine, 6, kSmall);
+  GraphFixture first(Metric::kL2, 6, kSmallBuild);
+  GraphFixture second(Metric::kCosine, 6, kSmallBuild);
   for (size_t i = 0; i < data.size(); ++i) {
     first.Link(first.Store(data[i]));
     const NodeId node = second.Store(data[i]);

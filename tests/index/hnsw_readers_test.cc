@@ -15,6 +15,7 @@
 #include "src/core/hash.h"
 #include "src/core/reader_epochs.h"
 #include "tests/index/graph_fixture.h"
+#include "tests/support/sanitized.h"
 
 namespace engram {
 namespace {
@@ -23,11 +24,7 @@ constexpr uint32_t kDimension = 10;
 constexpr uint32_t kReaders = 2;
 constexpr NodeId kStable = 400;
 constexpr NodeId kNodes = 700;  // those from kStable on come and go
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr int kRounds = 40;
-#else
-constexpr int kRounds = 100;
-#endif
+constexpr int kRounds = kSanitized ? 40 : 100;
 
 struct AllLive {
   bool operator()(NodeId) const { return true; }

@@ -12,17 +12,13 @@
 
 #include "tests/index/graph_fixture.h"
 #include "tests/index/real_vectors.h"
+#include "tests/support/sanitized.h"
 
 namespace engram {
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr size_t kVectors = 2'000;
-constexpr size_t kRealVectors = 3'000;
-#else
-constexpr size_t kVectors = 5'000;
-constexpr size_t kRealVectors = 20'000;
-#endif
+constexpr size_t kVectors = kSanitized ? 2'000 : 5'000;
+constexpr size_t kRealVectors = kSanitized ? 3'000 : 20'000;
 
 TEST(NeighbourKeyTest, OrdersByDistanceThenNodeAndComesBack) {
   const float distances[] = {-std::numeric_limits<float>::infinity(),

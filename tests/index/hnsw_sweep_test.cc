@@ -15,13 +15,6 @@
 namespace engram {
 namespace {
 
-constexpr HnswBuildParams kSmall{.M = 4, .M0 = 8, .ef_construction = 30};
-
-std::string Violation(const HnswGraph& graph) {
-  const Result<void> checked = graph.CheckInvariants();
-  return checked.has_value() ? "" : checked.error().message;
-}
-
 std::vector<NodeId> LinkedNodes(const GraphFixture& fixture) {
   std::vector<NodeId> nodes;
   for (NodeId node = 0; node < fixture.stored; ++node) {
@@ -45,7 +38,7 @@ void ForgetBatch(GraphFixture* fixture) {
 
 TEST(HnswSweepTest, TakesABatchOutAndStaysSoundBetweenAnyTwoSlices) {
   for (const HnswBuildParams& params :
-       {kSmall, HnswBuildParams{.M = 2, .M0 = 3, .ef_construction = 10}, HnswBuildParams{}}) {
+       {kSmallBuild, HnswBuildParams{.M = 2, .M0 = 3, .ef_construction = 10}, HnswBuildParams{}}) {
     GraphFixture fixture(Metric::kL2, 6, params);
     fixture.Build(GaussianVectors(300, 6, 1));
     std::mt19937 random(2);
@@ -67,7 +60,7 @@ TEST(HnswSweepTest, TakesABatchOutAndStaysSoundBetweenAnyTwoSlices) {
 
 // The entry point, the tree's root and all neighbours of one node at once.
 TEST(HnswSweepTest, TheEntryPointAndTheRootMayGo) {
-  GraphFixture fixture(Metric::kL2, 6, kSmall);
+  GraphFixture fixture(Metric::kL2, 6, kSmallBuild);
   const TestVectors data = GaussianVectors(500, 6, 3);
   fixture.Build(data);
   for (int round = 0; round < 20; ++round) {
@@ -108,7 +101,7 @@ TEST(HnswSweepTest, WhatStaysIsFoundAtEachMoment) {
 
 // So many come between two slices that the lists lead beyond what there was when it began.
 TEST(HnswSweepTest, TheGraphMayGrowFarDuringASweep) {
-  GraphFixture fixture(Metric::kL2, 4, kSmall);
+  GraphFixture fixture(Metric::kL2, 4, kSmallBuild);
   constexpr NodeId kBefore = 200;
   constexpr NodeId kAfter = 6'000;
   const TestVectors data = GaussianVectors(kAfter, 4, 9);
@@ -126,7 +119,7 @@ TEST(HnswSweepTest, TheGraphMayGrowFarDuringASweep) {
 
 // New nodes come between a sweep's slices: none is linked to a doomed one.
 TEST(HnswSweepTest, LinkingGoesOnDuringASweep) {
-  GraphFixture fixture(Metric::kL2, 6, kSmall);
+  GraphFixture fixture(Metric::kL2, 6, kSmallBuild);
   const TestVectors data = GaussianVectors(800, 6, 7);
   for (NodeId node = 0; node < 400; ++node) fixture.Link(fixture.Store(data[node]));
   std::vector<NodeId> batch(399);
@@ -179,7 +172,7 @@ TEST(HnswSweepTest, AfterReplacingAllRecallIsThatOfAFreshGraph) {
 TEST(HnswSweepTest, ANodeThatComesWhileAllOthersLeaveIsTheEntryPoint) {
   int came_between = 0;
   for (uint32_t seed = 0; seed < 20; ++seed) {
-    HnswBuildParams params = kSmall;
+    HnswBuildParams params = kSmallBuild;
     params.seed = seed;
     GraphFixture fixture(Metric::kL2, 4, params);
     const TestVectors data = GaussianVectors(60, 4, seed);
@@ -204,7 +197,7 @@ TEST(HnswSweepTest, ANodeThatComesWhileAllOthersLeaveIsTheEntryPoint) {
 }
 
 TEST(HnswSweepTest, ASpentHeapRefusesASweepAndNothingChanges) {
-  GraphFixture fixture(Metric::kL2, 4, kSmall, size_t{4} << 20);
+  GraphFixture fixture(Metric::kL2, 4, kSmallBuild, size_t{4} << 20);
   fixture.Build(GaussianVectors(200, 4, 21));
   std::vector<std::byte*> hoard;
   while (std::byte* block = fixture.heap.Allocate(HnswSweep::kMaxBatch * sizeof(NodeId))) {

@@ -64,6 +64,13 @@ class PartitionRig : public ShardRig {
       if (OwnerOf(IdAt(i)) == owner && nth-- == 0) return IdAt(i);
     }
   }
+  // An id of the partition once there are `partitions`.
+  static std::string IdOfPartition(uint16_t partition, uint16_t partitions) {
+    for (uint64_t i = 0;; ++i) {
+      const uint64_t hash = SpaceCatalogue::HashOfId(IdAt(i));
+      if (PartitionOf(hash, partitions) == partition) return IdAt(i);
+    }
+  }
   RigSession OpenAt(size_t home, size_t producer = 0, SessionId session = {}) {
     return Open(producer, /*origin=*/100 + producer, kSpace, {.session = session, .shard = home});
   }

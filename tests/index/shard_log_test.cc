@@ -17,12 +17,9 @@ constexpr RefusalReason kNone = RefusalReason::kNone;
 const std::string kSpace = "s";
 
 DurableSetup SmallSetup(uint16_t shards = 1, uint16_t partitions = 1) {
-  DurableSetup setup;
+  DurableSetup setup = DurableRig::SmallSetup();
   setup.shards = shards;
   setup.max_partitions = shards;
-  setup.shard = DurableRig::SmallShard();
-  setup.writer = DurableRig::SmallWriter();
-  setup.keeper = DurableRig::SmallKeeper();
   setup.spaces = {{kSpace, {.metric = Metric::kL2, .partitions = partitions}}};
   return setup;
 }
@@ -33,10 +30,7 @@ class ShardLogTest : public testing::Test {
     DurableSetup seeded = setup;
     seeded.shard.seed = ++starts_;
     ASSERT_TRUE(rig_.Start(seeded).has_value());
-    for (int i = 0; i < 100'000 && rig_.IsRecovering(); ++i) rig_.shards->Poll();
-    ASSERT_EQ(rig_.RecoveryError(), "");
-    ASSERT_FALSE(rig_.IsRecovering());
-    ASSERT_TRUE(rig_.store->PrepareFirst().has_value());
+    ASSERT_EQ(rig_.Recover(), "");
   }
   RigSession OpenAt(size_t home, SessionId id = {}) {
     return rig_.shards->Open(0, 100 + ++connections_, kSpace,

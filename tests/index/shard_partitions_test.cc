@@ -357,11 +357,7 @@ TEST_P(GrowthRaceTest, TheLaterStampStands) {
   PartitionRig rig(1, Options(), 2, 2);
   const size_t old_owner = rig.ShardOfPartition(0);
   const size_t new_owner = rig.ShardOfPartition(1);
-  // An id that moves.
-  std::string id;
-  for (uint64_t i = 0; id.empty(); ++i) {
-    if (PartitionOf(SpaceCatalogue::HashOfId(IdAt(i)), 2) == 1) id = IdAt(i);
-  }
+  const std::string id = PartitionRig::IdOfPartition(1, 2);  // It moves.
   size_t homes[2];
   for (size_t s = 0, n = 0; n < 2; ++s) {
     if (s != old_owner && s != new_owner) homes[n++] = s;
@@ -444,10 +440,7 @@ TEST(ShardPartitionsTest, AnUpdateSupersedesWhatWasHiddenOrRestoredMeanwhile) {
     PartitionRig rig(1, Options(), 2, 2);
     const size_t old_owner = rig.ShardOfPartition(0);
     const size_t new_owner = rig.ShardOfPartition(1);
-    std::string id;
-    for (uint64_t i = 0; id.empty(); ++i) {
-      if (PartitionOf(SpaceCatalogue::HashOfId(IdAt(i)), 2) == 1) id = IdAt(i);
-    }
+    const std::string id = PartitionRig::IdOfPartition(1, 2);
     std::vector<size_t> homes;
     for (size_t s = 0; s < kShards; ++s) {
       if (s != old_owner && s != new_owner) homes.push_back(s);

@@ -83,9 +83,9 @@ struct RigAnswer {
   std::vector<bool> lasts;  // of each batch
   bool done = false;
   RefusalReason reason = RefusalReason::kNone;
-  bool ended = false;   // the shard has said all; records may still be read
-  size_t resolved = 0;  // hits, from the front, that are whole
-  HitWindow window;     // on those that follow
+  bool ended = false;                        // the shard has said all; records may still be read
+  size_t resolved = 0;                       // hits, from the front, that are whole
+  HitWindow window{kMaxAnswerPayloadBytes};  // on those that follow
   ReadPins::Epoch pins = 0;
 };
 

@@ -14,8 +14,10 @@
 #include "src/core/commit_stamp.h"
 #include "src/core/hash.h"
 #include "src/core/reader_epochs.h"
+#include "tests/index/cloud_vector.h"
 #include "tests/index/space_testing.h"
 #include "tests/index/space_upkeep.h"
+#include "tests/support/sanitized.h"
 
 namespace engram {
 namespace {
@@ -26,24 +28,15 @@ constexpr uint32_t kGraphFrom = 500;
 constexpr uint32_t kEf = 64;
 constexpr uint32_t kWideEf = 600;
 constexpr size_t kQueries = 300;
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr uint32_t kVectors = 1'050;
-#else
-constexpr uint32_t kVectors = 4'500;
-#endif
+constexpr uint32_t kVectors = kSanitized ? 1'050 : 4'500;
 // More vectors in a cloud than a recall looks at, so that one that begins in the wrong cloud must
 // find a link to the right one.
 constexpr uint32_t kClouds = kVectors / 150;
 
-std::vector<float> CloudVector(uint64_t generation, uint64_t number) {
+std::vector<float> VectorOf(uint64_t generation, uint64_t number) {
   SplitMix64 noise(MixBits(generation * 1'000'003 + number));
-  SplitMix64 centre(MixBits(noise.Below(kClouds)));
-  const auto unit = [](SplitMix64* random) {
-    return static_cast<float>(random->Below(1 << 20)) / (1 << 19) - 1;
-  };
-  std::vector<float> vector(kDimension);
-  for (float& value : vector) value = unit(&centre) + 0.7F * unit(&noise);
-  return vector;
+  const SplitMix64 centre(MixBits(noise.Below(kClouds)));
+  return CloudVector(centre, noise, kDimension, 0.7F);
 }
 constexpr uint64_t kQuery = 0;
 constexpr uint64_t kFinal = 1;  // the vectors that are there in the end; above: earlier ones
@@ -67,7 +60,7 @@ class ChurnRig {
 
   void Upsert(uint32_t number, uint64_t generation) {
     const std::string id = IdOf(number);
-    const std::vector<float> vector = CloudVector(generation, number);
+    const std::vector<float> vector = VectorOf(generation, number);
     ObservationRef observation;
     observation.id = id;
     observation.dtype = VectorDtype::kF32;
@@ -100,7 +93,7 @@ class ChurnRig {
     Quality quality;
     const Metric metric = space_.metric();
     for (size_t query = 0; query < kQueries; ++query) {
-      const std::vector<float> vector = CloudVector(kQuery, query);
+      const std::vector<float> vector = VectorOf(kQuery, query);
       const double bound = TenthScore(vector);
       for (const Hit& hit : RunRecall(space_, &job_, vector, {.k = 10, .ef = kEf}).hits) {
         const bool near =
@@ -122,14 +115,14 @@ class ChurnRig {
   double TenthScore(const std::vector<float>& query) const {
     std::vector<double> scores;
     for (uint32_t number = 0; number < kVectors; ++number) {
-      scores.push_back(ExactScore(space_.metric(), CloudVector(kFinal, number), query));
+      scores.push_back(ExactScore(space_.metric(), VectorOf(kFinal, number), query));
     }
     std::sort(scores.begin(), scores.end());
     return space_.metric() == Metric::kL2 ? scores[9] : scores[scores.size() - 10];
   }
   bool FindsItself(uint32_t number, uint32_t ef) {
     const std::vector<Hit> hits =
-        RunRecall(space_, &job_, CloudVector(kFinal, number), {.k = 1, .ef = ef}).hits;
+        RunRecall(space_, &job_, VectorOf(kFinal, number), {.k = 1, .ef = ef}).hits;
     return hits.size() == 1 && hits[0].id == IdOf(number);
   }
   static SpaceOptions Options(Metric metric, Traversal traversal) {

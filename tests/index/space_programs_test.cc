@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <map>
 #include <memory>
 #include <optional>
@@ -22,15 +21,11 @@
 #include "src/core/reader_epochs.h"
 #include "tests/index/space_testing.h"
 #include "tests/index/space_upkeep.h"
+#include "tests/sim/program_seeds.h"
 
 namespace engram {
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr uint64_t kPrograms = 400;
-#else
-constexpr uint64_t kPrograms = 4'000;
-#endif
 constexpr uint32_t kWholeEf = 1'000;  // more than a program's space has nodes
 
 // What an id held from a stamp on; without an entry: nothing.
@@ -457,16 +452,12 @@ class Program {
   std::unique_ptr<UnderWay> under_way_;
 };
 
-// ENGRAM_PROGRAM names one seed to run again.
+// ENGRAM_SPACE_SEED=n runs the program of that seed alone; ENGRAM_SPACE_SEEDS=n so many.
 TEST(SpaceProgramsTest, EveryProgramAgreesWithItsModel) {
   Workshop shop;
-  if (const char* seed = std::getenv("ENGRAM_PROGRAM"); seed != nullptr) {
-    Program(std::strtoull(seed, nullptr, 10), &shop).Run();
-    return;
-  }
-  for (uint64_t seed = 1; seed <= kPrograms; ++seed) {
-    ASSERT_NO_FATAL_FAILURE(Program(seed, &shop).Run()) << "ENGRAM_PROGRAM=" << seed;
-  }
+  Seeds::FromPrefix("ENGRAM_SPACE", UsualSeeds(4'000, 400)).ForEach([&](uint64_t seed) {
+    Program(seed, &shop).Run();
+  });
 }
 
 }  // namespace

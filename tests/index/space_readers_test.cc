@@ -22,8 +22,10 @@
 #include "src/core/hash.h"
 #include "src/core/observation.h"
 #include "src/core/reader_epochs.h"
+#include "tests/index/cloud_vector.h"
 #include "tests/index/space_testing.h"
 #include "tests/index/space_upkeep.h"
+#include "tests/support/sanitized.h"
 
 namespace engram {
 namespace {
@@ -40,24 +42,14 @@ constexpr uint64_t kRebuildMost = 60;
 constexpr uint32_t kQueries = 60;
 constexpr uint32_t kEf = 150;
 constexpr uint32_t kWholeEf = 8'000;  // more than there are nodes
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr uint64_t kOperations = 6'000;
-#else
-constexpr uint64_t kOperations = 30'000;
-#endif
+constexpr uint64_t kOperations = kSanitized ? 6'000 : 30'000;
 
 // A version is one upsert; its number gives its vector.
 using Version = uint32_t;
 
 std::vector<float> CloudPoint(uint64_t seed, uint64_t cloud) {
-  SplitMix64 centre(MixBits(cloud));
-  SplitMix64 noise(MixBits(seed + 1'000'000));
-  std::vector<float> vector(kDimension);
-  const auto unit = [](SplitMix64* random) {
-    return static_cast<float>(random->Below(1 << 20)) / (1 << 19) - 1;
-  };
-  for (float& value : vector) value = unit(&centre) + 0.4F * unit(&noise);
-  return vector;
+  return CloudVector(SplitMix64(MixBits(cloud)), SplitMix64(MixBits(seed + 1'000'000)), kDimension,
+                     0.4F);
 }
 std::vector<float> VectorOf(Version version) { return CloudPoint(version, version % 12); }
 

@@ -1,6 +1,6 @@
 // A space that has all that is in its graph linked anew, while it goes on serving. Random programs
 // with rebuilds in them: tests/index/space_programs_test.cc and, with saves,
-// space_checkpoint_test.cc; with readers on other threads: space_readers_test.cc.
+// space_checkpoint_programs_test.cc; with readers on other threads: space_readers_test.cc.
 
 #include <gtest/gtest.h>
 
@@ -21,8 +21,10 @@
 #include "src/core/commit_stamp.h"
 #include "src/core/hash.h"
 #include "src/core/reader_epochs.h"
+#include "tests/index/cloud_vector.h"
 #include "tests/index/space_testing.h"
 #include "tests/index/space_upkeep.h"
+#include "tests/support/sanitized.h"
 
 namespace engram {
 namespace {
@@ -33,23 +35,13 @@ constexpr uint32_t kGraphFrom = 200;
 constexpr uint32_t kEf = 16;
 constexpr uint64_t kMost = 100;  // lifted at once
 constexpr size_t kQueries = 200;
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr uint32_t kVectors = 900;
-constexpr double kNoise = 0.01;  // of recall@10 from graph to graph
-#else
-constexpr uint32_t kVectors = 3'000;
-constexpr double kNoise = 0.003;
-#endif
+constexpr uint32_t kVectors = kSanitized ? 900 : 3'000;
+constexpr double kNoise = kSanitized ? 0.01 : 0.003;  // of recall@10 from graph to graph
 
-std::vector<float> CloudVector(uint64_t number, uint64_t version) {
+std::vector<float> VectorOf(uint64_t number, uint64_t version) {
   SplitMix64 noise(MixBits(version * 1'000'003 + number));
-  SplitMix64 centre(MixBits(noise.Below(kVectors / 100)));
-  const auto unit = [](SplitMix64* random) {
-    return static_cast<float>(random->Below(1 << 20)) / (1 << 19) - 1;
-  };
-  std::vector<float> vector(kDimension);
-  for (float& value : vector) value = unit(&centre) + 0.7F * unit(&noise);
-  return vector;
+  const SplitMix64 centre(MixBits(noise.Below(kVectors / 100)));
+  return CloudVector(centre, noise, kDimension, 0.7F);
 }
 std::string IdOf(uint64_t number) { return "id" + std::to_string(number); }
 
@@ -69,7 +61,7 @@ class SpaceRebuildTest : public testing::Test {
   void Upsert(uint64_t number, uint64_t version = 1) {
     const std::string id = IdOf(number);
     const std::string payload = "payload of " + id + " at " + std::to_string(version);
-    const std::vector<float> vector = CloudVector(number, version);
+    const std::vector<float> vector = VectorOf(number, version);
     ObservationRef observation;
     observation.id = id;
     observation.payload = BytesOf(payload);
@@ -109,7 +101,7 @@ class SpaceRebuildTest : public testing::Test {
   double RecallAt10() {
     size_t found = 0;
     for (size_t i = 0; i < kQueries; ++i) {
-      const std::vector<float> query = CloudVector(i, 0);
+      const std::vector<float> query = VectorOf(i, 0);
       found += model_.CountTrue(Recall(query, {.k = 10, .ef = kEf}).hits, query, 10);
     }
     return static_cast<double>(found) / (10 * kQueries);
@@ -212,7 +204,7 @@ TEST_F(SpaceRebuildTest, RecallsFindAsMuchMeanwhile) {
   size_t asked = 0;
   while (space_->is_rebuilding()) {
     for (int i = 0; i < 40; ++i) upkeep_->Step(200);
-    const std::vector<float> query = CloudVector(asked++ % kQueries, 0);
+    const std::vector<float> query = VectorOf(asked++ % kQueries, 0);
     const RecallAnswer answer = Recall(query, {.k = 10, .ef = kEf});
     ASSERT_NO_FATAL_FAILURE(model_.ExpectSound(answer.hits, query, false));
     ASSERT_EQ(answer.hits.size(), 10u);
@@ -318,7 +310,7 @@ TEST_F(SpaceRebuildTest, ItEndsWhenWhatHadEndedMayGo) {
   EXPECT_EQ(space_->rebuild_left(), 2u);
   EXPECT_TRUE(space_->WaitsForHorizon());
   for (const uint64_t number : {7u, 8u}) {
-    const std::vector<float> query = CloudVector(number, 1);
+    const std::vector<float> query = VectorOf(number, 1);
     const RecallAnswer answer =
         Recall(query, {.k = 3, .ef = kVectors, .with_payload = true, .snapshot = snapshot});
     ASSERT_NO_FATAL_FAILURE(then.ExpectExact(answer.hits, query, 3, true));
@@ -492,7 +484,7 @@ TEST_F(SpaceRebuildTest, ASaveInItsMidstHasEverything) {
     upkeep.Run();
     size_t found = 0;
     for (size_t i = 0; i < kQueries; ++i) {
-      const std::vector<float> query = CloudVector(i, 0);
+      const std::vector<float> query = VectorOf(i, 0);
       found +=
           model_.CountTrue(RunRecall(loaded, &job_, query, {.k = 10, .ef = kEf}).hits, query, 10);
     }

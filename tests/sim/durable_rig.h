@@ -295,6 +295,16 @@ struct DurableSetup {
   CheckpointerOptions checkpointer = {};
 };
 
+// All that live in a space.
+inline std::vector<NodeId> LiveNodes(const Space& space) {
+  std::vector<NodeId> nodes;
+  uint64_t cursor = 0;
+  do {
+    space.Scroll(&cursor, 1'000, &nodes);
+  } while (cursor != 0);
+  return nodes;
+}
+
 // The machine: a clock, a disk, and at times a process with its shards.
 class DurableRig {
  public:
@@ -331,6 +341,14 @@ class DurableRig {
     options.max_forwards = 64;
     options.grow_partition_at = 0;
     return options;
+  }
+
+  static DurableSetup SmallSetup() {
+    DurableSetup setup;
+    setup.shard = SmallShard();
+    setup.writer = SmallWriter();
+    setup.keeper = SmallKeeper();
+    return setup;
   }
 
   // A new process. It recovers as its shards are polled.
@@ -388,6 +406,17 @@ class DurableRig {
       const RecoveryProgress& progress = each->recovery();
       if (progress.failed.load()) return progress.error.message + " ";
     }
+    return "";
+  }
+  // Polls until it has recovered and what is written next has its place. Why it cannot; empty: it
+  // can.
+  std::string Recover() {
+    for (int i = 0; i < 100'000 && IsRecovering(); ++i) {
+      shards->Poll();
+      if (const std::string error = RecoveryError(); !error.empty()) return error;
+    }
+    if (IsRecovering()) return "recovery does not end";
+    if (auto prepared = store->PrepareFirst(); !prepared) return prepared.error().message;
     return "";
   }
   uint64_t MendedBits() const {

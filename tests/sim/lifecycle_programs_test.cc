@@ -85,10 +85,7 @@ class LifecycleProgram {
  public:
   LifecycleProgram(uint64_t seed, Stats* stats)
       : random_(seed), stats_(stats), rig_(seed), settings_(Draw()), model_(settings_) {
-    setup_.shards = 1;
-    setup_.shard = DurableRig::SmallShard();
-    setup_.writer = DurableRig::SmallWriter();
-    setup_.keeper = DurableRig::SmallKeeper();
+    setup_ = DurableRig::SmallSetup();
     DrawShards();
     setup_.spaces = {{"space", settings_}};
   }
@@ -228,12 +225,7 @@ class LifecycleProgram {
       const Space* part = shard->FindSpace("space");
       if (part == nullptr) continue;
       contents += part->live() + part->hidden();
-      std::vector<NodeId> nodes;
-      uint64_t cursor = 0;
-      do {
-        part->Scroll(&cursor, 1'000, &nodes);
-      } while (cursor != 0);
-      for (const NodeId node : nodes) {
+      for (const NodeId node : LiveNodes(*part)) {
         EXPECT_TRUE(stored.insert(std::string(part->Get(node).id)).second) << "twice";
       }
     }
@@ -298,13 +290,7 @@ class LifecycleProgram {
   void Start() {
     auto started = rig_.Start(setup_);
     ASSERT_TRUE(started.has_value()) << started.error().message;
-    for (int i = 0; i < 100'000 && rig_.IsRecovering(); ++i) {
-      rig_.shards->Poll();
-      ASSERT_EQ(rig_.RecoveryError(), "");
-    }
-    ASSERT_FALSE(rig_.IsRecovering());
-    auto prepared = rig_.store->PrepareFirst();
-    ASSERT_TRUE(prepared.has_value()) << prepared.error().message;
+    ASSERT_EQ(rig_.Recover(), "");
   }
 
   static constexpr int64_t kTickNs = 50 * kNanosPerMilli;
@@ -325,11 +311,7 @@ class LifecycleProgram {
 // A log, or a checkpoint, that a test steps itself, of a space with a quota.
 class LifecycleStepsTest : public testing::Test {
  protected:
-  LifecycleStepsTest() : rig_(3) {
-    setup_.shard = DurableRig::SmallShard();
-    setup_.writer = DurableRig::SmallWriter();
-    setup_.keeper = DurableRig::SmallKeeper();
-  }
+  LifecycleStepsTest() : rig_(3), setup_(DurableRig::SmallSetup()) {}
   void Start(uint64_t quota, WhenFull when_full = WhenFull::kEvictOldest) {
     SpaceSettings settings;
     settings.metric = Metric::kL2;
@@ -338,8 +320,7 @@ class LifecycleStepsTest : public testing::Test {
     settings.when_full = when_full;
     setup_.spaces = {{"space", settings}};
     ASSERT_TRUE(rig_.Start(setup_).has_value());
-    for (int i = 0; i < 100'000 && rig_.IsRecovering(); ++i) rig_.shards->Poll();
-    ASSERT_TRUE(rig_.store->PrepareFirst().has_value());
+    ASSERT_EQ(rig_.Recover(), "");
   }
   void Push(ObservationOp op, const std::string& id) {
     RigSession nobody;
@@ -390,12 +371,7 @@ class LifecycleStepsTest : public testing::Test {
   std::set<std::string> Ids() const {
     const Space& space = *rig_.shards->shard->FindSpace("space");
     std::set<std::string> ids;
-    std::vector<NodeId> nodes;
-    for (uint64_t cursor = 0;;) {
-      space.Scroll(&cursor, 1'000, &nodes);
-      if (cursor == 0) break;
-    }
-    for (const NodeId node : nodes) ids.emplace(space.Get(node).id);
+    for (const NodeId node : LiveNodes(space)) ids.emplace(space.Get(node).id);
     return ids;
   }
 
@@ -466,11 +442,8 @@ TEST_F(LifecycleStepsTest, AnUpdateKeepsThePlaceOfWhatADeleteBeforeItEnds) {
 TEST(LifecycleProgramsTest, WhatIsThereIsWhatItsAgeAndQuotaSay) {
   Stats stats;
   const auto seeds = Seeds::FromPrefix("ENGRAM_LIFECYCLE", UsualSeeds(400, 30));
-  for (uint64_t seed = seeds.first; seed < seeds.end(); ++seed) {
-    LifecycleProgram program(seed, &stats);
-    program.Run();
-    ASSERT_FALSE(HasFailure()) << "again: ENGRAM_LIFECYCLE_SEED=" << seed;
-  }
+  seeds.ForEach([&](uint64_t seed) { LifecycleProgram(seed, &stats).Run(); });
+  if (HasFailure()) return;
   ExpectAllHappened({{"expired", stats.expired},
                      {"evicted", stats.evicted},
                      {"refused", stats.refused},

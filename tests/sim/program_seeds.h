@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "tests/support/sanitized.h"
+
 // What the suites of random programs share: which seeds they run, and that these still come to what
 // they are there for.
 
@@ -20,12 +22,8 @@ inline uint64_t FromEnvironment(const std::string& name, uint64_t otherwise) {
 }
 
 // Of the usual suite. A sanitizer takes its time.
-inline uint64_t UsualSeeds(uint64_t seeds, [[maybe_unused]] uint64_t with_sanitizer) {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  return with_sanitizer;
-#else
-  return seeds;
-#endif
+constexpr uint64_t UsualSeeds(uint64_t seeds, uint64_t with_sanitizer) {
+  return kSanitized ? with_sanitizer : seeds;
 }
 
 // PREFIX_SEED=n runs the program of that seed alone; PREFIX_SEEDS=n so many, from PREFIX_FIRST on.
@@ -33,14 +31,24 @@ struct Seeds {
   uint64_t first = 1;
   uint64_t count = 0;
   bool alone = false;  // a person looks at this one
+  std::string prefix = {};
 
   static Seeds FromPrefix(const std::string& prefix, uint64_t usual) {
     const uint64_t one = FromEnvironment(prefix + "_SEED", 0);
-    if (one != 0) return {.first = one, .count = 1, .alone = true};
+    if (one != 0) return {.first = one, .count = 1, .alone = true, .prefix = prefix};
     return {.first = FromEnvironment(prefix + "_FIRST", 1),
-            .count = FromEnvironment(prefix + "_SEEDS", usual)};
+            .count = FromEnvironment(prefix + "_SEEDS", usual),
+            .prefix = prefix};
   }
   uint64_t end() const { return first + count; }
+  // Runs the program of one seed after the other; the first that fails is named.
+  template <typename Run>
+  void ForEach(Run&& run) const {
+    for (uint64_t seed = first; seed < end(); ++seed) {
+      run(seed);
+      ASSERT_FALSE(testing::Test::HasFailure()) << "again: " << prefix << "_SEED=" << seed;
+    }
+  }
 };
 
 // Prints how often the programs came to each of these, and fails where `enough` seeds never did.

@@ -287,29 +287,29 @@ CLI::App* AddPlain(CLI::App& app, ServerOptions& server, const char* name, const
   return command;
 }
 
+// A command to one space.
+CLI::App* AddSpaceCommand(CLI::App& app, ServerOptions& server, SpaceCommandOptions& options,
+                          const char* name, const char* text) {
+  CLI::App* command = AddPlain(app, server, name, text);
+  command->add_option("space", options.space, "The space's name")->required();
+  return command;
+}
+
 CLI::App* AddCompact(CLI::App& app, ServerOptions& server, SpaceCommandOptions& options) {
-  CLI::App* compact = app.add_subcommand(
-      "compact", "Sweep out now what a space's updates and deletes have left behind");
-  AddServerOptions(compact, server);
-  compact->add_option("space", options.space, "The space's name")->required();
-  return compact;
+  return AddSpaceCommand(app, server, options, "compact",
+                         "Sweep out now what a space's updates and deletes have left behind");
 }
 
 CLI::App* AddRebuild(CLI::App& app, ServerOptions& server, SpaceCommandOptions& options) {
-  CLI::App* rebuild = app.add_subcommand("rebuild",
-                                         "Link all of a space anew while it serves, as "
-                                         "index.ef_construction says now; rebuild_left in "
-                                         "the status counts down");
-  AddServerOptions(rebuild, server);
-  rebuild->add_option("space", options.space, "The space's name")->required();
-  return rebuild;
+  return AddSpaceCommand(app, server, options, "rebuild",
+                         "Link all of a space anew while it serves, as index.ef_construction says "
+                         "now; rebuild_left in the status counts down");
 }
 
 CLI::App* AddDrop(CLI::App& app, ServerOptions& server, SpaceCommandOptions& options) {
-  CLI::App* drop = app.add_subcommand(
-      "drop", "Remove a space and all that it holds; its name may be used again at once");
-  AddServerOptions(drop, server);
-  drop->add_option("space", options.space, "The space's name")->required();
+  CLI::App* drop =
+      AddSpaceCommand(app, server, options, "drop",
+                      "Remove a space and all that it holds; its name may be used again at once");
   drop->add_flag("--yes", options.yes, "Do not ask for the name again");
   return drop;
 }

@@ -201,6 +201,9 @@ class LogBuilder {
   const std::vector<LogPosition>& blocks() const { return blocks_; }
   // Of each record.
   std::vector<std::string>& texts() { return texts_; }
+  std::vector<std::string> FirstTexts(size_t count) const {
+    return {texts_.begin(), texts_.begin() + static_cast<ptrdiff_t>(count)};
+  }
   LogFiles& files() { return files_; }
   Bytes& file(uint32_t number) { return files_.at(SegmentName(number)); }
   std::byte& At(LogPosition position) { return file(SegmentOf(position)).at(OffsetOf(position)); }
@@ -288,6 +291,11 @@ class MemoryDisk final : public Disk {
   std::vector<DiskCompletion> ends_;
   std::string directory_ = "log-000";
 };
+
+// Of what an error or a report names.
+inline bool Says(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
 
 // A whole log, read.
 struct ReadResult {

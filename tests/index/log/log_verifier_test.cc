@@ -9,15 +9,10 @@
 
 #include "src/core/log_files.h"
 #include "tests/index/log/log_builder.h"
+#include "tests/support/sanitized.h"
 
 namespace engram {
 namespace {
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool kSanitized = true;
-#else
-constexpr bool kSanitized = false;
-#endif
 
 LogReport Verify(const LogFiles& files, LogPosition replay_from = 0, bool needs = false) {
   MemoryDisk disk(&files);
@@ -25,10 +20,6 @@ LogReport Verify(const LogFiles& files, LogPosition replay_from = 0, bool needs 
   EXPECT_TRUE(report.has_value()) << report.error().message;
   CHECK(disk.open_files() == 0 && disk.in_flight() == 0, "everything is closed again");
   return report.has_value() ? *std::move(report) : LogReport{};
-}
-
-bool Says(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
 }
 
 // Three segments: two with blocks of several sizes, markers among them, one prepared ahead.

@@ -3,21 +3,19 @@
 // every state in which a crash may have left the files is recovered from.
 
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include <algorithm>
-#include <cstdio>
+#include <cstddef>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <map>
 #include <memory>
-#include <optional>
 #include <set>
 #include <span>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -28,369 +26,25 @@
 #include "src/core/hash.h"
 #include "tests/core/recording_disk.h"
 #include "tests/index/log/log_builder.h"
+#include "tests/index/log/lying_disk.h"
+#include "tests/index/log/real_disk_rig.h"
 #include "tests/index/shard_rig.h"
 #include "tests/support/scratch_directory.h"
 
 namespace engram {
 namespace {
 
-constexpr size_t kDimension = 24;
-constexpr size_t kSessions = 4;
-constexpr std::string_view kSpaces[kSessions] = {"first", "first", "second", "unsafe"};
-
-// (session, sequence)
-using Key = std::pair<uint64_t, uint64_t>;
-
-// How a disk deceives its user.
-enum class Lie : uint8_t {
-  kNone,
-  kFlushEndsEarly,  // as soon as it is asked for
-  kWriteEndsEarly,
-  kFlushHangs,
-};
-
-// What it says is not what the disk below it does.
-class LyingDisk final : public Disk {
- public:
-  LyingDisk(std::unique_ptr<Disk> disk, Lie lie) : disk_(std::move(disk)), lie_(lie) {}
-
-  Result<void> LockDirectory() override { return disk_->LockDirectory(); }
-  Result<std::vector<DirectoryEntry>> List() override { return disk_->List(); }
-  Result<DiskFile> Open(const std::string& name, OpenMode mode, Caching caching) override {
-    return disk_->Open(name, mode, caching);
-  }
-  void Close(FileId file) override {
-    while (!hidden_.empty()) {
-      disk_->Wait(kNanosPerSecond);
-      Fetch();
-    }
-    disk_->Close(file);
-  }
-  Result<void> Rename(const std::string& from, const std::string& to) override {
-    return disk_->Rename(from, to);
-  }
-  Result<void> Remove(const std::string& name) override { return disk_->Remove(name); }
-  Result<void> SyncDirectory() override { return disk_->SyncDirectory(); }
-  bool Read(FileId file, uint64_t offset, std::span<std::byte> to, uint64_t tag) override {
-    return disk_->Read(file, offset, to, Begin(tag, false, 0));
-  }
-  bool Write(FileId file, uint64_t offset, std::span<const std::byte> from, uint64_t tag) override {
-    return disk_->Write(file, offset, from, Begin(tag, lie_ == Lie::kWriteEndsEarly, from.size()));
-  }
-  bool Flush(FileId file, uint64_t tag) override {
-    if (lie_ == Lie::kFlushHangs) {
-      hanging_.push_back({file, tag});
-      return true;
-    }
-    return disk_->Flush(file, Begin(tag, lie_ == Lie::kFlushEndsEarly, 0));
-  }
-  // Those that hang go on, and others no longer hang.
-  void EndHanging() {
-    lie_ = Lie::kNone;
-    for (const auto& [file, tag] : hanging_) {
-      CHECK(Flush(file, tag), "there is room for it");
-    }
-    hanging_.clear();
-  }
-  size_t Poll(std::span<DiskCompletion> out) override {
-    // What it says without ground comes before what is true.
-    if (ends_.empty()) Fetch();
-    const size_t count = std::min(out.size(), ends_.size());
-    std::copy_n(ends_.begin(), count, out.begin());
-    ends_.erase(ends_.begin(), ends_.begin() + static_cast<ptrdiff_t>(count));
-    return count;
-  }
-  uint32_t in_flight() const override {
-    return static_cast<uint32_t>(tags_.size() + hanging_.size() + ends_.size());
-  }
-  void Wait(int64_t timeout_ns) override {
-    if (ends_.empty()) disk_->Wait(timeout_ns);
-  }
-  const std::string& directory() const override { return disk_->directory(); }
-  std::string_view backend() const override { return disk_->backend(); }
-
- private:
-  uint64_t Begin(uint64_t tag, bool lies, size_t bytes) {
-    const uint64_t number = ++last_;
-    if (lies) {
-      hidden_.insert(number);
-      ends_.push_back({.tag = tag, .error = 0, .bytes = bytes});
-    } else {
-      tags_[number] = tag;
-    }
-    return number;
-  }
-  void Fetch() {
-    DiskCompletion end;
-    while (disk_->Poll({&end, 1}) > 0) {
-      if (hidden_.erase(end.tag) > 0) continue;
-      const auto tag = tags_.find(end.tag);
-      ends_.push_back({.tag = tag->second, .error = end.error, .bytes = end.bytes});
-      tags_.erase(tag);
-    }
-  }
-
-  std::unique_ptr<Disk> disk_;
-  Lie lie_;
-  std::vector<std::pair<FileId, uint64_t>> hanging_;
-  std::set<uint64_t> hidden_;
-  std::map<uint64_t, uint64_t> tags_;
-  std::vector<DiskCompletion> ends_;
-  uint64_t last_ = 0;
-};
-
-// A shard with its log in a folder of the machine's disk, as it runs in one process.
-class RealShard {
- public:
-  RealShard(DiskBackend backend, const std::string& folder, SimulatedClock* clock, DiskTrace* trace,
-            Lie lie = Lie::kNone)
-      : memory_(static_cast<std::byte*>(
-                    std::aligned_alloc(kLogPageBytes, LogWriter::MemoryBytes(WriterOptions()))),
-                &std::free) {
-    const std::span<std::byte> memory(memory_.get(), LogWriter::MemoryBytes(WriterOptions()));
-    const auto make_disk = [&](const DiskOptions& options) {
-      auto made = CreateDisk(backend, folder, options, nullptr);
-      CHECK(made.has_value(), "the test's disk");
-      std::unique_ptr<Disk> disk = *std::move(made);
-      if (trace != nullptr) disk = std::make_unique<RecordingDisk>(std::move(disk), trace);
-      return disk;
-    };
-    DiskOptions options;
-    options.registered_buffers = {memory};
-    disk_ = std::make_unique<LyingDisk>(make_disk(options), lie);
-    keeper_disk_ = make_disk({});
-    writer_.emplace(WriterOptions(), disk_.get(), &handoff_, memory);
-    SegmentKeeperOptions keeper_options;
-    keeper_options.instance = kTestInstance;
-    keeper_options.segment_bytes = 128 * 1024;
-    keeper_options.ahead = 1;
-    keeper_.emplace(keeper_options, keeper_disk_.get(), clock, &handoff_);
-    ShardStorage storage;
-    storage.log = &*writer_;
-    storage.instance = kTestInstance;
-    storage.sources.push_back({.log = 0, .disk = disk_.get()});
-    RigWorld world;
-    world.clock = clock;
-    world.storage = {storage};
-    world.records = {
-        [backend, folder](const std::string&, const DiskOptions& disk_options, std::string* note) {
-          return CreateDisk(backend, folder, disk_options, note);
-        },
-        &pins_, 0};
-    for (const std::string_view space : kSpaces) {
-      SpaceSettings settings;
-      settings.metric = Metric::kL2;
-      settings.durability = space == "unsafe" ? Durability::kMemory : Durability::kFsync;
-      if (std::ranges::none_of(world.spaces, [&](const auto& e) { return e.first == space; })) {
-        world.spaces.emplace_back(space, settings);
-      }
-    }
-    ShardOptions shard = ShardRig::SmallOptions();
-    shard.memory_limit_bytes = size_t{16} << 20;
-    shard.grow_partition_at = 0;
-    rig_.emplace(shard, /*producers=*/1, /*lane_capacity=*/64, /*max_spaces=*/16, RigShards{},
-                 world);
-  }
-
-  // Empty, or why the shard cannot start.
-  std::string Recover() {
-    for (int i = 0; i < kPolls && rig_->shard->is_recovering(); ++i) {
-      rig_->Poll();
-      const RecoveryProgress& progress = rig_->shard->recovery();
-      if (progress.failed.load()) return progress.error.message;
-      disk_->Wait(kNanosPerMilli);
-    }
-    if (rig_->shard->is_recovering()) return "recovery does not end";
-    if (auto started = keeper_->Start(handoff_.current.load()); !started) {
-      return started.error().message;
-    }
-    if (auto prepared = keeper_->PrepareFirst(); !prepared) return prepared.error().message;
-    rig_->Poll();
-    return "";
-  }
-  // Everyone's turn.
-  void Poll() {
-    keeper_->Poll();
-    rig_->Poll();
-  }
-  template <typename Done>
-  bool PollUntil(Done&& done) {
-    for (int i = 0; i < kPolls; ++i) {
-      if (done()) return true;
-      Poll();
-      disk_->Wait(kNanosPerMilli);
-    }
-    return false;
-  }
-  ShardRig& rig() { return *rig_; }
-
- private:
-  static constexpr int kPolls = 200'000;
-
-  static LogWriterOptions WriterOptions() {
-    LogWriterOptions options;
-    options.instance = kTestInstance;
-    options.block_bytes = LogWriter::kLeastBlockBytes;
-    options.blocks = 4;
-    options.flush_interval_ns = kNanosPerMilli;
-    options.marker_delay_ns = kNanosPerMilli / 2;
-    return options;
-  }
-
-  std::unique_ptr<std::byte, decltype(&std::free)> memory_;
-  SegmentHandoff handoff_;
-  std::unique_ptr<Disk> disk_;
-  std::unique_ptr<Disk> keeper_disk_;
-  std::optional<LogWriter> writer_;
-  std::optional<SegmentKeeper> keeper_;
-  ReadPins pins_{1};
-  std::optional<ShardRig> rig_;
-};
-
-// What was sent under a number.
-struct Sent {
-  std::string space;
-  Observation observation;
-};
-
 // What a log holds, and what is wrong with it.
 struct Found {
-  std::map<Key, LogRecordKind> records;
+  std::map<RecordKey, LogRecordKind> records;
   std::map<uint64_t, uint64_t> last;  // sequence, by session
   std::string fault;
 };
 
-// Sends observations of several sessions over a recording disk, with a restart on the way.
-class Recording {
- public:
-  Recording(DiskBackend backend, Lie lie, uint64_t seed)
-      : backend_(backend), lie_(lie), random_(seed) {}
-
-  const DiskTrace& trace() const { return trace_; }
-  const std::map<Key, Sent>& sent() const { return sent_; }
-  SimulatedClock& clock() { return clock_; }
-
-  void Run(size_t observations) {
-    for (int process = 0; process < 2; ++process) {
-      RealShard shard(backend_, scratch_.path() + "/log-000", &clock_, &trace_, lie_);
-      ASSERT_EQ(shard.Recover(), "");
-      seen_ = shard.rig().completions.size();
-      trace_.before_event = [&] {
-        shard.rig().Drain();
-        NoteAcks(shard.rig());
-      };
-      OpenSessions(&shard);
-      const size_t goal = sent_.size() + observations / 2;
-      while (sent_.size() < goal) {
-        const uint64_t choice = random_.Below(100);
-        if (choice < 25) {
-          for (uint64_t n = random_.Below(6) + 1; n > 0; --n) Send(&shard);
-        } else if (choice < 97) {
-          shard.Poll();
-          NoteAcks(shard.rig());
-        } else {
-          Settle(&shard);
-        }
-      }
-      // The first one ends amid its work, as much as the disk's user may.
-      if (process == 1) Settle(&shard);
-      trace_.before_event = nullptr;
-    }
-  }
-
- private:
-  void OpenSessions(RealShard* shard) {
-    for (size_t i = 0; i < kSessions; ++i) {
-      HelloParams params;
-      params.metric = Metric::kL2;
-      if (i < sessions_.size()) params.session = sessions_[i].id;
-      RigSession session = shard->rig().Open(0, /*origin=*/i + 1, std::string(kSpaces[i]), params);
-      if (i < sessions_.size()) {
-        EXPECT_GE(session.last_settled, kSpaces[i] == "unsafe" ? 0 : acked_[i]);
-        sessions_[i] = session;
-      } else {
-        sessions_.push_back(session);
-      }
-      // What was not taken before is sent anew, and may be another one.
-      std::erase_if(sent_, [&](const auto& each) {
-        return each.first.first == session.id.value() && each.first.second >= session.next;
-      });
-      outstanding_[i] = 0;
-      goes_back_[i] = false;
-    }
-    acked_.resize(kSessions);
-  }
-  void Send(RealShard* shard) {
-    const size_t which = random_.Below(kSessions);
-    RigSession& session = sessions_[which];
-    if (outstanding_[which] == 0) goes_back_[which] = false;
-    if (goes_back_[which] || outstanding_[which] >= 6) return;
-    if (session.next > session.credit_sequence) return;
-    Sent sent{.space = std::string(kSpaces[which]), .observation = {}};
-    Observation& observation = sent.observation;
-    const uint64_t number = session.next;
-    if (number > 4 && random_.Below(10) == 0) {
-      observation.op = ObservationOp::kDelete;
-      observation.id = IdOf(which, number - 3);
-    } else {
-      observation.id = IdOf(which, number);
-      observation.vector = QuarterVector(&random_, kDimension);
-      // Mostly small; now and then several pages.
-      observation.payload.resize(random_.Below(random_.Below(8) == 0 ? 12'000 : 700));
-      for (char& byte : observation.payload) byte = static_cast<char>(random_.Next());
-    }
-    shard->rig().PushObserve(session, number, observation);
-    sent_[{session.id.value(), number}] = std::move(sent);
-    ++session.next;
-    ++outstanding_[which];
-  }
-  static std::string IdOf(size_t session, uint64_t number) {
-    return std::to_string(session) + "-" + std::to_string(number);
-  }
-  void NoteAcks(const ShardRig& rig) {
-    for (; seen_ < rig.completions.size(); ++seen_) {
-      const Completion& completion = rig.completions[seen_].second;
-      if (completion.kind != CompletionKind::kObserve) continue;
-      const size_t which = completion.origin - 1;
-      RigSession& session = sessions_[which];
-      session.credit_sequence = std::max(session.credit_sequence, completion.credit_sequence);
-      --outstanding_[which];
-      if (completion.reason != RefusalReason::kNone) {
-        // The log was busy. What was sent behind it is refused as well, and all goes again.
-        session.next = std::min(session.next, completion.sequence);
-        goes_back_[which] = true;
-        continue;
-      }
-      acked_[which] = completion.sequence;
-      trace_.Note(session.id.value(), completion.sequence);
-    }
-  }
-  // Until all is acknowledged and the log says itself what is durable.
-  void Settle(RealShard* shard) {
-    EXPECT_TRUE(shard->PollUntil([&] {
-      NoteAcks(shard->rig());
-      return shard->rig().shard->Idle();
-    }));
-  }
-
-  const DiskBackend backend_;
-  const Lie lie_;
-  SplitMix64 random_;
-  SimulatedClock clock_;
-  ScratchDirectory scratch_;
-  DiskTrace trace_;
-  std::map<Key, Sent> sent_;
-  std::vector<RigSession> sessions_;
-  std::vector<Sequence> acked_;
-  size_t outstanding_[kSessions] = {};
-  bool goes_back_[kSessions] = {};  // once nothing of it is outstanding
-  size_t seen_ = 0;
-};
-
 // The observations in a block that was written, wherever that is.
-std::vector<Key> KeysIn(std::span<const std::byte> bytes) {
+std::vector<RecordKey> KeysIn(std::span<const std::byte> bytes) {
   constexpr size_t kPositionOffset = 8;
-  std::vector<Key> keys;
+  std::vector<RecordKey> keys;
   LogPosition position = 0;
   if (bytes.size() < kBlockHeaderBytes) return keys;
   std::memcpy(&position, bytes.data() + kPositionOffset, sizeof(position));
@@ -406,7 +60,7 @@ std::vector<Key> KeysIn(std::span<const std::byte> bytes) {
 
 // Whether an acknowledgement says that it is durable. What it does not say so of may be sent anew
 // after a restart.
-bool IsPromised(const std::map<Key, Sent>& sent, const Key& key) {
+bool IsPromised(const std::map<RecordKey, SentObservation>& sent, const RecordKey& key) {
   const auto found = sent.find(key);
   return found != sent.end() && found->second.space != "unsafe";
 }
@@ -418,16 +72,16 @@ struct EarlyAcks {
   size_t early = 0;
   size_t early_unsafe = 0;
 };
-EarlyAcks FindEarlyAcks(const DiskTrace& trace, const std::map<Key, Sent>& sent) {
+EarlyAcks FindEarlyAcks(const DiskTrace& trace, const std::map<RecordKey, SentObservation>& sent) {
   using enum DiskTrace::Kind;
   struct Write {
     uint32_t file = 0;
     bool ended = false;
-    std::vector<Key> keys;
+    std::vector<RecordKey> keys;
   };
   std::map<uint64_t, Write> writes;
   std::map<uint64_t, std::vector<uint64_t>> flushes;  // the writes that each covers
-  std::set<Key> durable;
+  std::set<RecordKey> durable;
   EarlyAcks result;
   for (const DiskTrace::Event& event : trace.events) {
     if (event.kind == kWrite) {
@@ -454,7 +108,8 @@ EarlyAcks FindEarlyAcks(const DiskTrace& trace, const std::map<Key, Sent>& sent)
 }
 
 // Compares each record with what was sent, and that all of `acked` are there.
-Found CheckLog(Disk& disk, const std::map<Key, Sent>& sent, const std::set<Key>& acked) {
+Found CheckLog(Disk& disk, const std::map<RecordKey, SentObservation>& sent,
+               const std::set<RecordKey>& acked) {
   Found found;
   LogReader reader(&disk, 0, kTestInstance);
   if (auto opened = reader.Open(0); !opened) {
@@ -475,7 +130,7 @@ Found CheckLog(Disk& disk, const std::map<Key, Sent>& sent, const std::set<Key>&
     }
     const LogRecord& record = entry.record;
     if (record.kind == LogRecordKind::kSpace) continue;
-    const Key key{record.session.value(), record.sequence};
+    const RecordKey key{record.session.value(), record.sequence};
     const std::string name = std::to_string(key.first) + "/" + std::to_string(key.second);
     const auto original = sent.find(key);
     if (original == sent.end()) {
@@ -494,7 +149,7 @@ Found CheckLog(Disk& disk, const std::map<Key, Sent>& sent, const std::set<Key>&
   }
   if (!found.fault.empty()) return found;
   if (!reader.mended().empty()) found.fault = "a bit was mended";
-  for (const Key& key : acked) {
+  for (const RecordKey& key : acked) {
     if (found.records.contains(key)) continue;
     found.fault = std::to_string(key.first) + "/" + std::to_string(key.second) +
                   " was acknowledged and is gone";
@@ -512,8 +167,9 @@ struct CrashFigures {
 
 // A whole new shard on what a crash left: all of it can be recalled, sessions go on, and what is
 // added is durable, too.
-void Restart(DiskBackend backend, const CrashStates::Files& files, const std::map<Key, Sent>& sent,
-             const std::set<Key>& acked, const Found& found) {
+void Restart(DiskBackend backend, const CrashStates::Files& files,
+             const std::map<RecordKey, SentObservation>& sent, const std::set<RecordKey>& acked,
+             const Found& found) {
   ScratchDirectory scratch;
   const std::string folder = scratch.path() + "/log-000";
   std::filesystem::create_directory(folder);
@@ -522,16 +178,16 @@ void Restart(DiskBackend backend, const CrashStates::Files& files, const std::ma
     file.write(reinterpret_cast<const char*>(bytes.data()),
                static_cast<std::streamsize>(bytes.size()));
   }
-  std::map<Key, Sent> all = sent;
-  std::set<Key> must = acked;
+  std::map<RecordKey, SentObservation> all = sent;
+  std::set<RecordKey> must = acked;
   for (const auto& [key, kind] : found.records) must.insert(key);  // Recovered is durable.
   {
     SimulatedClock clock;
     RealShard shard(backend, folder, &clock, nullptr);
     ASSERT_EQ(shard.Recover(), "");
-    std::map<std::string, const Sent*> live;
+    std::map<std::string, const SentObservation*> live;
     for (const auto& [key, kind] : found.records) {
-      const Sent& each = sent.at(key);
+      const SentObservation& each = sent.at(key);
       if (kind == LogRecordKind::kDelete) {
         live.erase(each.observation.id);
       } else {
@@ -554,10 +210,10 @@ void Restart(DiskBackend backend, const CrashStates::Files& files, const std::ma
       params.session = SessionId(id);
       RigSession session = shard.rig().Open(0, /*origin=*/id, space, params);
       EXPECT_EQ(session.last_settled, last);
-      Sent& added = all[{id, session.next}];
+      SentObservation& added = all[{id, session.next}];
       added = {.space = space, .observation = {}};
       added.observation.id = "added";
-      added.observation.vector = QuarterVector(&random, kDimension);
+      added.observation.vector = QuarterVector(&random, Recording::kDimension);
       // Refused while there is no segment to write to.
       const auto& completions = shard.rig().completions;
       for (bool acknowledged = false; !acknowledged;) {
@@ -590,7 +246,7 @@ CrashFigures CheckCrashes(DiskBackend backend, const Recording& recording, size_
                           size_t restarts) {
   CrashStates crash;
   CrashFigures figures;
-  std::set<Key> acked;
+  std::set<RecordKey> acked;
   SplitMix64 random(77);
   const size_t restart_every = recording.trace().events.size() / (restarts + 1) + 1;
   size_t next_restart = restarts == 0 ? SIZE_MAX : restart_every;

@@ -16,15 +16,10 @@
 #include "src/core/log_record.h"
 #include "src/core/simulated_disk.h"
 #include "tests/index/log/log_builder.h"
+#include "tests/support/sanitized.h"
 
 namespace engram {
 namespace {
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool kSanitized = true;
-#else
-constexpr bool kSanitized = false;
-#endif
 
 constexpr uint32_t kSegmentBytes = 128 * 1024;
 

@@ -1,0 +1,154 @@
+// Recalls at an ingress core, of spaces of one partition.
+
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "tests/dataplane/ingest_rig.h"
+
+namespace engram {
+namespace {
+
+using IngestRecallTest = IngestCoreTest;
+
+TEST_F(IngestRecallTest, ResultsAreForwardedBatchByBatch) {
+  TestClient& client = Greeted();
+  h().shard().hits = {{"first-batch", 2}, {"second", 1}, {"", 0}};
+  client.Send(RecallBytes(42, F32Recall(kVector), true));
+  const auto results = client.Await(kWireResult);
+  ASSERT_EQ(results.size(), 3u);
+  const std::vector<std::string> bodies{"first-batch", "second", ""};
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_EQ(results[i].sequence, 42u);
+    EXPECT_EQ(results[i].flags, i < 2 ? 1u : 0u);
+    EXPECT_EQ(results[i].session, client.session());
+    EXPECT_EQ(WireNumber(results[i].body, 0, 2), h().shard().hits[i].count);
+    EXPECT_EQ(WireNumber(results[i].body, 2, 1), 3u);  // the fake shard's metric
+    EXPECT_EQ(WireNumber(results[i].body, 8, 8), 0u);  // no snapshot was asked for
+    EXPECT_EQ(WireText(std::span(results[i].body).subspan(16)), bodies[i]);
+  }
+  ASSERT_EQ(h().shard().recalls().size(), 1u);
+  const RecallRequest& request = h().shard().recalls()[0];
+  EXPECT_TRUE(request.with_payload);
+  EXPECT_EQ(request.k, 10u);
+  EXPECT_FALSE(request.with_vector);
+  EXPECT_EQ(request.snapshot, kNoStamp);
+  EXPECT_EQ(request.space.view(), "default");
+  EXPECT_EQ(h().counted(IngestCounter::kRecallsAnswered), 1u);
+}
+
+TEST_F(IngestRecallTest, ARefusedRecallIsAnsweredWithItsId) {
+  TestClient& client = Greeted({.dimension = 3});
+  struct Case {
+    WireRecall recall;
+    RefusalReason reason;
+  };
+  std::vector<Case> cases;
+  const std::array<float, 2> short_vector{1, 2};
+  cases.push_back({F32Recall(short_vector), RefusalReason::kWrongDimension});
+  const std::array<float, 3> nan{1, std::numeric_limits<float>::quiet_NaN(), 0};
+  cases.push_back({F32Recall(nan), RefusalReason::kNotFinite});
+  const std::array<float, 3> zero{};
+  cases.push_back({F32Recall(zero), RefusalReason::kZeroVector});
+  WireRecall no_k = F32Recall(kVector);
+  no_k.k = 0;
+  cases.push_back({no_k, RefusalReason::kBadRecall});
+  uint64_t id = 100;
+  for (const Case& c : cases) {
+    client.Forget();
+    client.Send(RecallBytes(++id, c.recall));
+    const WireNak nak = OnlyNak(client);
+    EXPECT_EQ(nak.reason, CodeOf(c.reason));
+    EXPECT_EQ(nak.refused_type, kWireRecall);
+    EXPECT_EQ(client.Of(kWireNak).at(0).sequence, id);
+    EXPECT_EQ(client.Of(kWireNak).at(0).session, client.session());
+    EXPECT_FALSE(nak.consumed);
+    EXPECT_FALSE(nak.closing);
+  }
+  // The shard's refusal likewise.
+  client.Forget();
+  h().shard().recall_refusal = RefusalReason::kUnknownSpace;
+  client.Send(RecallBytes(7, F32Recall(kVector)));
+  EXPECT_EQ(OnlyNak(client).reason, CodeOf(RefusalReason::kUnknownSpace));
+  EXPECT_EQ(client.Of(kWireNak)[0].sequence, 7u);
+}
+
+TEST_F(IngestRecallTest, TooManyRecallsPauseReading) {
+  HarnessOptions options = CalmOptions();
+  options.ingest.max_recalls = 4;
+  options.network.max_chunk_bytes = 60;  // about one recall at a time
+  Start(options);
+  TestClient& client = Greeted();
+  TestClient& other = Greeted();
+  h().shard().SetHeld(RequestKind::kRecall, true);
+  for (uint64_t id = 1; id <= 20; ++id) client.Send(RecallBytes(id, F32Recall(kVector)));
+  h().Run(200);
+  EXPECT_EQ(h().shard().taken_of(RequestKind::kRecall), 4u);
+  ExpectServes(other);
+  // Being made to wait is no idleness.
+  for (int i = 0; i < 10; ++i) {
+    h().Step(40 * kNanosPerSecond);
+    other.Send(Ping());
+  }
+  h().Run(50);
+  EXPECT_FALSE(client.closed());
+  h().shard().SetHeld(RequestKind::kRecall, false);
+  EXPECT_EQ(client.Await(kWireResult).size(), 20u);
+}
+
+// Reading pauses too late for what came in one piece. Where the stream is cut is up to the seed.
+TEST_F(IngestRecallTest, WhatComesInOnePieceIsBoundedToo) {
+  size_t refused = 0;
+  for (uint64_t seed = 1; seed <= 20; ++seed) {
+    HarnessOptions options = CalmOptions();
+    options.ingest.max_recalls = 4;
+    options.seed = seed;
+    Start(options);
+    TestClient& client = Greeted();
+    for (const RequestKind kind :
+         {RequestKind::kRecall, RequestKind::kScroll, RequestKind::kCheck}) {
+      h().shard().SetHeld(kind, true);
+    }
+    WireBytes piece;
+    const auto add = [&piece](const WireBytes& frame) {
+      piece.insert(piece.end(), frame.begin(), frame.end());
+    };
+    for (uint64_t id = 1; id <= 12; id += 3) {
+      add(RecallBytes(id, F32Recall(kVector)));
+      add(ScrollBytes(id + 1, 0, 0, 10));
+      add(CheckBytes(id + 2, 0));
+    }
+    client.Send(piece);
+    h().Settle();
+    EXPECT_EQ(h().shard().unanswered(), 4u);
+    const auto naks = client.Of(kWireNak);
+    for (size_t i = 0; i < naks.size(); ++i) {
+      const WireNak nak = ParseNak(naks[i]);
+      EXPECT_EQ(naks[i].sequence, 5 + i);
+      EXPECT_EQ(nak.reason, CodeOf(RefusalReason::kMergesFull));
+      EXPECT_GE(nak.retry_after_ms, 1u);
+      EXPECT_FALSE(nak.closing);
+    }
+    refused += naks.size();
+    for (const RequestKind kind :
+         {RequestKind::kRecall, RequestKind::kScroll, RequestKind::kCheck}) {
+      h().shard().SetHeld(kind, false);
+    }
+    // What has been answered makes room.
+    EXPECT_GE(client.Await(kWireResult).size(), 2u);
+    client.Forget();
+    client.Send(RecallBytes(20, F32Recall(kVector)));
+    EXPECT_EQ(client.Await(kWireResult).size(), 1u);
+    EXPECT_TRUE(client.Of(kWireNak).empty());
+    clients_.clear();
+  }
+  EXPECT_GT(refused, 20u) << "hardly anything came in one piece";
+}
+
+}  // namespace
+}  // namespace engram

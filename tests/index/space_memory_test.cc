@@ -1,0 +1,212 @@
+// A space and its memory: refusals where it runs out leave everything as it was, and what has ended
+// gives its place back.
+
+#include <gtest/gtest.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "src/core/hash.h"
+#include "tests/index/space_rig.h"
+
+namespace engram {
+namespace {
+
+// Memory runs out at a different place in each run: rows, nodes, lists, ids, text.
+TEST(SpaceMemoryTest, ARefusalForMemoryLeavesEverythingAsItWas) {
+  for (size_t left = 0; left < 24'000; left += left < 4'000 ? 64 : 900) {
+    SpaceRig rig(Metric::kL2, 0, size_t{2} << 20);
+    rig.memory.LeaveOnly(left);
+    SplitMix64 random(left);
+    int refused = 0;
+    for (int step = 0; step < 250; ++step) {
+      const std::string id = RandomId(&random, 60);
+      const std::vector<float> vector = QuarterVector(&random, 5);
+      if (random.Below(4) == 0) {
+        rig.Delete(id);
+        continue;
+      }
+      const RefusalReason reason =
+          rig.Upsert(id, VectorDtype::kF32, vector, RandomPayload(&random), step, 1);
+      if (reason == RefusalReason::kNone) continue;
+      ASSERT_EQ(reason, RefusalReason::kMemoryFull);
+      ++refused;
+      ASSERT_NO_FATAL_FAILURE(rig.ExpectSound()) << left << " bytes, step " << step;
+      if (rig.space->dimension() != 0) {
+        ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall(vector, 100, VectorDtype::kF32))
+            << left << " bytes, step " << step;
+      }
+    }
+    ASSERT_GT(refused, 0) << left << " bytes";
+    ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+    rig.space.reset();
+    ASSERT_EQ(rig.memory.heap.live_bytes(), 0u);
+  }
+}
+
+TEST(SpaceMemoryTest, LinkingWithoutMemoryChangesNothingAndGoesOnLater) {
+  SpaceRig rig(Metric::kL2, 4, size_t{8} << 20);
+  SplitMix64 random(3);
+  for (uint32_t i = 0; i <= Space::kGraphFrom; ++i) {
+    ASSERT_EQ(rig.Upsert(std::to_string(i), VectorDtype::kF32, QuarterVector(&random, 4)),
+              RefusalReason::kNone);
+  }
+  // Everything is taken, then a little given back at a time.
+  std::vector<std::byte*> hoard;
+  for (;;) {
+    std::byte* block = rig.memory.heap.Allocate(size_t{512} << 10);
+    if (block == nullptr) break;
+    hoard.push_back(block);
+  }
+  rig.memory.LeaveOnly(0);
+  ASSERT_FALSE(rig.Link(UINT32_MAX));
+  ASSERT_FALSE(rig.linker.active());
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall(QuarterVector(&random, 4), 10, VectorDtype::kF32));
+  for (std::byte* block : hoard) rig.memory.heap.Free(block, size_t{512} << 10);
+  // Blocks of that size alone are not what a graph's first chunks need, so it may still be short;
+  // what matters is that nothing is lost.
+  for (int i = 0; i < 100; ++i) rig.Link(UINT32_MAX);
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+  EXPECT_EQ(rig.space->live(), Space::kGraphFrom + 1);
+  rig.space.reset();
+  EXPECT_EQ(rig.memory.heap.live_bytes(), 0u);
+}
+
+// With several homes each refusal may come where the tombstone, too, wants memory.
+TEST(SpaceMemoryTest, MemoryMayRunOutWithSeveralHomes) {
+  uint64_t refused_deletes = 0;
+  for (size_t left = 0; left < 24'000; left += left < 6'000 ? 96 : 1'100) {
+    SpaceRig rig(Metric::kL2, 0, size_t{2} << 20);
+    rig.memory.LeaveOnly(left);
+    SplitMix64 random(left);
+    for (int step = 0; step < 300; ++step) {
+      const std::string id = "id" + std::to_string(random.Below(40));
+      // Some come late.
+      const CommitStamp stamp = random.Below(4) == 0 ? rig.stamp - random.Below(50) : ++rig.stamp;
+      StoreOutcome outcome;
+      if (random.Below(2) == 0) {
+        outcome = rig.space->Delete(id, stamp, true);
+        refused_deletes += static_cast<uint64_t>(outcome.reason == RefusalReason::kMemoryFull);
+      } else {
+        outcome = UpsertNumber(rig.space.get(), id, static_cast<float>(step), stamp, true);
+      }
+      const Result<void> sound = rig.space->CheckInvariants();
+      ASSERT_TRUE(sound.has_value()) << sound.error().message << ", " << left << " bytes";
+      if (step % 60 == 59) {
+        rig.space->SetHorizon(rig.stamp - 60);
+        rig.space->ForgetTombstones(rig.stamp - 60);
+        rig.space->NextToLink();
+        rig.space->Reclaim(100);
+      }
+    }
+    rig.space.reset();
+    ASSERT_EQ(rig.memory.heap.live_bytes(), 0u);
+  }
+  EXPECT_GT(refused_deletes, 0u);
+}
+
+// While nothing but ended nodes waits for the horizon the list is not turned over and over.
+TEST(SpaceMemoryTest, NothingIsDoneWhileEndedNodesWaitForTheHorizon) {
+  SpaceOptions options = TestSpaceOptions(Metric::kL2, 1, kLightBuild);
+  options.graph_from = 0;
+  SpaceRig rig(options, size_t{8} << 20);
+  rig.keep = 1'000;
+  ASSERT_NO_FATAL_FAILURE(rig.StoreNumbers("id", 10));
+  for (int i = 0; i < 10; ++i) ASSERT_TRUE(rig.Delete("id" + std::to_string(i)));
+  const size_t before = rig.memory.heap.live_bytes();
+  const std::byte* const unused = rig.memory.arena.Allocate(kCacheLineBytes, kCacheLineBytes);
+  for (int i = 0; i < 1'000; ++i) ASSERT_EQ(rig.space->NextToLink(), kNoNode);
+  EXPECT_EQ(rig.memory.heap.live_bytes(), before);
+  EXPECT_EQ(rig.memory.arena.Allocate(kCacheLineBytes, kCacheLineBytes), unused + kCacheLineBytes)
+      << "no run of the list was made";
+  rig.space->SetHorizon(rig.stamp);
+  EXPECT_EQ(rig.space->NextToLink(), kNoNode);
+  rig.space->Reclaim(100);
+  EXPECT_EQ(rig.space->retired(), 0u);
+}
+
+// Ended nodes between live ones give their places back also where nothing new is stored.
+TEST(SpaceMemoryTest, ScatteredDeletesOfASmallSpaceGiveTheirMemoryBack) {
+  SpaceRig rig(Metric::kL2, 1, size_t{8} << 20);
+  ASSERT_NO_FATAL_FAILURE(rig.StoreNumbers("", 1'000));
+  rig.keep = 150;
+  for (int i = 5; i < 1'000; i += 5) ASSERT_TRUE(rig.Delete(std::to_string(i)));
+  EXPECT_EQ(rig.space->NextToLink(), kNoNode);
+  rig.space->Reclaim(1'000);
+  EXPECT_EQ(rig.space->retired(), 199u) << "some of them may still be asked for";
+  rig.space->SetHorizon(rig.stamp);
+  EXPECT_EQ(rig.space->NextToLink(), kNoNode);
+  rig.space->Reclaim(1'000);
+  EXPECT_EQ(rig.space->retired(), 0u);
+  // A few are not worth it.
+  for (int i = 1; i < 50; i += 5) ASSERT_TRUE(rig.Delete(std::to_string(i)));
+  EXPECT_EQ(rig.space->NextToLink(), kNoNode);
+  rig.space->Reclaim(1'000);
+  EXPECT_EQ(rig.space->retired(), 10u);
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall({77}, 30, VectorDtype::kF32));
+}
+
+TEST(SpaceMemoryTest, AFullMemoryTakesAsManyAsAreDeletedWhereverTheyLie) {
+  for (const int every : {1, 7, 100}) {
+    SpaceRig rig(Metric::kL2, 1, size_t{2} << 20);
+    int stored = 0;
+    while (rig.Upsert(std::to_string(stored), VectorDtype::kF32, {static_cast<float>(stored)},
+                      std::string(300, 'p')) == RefusalReason::kNone) {
+      ++stored;
+    }
+    ASSERT_FALSE(rig.space->has_graph());
+    int deleted = 0;
+    for (int i = stored - 1; i > 100 && deleted < 30; i -= every) {
+      ASSERT_TRUE(rig.Delete(std::to_string(i)));
+      ++deleted;
+    }
+    EXPECT_EQ(rig.space->NextToLink(), kNoNode);
+    rig.space->Reclaim(1'000);
+    EXPECT_EQ(rig.space->retired(), 0u);
+    for (int i = 0; i < deleted; ++i) {
+      ASSERT_EQ(rig.Upsert("new" + std::to_string(i), VectorDtype::kF32, {-1.0F - i},
+                           std::string(300, 'p')),
+                RefusalReason::kNone)
+          << i << " of " << deleted;
+    }
+    ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
+    ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall({0}, 60, VectorDtype::kF32));
+  }
+}
+
+// A hundred tombstones and a hundred ended nodes in front of a live one: taken in several calls.
+TEST(SpaceMemoryTest, UpkeepIsBoundedAndGoesOn) {
+  SpaceOptions options = TestSpaceOptions(Metric::kL2, 1, kLightBuild);
+  options.graph_from = 50;
+  SpaceRig rig(options, size_t{8} << 20);
+  rig.keep = 1'000;
+  ASSERT_NO_FATAL_FAILURE(rig.StoreNumbers("gone", 100));
+  for (int i = 0; i < 100; ++i) {
+    EXPECT_TRUE(rig.space->Delete("gone" + std::to_string(i), ++rig.stamp, true).existed);
+  }
+  rig.model.entries().clear();
+  rig.Upsert("stays", VectorDtype::kF32, {1});
+  EXPECT_EQ(rig.space->NextToLink(), kNoNode) << "64 were passed over";
+  EXPECT_EQ(rig.space->NextToLink(), rig.space->FindLive("stays"))
+      << "which the others wait behind";
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall({0}, 5, VectorDtype::kF32));
+  rig.space->ForgetTombstones(rig.stamp);
+  EXPECT_TRUE(rig.space->has_tombstones());
+  rig.space->ForgetTombstones(rig.stamp);
+  EXPECT_FALSE(rig.space->has_tombstones());
+  rig.LinkAll();
+  EXPECT_EQ(rig.space->retired(), 100u);
+  rig.space->SetHorizon(rig.stamp);
+  rig.space->NextToLink();
+  rig.space->NextToLink();
+  rig.space->Reclaim(1'000);
+  EXPECT_EQ(rig.space->retired(), 0u);
+  ASSERT_TRUE(rig.space->CheckInvariants().has_value());
+}
+
+}  // namespace
+}  // namespace engram
