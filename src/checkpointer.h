@@ -2,8 +2,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <functional>
-#include <string>
 #include <vector>
 
 #include "src/checkpoint_manifest.h"
@@ -11,6 +9,7 @@
 #include "src/core/counters.h"
 #include "src/core/disk.h"
 #include "src/core/file_lease.h"
+#include "src/core/note.h"
 #include "src/core/read_pins.h"
 #include "src/log_store.h"
 #include "src/retention.h"
@@ -22,6 +21,10 @@ struct CheckpointerOptions {
   uint64_t every_bytes = 0;
   // Between a round that failed and the next one.
   int64_t retry_ns = 10 * kNanosPerSecond;
+  // While the disk has no room for the log, from one round to the next: what has been dropped,
+  // deleted or has expired since may have left segments in which nothing lives. Not with
+  // every_bytes 0.
+  int64_t full_retry_ns = 30 * kNanosPerSecond;
   RetentionOptions retention;
 };
 
@@ -43,8 +46,6 @@ enum class CheckpointCounter : uint8_t {
 // Thread safety: the control plane's alone, but for requests and counters.
 class Checkpointer {
  public:
-  using NoteFn = std::function<void(const std::string&)>;
-
   // `root` is over the data directory and has nothing else under way when this polls. `latest` as
   // it was read at the start, 0 rounds where there was none. `pins` of those who read from the
   // logs; nullptr: nobody does. All outlive it.

@@ -241,6 +241,16 @@ int LogStore::Poll() {
   return work;
 }
 
+bool LogStore::is_full() const {
+  return std::ranges::any_of(logs_, [](const auto& log) {
+    return log->handoff.trouble.load() == SegmentTrouble::kDiskFull;
+  });
+}
+
+void LogStore::KeepFree(uint64_t bytes) {
+  for (const auto& log : logs_) log->keeper->KeepFree(bytes);
+}
+
 uint64_t LogStore::bytes_written() const {
   uint64_t bytes = 0;
   for (const auto& log : logs_) bytes += log->handoff.bytes_taken.load(std::memory_order_relaxed);

@@ -62,6 +62,10 @@ class LogStore {
   int Poll();
   // Why a shard's log has no further segment.
   SegmentTrouble trouble(uint16_t shard) const { return logs_[shard]->handoff.trouble.load(); }
+  // The disk has no room for some log's next segment.
+  bool is_full() const;
+  // New segments leave so much of the disk free: what the next checkpoint takes.
+  void KeepFree(uint64_t bytes);
 
   // For others who read the logs.
   const DiskFactory& disks() const { return make_disk_; }

@@ -116,7 +116,7 @@ Result<QuarantinedRecord> ParseQuarantined(std::span<const std::byte> bytes) {
 }
 
 Result<std::map<LogAddress, CommitStamp>> ReadQuarantine(
-    Disk& folder, const std::function<void(const std::string&)>& note) {
+    Disk& folder, const NoteFn& note) {
   std::map<LogAddress, CommitStamp> quarantined;
   const auto entries = folder.List();
   if (!entries) return std::unexpected(entries.error());
@@ -129,21 +129,21 @@ Result<std::map<LogAddress, CommitStamp>> ReadQuarantine(
       record = Fail(ErrorCode::kCorrupt, "it is the file of another record");
     }
     if (!record) {
-      note("quarantine: " + folder.directory() + "/" + entry.name + " is damaged: " +
-           record.error().message + "; the record that it is named after is left out all the same");
+      note({Severity::kError, "quarantine: " + folder.directory() + "/" + entry.name + " is damaged: " +
+           record.error().message + "; the record that it is named after is left out all the same"});
     }
     quarantined[*address] = record ? record->stamp : kOpenStamp;
   }
   if (!quarantined.empty()) {
-    note("quarantine: " + std::to_string(quarantined.size()) + " records are kept out, in " +
-         folder.directory() + " (engramctl quarantine list)");
+    note({Severity::kWarning, "quarantine: " + std::to_string(quarantined.size()) + " records are kept out, in " +
+         folder.directory() + " (engramctl quarantine list)"});
   }
   return quarantined;
 }
 
 Result<bool> ReplayGuard::LeavesOut(const LogEntry& entry, int64_t unix_ns,
                                     const std::function<std::string()>& place,
-                                    std::vector<std::string>* notes) {
+                                    std::vector<Note>* notes) {
   if (const auto at = options_.quarantined.find(entry.address);
       at != options_.quarantined.end() &&
       (at->second == entry.record.stamp || at->second == kOpenStamp)) {
@@ -157,16 +157,16 @@ Result<bool> ReplayGuard::LeavesOut(const LogEntry& entry, int64_t unix_ns,
     if (crashes >= kCrashesUntilQuarantine) {
       return LeaveOut(entry, crashes, unix_ns, place(), notes);
     }
-    notes->push_back("recovery: the record in " + place() +
+    notes->push_back({Severity::kWarning, "recovery: the record in " + place() +
                      " crashed an earlier start; it is replayed once more, and left out if it does "
-                     "so again");
+                     "so again"});
   }
   if (options_.before_replay) options_.before_replay(entry.record);
   return false;
 }
 
 Result<bool> ReplayGuard::LeaveOut(const LogEntry& entry, uint32_t crashes, int64_t unix_ns,
-                                   const std::string& place, std::vector<std::string>* notes) {
+                                   const std::string& place, std::vector<Note>* notes) {
   const LogRecord& record = entry.record;
   const std::string times = std::to_string(crashes) + " starts";
   if (!IsObservation(record.kind)) {
@@ -190,11 +190,11 @@ Result<bool> ReplayGuard::LeaveOut(const LogEntry& entry, uint32_t crashes, int6
   }
   options_.quarantined[entry.address] = record.stamp;
   left_out_.Add(1);
-  notes->push_back("QUARANTINE: the record in " + place + " (space " + std::string(record.space) +
+  notes->push_back({Severity::kError, "QUARANTINE: the record in " + place + " (space " + std::string(record.space) +
                    ") has crashed " + times + " and is left out; it is kept whole in " +
                    (*folder)->directory() + "/" + name +
                    ". Its sequence number counts as taken. To have it replayed again, by another "
-                   "version of this program, move that file away before the next checkpoint");
+                   "version of this program, move that file away before the next checkpoint"});
   return true;
 }
 

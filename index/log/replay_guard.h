@@ -17,6 +17,7 @@
 #include "src/core/disk.h"
 #include "src/core/log_address.h"
 #include "src/core/log_record.h"
+#include "src/core/note.h"
 #include "src/core/result.h"
 
 namespace engram {
@@ -52,7 +53,7 @@ inline constexpr size_t kMaxQuarantineFileBytes = kQuarantineHeaderBytes + kMaxL
 // By file of the folder: the record's address, and its stamp, kOpenStamp where the file is damaged,
 // of which `note` gets a line. The files stay as they are. Errors: those of the disk.
 Result<std::map<LogAddress, CommitStamp>> ReadQuarantine(
-    Disk& folder, const std::function<void(const std::string&)>& note);
+    Disk& folder, const NoteFn& note);
 
 // A record is replayed until it has crashed so many starts.
 inline constexpr uint32_t kCrashesUntilQuarantine = 2;
@@ -95,13 +96,13 @@ class ReplayGuard {
   // definition.
   Result<bool> LeavesOut(const LogEntry& entry, int64_t unix_ns,
                          const std::function<std::string()>& place,
-                         std::vector<std::string>* notes);
+                         std::vector<Note>* notes);
   // Records that this start has left out.
   const Counter& left_out() const { return left_out_; }
 
  private:
   Result<bool> LeaveOut(const LogEntry& entry, uint32_t crashes, int64_t unix_ns,
-                        const std::string& place, std::vector<std::string>* notes);
+                        const std::string& place, std::vector<Note>* notes);
 
   ReplayGuardOptions options_;
   Counter left_out_;

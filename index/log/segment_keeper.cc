@@ -146,6 +146,10 @@ bool SegmentKeeper::Begin() {
   error_ = 0;
   filled_ = 0;
   if (!spare_.empty()) return BeginRecycled();
+  if (keep_free_ > 0 && disk_->FreeBytes() < keep_free_ + options_.segment_bytes) {
+    Fail(ENOSPC);
+    return true;
+  }
   auto file = disk_->Open(FillingName(), OpenMode::kCreate, Caching::kDirect);
   if (!file) {
     Fail(ErrnoOf(file.error()));

@@ -35,7 +35,8 @@ struct SegmentKeeperOptions {
 // 2. Where there is none a new file is written with zeros, its header last, flushed, renamed and
 //    synced. Its name ends in ".new" until then, so that a crash leaves nothing that looks ready.
 // 3. Only then its number is published.
-// Where the disk is full or fails it says so, and tries again after a while.
+// Where the disk is full, but for what is kept free, or fails, it says so, and tries again after a
+// while.
 //
 // Thread safety: one core's alone, together with its Disk; the handoff is shared with the writer.
 class SegmentKeeper {
@@ -59,6 +60,9 @@ class SegmentKeeper {
   // Nothing needs this segment any more, which lies before the one that is written: it is used
   // again or removed. Does nothing where it is not there.
   void Free(uint32_t number);
+  // From now on no new file is made that would leave less than this on the disk: a checkpoint has
+  // to fit, as only after one segments can be freed. Freed ones are used again all the same.
+  void KeepFree(uint64_t bytes) { keep_free_ = bytes; }
   // Those that are there and were not freed, prepared ones included, with their bytes.
   const std::map<uint32_t, uint64_t>& segments() const { return segments_; }
 
@@ -98,6 +102,7 @@ class SegmentKeeper {
   uint32_t in_flight_ = 0;
   int error_ = 0;  // of what is under way
   int64_t retry_ns_ = 0;
+  uint64_t keep_free_ = 0;
 };
 
 }  // namespace engram

@@ -14,6 +14,7 @@
 #include "src/core/clock.h"
 #include "src/core/disk.h"
 #include "src/core/log_address.h"
+#include "src/core/note.h"
 #include "src/core/result.h"
 
 namespace engram {
@@ -48,7 +49,6 @@ struct VaultMove {
 class VaultWriter {
  public:
   using OpenLogFn = std::function<Result<std::unique_ptr<Disk>>(uint16_t log)>;
-  using NoteFn = std::function<void(const std::string&)>;
 
   // `vault` is over the vault's folder, for this alone. `open_log` makes a Disk over a log's
   // folder. All outlive it.

@@ -94,6 +94,8 @@ class Disk {
   virtual Result<void> Rename(const std::string& from, const std::string& to) = 0;
   virtual Result<void> Remove(const std::string& name) = 0;
   virtual Result<void> SyncDirectory() = 0;
+  // Bytes that new files may take on this file system; UINT64_MAX: it does not say.
+  virtual uint64_t FreeBytes() const { return UINT64_MAX; }
 
   // False when max_in_flight are under way; nothing happens then. The memory stays the disk's until
   // the completion is fetched. Operations under way are in no order, also on the same bytes.

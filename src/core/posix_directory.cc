@@ -3,8 +3,10 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <linux/stat.h>
+#include <pwd.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -38,14 +40,43 @@ UniqueFd OpenDirectoryFd(const std::string& path) {
   return UniqueFd(open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
 }
 
+// "daemon", or the number where it has no name.
+std::string UserName(uid_t user) {
+  std::array<char, 4096> memory;
+  passwd entry{};
+  passwd* found = nullptr;
+  (void)getpwuid_r(user, &entry, memory.data(), memory.size(), &found);
+  return found != nullptr ? found->pw_name : std::to_string(user);
+}
+
+// `directory_fd`: of `directory`, or -1. Whose it is explains a want of permission.
+std::unexpected<Error> FailAccess(const std::string& what, int error, const std::string& directory,
+                                  int directory_fd) {
+  if (error != EACCES && error != EPERM) {
+    return FailErrno(what + ": mend this, or choose another one", error);
+  }
+  const std::string user = UserName(geteuid());
+  struct stat status{};
+  std::string owner;
+  if (directory_fd >= 0 && fstat(directory_fd, &status) == 0 && status.st_uid != geteuid()) {
+    owner = ", and the directory is user " + UserName(status.st_uid) + "'s";
+  }
+  return FailErrno(what + ": this process runs as user " + user + owner +
+                       "; start it as the directory's owner, let this user read and write " +
+                       directory + " (chown -R " + user + "), or choose another one",
+                   error);
+}
+
+// 0, or why not.
+int TryLock(int fd) { return flock(fd, LOCK_EX | LOCK_NB) == 0 ? 0 : errno; }
+
 // The directory's own name must survive a crash like what will be written into it.
 Result<void> MakeDirectory(const std::string& path) {
   if (mkdir(path.c_str(), 0700) != 0) {
     const int error = errno;
     if (error == EEXIST) return {};
-    return FailErrno("make directory " + path +
-                         ": make the directory above it and let this user write there, or choose "
-                         "another one",
+    return FailErrno("make directory " + path + ": make the directory above it and let user " +
+                         UserName(geteuid()) + " write there, or choose another one",
                      error);
   }
   const std::string parent = ParentOf(path);
@@ -106,23 +137,24 @@ Result<PosixDirectory> PosixDirectory::Open(const std::string& path) {
   if (const auto made = MakeDirectory(path); !made) return std::unexpected(made.error());
   UniqueFd fd = OpenDirectoryFd(path);
   if (!fd) {
-    return FailErrno("open directory " + path + ": let this user read it, or choose another one",
-                     errno);
+    const int error = errno;
+    const UniqueFd seen(open(path.c_str(), O_PATH | O_CLOEXEC));
+    return FailAccess("open directory " + path, error, path, seen.get());
   }
   return PosixDirectory(path, std::move(fd));
 }
 
-// The lock is the kernel's (flock), so it ends with its holder however that ends. The pid in the
-// file is for the message only; the file itself stays.
+// The locks are the kernel's (flock), so they end with their holder however that ends. The one on
+// the directory itself holds even where the file has been removed; the one on the file also where a
+// directory cannot be locked. The pid in the file is for the message only; the file itself stays.
 Result<void> PosixDirectory::Lock() {
   if (lock_) return {};
   UniqueFd fd(openat(fd_.get(), kLockName, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
-  if (!fd) {
-    return FailErrno("open " + PathOf(kLockName) + ": let this user write into the directory",
-                     errno);
-  }
-  if (flock(fd.get(), LOCK_EX | LOCK_NB) != 0) {
-    const int error = errno;
+  if (!fd) return FailAccess("open " + PathOf(kLockName), errno, path_, fd_.get());
+  int error = TryLock(fd_.get());
+  // NFS has no exclusive lock on what cannot be opened for writing.
+  if (error == 0 || error == EBADF) error = TryLock(fd.get());
+  if (error != 0) {
     if (error != EWOULDBLOCK) return FailErrno("lock " + PathOf(kLockName), error);
     const std::optional<int64_t> pid = ReadPid(fd.get());
     return Fail(ErrorCode::kAlreadyExists,
@@ -215,6 +247,12 @@ Result<void> PosixDirectory::Remove(const std::string& name) const {
 Result<void> PosixDirectory::Sync() const {
   if (fsync(fd_.get()) != 0) return FailErrno("flush directory " + path_, errno);
   return {};
+}
+
+uint64_t PosixDirectory::FreeBytes() const {
+  struct statvfs status;
+  if (fstatvfs(fd_.get(), &status) != 0) return UINT64_MAX;
+  return uint64_t{status.f_bavail} * status.f_frsize;
 }
 
 }  // namespace engram

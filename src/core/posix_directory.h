@@ -36,6 +36,7 @@ class PosixDirectory {
   Result<void> Rename(const std::string& from, const std::string& to) const;
   Result<void> Remove(const std::string& name) const;
   Result<void> Sync() const;
+  uint64_t FreeBytes() const;
   const std::string& path() const { return path_; }
 
  private:

@@ -48,6 +48,7 @@ class PosixDisk final : public Disk {
   }
   Result<void> Remove(const std::string& name) override { return directory_.Remove(name); }
   Result<void> SyncDirectory() override { return directory_.Sync(); }
+  uint64_t FreeBytes() const override { return directory_.FreeBytes(); }
 
   bool Read(FileId file, uint64_t offset, std::span<std::byte> to, uint64_t tag) override {
     return Enqueue({Kind::kRead, file, offset, to.data(), to.size(), tag});

@@ -40,6 +40,10 @@ class SimulatedDiskHandle final : public Disk {
   Result<void> Rename(const std::string& from, const std::string& to) override;
   Result<void> Remove(const std::string& name) override;
   Result<void> SyncDirectory() override;
+  uint64_t FreeBytes() const override {
+    const uint64_t used = medium_->used_bytes();
+    return medium_->faults_.capacity_bytes - std::min(used, medium_->faults_.capacity_bytes);
+  }
 
   bool Read(FileId file, uint64_t offset, std::span<std::byte> to, uint64_t tag) override {
     return Begin({.kind = Kind::kRead, .file = file, .offset = offset, .tag = tag, .to = to});

@@ -178,6 +178,7 @@ class RigDisk final : public Disk {
     if (directory() == all_->fails_to_sync) return FailErrno("sync " + directory(), EIO);
     return disk_->SyncDirectory();
   }
+  uint64_t FreeBytes() const override { return disk_->FreeBytes(); }
   bool Read(FileId file, uint64_t offset, std::span<std::byte> to, uint64_t tag) override {
     all_->CountDown();
     if (IsGone()) return EndWithError(tag);

@@ -242,6 +242,40 @@ TEST_F(SegmentRetentionTest, AFullDiskLeavesNothingOfTheVault) {
   EXPECT_EQ(PayloadOf("a"), "payload of a");
 }
 
+// What the log leaves free of the disk is enough for the checkpoint that frees what was dropped.
+TEST_F(SegmentRetentionTest, ADiskThatTheLogHasFilledRecoversByItselfAfterADrop) {
+  constexpr uint64_t kCheckpointBytes = 64 << 10;
+  setup_.checkpointer.every_bytes = uint64_t{1} << 40;
+  setup_.checkpointer.full_retry_ns = kNanosPerMilli;
+  setup_.spaces.emplace_back("bulk", setup_.spaces[0].second);
+  ASSERT_EQ(Start(), "");
+  Store("kept", "payload");
+  rig_.store->KeepFree(kCheckpointBytes);
+  SimulatedDiskFaults small;
+  small.capacity_bytes = rig_.medium.used_bytes() + 4 * setup_.keeper.segment_bytes;
+  rig_.medium.SetFaults(small);
+  RigSession bulk = Alone(0);
+  bulk.space = "bulk";
+  int stored = 0;
+  for (RefusalReason reason = RefusalReason::kNone; reason != RefusalReason::kDiskFull;) {
+    const Observation next = Upsert(std::to_string(stored), std::string(30'000, 'x'));
+    reason = rig_.shards->ObserveAlone(bulk, next).first.reason;
+    stored += reason == RefusalReason::kNone ? 1 : 0;
+    Poll();
+    PollCheckpointer();
+  }
+  ASSERT_GT(stored, 10);
+  EXPECT_GE(small.capacity_bytes - rig_.medium.used_bytes(), kCheckpointBytes);
+  rig_.shards->Command(SpaceCommand::kDrop, "bulk");
+  Settle();
+  EXPECT_GT(rig_.checkpointer->completed(), 0u) << "without being asked";
+  for (int i = 0; i < stored; ++i) {
+    Store("again" + std::to_string(i % 3), std::string(20'000, 'y'));
+    PollCheckpointer();
+  }
+  EXPECT_EQ(PayloadOf("kept"), "payload");
+}
+
 // At each operation of the disks the power fails, from the round that lists to the one that frees.
 TEST_F(SegmentRetentionTest, APowerCutAnywhereOfATakeoverLosesNothing) {
   uint64_t cuts = 0;

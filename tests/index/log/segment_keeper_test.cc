@@ -174,6 +174,25 @@ TEST_F(SegmentKeeperTest, AFullDiskIsSaidAndTriedAgain) {
   EXPECT_EQ(handoff_->trouble.load(), SegmentTrouble::kNone);
 }
 
+TEST_F(SegmentKeeperTest, WhatIsKeptFreeIsLeftButFreedOnesAreUsedAgain) {
+  SimulatedDiskFaults small;
+  small.capacity_bytes = 3 * kSegmentBytes;
+  medium_.SetFaults(small);
+  Start(0);
+  keeper_->KeepFree(kSegmentBytes + 1);
+  ASSERT_TRUE(StepUntilPrepared(1));
+  for (int i = 0; i < 200; ++i) Step();
+  EXPECT_EQ(handoff_->prepared.load(), 1u);
+  EXPECT_EQ(handoff_->trouble.load(), SegmentTrouble::kDiskFull);
+  keeper_->KeepFree(kSegmentBytes);
+  ASSERT_TRUE(StepUntilPrepared(2));
+  handoff_->current.store(2);
+  for (int i = 0; i < 200; ++i) Step();
+  EXPECT_EQ(handoff_->prepared.load(), 2u);
+  keeper_->Free(1);
+  ASSERT_TRUE(StepUntilPrepared(3));
+}
+
 TEST_F(SegmentKeeperTest, ADiskThatFailsIsSaidAndTriedAgain) {
   Start(0);
   medium_.SetFaults({.write_error_probability = 1});
