@@ -44,6 +44,19 @@ int MoveOrigins(std::span<const std::unique_ptr<Space>> spaces, CheckpointHandof
   return 1;
 }
 
+// Of all files, those that are loaded and the one that is being read.
+void TellProgress(std::span<const CheckpointSource> files, const CheckpointLoading& loading,
+                  RecoveryProgress* progress) {
+  uint64_t read = loading.reader ? loading.reader->offset() : 0;
+  uint64_t bytes = 0;
+  for (size_t i = 0; i < files.size(); ++i) {
+    if (i < loading.next) read += files[i].bytes;
+    bytes += files[i].bytes;
+  }
+  progress->checkpoint_bytes_read.store(read, std::memory_order_relaxed);
+  progress->checkpoint_bytes.store(bytes, std::memory_order_relaxed);
+}
+
 }  // namespace
 
 // No recall is under way, so a save may begin.
@@ -144,21 +157,19 @@ Result<int> Shard::LoadCheckpoint() {
     if (!step) return std::unexpected(step.error());
     if (*step == CheckpointReader::Step::kPending) return n;
     if (*step == CheckpointReader::Step::kEnd) {
-      return Fail(ErrorCode::kCorrupt,
-                  loading.reader->Place() + ": the file has no end: restore a backup");
+      return Fail(ErrorCode::kCorrupt, loading.reader->Place() + ": the file has no end");
     }
     if (auto loaded = LoadExtent(extent); !loaded) {
       return Fail(loaded.error().code, loading.reader->Place() + ": " + loaded.error().message);
     }
     if (!loading.reader) return n + 1;  // That was all of the file.
   }
-  recovery_progress_.bytes_read.store(loading.reader->offset(), std::memory_order_relaxed);
-  recovery_progress_.total_bytes.store(loading.reader->bytes(), std::memory_order_relaxed);
+  TellProgress(storage_.checkpoints, loading, &recovery_progress_);
   return kExtentsPerPoll;
 }
 
 Result<void> Shard::LoadExtent(std::span<const std::byte> extent) {
-  const auto damaged = [] { return Fail(ErrorCode::kCorrupt, "is damaged: restore a backup"); };
+  const auto damaged = [] { return Fail(ErrorCode::kCorrupt, "is damaged"); };
   CheckpointLoading& loading = recovery_->loading;
   ExtentHeader header;
   std::memcpy(&header, extent.data(), sizeof(header));
@@ -176,7 +187,7 @@ Result<void> Shard::LoadExtent(std::span<const std::byte> extent) {
     return loading.loader->is_complete() ? FinishLoadingSpace() : Result<void>();
   }
   const auto body = OpenShardExtent(extent, &header);
-  if (!body || loading.loader != nullptr) return damaged();
+  if (!body || loading.loader != nullptr || loading.passes_over) return damaged();
   if (header.kind == kShardExtent) {
     ShardExtent shard;
     if (body->size() < sizeof(shard)) return damaged();
@@ -185,7 +196,7 @@ Result<void> Shard::LoadExtent(std::span<const std::byte> extent) {
     if (shard.round != source.round || shard.shard != source.shard) {
       return Fail(ErrorCode::kCorrupt, "is the checkpoint of round " + std::to_string(shard.round) +
                                            " of shard " + std::to_string(shard.shard) +
-                                           ", not what the manifest says: restore a backup");
+                                           ", not what the manifest says");
     }
     recovery_->NoteLoaded(shard.latest_stamp);
     return {};
@@ -202,6 +213,7 @@ Result<void> Shard::LoadExtent(std::span<const std::byte> extent) {
   const size_t next = loading.next + 1;
   loading = CheckpointLoading();
   loading.next = next;
+  TellProgress(storage_.checkpoints, loading, &recovery_progress_);
   return {};
 }
 
@@ -278,6 +290,9 @@ Result<void> Shard::BeginLoadingSpace(std::span<const std::byte> extent) {
   const auto birth = loading.births.find(saved->name);
   if (entry == nullptr || birth == loading.births.end()) {
     return Fail(ErrorCode::kCorrupt, "space " + saved->name + " is not listed");
+  }
+  if (!loading.begun.insert(saved->name).second) {
+    return Fail(ErrorCode::kCorrupt, "space " + saved->name + " is saved twice");
   }
   loading.space = FindOrMakeSpace(entry);
   if (birth->second < birth_of_[loading.space]) {

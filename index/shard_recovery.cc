@@ -23,6 +23,17 @@ constexpr CommitStamp kFirstReplayed = 2;
 // Without memory for what the log holds for so long, though upkeep went on.
 constexpr int64_t kLongestShortageNs = 10 * kNanosPerSecond;
 
+// Of a checkpoint file that cannot be loaded. Settings that are wrong name their own.
+Error WithRemedy(Error error) {
+  if (error.code == ErrorCode::kInvalidArgument || error.code == ErrorCode::kResourceExhausted) {
+    return error;
+  }
+  error.message +=
+      "; restore a backup of the data directory. Where no segment was ever freed, moving the file "
+      "CHECKPOINT out of it has the whole log replayed instead";
+  return error;
+}
+
 }  // namespace
 
 ShardRecovery::ShardRecovery(const ShardStorage& storage, RecoveryProgress* progress)
@@ -85,10 +96,11 @@ Result<void> ShardRecovery::EndSource(size_t index) {
   const LogSource& log = storage_.sources[index];
   for (const auto& flip : reader.mended()) {
     progress_->mended_bits.fetch_add(1, std::memory_order_relaxed);
-    progress_->notes.push_back("log: " + log.disk->directory() + "/" + flip.file + ": bit " +
-                               std::to_string(flip.bit % 8) + " of byte " +
-                               std::to_string(flip.bit / 8) +
-                               " was flipped and is mended in memory; check this disk");
+    progress_->notes.push_back(
+        {Severity::kWarning, "log: " + log.disk->directory() + "/" + flip.file + ": bit " +
+                                 std::to_string(flip.bit % 8) + " of byte " +
+                                 std::to_string(flip.bit / 8) +
+                                 " was flipped and is mended in memory; check this disk"});
   }
   // The shard's own log comes last.
   if (index + 1 == sources_.size()) end_ = reader.end();
@@ -125,7 +137,7 @@ int Shard::Recover() {
   };
   if (recovery_->loading.next < storage_.checkpoints.size()) {
     const auto loaded = LoadCheckpoint();
-    if (!loaded) return fail(loaded.error());
+    if (!loaded) return fail(WithRemedy(loaded.error()));
     // What others ask for waits until the spaces are here; but not while others are asked, who may
     // wait for this shard.
     if (recovery_->loading.hands_on || !recovery_->loading.away.empty()) work += TakePeerRequests();
@@ -269,7 +281,8 @@ Result<bool> Shard::Replay(const LogEntry& entry) {
     auto stored = ReplayObservation(entry, space);
     if (!stored || !*stored) return stored;
     recovery_progress_.observations.fetch_add(1, std::memory_order_relaxed);
-    recovery_progress_.replayed.fetch_add(1, std::memory_order_relaxed);
+    // Release: who sees it sees it among all.
+    recovery_progress_.replayed.fetch_add(1, std::memory_order_release);
   }
   recovery_->Note(record.stamp);
   if (record.session.value() != 0) {

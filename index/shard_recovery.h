@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,7 @@
 #include "index/log/replay_guard.h"
 #include "src/core/commit_stamp.h"
 #include "src/core/disk.h"
+#include "src/core/note.h"
 #include "src/core/result.h"
 
 namespace engram {
@@ -55,6 +57,9 @@ struct ShardStorage {
 
 // How far a shard's recovery is. Written by the shard, read by anyone.
 struct RecoveryProgress {
+  // Of the checkpoint files, then of the logs.
+  std::atomic<uint64_t> checkpoint_bytes_read{0};
+  std::atomic<uint64_t> checkpoint_bytes{0};
   std::atomic<uint64_t> bytes_read{0};
   std::atomic<uint64_t> total_bytes{0};
   std::atomic<uint64_t> observations{0};
@@ -64,7 +69,7 @@ struct RecoveryProgress {
   std::atomic<bool> failed{false};
   Error error;
   // Lines for the start-up log, complete once the shard is no longer recovering.
-  std::vector<std::string> notes;
+  std::vector<Note> notes;
 };
 
 // The loading of a shard's checkpoint files.
@@ -74,6 +79,7 @@ struct CheckpointLoading {
   std::vector<uint32_t> listed;  // by place in the file's list: the space in the shard
   std::map<std::string, SpaceDefinition> definitions;  // by name
   std::map<std::string, CommitStamp> births;           // likewise
+  std::set<std::string> begun;                         // of these
   bool passes_over = false;  // the saved space that is being read: it was dropped since
   uint64_t sessions = 0;
   // Of these, those that are not with their homes yet; `space` is the shard's.

@@ -45,8 +45,8 @@ ShardOnDisk::~ShardOnDisk() {
 
 void ShardOnDisk::PollControl() {
   logs_->Poll();
-  checkpointer_->Poll([](const std::string& line) {
-    if (line.find("failed") != std::string::npos) std::fprintf(stderr, "%s\n", line.c_str());
+  checkpointer_->Poll([](const Note& note) {
+    if (note.severity == Severity::kError) std::fprintf(stderr, "%s\n", note.text.c_str());
   });
 }
 

@@ -4,9 +4,10 @@
 // exact ten of what lived, memory, disk, and what waits for the graph or to be swept out of it.
 //
 //   ttl_steady_state --data BASE.fvecs --queries QUERIES.fvecs [--seconds N] [--ttl-s N]
-//                    [--window-s N] [--rows N] [--recalls-per-s N] [--ef N] [--checkpoint-mib N]
-//                    [--dir D] [--json]
+//                    [--window-s N] [--rows N] [--rate N] [--recalls-per-s N] [--ef N]
+//                    [--checkpoint-mib N] [--dir D] [--json]
 //
+// --rate: so many observations a second, by the clock; without it as many as credit lets through.
 // All in one thread, which so is shard, client and control plane. Data lies in a folder that is
 // made in --dir (default: the current directory) and removed at the end. Rows come round again once
 // all were sent, under new ids.
@@ -54,6 +55,7 @@ struct Options {
   double window_s = 0;  // 0: a sixth of it
   uint64_t ttl_s = 0;   // 0: a quarter of it, at least 1
   uint64_t rows = 1'000'000;
+  double rate = 0;  // 0: as credit lets it
   double recalls_per_s = 10;
   uint32_t ef = 128;
   uint64_t checkpoint_mib = 256;
@@ -148,7 +150,9 @@ class SteadyState {
     BeginWindow(start_ns);
     while (true) {
       const int64_t now_ns = clock_.MonotonicNs();
-      for (int i = 0; i < kBurst && producer_.MaySend(); ++i) Send(now_ns);
+      const uint64_t due = DueBy(now_ns - start_ns);
+      for (int i = 0; i < kBurst && producer_.sent() < due && producer_.MaySend(); ++i)
+        Send(now_ns);
       if (!recalling_ && now_ns >= next_recall_ns) {
         SendRecall(now_ns);
         next_recall_ns = std::max(next_recall_ns + recall_ns, now_ns);
@@ -227,6 +231,11 @@ class SteadyState {
     asked.first = asked.end - std::min(asked.end, space().live());
     recall_ns_ += clock_.MonotonicNs() - recall_began_ns_;
     ++recalls_;
+  }
+
+  uint64_t DueBy(int64_t elapsed_ns) const {
+    if (options_.rate == 0) return UINT64_MAX;
+    return static_cast<uint64_t>(options_.rate * static_cast<double>(elapsed_ns) / kNanosPerSecond);
   }
 
   void BeginWindow(int64_t now_ns) {
@@ -380,6 +389,8 @@ int main(int argc, char** argv) {
       options.ttl_s = static_cast<uint64_t>(value);
     } else if (argument == "--rows" && value >= 1) {
       options.rows = static_cast<uint64_t>(value);
+    } else if (argument == "--rate" && value > 0) {
+      options.rate = value;
     } else if (argument == "--recalls-per-s" && value > 0) {
       options.recalls_per_s = value;
     } else if (argument == "--ef" && value >= 1) {
@@ -393,8 +404,8 @@ int main(int argc, char** argv) {
   if (!sound || options.data.empty() || options.queries.empty()) {
     std::fprintf(stderr,
                  "usage: %s --data BASE.fvecs --queries QUERIES.fvecs [--seconds N] [--ttl-s N] "
-                 "[--window-s N] [--rows N] [--recalls-per-s N] [--ef N] [--checkpoint-mib N] "
-                 "[--dir D] [--json]\n",
+                 "[--window-s N] [--rows N] [--rate N] [--recalls-per-s N] [--ef N] "
+                 "[--checkpoint-mib N] [--dir D] [--json]\n",
                  argv[0]);
     return 2;
   }

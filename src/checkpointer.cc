@@ -139,9 +139,10 @@ bool Checkpointer::HasFailed(const NoteFn& note) {
   for (uint16_t s = 0; s < logs_->shards(); ++s) {
     const CheckpointHandoff& shard = logs_->checkpoint(s);
     if (shard.failed.load(std::memory_order_acquire) != round_) continue;
-    note({Severity::kError, "checkpoint " + std::to_string(round_) + " failed: shard " + std::to_string(s) + ": " +
-         std::strerror(shard.error.load(std::memory_order_relaxed)) +
-         "; the one before stands, and the log keeps what came since"});
+    note({Severity::kError, "checkpoint " + std::to_string(round_) + " failed: shard " +
+                                std::to_string(s) + ": " +
+                                std::strerror(shard.error.load(std::memory_order_relaxed)) +
+                                "; the one before stands, and the log keeps what came since"});
     End(false);
     return true;
   }
@@ -169,19 +170,23 @@ void Checkpointer::Commit(const NoteFn& note) {
     done = WriteManifest(*root_, manifest);
   }
   if (!done) {
-    note({Severity::kError, "checkpoint " + std::to_string(round_) + " failed: " + done.error().message +
-         "; the one before stands, and the log keeps what came since"});
+    note({Severity::kError, "checkpoint " + std::to_string(round_) +
+                                " failed: " + done.error().message +
+                                "; the one before stands, and the log keeps what came since"});
     End(false);
     return;
   }
   latest_ = manifest;
   either_may_stand_ = false;
   retention_.EndRound(manifest);
-  if (auto removed = logs_->RemoveCheckpointsBut(round_); !removed) note({Severity::kWarning, removed.error().message});
-  if (auto cleaned = logs_->CleanKept(); !cleaned) note({Severity::kWarning, cleaned.error().message});
+  if (auto removed = logs_->RemoveCheckpointsBut(round_); !removed)
+    note({Severity::kWarning, removed.error().message});
+  if (auto cleaned = logs_->CleanKept(); !cleaned)
+    note({Severity::kWarning, cleaned.error().message});
   const int64_t took_ms = (clock_->MonotonicNs() - began_ns_) / kNanosPerMilli;
-  note({Severity::kInfo, "checkpoint " + std::to_string(round_) + ": " + std::to_string(bytes >> 20) + " MiB in " +
-       std::to_string(took_ms) + " ms"});
+  note({Severity::kInfo, "checkpoint " + std::to_string(round_) + ": " +
+                             std::to_string(bytes >> 20) + " MiB in " + std::to_string(took_ms) +
+                             " ms"});
   counters_[CheckpointCounter::kLastBytes].Set(bytes);
   counters_[CheckpointCounter::kLastMs].Set(static_cast<uint64_t>(took_ms));
   End(true);

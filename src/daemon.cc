@@ -10,6 +10,7 @@
 
 #include "src/core/check.h"
 #include "src/core/log_files.h"
+#include "src/missing_checkpoint.h"
 #include "src/replay_crashes.h"
 
 namespace engram {
@@ -43,17 +44,45 @@ uint64_t SecretSeed() {
   return seed;
 }
 
-void NoteFieldsNotHonoured(const Config& config, const Daemon::NoteFn& note) {
+void NoteFieldsNotHonoured(const Config& config, const NoteFn& note) {
   std::string names;
   for (const std::string& name : FieldsNotHonoured(config)) {
     names += (names.empty() ? "" : ", ") + name;
   }
   if (names.empty()) return;
-  note("configuration: set, but not honoured yet: " + names +
-       " (config/engram.toml says what happens instead)");
+  note({Severity::kWarning, "configuration: set, but not honoured yet: " + names +
+                                " (config/engram.toml says what happens instead)"});
 }
 
 uint64_t ToMib(uint64_t bytes) { return bytes >> 20; }
+
+const Counter& CounterNamed(const CounterCatalogue& counters, std::string_view core,
+                            std::string_view name) {
+  const auto is_it = [&](const CounterView& each) {
+    return each.core == core && each.name == name;
+  };
+  const auto found = std::ranges::find_if(counters, is_it);
+  CHECK(found != counters.end(), "the counter is in the catalogue");
+  return *found->counter;
+}
+
+// What came back from one kind of file, of all shards.
+struct RecoveredPart {
+  uint64_t read = 0;
+  uint64_t total = 0;
+  uint64_t observations = 0;
+
+  void Add(const std::atomic<uint64_t>& bytes_read, const std::atomic<uint64_t>& bytes,
+           uint64_t stored) {
+    read += bytes_read.load(std::memory_order_relaxed);
+    total += bytes.load(std::memory_order_relaxed);
+    observations += stored;
+  }
+  std::string Describe(const std::string& source) const {
+    return std::to_string(observations) + " from the " + source + " (" +
+           std::to_string(ToMib(read)) + " of " + std::to_string(ToMib(total)) + " MiB read)";
+  }
+};
 
 }  // namespace
 
@@ -64,7 +93,8 @@ Result<std::unique_ptr<Daemon>> Daemon::Start(const Config& config, const Topolo
   std::unique_ptr<Daemon> daemon(new Daemon(clock));
   NoteFieldsNotHonoured(config, note);
   if (config.grpc && !GrpcGateway::IsBuilt()) {
-    note("grpc: this engramd was built without it; listen.grpc is not served");
+    note(
+        {Severity::kWarning, "grpc: this engramd was built without it; listen.grpc is not served"});
   }
   if (auto made = daemon->MakeNetworks(config, note); !made) return std::unexpected(made.error());
   if (auto made = daemon->MakeLogs(config, topology, directory, note); !made) {
@@ -77,9 +107,11 @@ Result<std::unique_ptr<Daemon>> Daemon::Start(const Config& config, const Topolo
     return std::unexpected(made.error());
   }
   if (auto made = daemon->MakeCores(config); !made) return std::unexpected(made.error());
-  note(std::string("memory: observations in ") +
-       std::string(PageKindName(daemon->appliance_->shard(0).page_kind())) + " pages, slots in " +
-       std::string(PageKindName(daemon->appliance_->slot_page_kind())) + " pages");
+  note({Severity::kInfo, std::string("memory: observations in ") +
+                             std::string(PageKindName(daemon->appliance_->shard(0).page_kind())) +
+                             " pages, slots in " +
+                             std::string(PageKindName(daemon->appliance_->slot_page_kind())) +
+                             " pages"});
   if (auto recovered = daemon->Recover(config, directory, stop, note); !recovered) {
     daemon->Join();
     return std::unexpected(recovered.error());
@@ -99,18 +131,20 @@ Result<void> Daemon::Recover(const Config& config, DataDirectory* directory,
     if (auto started = StartThreads(); !started) return started;
     if (auto started = StartGrpc(config); !started) return started;
     for (const Endpoint& endpoint : endpoints_) {
-      note("recovering: " + endpoint.ToString() + " answers with how far it is");
+      note({Severity::kInfo, "recovering: " + endpoint.ToString() + " answers with how far it is"});
     }
     if (grpc_ != nullptr) {
-      note("recovering: grpc health at " + grpc_->endpoint().ToString() + " is NOT_SERVING");
+      note({Severity::kInfo,
+            "recovering: grpc health at " + grpc_->endpoint().ToString() + " is NOT_SERVING"});
     }
     if (auto recovered = AwaitRecovery(stop, note); !recovered) return recovered;
   }
   if (auto removed = RemoveReplayCrashes(directory->disk()); !removed) return removed;
+  KeepRoomForCheckpoint();
   auto prepared = logs_->PrepareFirst();
   // What is there can be recalled; what comes is refused until there is room.
   if (!prepared && HasRecovered()) {
-    note("error: " + prepared.error().message + ". Recalls are served, writes are refused");
+    note({Severity::kError, prepared.error().message + ". Recalls are served, writes are refused"});
     return {};
   }
   return prepared;
@@ -118,7 +152,9 @@ Result<void> Daemon::Recover(const Config& config, DataDirectory* directory,
 
 bool Daemon::HasRecovered() const {
   for (size_t s = 0; s < appliance_->shards(); ++s) {
-    if (appliance_->shard(s).recovery().total_bytes.load(std::memory_order_relaxed) > 0) {
+    const RecoveryProgress& progress = appliance_->shard(s).recovery();
+    if (progress.total_bytes.load(std::memory_order_relaxed) > 0 ||
+        progress.checkpoint_bytes.load(std::memory_order_relaxed) > 0) {
       return true;
     }
   }
@@ -137,7 +173,7 @@ Result<void> Daemon::MakeNetworks(const Config& config, const NoteFn& note) {
     auto network = CreateNetwork(config.network_backend, options, &how);
     if (!network) return std::unexpected(network.error());
     if (how.empty()) how = (*network)->backend();
-    if (i == 0) note("network: " + how);
+    if (i == 0) note({Severity::kInfo, "network: " + how});
     for (Endpoint& endpoint : wanted) {
       auto bound = (*network)->Listen(endpoint);
       if (!bound) return std::unexpected(bound.error());
@@ -164,17 +200,20 @@ Result<void> Daemon::MakeLogs(const Config& config, const Topology& topology,
   options.keeper.segment_bytes = config.segment_mib << 20;
   options.huge_pages = config.huge_pages;
   for (const int cpu : config.shard_cpus) options.shard_numa_node.push_back(topology.NodeOf(cpu));
-  std::string how;
-  auto logs = LogStore::Open(
-      options, clock_,
+  const LogStore::DiskFactory open_folder =
       [backend = config.disk_backend, path = directory->path()](
           const std::string& folder, const DiskOptions& disk, std::string* why) {
         return CreateDisk(backend, path + "/" + folder, disk, why);
-      },
-      &how);
+      };
+  if (!*manifest) {
+    if (auto whole = CheckLogsAreWhole(directory->disk(), open_folder); !whole) return whole;
+  }
+  std::string how;
+  auto logs = LogStore::Open(options, clock_, open_folder, &how);
   if (!logs) return std::unexpected(logs.error());
-  if (!how.empty()) note("disk: " + how);
+  if (!how.empty()) note({Severity::kInfo, "disk: " + how});
   logs_ = *std::move(logs);
+  health_ = std::make_unique<HealthWatch>(options.shards);
   pins_ = std::make_unique<ReadPins>(static_cast<uint32_t>(config.ingress_cpus.size()) + 1);
   checkpointer_ = std::make_unique<Checkpointer>(
       CheckpointerOptions{.every_bytes = uint64_t{config.checkpoint_mib} << 20, .retention = {}},
@@ -368,6 +407,7 @@ Result<void> Daemon::MakeCores(const Config& config) {
   }
   if (auto made = MakeGateway(config); !made) return made;
   checkpointer_->AddCounters(&appliance_->counters());
+  health_->AddCounters(&appliance_->counters());
   for (size_t s = 0; s < guards_.size(); ++s) {
     appliance_->counters().push_back(
         {"shard" + std::to_string(s), "records_quarantined", &guards_[s]->left_out()});
@@ -417,7 +457,7 @@ Result<void> Daemon::AwaitRecovery(const std::atomic<bool>& stop, const NoteFn& 
     for (size_t s = 0; s < appliance_->shards(); ++s) {
       const RecoveryProgress& progress = appliance_->shard(s).recovery();
       if (progress.failed.load(std::memory_order_acquire)) {
-        for (const std::string& line : progress.notes) note(line);
+        for (const Note& line : progress.notes) note(line);
         return std::unexpected(progress.error);
       }
       recovering |= appliance_->shard(s).is_recovering();
@@ -426,31 +466,33 @@ Result<void> Daemon::AwaitRecovery(const std::atomic<bool>& stop, const NoteFn& 
     if (stop.load()) return Fail(ErrorCode::kUnavailable, "stopped while recovering");
     if (clock_->MonotonicNs() >= next_note_ns) {
       next_note_ns += kNanosPerSecond;
-      note("recovery: " + DescribeRecovery());
+      note({Severity::kInfo, "recovery: " + DescribeRecovery()});
     }
     if (!Prefault()) bell->Wait(kNanosPerMilli);
   }
-  note("recovery: " + DescribeRecovery());
+  note({Severity::kInfo, "recovery: " + DescribeRecovery()});
   for (size_t s = 0; s < appliance_->shards(); ++s) {
-    for (const std::string& line : appliance_->shard(s).recovery().notes) note(line);
+    for (const Note& line : appliance_->shard(s).recovery().notes) note(line);
   }
   return {};
 }
 
 // Any thread, once the shards are made.
 std::string Daemon::DescribeRecovery() const {
-  uint64_t read = 0;
-  uint64_t total = 0;
-  uint64_t observations = 0;
+  RecoveredPart checkpoint;
+  RecoveredPart log;
   for (size_t s = 0; s < appliance_->shards(); ++s) {
     const RecoveryProgress& progress = appliance_->shard(s).recovery();
-    read += progress.bytes_read.load(std::memory_order_relaxed);
-    total += progress.total_bytes.load(std::memory_order_relaxed);
-    observations += progress.observations.load(std::memory_order_relaxed);
+    // Before all of them, so that it is not more.
+    const uint64_t replayed = progress.replayed.load(std::memory_order_acquire);
+    checkpoint.Add(progress.checkpoint_bytes_read, progress.checkpoint_bytes,
+                   progress.observations.load(std::memory_order_relaxed) - replayed);
+    log.Add(progress.bytes_read, progress.total_bytes, replayed);
   }
-  return std::to_string(observations) + " observations stored again, " +
-         std::to_string(ToMib(read)) + " of " + std::to_string(ToMib(total)) +
-         " MiB of the log read";
+  const std::string all =
+      std::to_string(checkpoint.observations + log.observations) + " observations stored again: ";
+  if (checkpoint.total == 0) return all + log.Describe("log");
+  return all + checkpoint.Describe("checkpoint") + ", " + log.Describe("log");
 }
 
 // Once the gateway core polls: what a client asks is answered from the first call on.
@@ -502,8 +544,8 @@ void Daemon::NoteGrowth(const NoteFn& note) {
     const uint16_t before = std::max(partitions_noted_[index], space.first_partitions());
     partitions_noted_[index] = partitions;
     if (partitions > before) {
-      note("space " + std::string(space.name()) + " has grown to " + std::to_string(partitions) +
-           " partitions");
+      note({Severity::kInfo, "space " + std::string(space.name()) + " has grown to " +
+                                 std::to_string(partitions) + " partitions"});
     }
   }
 }
@@ -516,11 +558,14 @@ void Daemon::NoteUnreadable(const NoteFn& note) {
       if (unreadable_noted_.size() == kUnreadableNoted) continue;
       if (!unreadable_noted_.insert(*address).second) continue;
       const LogPosition position = PositionOf(*address);
-      note("error: " + LogFolder(LogOf(*address)) + "/" + SegmentName(SegmentOf(position)) +
-           " is damaged at offset " + std::to_string(OffsetOf(position)) +
-           ": recalls leave out the payload that lies there; check this disk");
+      note({Severity::kError,
+            LogFolder(LogOf(*address)) + "/" + SegmentName(SegmentOf(position)) +
+                " is damaged at offset " + std::to_string(OffsetOf(position)) +
+                ": recalls leave out the payload that lies there; check this disk"});
+      health_->SeeDamagedPlace();
       if (unreadable_noted_.size() == kUnreadableNoted) {
-        note("error: more damaged places are not named; engramctl log verify finds them all");
+        note({Severity::kError,
+              "more damaged places are not named; engramctl log verify finds them all"});
       }
     }
   };
@@ -537,20 +582,31 @@ void Daemon::NoteTrouble(const NoteFn& note) {
     const std::string log = LogFolder(s);
     switch (trouble) {
       case SegmentTrouble::kDiskFull:
-        note("error: " + log +
-             " has no room for its next segment: free some on this disk. Once what is prepared is "
-             "used up writes are refused with disk_full; recalls go on");
+        note({Severity::kError, log + " has no room for its next segment: free some on this disk. "
+                                      "Once what is prepared is "
+                                      "used up writes are refused with disk_full; recalls go on"});
         break;
       case SegmentTrouble::kFailing:
-        note("error: " + log +
-             " cannot prepare its next segment: check this disk. Once what is prepared is used up "
-             "writes are refused with disk_failing; recalls go on");
+        note({Severity::kError, log + " cannot prepare its next segment: check this disk. Once "
+                                      "what is prepared is used up "
+                                      "writes are refused with disk_failing; recalls go on"});
         break;
       case SegmentTrouble::kNone:
-        note(log + " has its next segment again");
+        note({Severity::kInfo, log + " has its next segment again"});
         break;
     }
   }
+}
+
+void Daemon::WatchHealth() {
+  for (uint16_t s = 0; s < logs_->shards(); ++s) {
+    const Shard& shard = appliance_->shard(s);
+    health_->SeeLog(s, logs_->trouble(s), shard.counter(ShardCounter::kLogErrors).Read(),
+                    shard.counter(ShardCounter::kLogCommits).Read());
+  }
+  health_->SeeCheckpoints(
+      checkpointer_->completed(),
+      CounterNamed(appliance_->counters(), kControlCore, "checkpoints_failed").Read());
 }
 
 bool Daemon::ServeUntil(const std::atomic<bool>& stop, const NoteFn& note) {
@@ -560,6 +616,8 @@ bool Daemon::ServeUntil(const std::atomic<bool>& stop, const NoteFn& note) {
     NoteGrowth(note);
     NoteUnreadable(note);
     NoteTrouble(note);
+    WatchHealth();
+    KeepRoomForCheckpoint();
     const int work = logs_->Poll() + checkpointer_->Poll(note);
     if (!Prefault()) bell->Wait(work > 0 ? kNanosPerMilli : kControlPeriodNs);
   }
@@ -592,6 +650,16 @@ bool Daemon::ServeUntil(const std::atomic<bool>& stop, const NoteFn& note) {
   }
   Join();
   return drained;
+}
+
+// The log must not take the room of the checkpoint after which its segments are freed. A checkpoint
+// holds what is in memory, and less.
+void Daemon::KeepRoomForCheckpoint() {
+  uint64_t bytes = 0;
+  for (size_t s = 0; s < appliance_->shards(); ++s) {
+    bytes += appliance_->shard(s).counter(ShardCounter::kMemoryUsedBytes).Read();
+  }
+  logs_->KeepFree(bytes);
 }
 
 // A restart would have much to replay.

@@ -18,10 +18,12 @@
 #include "src/core/data_directory.h"
 #include "src/core/doorbell.h"
 #include "src/core/log_address.h"
+#include "src/core/note.h"
 #include "src/core/read_pins.h"
 #include "src/core/result.h"
 #include "src/core/topology.h"
 #include "src/core_runner.h"
+#include "src/health_watch.h"
 #include "src/log_store.h"
 
 namespace engram {
@@ -32,7 +34,6 @@ namespace engram {
 // Lifecycle: Start, ServeUntil (which drains and joins), destructor.
 class Daemon {
  public:
-  using NoteFn = std::function<void(const std::string&)>;
   // For tests: called by a shard's thread before each record that it replays.
   using ReplayHook = std::function<void(const LogRecord&)>;
   // What the data directory has is in memory again, and clients are served, when this returns.
@@ -86,12 +87,14 @@ class Daemon {
   bool HasRecovered() const;
   bool LogsSettled() const;
   bool IsWorthACheckpoint() const;
+  void KeepRoomForCheckpoint();
   Result<void> StartGrpc(const Config& config);
   void RunCore(const Core& core, std::atomic<int>* started, std::atomic<bool>* failed);
   bool Prefault();
   void NoteGrowth(const NoteFn& note);
   void NoteUnreadable(const NoteFn& note);
   void NoteTrouble(const NoteFn& note);
+  void WatchHealth();
   void Join();
 
   Clock* const clock_;
@@ -101,6 +104,7 @@ class Daemon {
   std::unique_ptr<ReadPins> pins_;  // of the cores that answer
   std::unique_ptr<Checkpointer> checkpointer_;
   std::vector<std::unique_ptr<ReplayGuard>> guards_;  // by shard
+  std::unique_ptr<HealthWatch> health_;
   std::unique_ptr<Appliance> appliance_;
   std::unique_ptr<GatewayCore> gateway_;  // nullptr: nothing needs it
   CoreRunner* gateway_runner_ = nullptr;

@@ -16,6 +16,7 @@
 #include "src/control/config_loader.h"
 #include "src/core/clock.h"
 #include "src/core/data_directory.h"
+#include "src/core/note.h"
 #include "src/core/topology.h"
 #include "src/daemon.h"
 
@@ -36,6 +37,18 @@ std::string ListOf(const std::vector<int>& cpus) {
   return text;
 }
 
+spdlog::level::level_enum LevelOf(Severity severity) {
+  switch (severity) {
+    case Severity::kInfo:
+      return spdlog::level::info;
+    case Severity::kWarning:
+      return spdlog::level::warn;
+    case Severity::kError:
+      break;
+  }
+  return spdlog::level::err;
+}
+
 int Fatal(const Error& error) {
   spdlog::error("{}", error.message);
   return 1;
@@ -52,7 +65,9 @@ int Serve(Config config) {
                topology->cpus.size(), ListOf(config.ingress_cpus), ListOf(config.shard_cpus),
                ListOf(config.control_cpus));
   SystemClock clock;
-  const Daemon::NoteFn note = [](const std::string& line) { spdlog::info("{}", line); };
+  const NoteFn note = [](const Note& line) {
+    spdlog::log(LevelOf(line.severity), "{}", line.text);
+  };
   auto daemon = Daemon::Start(config, *topology, &clock, &*directory, g_stop, note);
   if (!daemon) return Fatal(daemon.error());
   if (auto pinned = PinThisThread(config.control_cpus.front()); !pinned) {

@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <charconv>
 #include <cstring>
+#include <functional>
 #include <optional>
 #include <span>
 #include <string_view>
@@ -105,22 +106,48 @@ void OnCrash(int signal, siginfo_t* info, void*) {
   raise(signal);
 }
 
+// Each with the newline that ends it; the last one may have none.
+Result<void> VisitLines(Disk& root,
+                        const std::function<void(std::string_view line, uint64_t offset)>& visit) {
+  const auto content = ReadWholeFile(root, kReplayCrashesName, kMaxFileBytes);
+  if (!content) {
+    if (content.error().code == ErrorCode::kNotFound) return {};
+    return std::unexpected(content.error());
+  }
+  std::string_view text(reinterpret_cast<const char*>(content->data()), content->size());
+  for (uint64_t offset = 0; !text.empty();) {
+    const size_t end = std::min(text.find('\n'), text.size() - 1) + 1;
+    visit(text.substr(0, end), offset);
+    text.remove_prefix(end);
+    offset += end;
+  }
+  return {};
+}
+
 }  // namespace
 
 Result<std::map<LogAddress, uint32_t>> ReadReplayCrashes(Disk& root) {
   std::map<LogAddress, uint32_t> crashes;
-  const auto content = ReadWholeFile(root, kReplayCrashesName, kMaxFileBytes);
-  if (!content) {
-    if (content.error().code == ErrorCode::kNotFound) return crashes;
-    return std::unexpected(content.error());
-  }
-  std::string_view text(reinterpret_cast<const char*>(content->data()), content->size());
-  while (!text.empty()) {
-    const size_t end = std::min(text.find('\n'), text.size() - 1) + 1;
-    if (const auto address = AddressIn(text.substr(0, end))) ++crashes[*address];
-    text.remove_prefix(end);
-  }
+  auto visited = VisitLines(root, [&](std::string_view line, uint64_t) {
+    if (const auto address = AddressIn(line)) ++crashes[*address];
+  });
+  if (!visited) return std::unexpected(visited.error());
   return crashes;
+}
+
+// The newline is the last byte of a write: what was cut off has none, and what follows it begins
+// in the middle of a line.
+Result<ReplayCrashCheck> CheckReplayCrashLines(Disk& root) {
+  ReplayCrashCheck check;
+  auto visited = VisitLines(root, [&](std::string_view line, uint64_t offset) {
+    const bool is_whole = AddressIn(line).has_value();
+    const size_t other_bytes = line.size() - (is_whole ? kLineBytes : 0);
+    if (other_bytes == 0) return;
+    const bool may_be_cut = other_bytes < kLineBytes && (is_whole || line.back() != '\n');
+    (may_be_cut ? check.cut_off : check.damaged).push_back(offset);
+  });
+  if (!visited) return std::unexpected(visited.error());
+  return check;
 }
 
 Result<void> RemoveReplayCrashes(Disk& root) {

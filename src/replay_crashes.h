@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "src/core/disk.h"
 #include "src/core/log_address.h"
@@ -24,6 +25,13 @@ inline constexpr const char* kReplayCrashesName = "REPLAY-CRASHES";
 
 // By record: how many starts have died of it. Nothing where the file is missing.
 Result<std::map<LogAddress, uint32_t>> ReadReplayCrashes(Disk& root);
+// Where in the file something is that is no whole line: `cut_off` is what the beginning of a write
+// may have left, `damaged` no write leaves. Nothing where the file is missing. Errors: as above.
+struct ReplayCrashCheck {
+  std::vector<uint64_t> damaged;
+  std::vector<uint64_t> cut_off;
+};
+Result<ReplayCrashCheck> CheckReplayCrashLines(Disk& root);
 // For good. Nothing happens where there is none.
 Result<void> RemoveReplayCrashes(Disk& root);
 

@@ -123,10 +123,34 @@ void Retention::EndRound(const CheckpointManifest& manifest) {
     batch.not_before_ns = clock_->MonotonicNs() + options_.free_after_ns;
     batches_.push_back(std::move(batch));
   }
+  CountMissing();
   BeginTakingOver();
 }
 
-int Retention::Poll(const NoteFn& note) { return FreeSome() + TakeOver(note); }
+int Retention::Poll(const NoteFn& note) {
+  SayMissing(note);
+  return FreeSome() + TakeOver(note);
+}
+
+void Retention::CountMissing() {
+  for (const auto& table : tables_) {
+    for (const LiveTable::Missing& missing : table->missing()) {
+      if (!missing_said_.contains(missing.segment)) missing_[missing.segment] += missing.records;
+    }
+  }
+}
+
+void Retention::SayMissing(const NoteFn& note) {
+  for (const auto& [segment, records] : missing_) {
+    missing_said_.insert(segment);
+    note({Severity::kError,
+          LogFolder(segment.log) + "/" + SegmentName(segment.number) +
+              " is missing: the payloads and vectors as received of " + std::to_string(records) +
+              " observations lie there, and recalls leave them out; put it back, or restore a "
+              "backup"});
+  }
+  missing_.clear();
+}
 
 // Whoever enters after the epoch was closed finds nothing that names these segments: what it may
 // read ended 1 s before at the earliest, and what lay here had ended when the round counted.
@@ -173,9 +197,9 @@ int Retention::TakeOver(const NoteFn& note) {
     case Taking::kNothing:
       return 0;
     case Taking::kWriting: {
-      const int work = writer_.Poll([&](const std::string& line) {
+      const int work = writer_.Poll([&](const Note& failure) {
         counters_[RetentionCounter::kFailed].Add(1);
-        note(line);
+        note(failure);
       });
       if (!writer_.active()) BeginMoving();
       return work;

@@ -2,10 +2,9 @@
 
 #include <cstdint>
 #include <deque>
-#include <functional>
+#include <map>
 #include <memory>
 #include <set>
-#include <string>
 #include <vector>
 
 #include "index/checkpoint/live_table.h"
@@ -13,6 +12,7 @@
 #include "src/checkpoint_manifest.h"
 #include "src/core/clock.h"
 #include "src/core/counters.h"
+#include "src/core/note.h"
 #include "src/core/read_pins.h"
 #include "src/log_store.h"
 
@@ -64,8 +64,6 @@ enum class RetentionCounter : uint8_t {
 // Invariants: a segment in `dead_` is named by no node and no manifest that may be loaded.
 class Retention {
  public:
-  using NoteFn = VaultWriter::NoteFn;
-
   // `pins`: of those who read from the logs; nullptr: nobody does. All outlive it.
   Retention(const RetentionOptions& options, LogStore* logs, ReadPins* pins, Clock* clock);
 
@@ -104,6 +102,8 @@ class Retention {
   bool AllMoved() const;
   int FreeSome();
   int TakeOver(const NoteFn& note);
+  void CountMissing();
+  void SayMissing(const NoteFn& note);
 
   // Constant after construction.
   const RetentionOptions options_;
@@ -116,7 +116,9 @@ class Retention {
   std::vector<Counted> counted_;                    // by the last round that succeeded; not dead
   std::set<LogSegment> dead_;                       // those of batches_
   std::deque<Batch> batches_;
-  std::set<LogSegment> unsound_;  // are not rewritten
+  std::set<LogSegment> unsound_;            // are not rewritten
+  std::map<LogSegment, uint64_t> missing_;  // with how many records; to be said
+  std::set<LogSegment> missing_said_;
   Taking taking_ = Taking::kNothing;
   VaultWriter writer_;
   std::vector<std::vector<OriginMove>> moves_;  // by shard

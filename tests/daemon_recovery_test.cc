@@ -113,9 +113,12 @@ class Process {
     struct sigaction action = {};
     action.sa_handler = OnStop;
     sigaction(SIGTERM, &action, nullptr);
-    const auto note = [lines](const std::string& line) {
+    const auto say = [lines](const std::string& line) {
       const std::string whole = line + "\n";
       (void)!write(lines, whole.data(), whole.size());
+    };
+    const NoteFn note = [&](const Note& each) {
+      say((each.severity == Severity::kError ? "[error] " : "") + each.text);
     };
     Config config;
     config.listen = {{.host = "127.0.0.1", .port = 0}};
@@ -140,7 +143,7 @@ class Process {
       if (g_stop.load()) poll(nullptr, 0, 20);
       if (at_poison == AtPoison::kNothing || record.id != std::to_string(kPoison)) return;
       if (at_poison == AtPoison::kAbort) std::abort();
-      note("at the record");
+      say("at the record");
       pollfd entry{.fd = release, .events = POLLIN, .revents = 0};
       while (!g_stop.load() && poll(&entry, 1, 10) == 0) {
       }
@@ -149,10 +152,10 @@ class Process {
     auto daemon =
         Daemon::Start(config, *topology, &clock, &*directory, g_stop, note, before_replay);
     if (!daemon) {
-      note("failed " + daemon.error().message);
+      say("failed " + daemon.error().message);
       return 4;
     }
-    note("ready " + (*daemon)->endpoints()[0].ToString());
+    say("ready " + (*daemon)->endpoints()[0].ToString());
     return (*daemon)->ServeUntil(g_stop, note) ? 0 : 5;
   }
   bool ReadLine() {
@@ -283,7 +286,7 @@ TEST_F(DaemonRecoveryTest, ARecordThatEndsTwoStartsIsLeftOutOfTheThirdAndKept) {
     EXPECT_EQ(RowsOf(address), AllBut(kPoison));
     EXPECT_EQ(LastSequence(address), kRows) << "its sequence counts as taken";
     EXPECT_EQ(Quarantined(address), 1u);
-    const auto line = third.LineAfter("QUARANTINE: the record in ");
+    const auto line = third.LineAfter("[error] QUARANTINE: the record in ");
     ASSERT_TRUE(line.has_value());
     EXPECT_TRUE(line->starts_with(data_ + "/log-000/segment-")) << *line;
     EXPECT_FALSE(std::filesystem::exists(data_ + "/" + kReplayCrashesName));

@@ -61,7 +61,7 @@ LAYERS = (
     ("src/", ("src/", "index/", "dataplane/")),
     ("tools/", ("src/core/", "src/control/config_", "src/control/core_map.", "tools/",
                 "dataplane/frame_", "index/log/", "index/checkpoint/",
-                "src/checkpoint_manifest.")),
+                "src/checkpoint_manifest.", "src/missing_checkpoint.", "src/replay_crashes.")),
 )
 FREE_DIRS = ("tests/", "perf/")
 ENGINE_DIRS = ("src/core/", "index/", "dataplane/")

@@ -96,8 +96,7 @@ Result<void> CheckpointReader::Open(const std::string& name, uint64_t bytes) {
   if (file->size_bytes < bytes) {
     return Fail(ErrorCode::kCorrupt, disk_->directory() + "/" + name + " has " +
                                          std::to_string(file->size_bytes) + " bytes, not the " +
-                                         std::to_string(bytes) +
-                                         " that the manifest says: restore a backup");
+                                         std::to_string(bytes) + " that the manifest says");
   }
   for (Part& part : parts_) {
     part.memory.resize(kMaxExtentBytes + std::min<uint64_t>(kReadBytes, bytes));

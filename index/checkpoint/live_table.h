@@ -1,12 +1,14 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
 #include <vector>
 
 #include "src/core/log_address.h"
+#include "src/core/log_files.h"
 
 namespace engram {
 
@@ -56,12 +58,16 @@ class LiveTable {
     found_.reserve(room);
   }
 
-  // A node that is saved. A segment that the table has not is a newer one.
+  // A node that is saved. A segment that the table has not is a newer one, or is missing.
   void Count(uint32_t space, uint32_t node, LogAddress address, uint32_t record_bytes) {
     const LogSegment segment = SegmentAt(address);
     if (last_ >= segments_.size() || segments_[last_] != segment) {
       const auto at = std::ranges::lower_bound(segments_, segment);
-      if (at == segments_.end() || *at != segment) return;
+      if (at == segments_.end() || *at != segment) {
+        const bool has_later = at != segments_.end() && at->log == segment.log;
+        if (has_later || segment.log == kVaultLog) CountMissing(segment);
+        return;
+      }
       last_ = static_cast<size_t>(at - segments_.begin());
     }
     live_[last_].bytes += record_bytes;
@@ -71,16 +77,37 @@ class LiveTable {
     }
   }
 
+  struct Missing {
+    LogSegment segment;
+    uint64_t records = 0;
+  };
+  // Segments that are named and are not there: of the vault, or before others of their log. The
+  // first few.
+  std::span<const Missing> missing() const { return {missing_.data(), missing_count_}; }
+
   std::span<const LogSegment> segments() const { return segments_; }
   const Live& live(size_t i) const { return live_[i]; }
   std::span<const Found> found() const { return found_; }
 
  private:
+  void CountMissing(LogSegment segment) {
+    const auto end = missing_.begin() + static_cast<ptrdiff_t>(missing_count_);
+    auto at = std::ranges::find(missing_.begin(), end, segment, &Missing::segment);
+    if (at == end) {
+      if (missing_count_ == missing_.size()) return;
+      ++missing_count_;
+      at->segment = segment;
+    }
+    ++at->records;
+  }
+
   std::vector<LogSegment> segments_;
   std::vector<Live> live_;
   std::vector<uint8_t> is_wanted_;
   std::vector<Found> found_;
   size_t last_ = 0;  // that was counted in
+  std::array<Missing, 16> missing_{};
+  size_t missing_count_ = 0;
 };
 
 }  // namespace engram

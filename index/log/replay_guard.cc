@@ -115,8 +115,7 @@ Result<QuarantinedRecord> ParseQuarantined(std::span<const std::byte> bytes) {
   return record;
 }
 
-Result<std::map<LogAddress, CommitStamp>> ReadQuarantine(
-    Disk& folder, const NoteFn& note) {
+Result<std::map<LogAddress, CommitStamp>> ReadQuarantine(Disk& folder, const NoteFn& note) {
   std::map<LogAddress, CommitStamp> quarantined;
   const auto entries = folder.List();
   if (!entries) return std::unexpected(entries.error());
@@ -129,14 +128,16 @@ Result<std::map<LogAddress, CommitStamp>> ReadQuarantine(
       record = Fail(ErrorCode::kCorrupt, "it is the file of another record");
     }
     if (!record) {
-      note({Severity::kError, "quarantine: " + folder.directory() + "/" + entry.name + " is damaged: " +
-           record.error().message + "; the record that it is named after is left out all the same"});
+      note({Severity::kError, "quarantine: " + folder.directory() + "/" + entry.name +
+                                  " is damaged: " + record.error().message +
+                                  "; the record that it is named after is left out all the same"});
     }
     quarantined[*address] = record ? record->stamp : kOpenStamp;
   }
   if (!quarantined.empty()) {
-    note({Severity::kWarning, "quarantine: " + std::to_string(quarantined.size()) + " records are kept out, in " +
-         folder.directory() + " (engramctl quarantine list)"});
+    note({Severity::kWarning, "quarantine: " + std::to_string(quarantined.size()) +
+                                  " records are kept out, in " + folder.directory() +
+                                  " (engramctl quarantine list)"});
   }
   return quarantined;
 }
@@ -157,9 +158,11 @@ Result<bool> ReplayGuard::LeavesOut(const LogEntry& entry, int64_t unix_ns,
     if (crashes >= kCrashesUntilQuarantine) {
       return LeaveOut(entry, crashes, unix_ns, place(), notes);
     }
-    notes->push_back({Severity::kWarning, "recovery: the record in " + place() +
-                     " crashed an earlier start; it is replayed once more, and left out if it does "
-                     "so again"});
+    notes->push_back(
+        {Severity::kWarning,
+         "recovery: the record in " + place() +
+             " crashed an earlier start; it is replayed once more, and left out if it does "
+             "so again"});
   }
   if (options_.before_replay) options_.before_replay(entry.record);
   return false;
@@ -190,11 +193,13 @@ Result<bool> ReplayGuard::LeaveOut(const LogEntry& entry, uint32_t crashes, int6
   }
   options_.quarantined[entry.address] = record.stamp;
   left_out_.Add(1);
-  notes->push_back({Severity::kError, "QUARANTINE: the record in " + place + " (space " + std::string(record.space) +
-                   ") has crashed " + times + " and is left out; it is kept whole in " +
-                   (*folder)->directory() + "/" + name +
-                   ". Its sequence number counts as taken. To have it replayed again, by another "
-                   "version of this program, move that file away before the next checkpoint"});
+  notes->push_back(
+      {Severity::kError,
+       "QUARANTINE: the record in " + place + " (space " + std::string(record.space) +
+           ") has crashed " + times + " and is left out; it is kept whole in " +
+           (*folder)->directory() + "/" + name +
+           ". Its sequence number counts as taken. To have it replayed again, by another "
+           "version of this program, move that file away before the next checkpoint"});
   return true;
 }
 

@@ -52,8 +52,7 @@ inline constexpr size_t kQuarantineHeaderBytes = 48;
 inline constexpr size_t kMaxQuarantineFileBytes = kQuarantineHeaderBytes + kMaxLogRecordBytes;
 // By file of the folder: the record's address, and its stamp, kOpenStamp where the file is damaged,
 // of which `note` gets a line. The files stay as they are. Errors: those of the disk.
-Result<std::map<LogAddress, CommitStamp>> ReadQuarantine(
-    Disk& folder, const NoteFn& note);
+Result<std::map<LogAddress, CommitStamp>> ReadQuarantine(Disk& folder, const NoteFn& note);
 
 // A record is replayed until it has crashed so many starts.
 inline constexpr uint32_t kCrashesUntilQuarantine = 2;
@@ -95,8 +94,7 @@ class ReplayGuard {
   // something is to be said. May wait for the disk. Errors: those of the disk; kUnavailable for a
   // definition.
   Result<bool> LeavesOut(const LogEntry& entry, int64_t unix_ns,
-                         const std::function<std::string()>& place,
-                         std::vector<Note>* notes);
+                         const std::function<std::string()>& place, std::vector<Note>* notes);
   // Records that this start has left out.
   const Counter& left_out() const { return left_out_; }
 

@@ -135,10 +135,11 @@ void VaultWriter::CloseSource() {
 // What is left of this segment's records stays where it is.
 void VaultWriter::LeaveSegment(const std::string& why, LogAddress at, const NoteFn& note) {
   const LogSegment segment = SegmentAt(at);
-  note({Severity::kError, "taking over failed: " + LogFolder(segment.log) + "/" + SegmentName(segment.number) +
-       ": the record at offset " + std::to_string(OffsetAt(at)) + " " + why +
-       "; the segment is kept as it is: run engramctl log verify, and restore what is damaged "
-       "from a backup"});
+  note({Severity::kError,
+        "taking over failed: " + LogFolder(segment.log) + "/" + SegmentName(segment.number) +
+            ": the record at offset " + std::to_string(OffsetAt(at)) + " " + why +
+            "; the segment is kept as it is: run engramctl log verify, and restore what is damaged "
+            "from a backup"});
   unsound_.push_back(segment);
   while (next_ < moves_.size() && SegmentAt(moves_[next_].from) == segment) {
     if (file_) places_.push_back(kNoLogAddress);
@@ -307,7 +308,8 @@ void VaultWriter::TakeCompletion(const NoteFn& note) {
 
 // What was begun goes, so that it does not take the room that may be missing.
 void VaultWriter::GiveUp(const std::string& why, const NoteFn& note) {
-  note({Severity::kError, "taking over failed: " + why + "; what was not taken over is kept where it is"});
+  note({Severity::kError,
+        "taking over failed: " + why + "; what was not taken over is kept where it is"});
   CloseSource();
   if (file_) vault_->Close(*file_);
   file_.reset();

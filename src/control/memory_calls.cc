@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <span>
 #include <unordered_map>
 #include <utility>
@@ -16,6 +17,7 @@
 #include "src/core/check.h"
 #include "src/core/clock.h"
 #include "src/core/vector_dtype.h"
+#include "src/health_watch.h"
 
 namespace engram {
 
@@ -410,12 +412,52 @@ void AddMetrics(const v1::IntrospectRequest& request, const SpaceSums& space,
   *json += "}";
 }
 
+// What the daemon has found wrong, by component: the core whose counter says so.
+using Faults = std::map<std::string, std::string>;
+
+Faults FaultsOf(const CounterCatalogue& counters) {
+  struct Fault {
+    std::string_view counter;
+    std::string_view text;
+    bool is_counted = true;
+  };
+  static constexpr std::array kFaults = {
+      Fault{kLogWithoutRoom, "no room on the disk for its log (writes: disk_full)", false},
+      Fault{kLogFailing, "the disk of its log fails (writes: disk_failing)", false},
+      Fault{"records_quarantined", " records are in quarantine"},
+      Fault{kCheckpointsFailing, " checkpoints have failed since the last good one"},
+      Fault{kDamagedPlaces, " damaged places in the logs: payloads are missing"}};
+  Faults faults;
+  for (const CounterView& counter : counters) {
+    const auto fault = std::ranges::find(kFaults, counter.name, &Fault::counter);
+    if (fault == kFaults.end()) continue;
+    const uint64_t count = counter.counter->Read();
+    if (count == 0) continue;
+    std::string& text = faults[counter.core];
+    if (!text.empty()) text += "; ";
+    if (fault->is_counted) text += std::to_string(count);
+    text += fault->text;
+  }
+  return faults;
+}
+
+// What is missing in `faults` is in order.
+void TellFaults(const Faults& faults, v1::HealthStatus* health) {
+  // Each shard answered, or this call would have no answer.
+  std::string summary = "all shards answer";
+  for (const auto& [name, text] : faults) {
+    v1::ComponentHealth& component = (*health->mutable_components())[name];
+    component.set_operational(false);
+    component.set_status_message(text);
+    summary += "; " + name + ": " + text;
+  }
+  health->set_healthy(faults.empty());
+  health->set_summary(std::move(summary));
+}
+
 void AddHealth(const std::unordered_map<uint16_t, SpaceSums>& shards,
                const CounterCatalogue& counters, v1::IntrospectResponse* response) {
   v1::HealthStatus* health = response->mutable_health();
-  // Each of them answered, or this call would have no answer.
-  health->set_healthy(true);
-  health->set_summary("all shards answer");
   auto& components = *health->mutable_components();
   const auto add = [&components](const std::string& name, float performance, std::string message) {
     v1::ComponentHealth& component = components[name];
@@ -425,9 +467,9 @@ void AddHealth(const std::unordered_map<uint16_t, SpaceSums>& shards,
   };
   add("gateway", 1, "answers");
   for (const CounterView& counter : counters) {
-    if (counter.core.starts_with("shard") && !components.contains(counter.core)) {
-      add(counter.core, 1, "no observations");
-    }
+    if (components.contains(counter.core)) continue;
+    if (counter.core.starts_with("shard")) add(counter.core, 1, "no observations");
+    if (counter.core == kControlCore) add(counter.core, 1, "in order");
   }
   for (const auto& [shard, sums] : shards) {
     if (sums.observations == 0) continue;
@@ -439,6 +481,7 @@ void AddHealth(const std::unordered_map<uint16_t, SpaceSums>& shards,
         std::to_string(sums.observations) + " observations, " + std::to_string(sums.linked) +
             " linked");
   }
+  TellFaults(FaultsOf(counters), health);
 }
 
 }  // namespace

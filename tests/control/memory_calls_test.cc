@@ -8,6 +8,7 @@
 #include <gtest/gtest.h>
 
 #include "src/control/memory_codec.h"
+#include "src/health_watch.h"
 
 // Every message of a wrong request is also in tests/integration/grpc_test.py, over the wire. Here:
 // what questions look like, and what answers become.
@@ -378,6 +379,48 @@ TEST(MemoryCallsTest, IntrospectAddsUpTheSpacesPartitions) {
   TellIntrospect(request, question, answer, counters, &response);
   EXPECT_EQ(response.metrics().size(), 1u);
   EXPECT_EQ(response.metrics_snapshot_json(), "{\"shard1.recalls\":11}");
+}
+
+v1::HealthStatus HealthOf(const CounterCatalogue& counters) {
+  v1::IntrospectRequest request;
+  request.set_include_health(true);
+  v1::IntrospectResponse response;
+  TellIntrospect(request, GatewayQuestion(), GatewayAnswer(), counters, &response);
+  return response.health();
+}
+
+TEST(MemoryCallsTest, HealthTellsWhatTheDaemonHasFoundWrong) {
+  Counter without_room;
+  Counter quarantined;
+  Counter failing;
+  const CounterCatalogue counters = {{"shard0", kLogWithoutRoom, &without_room},
+                                     {"shard1", kLogWithoutRoom, &quarantined},
+                                     {"shard1", "records_quarantined", &quarantined},
+                                     {"control", kCheckpointsFailing, &failing}};
+  v1::HealthStatus health = HealthOf(counters);
+  EXPECT_TRUE(health.healthy());
+  EXPECT_EQ(health.summary(), "all shards answer");
+  EXPECT_TRUE(health.components().at("control").operational());
+
+  without_room.Set(1);
+  failing.Set(3);
+  health = HealthOf(counters);
+  EXPECT_FALSE(health.healthy());
+  const v1::ComponentHealth& shard = health.components().at("shard0");
+  EXPECT_FALSE(shard.operational());
+  EXPECT_NE(shard.status_message().find("disk_full"), std::string::npos);
+  EXPECT_TRUE(health.components().at("shard1").operational());
+  EXPECT_NE(health.summary().find("control: 3 checkpoints have failed"), std::string::npos)
+      << health.summary();
+
+  without_room.Set(0);
+  failing.Set(0);
+  quarantined.Set(2);
+  health = HealthOf(counters);
+  EXPECT_TRUE(health.components().at("shard0").operational());
+  EXPECT_NE(health.components().at("shard1").status_message().find("; 2 records are in quarantine"),
+            std::string::npos)
+      << "both are told";
 }
 
 TEST(MemoryCallsTest, ARefusalSaysWhatIsWrongWithTheVector) {

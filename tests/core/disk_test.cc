@@ -359,6 +359,21 @@ TEST_P(DiskTest, OneHolderOfTheLock) {
   EXPECT_TRUE(second->LockDirectory().has_value()) << "the lock ends with its Disk";
 }
 
+// Whoever takes LOCK for a leftover must not let a second holder in.
+TEST_P(DiskTest, TheLockHoldsWithoutItsFile) {
+  if (GetParam() == "simulated") GTEST_SKIP() << "it has no such file";
+  auto first = MakeDisk();
+  auto second = MakeDisk();
+  ASSERT_TRUE(first->LockDirectory().has_value());
+  ASSERT_TRUE(std::filesystem::remove(scratch_.path() + "/LOCK"));
+  const auto refused = second->LockDirectory();
+  ASSERT_FALSE(refused.has_value());
+  EXPECT_EQ(refused.error().code, ErrorCode::kAlreadyExists);
+  EXPECT_NE(refused.error().message.find("another process"), std::string::npos);
+  first.reset();
+  EXPECT_TRUE(second->LockDirectory().has_value());
+}
+
 TEST_P(DiskTest, ReplacesWholeFiles) {
   const auto disk = MakeDisk();
   const auto bytes = [](std::string_view text) { return std::as_bytes(std::span(text)); };

@@ -343,7 +343,7 @@ TEST(DecodeRecallTest, FaultsAreNamed) {
   };
   for (const Case& c :
        {Case{0, 4, 0, RefusalReason::kBadRecall}, Case{0, 4, 1, RefusalReason::kNone},
-        Case{0, 4, 1001, RefusalReason::kBadRecall},
+        Case{0, 4, kMaxRecallResults + 1, RefusalReason::kBadRecall},
         Case{0, 4, 0xFFFFFFFF, RefusalReason::kBadRecall},
         Case{4, 4, 10'001, RefusalReason::kBadRecall},
         Case{4, 4, 0xFFFFFFFF, RefusalReason::kBadRecall},

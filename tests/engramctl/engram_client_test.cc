@@ -206,10 +206,22 @@ TEST_F(EngramClientTest, ARefusedHelloShowsNameTextAndTheServersWords) {
                  .flags = kNakFlagClosing},
                 0, "space notes has l2\x1b[2J");
   peer_.Close();
-  const auto greeted = connection_.Hello({}, kTimeoutNs);
+  const auto greeted =
+      connection_.Hello({.space = "notes", .metric = Metric::kInnerProduct}, kTimeoutNs);
   EXPECT_EQ(MessageOf(greeted),
             "the server ended the connection: metric_mismatch: the space has another metric "
-            "(space notes has l2?[2J)");
+            "(space notes has l2?[2J); asked for was ip in space notes; `engramctl spaces` says "
+            "what the space has");
+}
+
+TEST_F(EngramClientTest, ARefusedDimensionIsNamed) {
+  peer_.SendNak({.reason = RefusalReason::kDimensionMismatch,
+                 .refused_type = FrameType::kHello,
+                 .flags = kNakFlagClosing},
+                0);
+  EXPECT_NE(MessageOf(connection_.Hello({.dimension = 96}, kTimeoutNs))
+                .find("; asked for was dimension 96 in space default; `engramctl spaces`"),
+            std::string::npos);
 }
 
 TEST_F(EngramClientTest, TheCodeOfARefusalSaysWhatCanBeDone) {

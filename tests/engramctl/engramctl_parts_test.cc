@@ -2,6 +2,7 @@
 
 #include <set>
 
+#include "tools/engramctl/feed_loop.h"
 #include "tools/engramctl/row_dealing.h"
 #include "tools/engramctl/space_listing.h"
 #include "tools/engramctl/table.h"
@@ -66,6 +67,29 @@ TEST(SpaceListingTest, LinkingIsDoneWhenAGraphHoldsAllOrNoneComes) {
   EXPECT_FALSE(MergeSpaces({InfoOf("a", 0, 4'097)})[0].LinkingDone());
   EXPECT_FALSE(MergeSpaces({InfoOf("a", 5, 1)})[0].LinkingDone());
   EXPECT_TRUE(MergeSpaces({InfoOf("a", 6, 0)})[0].LinkingDone());
+}
+
+TEST(RefusalNoticeTest, WhatLastsIsSaidAndNotTooOften) {
+  RefusalNotice notice;
+  int64_t now_ns = 100;
+  // What passes is not worth a word.
+  EXPECT_EQ(notice.Next("queue_full: x", 5, now_ns), "");
+  now_ns += RefusalNotice::kRefusedNs - 1;
+  EXPECT_EQ(notice.Next("queue_full: x", 5, now_ns), "");
+  EXPECT_EQ(notice.Next("", 0, now_ns), "");
+  EXPECT_EQ(notice.Next("disk_full: no room", 2'000, now_ns), "");
+  now_ns += RefusalNotice::kRefusedNs;
+  EXPECT_EQ(notice.Next("disk_full: no room", 2'000, now_ns),
+            "the server takes nothing: disk_full: no room; 2,000 observations wait, for 1 s now");
+  now_ns += RefusalNotice::kRepeatNs - 1;
+  EXPECT_EQ(notice.Next("disk_full: no room", 2'000, now_ns), "");
+  now_ns += 1;
+  EXPECT_NE(notice.Next("disk_full: no room", 2'000, now_ns), "");
+  // Nor more often where it comes and goes.
+  EXPECT_EQ(notice.Next("", 0, now_ns), "");
+  EXPECT_EQ(notice.Next("disk_full: no room", 1'999, now_ns), "");
+  now_ns += RefusalNotice::kRefusedNs;
+  EXPECT_EQ(notice.Next("disk_full: no room", 1'999, now_ns), "");
 }
 
 TEST(TableTest, NumbersAndCuts) {

@@ -343,7 +343,7 @@ TEST_F(FeedTest, AClosingNakEndsTheFeedWithItsText) {
   peer_.SendNak({.reason = RefusalReason::kFenced, .flags = kNakFlagClosing}, 0, "from 10.0.0.9");
   EXPECT_EQ(StepError(),
             "the server ended the connection: fenced: another connection took over this session "
-            "(from 10.0.0.9); 4 observations were not settled");
+            "(from 10.0.0.9)");
 }
 
 TEST_F(FeedTest, AClosingNakIsReadAlthoughWritingFailsAlready) {
@@ -355,14 +355,30 @@ TEST_F(FeedTest, AClosingNakIsReadAlthoughWritingFailsAlready) {
   EXPECT_NE(StepError().find("shutting_down"), std::string::npos);
 }
 
-TEST_F(FeedTest, AnEndInTheMiddleSaysHowMuchIsOpen) {
+TEST_F(FeedTest, AfterAnEndInTheMiddleTheCountsAddUp) {
+  Start(0, /*credit=*/8);
+  feed_->Offer(20);
+  Step();
+  NakConsumed(2, RefusalReason::kBadId);
+  peer_.SendAck(3, 8);
+  peer_.Close();
+  Step();
+  EXPECT_EQ(StepError(), "the server closed the connection");
+  EXPECT_EQ(feed_->counts().Describe(30),
+            "2 acked, 1 refused for good, 5 sent and not settled, 22 not sent");
+}
+
+TEST_F(FeedTest, WhatTheServerRefusesForNowIsToldUntilSomethingIsSettled) {
   Start(0, 1'000);
   feed_->Offer(8);
   Step();
-  peer_.SendAck(3, 1'000);
-  peer_.Close();
+  EXPECT_EQ(feed_->last_wait(), "");
+  NakOverload(1, 1'000, RefusalReason::kQuotaObservations);
   Step();
-  EXPECT_EQ(StepError(), "the server closed the connection; 5 observations were not settled");
+  EXPECT_TRUE(feed_->last_wait().starts_with("quota_observations: the space has as many"));
+  peer_.SendAck(1, 1'000);
+  Step();
+  EXPECT_EQ(feed_->last_wait(), "");
 }
 
 TEST_F(FeedTest, ACloseFromTheServerEndsTheFeed) {
@@ -424,7 +440,7 @@ TEST_F(FeedTest, AServerThatRefusesForEverIsGivenUpWithItsReason) {
   }
   clock_.AdvanceNs(kNanosPerSecond);
   EXPECT_EQ(StepError(),
-            "nothing was settled for 60 s; 4 observations wait; the server's last refusal was "
+            "nothing was settled for 60 s; the server's last refusal was "
             "memory_full: the shard's memory limit is reached");
 }
 

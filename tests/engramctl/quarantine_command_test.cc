@@ -74,5 +74,13 @@ TEST_F(QuarantineCommandTest, OtherBytesAreBase64) {
   EXPECT_NE(Said(false, false).find("id base64 /wE=,"), std::string::npos);
 }
 
+TEST_F(QuarantineCommandTest, ADumpHasNothingButJsonOnStandardOutput) {
+  testing::internal::CaptureStderr();
+  EXPECT_EQ(Said(true, false), "");
+  EXPECT_EQ(testing::internal::GetCapturedStderr(), "nothing is in quarantine\n");
+  EXPECT_EQ(Said(false, false), "nothing is in quarantine\n");
+  EXPECT_EQ(Said(false, true), "");
+}
+
 }  // namespace
 }  // namespace engram

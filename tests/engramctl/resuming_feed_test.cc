@@ -67,8 +67,9 @@ class ModelServer {
   size_t answer_bytes() const { return answer_bytes_; }
   const std::vector<uint64_t>& sessions_asked() const { return sessions_asked_; }
 
-  uint64_t credit_ = 6;     // beyond the last settled one
-  std::string refused_id_;  // can never be taken
+  uint64_t credit_ = 6;              // beyond the last settled one
+  std::string refused_id_;           // can never be taken
+  uint64_t taken_max_ = UINT64_MAX;  // what comes after is refused for now
 
  private:
   void Answer(FrameType type, uint64_t sequence, const Bytes& body) {
@@ -85,11 +86,22 @@ class ModelServer {
     }
   }
 
+  void RefuseForNow() {
+    const NakBody nak = {.reason = RefusalReason::kQuotaObservations,
+                         .refused_type = FrameType::kObserve,
+                         .retry_after_ms = 1'000,
+                         .expected = last_ + 1};
+    Answer(FrameType::kNak, last_ + 1, ScriptedPeer::ToBytes(BytesOf(nak)));
+    Answer(FrameType::kAck, last_,
+           ScriptedPeer::ToBytes(BytesOf(AckBody{.credit = last_ + credit_})));
+  }
+
   void Take(const PeerFrame& frame) {
     std::vector<PeerRecord> records;
     ScriptedPeer::TakeRecordsOf(frame, records);
     for (const PeerRecord& record : records) {
       if (record.sequence <= last_) continue;
+      if (last_ == taken_max_) return RefuseForNow();
       ASSERT_EQ(record.sequence, last_ + 1) << "a gap";
       ++last_;
       if (record.id != refused_id_) {
@@ -395,7 +407,7 @@ class EndingTest : public ResumingFeedTest {
   }
 };
 
-TEST_F(EndingTest, SessionExpiredIsFinalAndSaysWhatWasAcked) {
+TEST_F(EndingTest, SessionExpiredIsFinalAndSaysWhatMayHaveHappened) {
   Start();
   link_.feed_->Offer(20);
   ASSERT_EQ(link_.Step(), "");
@@ -404,10 +416,12 @@ TEST_F(EndingTest, SessionExpiredIsFinalAndSaysWhatWasAcked) {
   ASSERT_EQ(link_.counts().acked, 12u);
   const std::string error = RefuseHello(RefusalReason::kSessionExpired);
   EXPECT_NE(error.find("session_expired"), std::string::npos) << error;
-  EXPECT_NE(error.find("; 12 observations are acked, 8 are not settled and would need a new "
-                       "session"),
-            std::string::npos)
-      << error;
+  for (const char* const cause :
+       {"space s may have been dropped", "session_keep_days", "another data directory"}) {
+    EXPECT_NE(error.find(cause), std::string::npos) << error;
+  }
+  EXPECT_EQ(link_.counts().Describe(20),
+            "12 acked, 0 refused for good, 6 sent and not settled, 2 not sent");
   EXPECT_EQ(link_.feed_->sessions_begun_anew(), 0u);
 }
 
@@ -424,8 +438,7 @@ TEST_F(EndingTest, ASessionOfWhichNothingWasTakenIsBegunAnew) {
   EXPECT_EQ(link_.server_.StoredIds(), Rows(4));
   // From now on it is a session like any other.
   link_.BreakAndNotice();
-  EXPECT_NE(RefuseHello(RefusalReason::kSessionExpired).find("4 observations are acked"),
-            std::string::npos);
+  EXPECT_NE(RefuseHello(RefusalReason::kSessionExpired).find("session_expired"), std::string::npos);
 }
 
 TEST_F(EndingTest, RefusalsOfHelloThatCanPassAreTriedAgain) {
@@ -476,7 +489,7 @@ TEST_F(EndingTest, WithoutRetryTheFirstErrorIsTheFeedsOwn) {
   link.feed_->Offer(8);
   ASSERT_TRUE(link.feed_->Poll(clock_.MonotonicNs()).has_value());
   link.server_.Break();
-  EXPECT_EQ(link.Step(), "the server closed the connection; 8 observations were not settled");
+  EXPECT_EQ(link.Step(), "the server closed the connection");
   EXPECT_TRUE(link.attempts_.empty());
 }
 
@@ -538,10 +551,48 @@ TEST_F(ResumingFeedTest, WithoutProgressItGivesUpAfterTheGivenTimeAndNotBefore) 
   ASSERT_EQ(link_.Step(), "");
   const int64_t broken_ns = clock_.MonotonicNs();
   const std::string error = link_.Drive();
-  EXPECT_EQ(error,
-            "gave up after 10 s in which nothing was settled; at last: refused; "
-            "6 observations are acked, 2 are not settled");
+  EXPECT_EQ(error, "gave up after 10 s in which nothing was settled; at last: refused");
+  EXPECT_EQ(link_.counts().acked, 6u);
   EXPECT_EQ(clock_.MonotonicNs() - broken_ns, kRetryForNs);
+}
+
+TEST_F(ResumingFeedTest, AServerThatRefusesAllForNowIsGivenUpAfterTheGivenTime) {
+  link_.server_.taken_max_ = 4;
+  Start();
+  link_.feed_->Offer(8);
+  while (link_.counts().settled < 4) {
+    ASSERT_EQ(link_.WaitAndStep(), "");
+  }
+  const int64_t settled_ns = clock_.MonotonicNs();
+  std::string error;
+  for (int turn = 0; turn < 1'000 && error.empty(); ++turn) {
+    const int64_t now_ns = clock_.MonotonicNs();
+    clock_.AdvanceNs(std::max<int64_t>(1, link_.feed_->NextWakeNs(now_ns) - now_ns));
+    error = link_.Step();
+  }
+  EXPECT_EQ(error.find("gave up after 10 s in which nothing was settled; at last: "
+                       "quota_observations: the space has as many"),
+            0u)
+      << error;
+  EXPECT_EQ(clock_.MonotonicNs() - settled_ns, kRetryForNs);
+  EXPECT_TRUE(link_.attempts_.empty()) << "the connection was sound";
+}
+
+TEST_F(ResumingFeedTest, ARefusalThatPassesInTimeIsWaitedFor) {
+  link_.server_.taken_max_ = 4;
+  Start();
+  link_.feed_->Offer(8);
+  while (link_.counts().settled < 4) {
+    ASSERT_EQ(link_.WaitAndStep(), "");
+  }
+  // One more of them each seven of the ten seconds.
+  for (int half_second = 1; !link_.feed_->AllSettled(); ++half_second) {
+    ASSERT_LT(half_second, 100);
+    clock_.AdvanceNs(kNanosPerSecond / 2);
+    ASSERT_EQ(link_.Step(), "");
+    if (half_second % 14 == 0) ++link_.server_.taken_max_;
+  }
+  EXPECT_EQ(link_.counts().acked, 8u);
 }
 
 TEST_F(ResumingFeedTest, HandshakesWithoutProgressDoNotResetTheTime) {

@@ -133,11 +133,14 @@ class BackupTest(unittest.TestCase):
             file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
             done = daemon.engramctl("restore", self.backup, target)
             self.assertEqual(done.returncode, 1, file)
-            self.assertIn(file.name, done.stderr)
+            self.assertIn(f"{file}, offset 0: ", done.stderr)
             self.assertFalse(target.exists())
             # Cut short, and gone.
             file.write_bytes(whole[:-1])
-            self.assertEqual(daemon.engramctl("restore", self.backup, target).returncode, 1, file)
+            done = daemon.engramctl("restore", self.backup, target)
+            self.assertEqual(done.returncode, 1, file)
+            end = 0 if file.name == "BACKUP" else len(whole) - 1
+            self.assertIn(f"{file}, offset {end}: ", done.stderr)
             file.unlink()
             done = daemon.engramctl("restore", self.backup, target)
             self.assertEqual(done.returncode, 1, file)
@@ -260,9 +263,60 @@ class BackupTest(unittest.TestCase):
             done = daemon.engramctl("backup", self.backup, address=running.address_text)
             self.assertEqual(done.returncode, 1, done.stdout)
             self.assertIn(f"log-000/{first.name}", done.stderr)
-            self.assertIn("not copied", done.stderr)
-            self.assertFalse((self.backup / "BACKUP").exists())
+            self.assertIn("is missing", done.stderr)
+            self.assertFalse(self.backup.exists())
             aside.rename(first)
+
+    def test_a_damaged_record_leaves_no_half_backup_and_the_message_says_what_to_do(self):
+        settings = {"data.segment_mib": 1, "data.checkpoint_mib": 4096, "cores.shard": [0]}
+        with daemon.running(settings) as running:
+            with running.client("large", metric=frames.L2) as client:
+                for row in range(40):
+                    self.assertEqual(client.observe([frames.record(
+                        b"%d" % row, [float(row), 1.0], payload=b"x" * 60_000)]), [])
+                client.close()
+            data = running.path / "data"
+            segment = sorted((data / "log-000").glob("segment-*"))[0]
+            content = segment.read_bytes()
+            at = content.index(b"x" * 1000) + 500
+            with segment.open("r+b") as file:
+                file.seek(at)
+                file.write(b"yyyy")
+            for is_there in (False, True):
+                if is_there:
+                    self.backup.mkdir()
+                done = daemon.engramctl("backup", self.backup, address=running.address_text)
+                self.assertEqual(done.returncode, 1, done.stdout)
+                for part in (f"log-000/{segment.name}, offset ", f"engramctl log verify {data}",
+                             "engramctl export SPACE", "earlier backup", "No backup was made"):
+                    self.assertIn(part, done.stderr)
+                self.assertEqual(self.backup.exists(), is_there)
+                if is_there:
+                    self.assertEqual(os.listdir(self.backup), [])
+
+    def test_a_target_inside_of_what_is_copied_or_below_nothing_is_refused(self):
+        nowhere = self.folder / "nowhere"
+        with daemon.running() as running:
+            self.observe_all(running)
+            data = running.path / "data"
+            link = self.folder / "link"
+            link.symlink_to(data)
+            for target in (data / "backup", link / "backup", nowhere / "backup"):
+                done = daemon.engramctl("backup", target, address=running.address_text)
+                self.assertEqual(done.returncode, 1, done.stdout)
+                self.assertIn(str(target), done.stderr)
+                self.assertIn(str(nowhere if target.parent == nowhere else data), done.stderr)
+                self.assertFalse(target.exists())
+            self.assertFalse(nowhere.exists())
+            self.make_backup(running)
+        before = sorted(self.backup.rglob("*"))
+        for target in (self.backup / "in", self.backup / "data" / "in", nowhere / "restored"):
+            done = daemon.engramctl("restore", self.backup, target)
+            self.assertEqual(done.returncode, 1, done.stdout)
+            self.assertIn(str(target), done.stderr)
+            self.assertIn(str(nowhere if target.parent == nowhere else self.backup), done.stderr)
+        self.assertEqual(sorted(self.backup.rglob("*")), before)
+        self.assertFalse(nowhere.exists())
 
     def test_another_daemons_directory_is_refused(self):
         with daemon.running() as running, daemon.running() as other:

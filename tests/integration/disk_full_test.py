@@ -10,7 +10,7 @@ import unittest
 import daemon
 import frames
 
-DISK_MIB, OTHERS_MIB, PAYLOAD = 16, 3, 60_000
+DISK_MIB, OTHERS_MIB, PAYLOAD = 20, 3, 60_000
 
 
 class SmallDisk:
@@ -70,37 +70,65 @@ class DiskFullTest(unittest.TestCase):
 
     def test_a_full_disk_refuses_serves_and_recovers(self):
         (self.disk.seen_from_here / "others").write_bytes(bytes(OTHERS_MIB << 20))
+        self.run_with(self.refuses_serves_and_recovers)
+
+    def test_what_a_drop_leaves_dead_is_freed_without_being_asked(self):
+        self.run_with(self.frees_what_is_dropped)
+
+    def run_with(self, check):
         running = daemon.Daemon({"data.directory": str(self.disk.path / "data"),
                                  "data.segment_mib": 1, "data.checkpoint_mib": 4096},
                                 prefix=self.disk.prefix)
         try:
-            self.check(running)
+            check(running)
         finally:
             running.stop()
 
-    def check(self, running):
+    def observe_until_full(self, client):
+        """How many are stored."""
         stored, refusal = 0, None
+        while refusal != "disk_full" and stored * PAYLOAD < DISK_MIB << 20:
+            refusal = self.observe(client, stored)
+            stored += refusal is None
+        self.assertEqual(refusal, "disk_full")
+        self.assertGreater(stored * PAYLOAD, DISK_MIB << 19)
+        return stored
+
+    def frees_what_is_dropped(self, running):
+        with running.client("kept", metric=frames.L2) as client:
+            self.assertIsNone(self.observe(client, 1))
+        with running.client("bulk", metric=frames.L2) as client:
+            self.observe_until_full(client)
+        dropped = daemon.engramctl("drop", "bulk", "--yes", address=running.address_text)
+        self.assertEqual(dropped.returncode, 0, dropped.stderr)
+        with running.client("kept", metric=frames.L2) as client:
+            daemon.wait_until(lambda: self.observe(client, 2) is None, "the disk has room")
+            for number in range(3, 60):
+                daemon.wait_until(lambda: self.observe(client, number) is None, "room goes on")
+            self.assertEqual(len(self.recall(client, 59)), 59)
+
+    def refuses_serves_and_recovers(self, running):
         with running.client("s", metric=frames.L2) as client:
-            while refusal != "disk_full" and stored * PAYLOAD < DISK_MIB << 20:
-                refusal = self.observe(client, stored)
-                stored += refusal is None
-            self.assertEqual(refusal, "disk_full")
-            self.assertGreater(stored * PAYLOAD, DISK_MIB << 19)
-            self.assertTrue(running.log.wait_for(r"log-000 has no room", 30))
+            stored = self.observe_until_full(client)
+            self.assertTrue(running.log.wait_for(r"\[error\] log-000 has no room", 30))
+            self.assertEqual(client.counters()["log_without_room"], 1)
             self.assertEqual(self.recall(client, stored),
                              {b"%d" % i: PAYLOAD for i in range(stored)})
         self.fill()
         running.kill()
         running.spawn()
         running.wait_ready()
-        self.assertTrue(running.log.wait_for(r"Recalls are served, writes are refused", 0))
+        self.assertTrue(running.log.wait_for(
+            r"\[error\] .*Recalls are served, writes are refused", 0))
         with running.client("s", metric=frames.L2) as client:
             self.assertEqual(len(self.recall(client, stored)), stored)
             self.assertEqual(self.observe(client, stored), "disk_full")
             (self.disk.seen_from_here / "others").unlink()
             daemon.wait_until(lambda: self.observe(client, stored) is None, "there is room")
             self.assertEqual(len(self.recall(client, stored + 1)), stored + 1)
-        self.assertTrue(running.log.wait_for(r"log-000 has its next segment again", 30))
+            self.assertTrue(running.log.wait_for(
+                r"\[info\] log-000 has its next segment again", 30))
+            daemon.wait_until(lambda: client.counters()["log_without_room"] == 0, "all is well")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,14 @@ import json
 import math
 import operator
 import pathlib
+import re
 import struct
+import subprocess
 import tempfile
+import unittest
 
 import daemon
+import frames
 
 ENCODER = daemon.SAMPLE_DATA / "encoder"
 TEXTS = daemon.SAMPLE_DATA / "texts.tsv.gz"
@@ -236,10 +240,145 @@ class SmallCommandsTest(EngramctlCase):
         self.load("mine", "--count", 10, "--metric", "l2")
         text = self.run_failing(1, "load", "--data", self.base, "--space", "mine", "--metric",
                                 "ip", "--json")
-        self.assertIn("metric_mismatch", text)
+        self.assertRegex(text, "metric_mismatch: .*asked for was ip in space mine.*spaces")
+        with tempfile.NamedTemporaryFile(suffix=".fvecs") as file:
+            file.write(struct.pack("<i2f", 2, 1, 2))
+            file.flush()
+            text = self.run_failing(1, "load", "--data", file.name, "--space", "mine")
+        self.assertRegex(text, "dimension_mismatch: .*asked for was dimension 2 in space mine")
         text = self.run_failing(1, "recall", "--space", "empty", "--text", "x", "--encoder",
                                 ENCODER, "--json")
-        self.assertIn("unknown_space", text)
+        self.assertRegex(text, "space empty: .*unknown_space.*engramctl spaces")
+
+    def test_names_and_numbers_are_checked_before_anything_is_asked(self):
+        for command in ("compact", "rebuild", "drop", "export"):
+            with self.subTest(command):
+                text = self.run_failing(2, command, "BAD!",
+                                        *(("--format", "jsonl") if command == "export" else ()))
+                self.assertIn("'BAD!': a space's name is 1 to 64 of [a-z0-9_-]", text)
+                self.assertNotIn("Type its name", text)
+        for number in ("0", "-1", "x", "1.5"):
+            for command in (("load", "--data", self.base),
+                            ("recall", "--queries", self.queries, "--groundtruth", self.truth)):
+                with self.subTest((command[0], number)):
+                    text = self.run_failing(2, *command, f"--count={number}")
+                    self.assertIn(f"'{number}' is no whole number from 1 on", text)
+
+
+QUOTA = 300
+QUOTA_CONFIG = """
+[listen]
+tcp = "127.0.0.1:0"
+grpc = ""
+[memory]
+limit_mib = 1024
+[data]
+directory = "{directory}"
+segment_mib = 1
+[index]
+max_partitions = 1
+[[space]]
+name = "few"
+metric = "l2"
+quota_observations = 300
+"""
+
+
+class UnfinishedLoadTest(unittest.TestCase):
+    """Loads that cannot end: they say why, what became of the rows, and how to go on."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="engramctl-test-")
+        self.addCleanup(folder.cleanup)
+        self.path = pathlib.Path(folder.name)
+        self.rows = self.path / "rows.fvecs"
+        self.rows.write_bytes(b"".join(struct.pack("<i2f", 2, row, 1) for row in range(1000)))
+        self.daemon = self.enterContext(
+            daemon.running(config_text=QUOTA_CONFIG.format(directory=self.path / "data")))
+
+    def load(self, *more):
+        return daemon.engramctl("load", "--data", self.rows, "--metric", "l2", *more,
+                                address=self.daemon.address_text, timeout_s=40)
+
+    def stored(self, space):
+        with self.daemon.client(space, features=frames.NO_SESSION) as client:
+            return {int(hit.id) for hit in client.recall([0.0, 1.0], 1000)}
+
+    def assert_adds_up(self, report, count):
+        self.assertEqual(
+            (report["observations_acked"] + sum(report["refused"].values())
+             + report["not_settled"] + report["not_sent"], report["observations"]),
+            (count, count), report)
+
+    def test_a_full_quota_is_given_up_and_said(self):
+        for more in (("--resume",), ()):
+            with self.subTest(more):
+                done = self.load("--space", "few", "--retry-for", 3, "--json", *more)
+                self.assertEqual(done.returncode, 1, done.stderr)
+                report = json.loads(done.stdout)
+                self.assert_adds_up(report, 1000)
+                self.assertLess(report["seconds"], 30)
+                lines = done.stderr.splitlines()
+                self.assertRegex(lines[0], "the server takes nothing: quota_observations: .*; "
+                                           "[0-9,]+ observations wait, for 1 s")
+                self.assertEqual(len(lines), 4, done.stderr)
+                self.assertRegex(lines[1], "3 s.*quota_observations")
+                self.assertRegex(lines[2], "of 1000 observations [0-9]+ acked, 0 refused for good, "
+                                           "[0-9]+ sent and not settled, [0-9]+ not sent")
+                self.assertEqual(sum(map(int, re.findall(" ([0-9]+) ", lines[2])[1:])), 1000)
+                self.assertIn("--session " + ",".join(report["sessions"]), lines[3])
+
+    def test_a_load_that_ended_early_is_gone_on_with(self):
+        done = self.load("--space", "few", "--retry-for", 2, "--connections", 2, "--json")
+        report = json.loads(done.stdout)
+        self.assertEqual(report["observations_acked"], QUOTA, report)
+        self.assert_adds_up(report, 1000)
+        # Room for some more.
+        freed = sorted(self.stored("few"))[:100]
+        deleted = daemon.engramctl("delete", "--space", "few", *freed,
+                                   address=self.daemon.address_text)
+        self.assertEqual(deleted.returncode, 0, deleted.stderr)
+        again = self.load("--space", "few", "--retry-for", 2, "--connections", 2, "--json",
+                          "--session", ",".join(report["sessions"]))
+        more = json.loads(again.stdout)
+        self.assertEqual(more["observations_acked"], QUOTA + 100, more)
+        self.assertEqual(more["resumed_ahead"], QUOTA)
+        self.assertEqual(more["sessions"], report["sessions"])
+        self.assert_adds_up(more, 1000)
+        # Nothing was sent twice, and nothing was left out.
+        found = self.stored("few")
+        self.assertEqual(len(found), QUOTA)
+        self.assertFalse(found & set(freed))
+
+    def test_sessions_that_do_not_fit(self):
+        for sessions, code, said in (("12", 2, "1 sessions for 2 connections"),
+                                     ("xyz,0", 2, "'xyz' is no id"),
+                                     ("00000000000000ff,0", 1, "session_expired")):
+            done = self.load("--space", "other", "--connections", 2, "--session", sessions)
+            self.assertEqual((done.returncode, done.stdout), (code, ""), done.stderr)
+            self.assertIn(said, done.stderr)
+
+    def test_a_drop_in_its_midst_is_told(self):
+        load = subprocess.Popen(
+            [daemon.executable("ENGRAMCTL", "tools/engramctl"), "load", "--address",
+             self.daemon.address_text, "--data", str(self.rows), "--space", "other", "--metric",
+             "l2", "--rate", "100", "--resume", "--retry-for", "5"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.addCleanup(load.kill)
+
+        def some_are_stored():
+            done = daemon.engramctl("spaces", "--json", address=self.daemon.address_text)
+            return any(space["name"] == "other" and space["observations"] > 0
+                       for space in json.loads(done.stdout)["spaces"])
+
+        daemon.wait_until(some_are_stored, "some rows are stored")
+        dropped = daemon.engramctl("drop", "other", "--yes", address=self.daemon.address_text)
+        self.assertEqual(dropped.returncode, 0, dropped.stderr)
+        _, said = load.communicate(timeout=60)
+        self.assertEqual(load.returncode, 1)
+        self.assertRegex(said, "session_expired: .*space other may have been dropped.*"
+                               "session_keep_days.*another data directory")
+        self.assertNotIn("to go on", said)
 
 
 if __name__ == "__main__":

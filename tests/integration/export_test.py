@@ -161,9 +161,21 @@ class ExportTest(unittest.TestCase):
 
     def test_a_space_that_is_not_there_and_a_missing_file_name(self):
         with daemon.running() as running:
-            self.export(running, "--format", "jsonl", space="nothing", code=1)
+            for form in ("jsonl", "fvecs"):
+                done = self.export(running, "--format", form, "--output", self.folder / "rows",
+                                   space="nothing", code=1)
+                self.assertRegex(done.stderr, "space nothing: .*unknown_space.*engramctl spaces")
+                self.assertEqual(list(self.folder.iterdir()), [], "nothing is left behind")
             self.observe(running, rows=1)
             self.export(running, "--format", "fvecs", code=2)
+            done = self.export(running, "--format", "jsonl", "--output", self.folder, code=1)
+            self.assertIn(f"{self.folder} is a directory", done.stderr)
+            self.assertFalse(pathlib.Path(f"{self.folder}.partial").exists())
+            # The second file's name is taken by a folder.
+            (self.folder / "rows.ids").mkdir()
+            done = self.export(running, "--format", "fvecs", "--output", self.folder / "rows",
+                               code=1)
+            self.assertEqual([path.name for path in self.folder.iterdir()], ["rows.ids"])
             done = daemon.engramctl("verify", "nothing", address=running.address_text)
             self.assertEqual(done.returncode, 1)
 

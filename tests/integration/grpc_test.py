@@ -232,6 +232,9 @@ class Client:
     def metrics(self, *names):
         return self.Introspect(s.IntrospectRequest(metrics=names)).metrics
 
+    def health(self):
+        return self.Introspect(s.IntrospectRequest(include_health=True)).health
+
     def close(self):
         self.channel.close()
 
@@ -901,6 +904,30 @@ class Start(unittest.TestCase):
                 self.assertGreater(told_ms, 0)
                 # What is there is found still.
                 self.assertEqual(client.get("default", "0")[0].id, "0")
+
+    def test_health_tells_of_a_damaged_record(self):
+        """A balancer leaves it in its place, as recalls are answered."""
+        running = daemon.Daemon({"listen.grpc": "127.0.0.1:0"})
+        client = Client(running)
+        with contextlib.closing(client):
+            text = "find me in the segment"
+            client.remember("default", "x", [1, 2], what=text)
+            segment = running.path / "data" / "log-000" / "segment-00000001.log"
+            place = segment.read_bytes().index(text.encode())
+            with segment.open("r+b") as file:
+                file.seek(place)
+                file.write(b"lose")
+            self.assertTrue(client.health().healthy)
+            client.get("default", "x")
+            daemon.wait_until(lambda: not client.health().healthy, "the damage is told")
+            health = client.health()
+            self.assertFalse(health.components["control"].operational)
+            self.assertIn("control: 1 damaged place", health.summary)
+            self.assertTrue(running.log.wait_for(
+                r"\[error\] log-000/segment-00000001\.log is damaged at offset", 30))
+            self.assertEqual(client.channel.unary_unary("/grpc.health.v1.Health/Check")(
+                b"", timeout=CALL_DEADLINE_S), b"\x08\x01", "SERVING")
+        running.stop()
 
     def test_health_says_that_the_server_goes(self):
         """A balancer that watches hears it before the port is gone."""

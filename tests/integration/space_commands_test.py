@@ -232,9 +232,10 @@ class RebuildTest(daemon.DaemonCase):
         done = self.engramctl("rebuild", "small", "--json")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(json.loads(done.stdout)["observations"], 0)
-        done = self.engramctl("rebuild", "nothing")
-        self.assertEqual(done.returncode, 1)
-        self.assertIn("unknown_space", done.stderr)
+        for command in (("rebuild",), ("compact",), ("drop", "--yes")):
+            done = self.engramctl(*command, "nothing")
+            self.assertEqual(done.returncode, 1)
+            self.assertRegex(done.stderr, "space nothing: .*unknown_space.*engramctl spaces")
 
 
 if __name__ == "__main__":

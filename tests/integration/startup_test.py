@@ -3,6 +3,7 @@
 
 import os
 import pathlib
+import pwd
 import re
 import socket
 import subprocess
@@ -79,18 +80,19 @@ class ConfigurationTest(unittest.TestCase):
             self.assertTrue((running.path / "engram-data").is_dir())
 
 
-class MachineTest(unittest.TestCase):
+def settings(directory, **more):
+    return daemon.toml({"listen.tcp": "127.0.0.1:0", "listen.grpc": "",
+                        "data.directory": str(directory), "memory.limit_mib": 512, **more})
 
-    def settings(self, directory, **more):
-        return daemon.toml({"listen.tcp": "127.0.0.1:0", "listen.grpc": "",
-                            "data.directory": str(directory), "memory.limit_mib": 512, **more})
+
+class MachineTest(unittest.TestCase):
 
     def test_the_port_is_taken(self):
         with socket.create_server(("127.0.0.1", 0)) as holder, \
                 tempfile.TemporaryDirectory() as directory:
             address = f"127.0.0.1:{holder.getsockname()[1]}"
             for backend in ("auto", "posix"):
-                code, log = daemon.start_that_fails(self.settings(
+                code, log = daemon.start_that_fails(settings(
                     directory, **{"listen.tcp": address, "listen.backend": backend}))
                 self.assertEqual(code, 1, log)
                 self.assertRegex(log, rf"{address}.*another port")
@@ -99,21 +101,28 @@ class MachineTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as directory:
             # 192.0.2.0/24 is for documentation (RFC 5737).
             code, log = daemon.start_that_fails(
-                self.settings(directory, **{"listen.tcp": "192.0.2.1:0"}))
+                settings(directory, **{"listen.tcp": "192.0.2.1:0"}))
         self.assertEqual(code, 1, log)
         self.assertRegex(log, r"192\.0\.2\.1:0.*ip address")
 
     def test_the_data_directory_is_held_by_another_daemon(self):
         with daemon.running() as running:
-            code, log = daemon.start_that_fails(self.settings(running.path / "data"))
+            code, log = daemon.start_that_fails(settings(running.path / "data"))
             self.assertEqual(code, 1, log)
             self.assertRegex(log, rf"data is in use by process {running.process.pid}.*another")
             with running.client("undisturbed", metric=frames.L2) as client:
                 self.assertEqual(client.observe([frames.record(b"x", [1.0])]), [])
 
+    def test_a_removed_lock_lets_no_second_daemon_in(self):
+        with daemon.running() as running:
+            (running.path / "data" / "LOCK").unlink()
+            code, log = daemon.start_that_fails(settings(running.path / "data"))
+            self.assertEqual(code, 1, log)
+            self.assertRegex(log, r"data is in use by another process: stop")
+
     def test_the_lock_does_not_outlive_a_killed_daemon(self):
         with tempfile.TemporaryDirectory() as directory:
-            text = self.settings(directory)
+            text = settings(directory)
             killed = daemon.Daemon(config_text=text)
             killed.process.kill()
             killed.process.wait()
@@ -124,14 +133,14 @@ class MachineTest(unittest.TestCase):
 
     def test_the_data_directory_cannot_be_made(self):
         with tempfile.NamedTemporaryFile() as file:
-            code, log = daemon.start_that_fails(self.settings(f"{file.name}/data"))
+            code, log = daemon.start_that_fails(settings(f"{file.name}/data"))
             self.assertEqual(code, 1, log)
             self.assertRegex(log, rf"{file.name}/data.*choose another")
 
     def test_the_data_directory_is_somebody_elses(self):
         with tempfile.TemporaryDirectory() as directory:
             (pathlib.Path(directory) / "letters.txt").write_text("dear")
-            code, log = daemon.start_that_fails(self.settings(directory))
+            code, log = daemon.start_that_fails(settings(directory))
             self.assertEqual(code, 1, log)
             self.assertRegex(log, r"letters\.txt.*choose an empty directory")
             self.assertEqual((pathlib.Path(directory) / "letters.txt").read_text(), "dear")
@@ -139,15 +148,71 @@ class MachineTest(unittest.TestCase):
     def test_the_data_directory_cannot_be_written(self):
         # Root may write everywhere, so it starts the daemon as nobody.
         nobody = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+        user = nobody.get("user", os.geteuid())
+        names = {each.pw_uid: each.pw_name for each in pwd.getpwall()}
         with tempfile.TemporaryDirectory() as directory:
             os.chmod(directory, 0o555)
             for path in (directory, f"{directory}/data"):
                 try:
-                    code, log = daemon.start_that_fails(self.settings(path), **nobody)
+                    code, log = daemon.start_that_fails(settings(path), **nobody)
                 except PermissionError as error:
                     self.skipTest(f"as root, and nobody may not run engramd: {error}")
                 self.assertEqual(code, 1, log)
-                self.assertRegex(log, rf"{directory}.*(let this user|choose another)")
+                self.assertRegex(log, rf"{directory}.*user {names.get(user, user)}.*choose another")
+
+
+class LossTest(unittest.TestCase):
+    """Files of a data directory that are gone or damaged."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.data = pathlib.Path(folder.name) / "data"
+        self.text = settings(self.data, **{"data.segment_mib": 1})
+
+    def store(self):
+        with daemon.running(config_text=self.text) as running, \
+                running.client("s", metric=frames.L2) as client:
+            for number in range(10):
+                client.observe([frames.record(b"%d" % number, [float(number)])])
+            done = daemon.engramctl("checkpoint", address=running.address_text)
+            self.assertEqual(done.returncode, 0, done.stderr)
+
+    def assert_refused(self, *patterns):
+        code, log = daemon.start_that_fails(self.text)
+        self.assertEqual(code, 1, log)
+        self.assertNotIn("ready", log)
+        for pattern in patterns:
+            self.assertRegex(log, pattern)
+
+    def test_a_checkpoint_that_is_missing_is_missed_where_the_log_has_lost_its_beginning(self):
+        self.store()
+        (self.data / "CHECKPOINT").rename(self.data / "elsewhere")
+        with daemon.running(config_text=self.text) as running:
+            self.assertRegex(running.log.text(), r"10 observations stored again: 10 from the log")
+        (self.data / "log-000" / "segment-00000001.log").unlink()
+        self.assert_refused(r"\[error\] .*data/CHECKPOINT is missing, but log-000/checkpoint-000",
+                            r"put that file back, or restore a backup")
+
+    def test_a_checkpoint_file_that_cannot_be_loaded(self):
+        self.store()
+        with daemon.running(config_text=self.text) as running:
+            self.assertRegex(running.log.text(),
+                             r"10 observations stored again: 10 from the checkpoint "
+                             r"\(0 of 0 MiB read\), 0 from the log \(\d+ of \d+ MiB read\)")
+        file, = (self.data / "log-000").glob("checkpoint-*")
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        damaged[len(whole) // 2] ^= 1
+        remedy = r"restore a backup .*moving the file CHECKPOINT"
+        for content in (bytes(damaged), whole[:len(whole) // 2], None):
+            file.unlink()
+            if content is not None:
+                file.write_bytes(content)
+            self.assert_refused(rf"\[error\] .*log-000/{file.name}.*{remedy}")
+        (self.data / "CHECKPOINT").unlink()
+        with daemon.running(config_text=self.text) as running:
+            self.assertRegex(running.log.text(), r"10 observations stored again: 10 from the log")
 
 
 class BackendTest(unittest.TestCase):

@@ -46,7 +46,7 @@ class CheckpointSteps : public testing::Test {
     rig_.store->Poll();
   }
   void PollCheckpointer() {
-    rig_.checkpointer->Poll([this](const std::string& line) { notes_.push_back(line); });
+    rig_.checkpointer->Poll([this](const Note& note) { notes_.push_back(note.text); });
   }
   // Whether it succeeds.
   bool Checkpoint() {

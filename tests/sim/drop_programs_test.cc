@@ -391,7 +391,7 @@ class DropProgram {
     }
     rig_.store->Poll();
     // Seldom, so that much happens between the steps of a checkpoint.
-    if (Chance(slowness_)) rig_.checkpointer->Poll([](const std::string&) {});
+    if (Chance(slowness_)) rig_.checkpointer->Poll([](const Note&) {});
   }
 
   std::map<std::string, Content> Stored(const std::string& space) {

@@ -30,7 +30,7 @@ class DropRecoveryTest : public testing::Test {
   void Poll() {
     rig_.shards->Poll();
     rig_.store->Poll();
-    rig_.checkpointer->Poll([](const std::string&) {});
+    rig_.checkpointer->Poll([](const Note&) {});
   }
   RigSession Open(size_t shard) {
     return rig_.shards->Open(0, ++origins_, space_, {.metric = Metric::kL2, .shard = shard});
@@ -95,7 +95,7 @@ TEST_F(DropRecoveryTest, WhatIsBeingLoadedGoesOnceADropIsKnown) {
   rig_.shards->PushCommand(SpaceCommand::kDrop, space_);
   for (int polls = 0; polls < 8; ++polls) rig_.shards->PollShard(after);
   rig_.checkpointer->Request();
-  const auto conduct = [this] { rig_.checkpointer->Poll([](const std::string&) {}); };
+  const auto conduct = [this] { rig_.checkpointer->Poll([](const Note&) {}); };
   conduct();
   rig_.shards->PollShard(before);
   rig_.shards->PollShard(after);
@@ -115,10 +115,10 @@ TEST_F(DropRecoveryTest, WhatIsBeingLoadedGoesOnceADropIsKnown) {
     rig_.Kill();
     ASSERT_NO_FATAL_FAILURE(Start(shards));
     const RecoveryProgress& progress = rig_.shards->shards[before]->recovery();
-    for (int polls = 0; polls < 1'000 && progress.bytes_read.load() == 0; ++polls) {
+    for (int polls = 0; polls < 1'000 && progress.checkpoint_bytes_read.load() == 0; ++polls) {
       PollShard(before);
     }
-    ASSERT_GT(progress.bytes_read.load(), 0u);
+    ASSERT_GT(progress.checkpoint_bytes_read.load(), 0u);
     ASSERT_NE(rig_.shards->entry(space_), nullptr);
     for (int polls = 0; polls < 1'000 && rig_.shards->entry(space_) != nullptr; ++polls) {
       PollShard(after);

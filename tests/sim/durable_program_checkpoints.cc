@@ -70,11 +70,11 @@ bool DurableProgram::StepCheckpoints() {
 
 void DurableProgram::PollCheckpointer() {
   if (rig_->disks.power_failed) return;
-  rig_->checkpointer->Poll([this](const std::string& line) {
-    Say(line);
-    const bool failed = line.find("failed") != std::string::npos;
+  rig_->checkpointer->Poll([this](const Note& note) {
+    Say(note.text);
+    const bool failed = note.severity == Severity::kError;
     ++(failed ? stats_.failed_checkpoints : stats_.checkpoints);
-    if (failed && !had_faults_ && !rig_->disks.power_failed) Violate(line);
+    if (failed && !had_faults_ && !rig_->disks.power_failed) Violate(note.text);
   });
 }
 

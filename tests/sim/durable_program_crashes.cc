@@ -160,7 +160,7 @@ void DurableProgram::FailedStart(const std::string& why) {
 void DurableProgram::AfterRecovery() {
   if (options_.talks) {
     for (const auto& each : rig_->shards->shards) {
-      for (const std::string& note : each->recovery().notes) Say(note);
+      for (const Note& note : each->recovery().notes) Say(note.text);
     }
   }
   if (flip_) {

@@ -213,7 +213,7 @@ class LifecycleProgram {
     rig_.shards->Poll();
     rig_.store->Poll();
     // Seldom, so that much happens between the steps of a checkpoint.
-    if (random_.Next() % slowness_ == 0) rig_.checkpointer->Poll([](const std::string&) {});
+    if (random_.Next() % slowness_ == 0) rig_.checkpointer->Poll([](const Note&) {});
   }
 
   std::set<std::string> Stored() {
@@ -341,7 +341,7 @@ class LifecycleStepsTest : public testing::Test {
   void Upsert(const std::string& id) { Apply(ObservationOp::kUpsert, id); }
   void Delete(const std::string& id) { Apply(ObservationOp::kDelete, id); }
   void PollCheckpointer() {
-    rig_.checkpointer->Poll([](const std::string&) {});
+    rig_.checkpointer->Poll([](const Note&) {});
   }
   // The shard has noted from where it will be replayed.
   void BeginCheckpoint() {

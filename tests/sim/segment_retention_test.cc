@@ -220,6 +220,26 @@ TEST_F(SegmentRetentionTest, ADamagedRecordKeepsItsSegment) {
   EXPECT_EQ(std::ranges::count_if(notes_, says), 1) << "once, and not in each round";
 }
 
+TEST_F(SegmentRetentionTest, AMissingSegmentIsNamedOnceWithWhatItHeld) {
+  setup_.checkpointer.retention.rewrite_below_permille = 0;
+  ASSERT_EQ(Start(), "");
+  Store("c", "payload of c");
+  const LogSegment first = LeaveAlone("a", "b");
+  ASSERT_EQ(SegmentAt(Stored("c").origin), first);
+  rig_.Kill();
+  ASSERT_TRUE(rig_.medium.Open(LogFolder(0))->Remove(SegmentName(first.number)).has_value());
+  ASSERT_EQ(Start(), "");
+  const auto says = [&](const std::string& note) {
+    return note.starts_with("log-000/" + SegmentName(first.number) + " is missing") &&
+           note.find(" of 2 observations ") != std::string::npos;
+  };
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_TRUE(Checkpoint());
+    Settle();
+    EXPECT_EQ(std::ranges::count_if(notes_, says), 1) << "round " << i;
+  }
+}
+
 TEST_F(SegmentRetentionTest, AFullDiskLeavesNothingOfTheVault) {
   ASSERT_EQ(Start(), "");
   const LogSegment first = LeaveAlone("a", "b");

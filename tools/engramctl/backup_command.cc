@@ -3,34 +3,32 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
-#include <cstring>
 #include <filesystem>
 #include <functional>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "index/checkpoint/checkpoint_file.h"
-#include "index/checkpoint/live_table.h"
-#include "index/checkpoint/space_extent.h"
 #include "index/log/log_reader.h"
 #include "index/log/log_verifier.h"
 #include "index/log/replay_guard.h"
 #include "index/log/vault_verifier.h"
 #include "src/checkpoint_manifest.h"
+#include "src/core/check.h"
 #include "src/core/clock.h"
-#include "src/core/crc32c.h"
 #include "src/core/data_directory.h"
 #include "src/core/log_files.h"
 #include "tools/engramctl/backup_list.h"
 #include "tools/engramctl/commands.h"
+#include "tools/engramctl/data_verifier.h"
 #include "tools/engramctl/feed_loop.h"
 #include "tools/engramctl/file_copy.h"
 #include "tools/engramctl/table.h"
@@ -46,11 +44,6 @@ constexpr int64_t kRenewNs = 2 * kNanosPerSecond;
 constexpr int64_t kHoldPollNs = 5 * kNanosPerMilli;
 constexpr int kEndTries = 20;
 constexpr size_t kMaxListBytes = size_t{1} << 30;
-
-Result<std::unique_ptr<Disk>> OpenFolder(const std::string& path) {
-  return CreatePosixDisk(path,
-                         {.max_in_flight = 64, .max_open_files = 4, .registered_buffers = {}});
-}
 
 // A directory that is not there, or has nothing in it.
 Result<void> CheckIsFree(const std::string& path) {
@@ -72,6 +65,26 @@ Result<std::string> PlainPath(const std::string& path) {
 }
 
 std::string ParentOf(const std::string& plain) { return fs::path(plain).parent_path().string(); }
+
+// Whole backups are not made below a name that was mistyped.
+Result<void> CheckParent(const std::string& plain) {
+  const std::string parent = ParentOf(plain);
+  std::error_code error;
+  if (fs::is_directory(parent, error)) return {};
+  return Fail(ErrorCode::kNotFound, parent + ", in which " + plain +
+                                        " is to be made, is no directory: make it first, or name "
+                                        "another place");
+}
+
+// Whether `path`, which need not be there, is `directory` or lies in it. Links are followed.
+Result<bool> IsWithin(const std::string& path, const std::string& directory) {
+  std::error_code error;
+  const fs::path inner = fs::weakly_canonical(fs::absolute(path, error), error);
+  if (error) return FailErrno("find " + path, error.value());
+  const fs::path outer = fs::canonical(directory, error);
+  if (error) return FailErrno("find " + directory, error.value());
+  return std::ranges::mismatch(outer, inner).in1 == outer.end();
+}
 
 Result<void> MakeFolder(const std::string& path) {
   std::error_code error;
@@ -298,136 +311,74 @@ class Copier {
 // ---------------------------------------------------------------------------------------------
 // Verifying
 
-// Bytes of all segments in a data directory.
-using SegmentSizes = std::map<LogSegment, uint64_t>;
-
-Result<SegmentSizes> SegmentsIn(const std::string& data) {
-  const auto root = OpenFolder(data);
-  if (!root) return std::unexpected(root.error());
-  const auto folders = (*root)->List();
-  if (!folders) return std::unexpected(folders.error());
-  SegmentSizes sizes;
-  for (const DirectoryEntry& folder : *folders) {
-    const auto log = LogOfFolder(folder.name);
-    if (!log) continue;
-    const auto disk = OpenFolder(data + "/" + folder.name);
-    if (!disk) return std::unexpected(disk.error());
-    const auto files = (*disk)->List();
-    if (!files) return std::unexpected(files.error());
-    for (const DirectoryEntry& file : *files) {
-      if (const auto number = SegmentNumber(file.name)) sizes[{*log, *number}] = file.size_bytes;
-    }
-  }
-  return sizes;
+std::unexpected<Error> IsDamaged(const std::string& file, uint64_t offset,
+                                 const std::string& text) {
+  return Fail(ErrorCode::kCorrupt,
+              "in the copy, " + file + ", offset " + std::to_string(offset) + ": " + text);
 }
 
-// That the records which an extent of nodes names lie in segments that are there.
-Result<void> VerifyOrigins(std::span<const std::byte> extent, uint32_t count,
-                           const SegmentSizes& segments, const std::string& place) {
-  size_t at = sizeof(ExtentHeader);
-  for (uint32_t i = 0; i < count; ++i) {
-    SavedNode node;
-    if (extent.size() - at < sizeof(node)) {
-      return Fail(ErrorCode::kCorrupt, place + ": an observation is cut short");
-    }
-    std::memcpy(&node, extent.data() + at, sizeof(node));
-    if (node.saved_bytes < sizeof(node) || node.saved_bytes > extent.size() - at) {
-      return Fail(ErrorCode::kCorrupt, place + ": an observation has no sound length");
-    }
-    at += node.saved_bytes;
-    if (node.record_words == 0) continue;
-    const LogPosition position = PositionOf(node.origin);
-    const auto segment = segments.find(SegmentAt(node.origin));
-    if (segment != segments.end() &&
-        OffsetOf(position) + uint64_t{node.record_words} * 8 <= segment->second) {
-      continue;
-    }
-    return Fail(ErrorCode::kCorrupt,
-                place + " names a record at offset " + std::to_string(OffsetOf(position)) + " of " +
-                    LogFolder(LogOf(node.origin)) + "/" + SegmentName(SegmentOf(position)) +
-                    ", which was not copied: try again, and see whether the data directory has it");
-  }
-  return {};
+// From where the log is replayed.
+LogPosition ReplayedFrom(const CheckpointManifest& manifest, uint16_t log) {
+  if (log < manifest.logs.size()) return manifest.logs[log].from;
+  const auto kept = std::ranges::find(manifest.kept, log, &CheckpointManifest::Kept::log);
+  return kept != manifest.kept.end() ? kept->from : 0;
 }
 
-// Every extent of a checkpoint file against its checksum, that the last one is the last, and that
-// what they name is there.
-Result<void> VerifyCheckpoint(const std::string& folder, uint32_t round, uint64_t bytes,
-                              const SegmentSizes& segments) {
+// That it is sound and, where a shard writes it, as long as it was.
+Result<void> VerifyCopiedLog(const std::string& copy, uint16_t log,
+                             const CheckpointManifest& manifest,
+                             const std::map<uint16_t, LogPosition>& ends) {
+  const std::string name = LogFolder(log);
+  const std::string folder = copy + "/" + name;
+  const bool is_written = log < manifest.logs.size();
+  if (is_written) {
+    const auto end = EndOfLog(folder, log, manifest.logs[log], {});
+    if (!end) return std::unexpected(end.error());
+    if (*end != ends.at(log)) {
+      return IsDamaged(name + "/" + SegmentName(SegmentOf(*end)), OffsetOf(*end),
+                       "the log ends here and not where it ended that was copied: try again, and "
+                       "check this disk");
+    }
+  }
   const auto disk = OpenFolder(folder);
   if (!disk) return std::unexpected(disk.error());
-  CheckpointReader reader(disk->get());
-  if (auto opened = reader.Open(CheckpointName(round), bytes); !opened) return opened;
-  ExtentKind last{};
-  for (;;) {
-    std::span<const std::byte> extent;
-    const auto step = reader.Next(&extent);
-    if (!step) return std::unexpected(step.error());
-    if (*step == CheckpointReader::Step::kPending) continue;
-    if (*step == CheckpointReader::Step::kEnd) break;
-    ExtentHeader header;
-    std::memcpy(&header, extent.data(), sizeof(header));
-    const uint32_t crc = Crc32c(extent.subspan(kExtentCrcOffset + sizeof(uint32_t)),
-                                Crc32c(extent.first(kExtentCrcOffset)));
-    if (crc != header.crc) {
-      return Fail(ErrorCode::kCorrupt, reader.Place() + ": the checksum does not match");
-    }
-    if (header.kind == ExtentKind::kNodes) {
-      auto verified = VerifyOrigins(extent, header.count, segments, reader.Place());
-      if (!verified) return verified;
-    }
-    last = header.kind;
+  const auto header = FindSegmentHeader(**disk);
+  if (!header) return std::unexpected(header.error());
+  if (!*header) return {};
+  const auto report = log == kVaultLog ? VerifyVault(**disk, (*header)->instance)
+                                       : VerifyLog(**disk, log, (*header)->instance,
+                                                   ReplayedFrom(manifest, log), is_written);
+  if (!report) return std::unexpected(report.error());
+  if (!report->damages.empty()) {
+    const LogFinding& damage = report->damages[0];
+    return IsDamaged(name + "/" + damage.file, damage.offset,
+                     WithoutPlace(damage.text, folder + "/" + damage.file, damage.offset));
   }
-  if (last != kShardEndExtent) return Fail(ErrorCode::kCorrupt, reader.Place() + ": no end");
+  if (!report->mended.empty()) {
+    const MendedBit& bit = report->mended[0];
+    return IsDamaged(name + "/" + bit.file, bit.bit / 8, "a bit is turned");
+  }
   return {};
 }
 
 // That a start would find all of it sound, and the logs as long as they were.
-Result<void> VerifyData(const std::string& data, const std::map<uint16_t, LogPosition>& ends) {
-  const auto root = OpenFolder(data);
+Result<void> VerifyCopy(const std::string& copy, const std::map<uint16_t, LogPosition>& ends) {
+  const DataReport report = VerifyDataFiles(copy);
+  if (!report.unread.empty()) return std::unexpected(report.unread[0]);
+  if (!report.damages.empty()) {
+    const LogFinding& damage = report.damages[0];
+    return IsDamaged(damage.file, damage.offset, damage.text);
+  }
+  CHECK(report.manifest.has_value(), "it was copied first");
+  const auto root = OpenFolder(copy);
   if (!root) return std::unexpected(root.error());
-  const auto manifest = ReadManifest(**root);
-  if (!manifest) return std::unexpected(manifest.error());
-  if (!*manifest) return Fail(ErrorCode::kCorrupt, data + " has no checkpoint");
-  const auto segments = SegmentsIn(data);
-  if (!segments) return std::unexpected(segments.error());
   const auto entries = (*root)->List();
   if (!entries) return std::unexpected(entries.error());
   for (const DirectoryEntry& entry : *entries) {
     const auto log = LogOfFolder(entry.name);
     if (!log) continue;
-    const std::string folder = data + "/" + entry.name;
-    LogPosition from = 0;
-    if (*log < (*manifest)->logs.size()) {
-      from = (*manifest)->logs[*log].from;
-      auto checked = VerifyCheckpoint(folder, (*manifest)->round,
-                                      (*manifest)->logs[*log].file_bytes, *segments);
-      if (!checked) return checked;
-      const auto end = EndOfLog(folder, *log, (*manifest)->logs[*log], {});
-      if (!end) return std::unexpected(end.error());
-      if (*end != ends.at(*log)) {
-        return Fail(ErrorCode::kCorrupt, folder +
-                                             " does not end where the log ended that it is a "
-                                             "copy of: try again, and check this disk");
-      }
-    }
-    for (const CheckpointManifest::Kept& kept : (*manifest)->kept) {
-      if (kept.log == *log) from = kept.from;
-    }
-    const auto disk = OpenFolder(folder);
-    if (!disk) return std::unexpected(disk.error());
-    const auto header = FindSegmentHeader(**disk);
-    if (!header) return std::unexpected(header.error());
-    if (!*header) continue;
-    const auto report = *log == kVaultLog ? VerifyVault(**disk, (*header)->instance)
-                                          : VerifyLog(**disk, *log, (*header)->instance, from,
-                                                      *log < (*manifest)->logs.size());
-    if (!report) return std::unexpected(report.error());
-    if (report->sound()) continue;
-    const std::string file =
-        report->damages.empty() ? report->mended[0].file : report->damages[0].file;
-    return Fail(ErrorCode::kCorrupt,
-                folder + "/" + file + " is damaged: engramctl log verify " + data + " says where");
+    auto verified = VerifyCopiedLog(copy, *log, *report.manifest, ends);
+    if (!verified) return verified;
   }
   return {};
 }
@@ -479,15 +430,77 @@ Result<std::string> FindData(const ServerOptions& server, const BackupOptions& o
   return data;
 }
 
+// Before anything is made.
+Result<void> CheckTarget(const std::string& target, const std::string& data) {
+  if (auto is_free = CheckIsFree(target); !is_free) return is_free;
+  const auto plain = PlainPath(target);
+  if (!plain) return std::unexpected(plain.error());
+  if (auto checked = CheckParent(*plain); !checked) return checked;
+  const auto is_within = IsWithin(target, data);
+  if (!is_within) return std::unexpected(is_within.error());
+  if (!*is_within) return {};
+  return Fail(ErrorCode::kInvalidArgument,
+              target + " lies in the data directory " + data +
+                  " that is to be backed up: name a place outside of it, best on another disk");
+}
+
+// 1. The daemon holds its files while they are copied. 2. The copy is flushed and verified. 3. Its
+// list is written, which makes it a backup.
+Result<BackupList> CopyHeld(const std::string& data, const std::string& target,
+                            Connection& connection) {
+  BackupList list;
+  std::map<uint16_t, LogPosition> ends;
+  const std::string copy = target + "/" + kBackupDataFolder;
+  {
+    Hold hold(&connection);
+    if (auto begun = hold.Begin(); !begun) return std::unexpected(begun.error());
+    if (auto made = MakeFolder(copy); !made) return std::unexpected(made.error());
+    list.made_unix_ns = SystemClock().WallNs();
+    Copier copier(data, copy, &hold);
+    if (auto copied = copier.CopyAll(); !copied) return std::unexpected(copied.error());
+    list.files = std::move(copier.files());
+    ends = copier.ends();
+  }
+  if (auto synced = SyncAll(target); !synced) return std::unexpected(synced.error());
+  if (auto sound = VerifyCopy(copy, ends); !sound) return std::unexpected(sound.error());
+  if (auto written = WriteTextFile(target + "/" + kBackupListName, PrintBackupList(list));
+      !written) {
+    return std::unexpected(written.error());
+  }
+  if (auto synced = SyncFolder(target); !synced) return std::unexpected(synced.error());
+  return list;
+}
+
+// What was made of a backup goes, and the message says what is to be done.
+Error GiveUp(Error error, const std::string& data, const std::string& target, bool made_target) {
+  std::error_code failed;
+  if (made_target) {
+    fs::remove_all(target, failed);
+  } else {
+    for (const fs::path& entry : fs::directory_iterator(target, failed)) {
+      if (!failed) fs::remove_all(entry, failed);  // It was empty.
+    }
+  }
+  error.message += failed ? ". What stays in " + target + " is no backup: remove it"
+                          : ". No backup was made, and nothing of it stays in " + target;
+  if (error.code == ErrorCode::kCorrupt) {
+    error.message += ". What can be done: `engramctl log verify " + data +
+                     "` names all that is damaged there; `engramctl export SPACE` writes what can "
+                     "be read of a space while the daemon serves, and names what cannot. Then "
+                     "restore an earlier backup, or start engramd on a new directory and store "
+                     "there what was exported";
+  }
+  return error;
+}
+
 // 1. The directory is the daemon's, the target is free, and nobody holds the files. 2. A
-// checkpoint, so that little has to be replayed. 3. The daemon holds its files while they are
-// copied. 4. The copy is flushed and verified. 5. Its list is written, which makes it a backup.
+// checkpoint, so that little has to be replayed. 3. The copy.
 Result<BackupList> Backup(const ServerOptions& server, const BackupOptions& options,
                           Connection& connection) {
   const auto data = FindData(server, options, connection);
   if (!data) return std::unexpected(data.error());
-  if (auto is_free = CheckIsFree(options.directory); !is_free) {
-    return std::unexpected(is_free.error());
+  if (auto checked = CheckTarget(options.directory, *data); !checked) {
+    return std::unexpected(checked.error());
   }
   if (auto is_free = Hold::Try(&connection); !is_free) return std::unexpected(is_free.error());
   const auto saved = AwaitCheckpoint(connection);
@@ -495,27 +508,11 @@ Result<BackupList> Backup(const ServerOptions& server, const BackupOptions& opti
   if (!*saved) {
     return Fail(ErrorCode::kUnavailable, "the checkpoint failed; the daemon's log says why");
   }
-  BackupList list;
-  std::map<uint16_t, LogPosition> ends;
-  const std::string copy = options.directory + "/" + kBackupDataFolder;
-  {
-    Hold hold(&connection);
-    if (auto begun = hold.Begin(); !begun) return std::unexpected(begun.error());
-    if (auto made = MakeFolder(copy); !made) return std::unexpected(made.error());
-    list.made_unix_ns = SystemClock().WallNs();
-    Copier copier(*data, copy, &hold);
-    if (auto copied = copier.CopyAll(); !copied) return std::unexpected(copied.error());
-    list.files = std::move(copier.files());
-    ends = copier.ends();
-  }
-  if (auto synced = SyncAll(options.directory); !synced) return std::unexpected(synced.error());
-  if (auto sound = VerifyData(copy, ends); !sound) return std::unexpected(sound.error());
-  const std::string path = options.directory + "/" + kBackupListName;
-  if (auto written = WriteTextFile(path, PrintBackupList(list)); !written) {
-    return std::unexpected(written.error());
-  }
-  if (auto synced = SyncFolder(options.directory); !synced) return std::unexpected(synced.error());
-  return list;
+  std::error_code error;
+  const bool made_target = !fs::exists(options.directory, error);
+  auto list = CopyHeld(*data, options.directory, connection);
+  if (list) return list;
+  return std::unexpected(GiveUp(list.error(), *data, options.directory, made_target));
 }
 
 Result<BackupList> ReadList(const std::string& directory) {
@@ -529,15 +526,32 @@ Result<BackupList> ReadList(const std::string& directory) {
   }
   auto list = ParseBackupList({reinterpret_cast<const char*>(content->data()), content->size()});
   if (!list) {
-    return Fail(ErrorCode::kCorrupt, directory + "/" + kBackupListName + " is damaged");
+    return Fail(ErrorCode::kCorrupt, directory + "/" + kBackupListName +
+                                         ", offset 0: the checksum in it is not that of its lines. "
+                                         "Use another backup");
   }
   return *std::move(list);
 }
 
-std::unexpected<Error> Differs(const std::string& path) {
-  return Fail(ErrorCode::kCorrupt, path +
-                                       " is not what was backed up: its length or checksum "
-                                       "differs. Use another backup");
+// That what was read is what the list says.
+Result<void> CheckIsSame(const std::string& path, const CopiedFile& found,
+                         const BackupList::File& file) {
+  if (found.bytes == file.bytes && found.crc == file.crc) return {};
+  const std::string why = found.bytes == file.bytes
+                              ? ", offset 0: its checksum is not that of what was backed up"
+                              : ", offset " + std::to_string(std::min(found.bytes, file.bytes)) +
+                                    ": it has " + std::to_string(found.bytes) +
+                                    " bytes, and what was backed up " + std::to_string(file.bytes);
+  return Fail(ErrorCode::kCorrupt, path + why + ". Use another backup");
+}
+
+Result<void> CheckIsOutside(const std::string& target, const std::string& backup) {
+  if (auto checked = CheckParent(target); !checked) return checked;
+  const auto is_within = IsWithin(target, backup);
+  if (!is_within) return std::unexpected(is_within.error());
+  if (!*is_within) return {};
+  return Fail(ErrorCode::kInvalidArgument,
+              target + " lies in the backup " + backup + ": name a place outside of it");
 }
 
 // That in the end a directory beside it can take its place, in one step.
@@ -580,7 +594,7 @@ Result<void> CopyBack(const std::string& from, const BackupList& list, const std
     if (auto made = MakeFolder(ParentOf(path)); !made) return made;
     const auto copied = CopyFile(from + file.name, path, {}, {});
     if (!copied) return std::unexpected(copied.error());
-    if (copied->bytes != file.bytes || copied->crc != file.crc) return Differs(from + file.name);
+    if (auto same = CheckIsSame(from + file.name, *copied, file); !same) return same;
   }
   return SyncAll(to);
 }
@@ -590,13 +604,13 @@ Result<void> CopyBack(const std::string& from, const BackupList& list, const std
 // target in one step.
 Result<BackupList> Restore(const RestoreOptions& options) {
   std::error_code error;
-  if (!fs::is_directory(options.backup, error)) {
-    return Fail(ErrorCode::kNotFound, options.backup + " is no directory");
-  }
   auto list = ReadList(options.backup);
   if (!list) return list;
   const auto target = PlainPath(options.directory);
   if (!target) return std::unexpected(target.error());
+  if (auto checked = CheckIsOutside(*target, options.backup); !checked) {
+    return std::unexpected(checked.error());
+  }
   if (auto checked = CheckCanBeReplaced(*target); !checked) {
     return std::unexpected(checked.error());
   }
@@ -607,9 +621,10 @@ Result<BackupList> Restore(const RestoreOptions& options) {
   for (const BackupList::File& file : list->files) {
     const auto found = ChecksumFile(from + file.name);
     if (!found) return std::unexpected(found.error());
-    if (found->bytes != file.bytes || found->crc != file.crc) return Differs(from + file.name);
+    if (auto same = CheckIsSame(from + file.name, *found, file); !same) {
+      return std::unexpected(same.error());
+    }
   }
-  if (auto made = MakeFolder(ParentOf(*target)); !made) return std::unexpected(made.error());
   if (mkdir(beside.c_str(), 0700) != 0) {
     if (errno == EEXIST) return IsInTheWay(beside);
     return FailErrno("make directory " + beside, errno);

@@ -19,6 +19,20 @@ int ReportError(const Error& error) {
   return kExitFailed;
 }
 
+int ReportError(Error error, const std::string& space) {
+  if (error.code == ErrorCode::kNotFound) {
+    error.message = "space " + (space.empty() ? "default" : Printable(space)) + ": " +
+                    error.message + "; `engramctl spaces` lists those that hold something";
+  }
+  return ReportError(error);
+}
+
+Error RefusedRecall(const Refusal& refusal) {
+  const bool unknown = refusal.reason == RefusalReason::kUnknownSpace;
+  return {unknown ? ErrorCode::kNotFound : ErrorCode::kInvalidArgument,
+          "recall refused: " + refusal.Describe()};
+}
+
 std::expected<Connection, int> OpenConnection(const ServerOptions& server,
                                               const HelloOptions& hello) {
   const Result<Address> address = ParseAddress(server.address);

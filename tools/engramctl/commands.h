@@ -42,6 +42,9 @@ struct LoadOptions {
   bool wait_linked = false;
   uint64_t retry_for_s = 0;  // connect again for so long without progress; 0: not at all
   bool resume = false;       // not only the first time: also when a connection breaks
+  // One a connection, in hexadecimal: what an earlier load of the same rows has begun and not
+  // ended; 0: a new one. Empty: all new.
+  std::vector<std::string> sessions;
 };
 int RunLoad(const ServerOptions& server, const LoadOptions& options);
 
@@ -181,6 +184,11 @@ inline constexpr int64_t kAnswerTimeoutNs = 30'000'000'000;
 
 // Prints "engramctl: message" to standard error and returns kExitFailed.
 int ReportError(const Error& error);
+// The same for what was asked of a space, which is named where there is none (kNotFound).
+int ReportError(Error error, const std::string& space);
+
+// kNotFound where the space is not known.
+Error RefusedRecall(const Refusal& refusal);
 
 // Connects and says hello; on failure says why and returns the exit code.
 std::expected<Connection, int> OpenConnection(const ServerOptions& server,

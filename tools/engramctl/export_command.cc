@@ -30,10 +30,14 @@ constexpr uint64_t kFailuresShown = 20;
 class OutputFile {
  public:
   Result<void> Open(const std::string& path) {
-    path_ = path;
     if (path.empty()) {
       file_ = stdout;
       return {};
+    }
+    path_ = path;
+    std::error_code ignored;
+    if (std::filesystem::is_directory(path, ignored)) {
+      return Fail(ErrorCode::kInvalidArgument, path + " is a directory; name a file");
     }
     owned_.reset(std::fopen(AsidePath().c_str(), "wbe"));
     file_ = owned_.get();
@@ -60,12 +64,19 @@ class OutputFile {
   // Under its name; after Sync.
   Result<void> Name() {
     if (owned_ == nullptr) return {};
-    owned_.reset();
     if (std::rename(AsidePath().c_str(), path_.c_str()) != 0) {
       return FailErrno(path_ + ": cannot give the file its name", errno);
     }
+    owned_.reset();
     const std::string folder = std::filesystem::path(path_).parent_path().string();
     return SyncFolder(folder.empty() ? "." : folder);
+  }
+
+  // Takes away what was written and has no name yet.
+  void Discard() {
+    if (owned_ == nullptr) return;
+    owned_.reset();
+    std::remove(AsidePath().c_str());
   }
 
   std::string AsidePath() const { return path_ + ".partial"; }
@@ -91,7 +102,23 @@ class Exporter {
   Exporter(Connection* connection, const ExportOptions& options)
       : connection_(*connection), options_(options) {}
 
+  // Where it fails, nothing is left behind.
   Result<void> Run() {
+    Result<void> done = WriteAll();
+    if (!done) {
+      rows_.Discard();
+      ids_.Discard();
+    }
+    return done;
+  }
+
+  uint64_t exported() const { return exported_; }
+  uint64_t repeats() const { return repeats_; }
+  uint64_t unreadable() const { return unreadable_; }
+  const OutputFile& rows() const { return rows_; }
+
+ private:
+  Result<void> WriteAll() {
     const bool is_fvecs = options_.format == ExportFormat::kFvecs;
     if (auto opened = rows_.Open(options_.output); !opened) return opened;
     if (is_fvecs) {
@@ -118,12 +145,6 @@ class Exporter {
     return rows_.Name();
   }
 
-  uint64_t exported() const { return exported_; }
-  uint64_t repeats() const { return repeats_; }
-  uint64_t unreadable() const { return unreadable_; }
-  const OutputFile& rows() const { return rows_; }
-
- private:
   Result<void> Take(const RecallHit& hit) {
     if (hit.payload_omitted || hit.vector.empty()) {
       if (++unreadable_ <= kFailuresShown) {
@@ -171,7 +192,7 @@ int RunExport(const ServerOptions& server, const ExportOptions& options) {
   SystemClock clock;
   const int64_t start_ns = clock.MonotonicNs();
   Exporter exporter(&*connection, options);
-  if (auto done = exporter.Run(); !done) return ReportError(done.error());
+  if (auto done = exporter.Run(); !done) return ReportError(done.error(), options.space);
   const double seconds =
       static_cast<double>(clock.MonotonicNs() - start_ns) / static_cast<double>(kNanosPerSecond);
 

@@ -3,9 +3,10 @@
 #include <poll.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <vector>
 
-#include "src/core/clock.h"
+#include "tools/engramctl/table.h"
 
 namespace engram {
 
@@ -20,14 +21,33 @@ void Sleep(std::span<pollfd> entries, int64_t wake_ns) {
   ppoll(entries.data(), entries.size(), &timeout, nullptr);
 }
 
+const Feed& FeedOf(const Feed& feed) { return feed; }
+const Feed& FeedOf(const ResumingFeed& feed) { return feed.feed(); }
 int FdOf(const Feed& feed) { return feed.connection().fd(); }
 int FdOf(const ResumingFeed& feed) { return feed.fd(); }
 bool WantsToWrite(const Feed& feed) { return feed.connection().PendingBytes() > 0; }
 bool WantsToWrite(const ResumingFeed& feed) { return feed.WantsToWrite(); }
 
+// What the feeds have to say of refusals.
 template <typename AnyFeed>
-Result<void> DriveAll(std::span<const std::unique_ptr<AnyFeed>> feeds, const FeedTurn& turn) {
+std::string NextNotice(std::span<const std::unique_ptr<AnyFeed>> feeds, int64_t now_ns,
+                       RefusalNotice& notice) {
+  std::string refusal;
+  uint64_t waiting = 0;
+  for (const auto& each : feeds) {
+    const Feed& feed = FeedOf(*each);
+    if (feed.last_wait().empty()) continue;
+    waiting += feed.unsettled();
+    if (refusal.empty()) refusal = feed.last_wait();
+  }
+  return notice.Next(refusal, waiting, now_ns);
+}
+
+template <typename AnyFeed>
+Result<void> DriveAll(std::span<const std::unique_ptr<AnyFeed>> feeds, const FeedTurn& turn,
+                      const FeedSay& say) {
   SystemClock clock;
+  RefusalNotice notice;
   std::vector<pollfd> entries(feeds.size());
   for (;;) {
     const int64_t now_ns = clock.MonotonicNs();
@@ -47,23 +67,40 @@ Result<void> DriveAll(std::span<const std::unique_ptr<AnyFeed>> feeds, const Fee
                     .revents = 0};
     }
     if (all_settled) return {};
+    if (const std::string line = NextNotice(feeds, now_ns, notice); !line.empty()) say(line);
     if (!more_work) Sleep(entries, wake_ns);
   }
 }
 
 }  // namespace
 
+void Say(const std::string& line) { std::fprintf(stderr, "engramctl: %s\n", line.c_str()); }
+
+std::string RefusalNotice::Next(const std::string& refusal, uint64_t waiting, int64_t now_ns) {
+  if (refusal.empty()) {
+    since_ns_.reset();
+    return "";
+  }
+  if (!since_ns_) since_ns_ = now_ns;
+  if (now_ns - *since_ns_ < kRefusedNs || now_ns < next_ns_) return "";
+  next_ns_ = now_ns + kRepeatNs;
+  return "the server takes nothing: " + refusal + "; " + WithThousands(waiting) +
+         " observations wait, for " + std::to_string((now_ns - *since_ns_) / kNanosPerSecond) +
+         " s now";
+}
+
 void SleepUntil(int64_t wake_ns) {
   while (SystemClock().MonotonicNs() < wake_ns) Sleep({}, wake_ns);
 }
 
-Result<void> DriveFeeds(std::span<const std::unique_ptr<Feed>> feeds, const FeedTurn& turn) {
-  return DriveAll(feeds, turn);
+Result<void> DriveFeeds(std::span<const std::unique_ptr<Feed>> feeds, const FeedTurn& turn,
+                        const FeedSay& say) {
+  return DriveAll(feeds, turn, say);
 }
 
-Result<void> DriveFeeds(std::span<const std::unique_ptr<ResumingFeed>> feeds,
-                        const FeedTurn& turn) {
-  return DriveAll(feeds, turn);
+Result<void> DriveFeeds(std::span<const std::unique_ptr<ResumingFeed>> feeds, const FeedTurn& turn,
+                        const FeedSay& say) {
+  return DriveAll(feeds, turn, say);
 }
 
 }  // namespace engram

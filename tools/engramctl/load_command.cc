@@ -1,6 +1,7 @@
 #include <sys/prctl.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -93,18 +94,43 @@ class RowSource {
   std::vector<std::byte> encoded_;
 };
 
+// As quarantine and log dump print them.
+std::string SessionText(uint64_t session) {
+  char text[17];
+  std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(session));
+  return text;
+}
+
+// One a connection, all 0 where none was asked for.
+Result<std::vector<uint64_t>> SessionsOf(const std::vector<std::string>& texts,
+                                         uint32_t connections) {
+  std::vector<uint64_t> sessions(connections, 0);
+  if (texts.empty()) return sessions;
+  if (texts.size() != connections) {
+    return Fail(ErrorCode::kInvalidArgument, "--session names " + std::to_string(texts.size()) +
+                                                 " sessions for " + std::to_string(connections) +
+                                                 " connections; give one for each");
+  }
+  for (size_t i = 0; i < texts.size(); ++i) {
+    const char* const end = texts[i].data() + texts[i].size();
+    const auto [stop, error] = std::from_chars(texts[i].data(), end, sessions[i], 16);
+    if (error != std::errc() || stop != end) {
+      return Fail(ErrorCode::kInvalidArgument, "--session: '" + Printable(texts[i]) +
+                                                   "' is no id of a session, which has up to 16 "
+                                                   "hexadecimal digits");
+    }
+  }
+  return sessions;
+}
+
 // What all connections did together.
 struct LoadTotals {
   FeedCounts counts;
   LatencyHistogram ack_latency;
   uint64_t bytes = 0;
   uint64_t sessions_begun_anew = 0;
-
-  uint64_t Refused() const {
-    uint64_t total = 0;
-    for (const auto& [reason, count] : counts.refused) total += count;
-    return total;
-  }
+  uint64_t rows = 0;                  // that were to be sent
+  std::vector<std::string> sessions;  // as --session takes them
 };
 
 void AddTotals(const ResumingFeed& resuming, LoadTotals& totals) {
@@ -122,6 +148,8 @@ void AddTotals(const ResumingFeed& resuming, LoadTotals& totals) {
   for (const auto& [reason, count] : counts.waited_for) totals.counts.waited_for[reason] += count;
   totals.ack_latency.Merge(feed.ack_latency());
   totals.bytes += feed.observe_bytes_sent();
+  totals.sessions.push_back(feed.SessionIsEmpty() ? "0"
+                                                  : SessionText(feed.connection().hello().session));
 }
 
 // Offers batches by the clock, at equal distances that do not depend on how the server keeps up.
@@ -158,12 +186,15 @@ Result<void> StreamRows(const LoadOptions& options, const RowDealing& dealing,
   ProgressBar bar("load", dealing.rows);
   Pacer pacer(dealing, options.rate);
   if (options.rate == 0) {
-    for (uint32_t i = 0; i < feeds.size(); ++i) feeds[i]->Offer(dealing.RowsOf(i));
+    // A session that is gone on with has some already.
+    for (uint32_t i = 0; i < feeds.size(); ++i) {
+      feeds[i]->Offer(dealing.RowsOf(i) - feeds[i]->feed().counts().settled);
+    }
   } else {
     prctl(PR_SET_TIMERSLACK, kTimerSlackNs);
   }
   int64_t next_draw_ns = start_ns;
-  return DriveFeeds(feeds, [&](int64_t now_ns) {
+  const auto turn = [&](int64_t now_ns) {
     if (now_ns >= next_draw_ns) {
       next_draw_ns = now_ns + kProgressNs;
       uint64_t settled = 0;
@@ -175,6 +206,10 @@ Result<void> StreamRows(const LoadOptions& options, const RowDealing& dealing,
       bar.Update(settled, settled - acked, now_ns);
     }
     return options.rate == 0 ? kNothingMore : pacer.OfferDue(feeds, start_ns, now_ns);
+  };
+  return DriveFeeds(feeds, turn, [&bar](const std::string& line) {
+    bar.Clear();
+    Say(line);
   });
 }
 
@@ -213,8 +248,12 @@ nlohmann::json ReportOf(const LoadOptions& options, const LoadTotals& totals, do
     return Rounded(static_cast<double>(amount) / seconds, 1);
   };
   nlohmann::json report = {
+      {"observations", totals.rows},
       {"observations_sent", counts.sent},
       {"observations_acked", counts.acked},
+      {"not_settled", counts.sent - counts.settled},
+      {"not_sent", totals.rows - counts.sent},
+      {"sessions", totals.sessions},
       {"refused", nlohmann::json::object()},
       {"retried", counts.retried},
       {"waited_for", nlohmann::json::object()},
@@ -242,7 +281,7 @@ void PrintForPeople(const LoadTotals& totals, double seconds, std::optional<doub
   const FeedCounts& counts = totals.counts;
   std::printf(
       "%s of %s observations acked in %.2f s: %s/s, %.1f MB/s\n",
-      WithThousands(counts.acked).c_str(), WithThousands(counts.sent).c_str(), seconds,
+      WithThousands(counts.acked).c_str(), WithThousands(totals.rows).c_str(), seconds,
       WithThousands(static_cast<uint64_t>(static_cast<double>(counts.acked) / seconds)).c_str(),
       static_cast<double>(totals.bytes) / seconds / 1e6);
   std::printf("ack latency  P50 %.0f us  P99 %.0f us  P99.9 %.0f us\n",
@@ -347,17 +386,35 @@ std::expected<Connection, int> OpenPatiently(const ServerOptions& server, const 
 
 // One feed a connection, each with its share of the rows.
 std::expected<std::vector<std::unique_ptr<ResumingFeed>>, int> OpenFeeds(
-    const ServerOptions& server, const LoadOptions& options, const HelloOptions& hello,
+    const ServerOptions& server, const LoadOptions& options, HelloOptions hello,
     const RowDealing& dealing, RowSource& source) {
+  const Result<std::vector<uint64_t>> sessions = SessionsOf(options.sessions, dealing.connections);
+  if (!sessions) {
+    ReportError(sessions.error());
+    return std::unexpected(kExitUsage);
+  }
   // Many loaders that lose one server shall not come back at the same moments.
   const auto seed = static_cast<uint64_t>(SystemClock().WallNs());
   std::vector<std::unique_ptr<ResumingFeed>> feeds;
   for (uint32_t i = 0; i < dealing.connections; ++i) {
+    hello.session = (*sessions)[i];
     auto connection = OpenPatiently(server, hello, options.retry_for_s, seed + i);
     if (!connection) return std::unexpected(connection.error());
+    FeedOptions feed_options{.batch = options.batch};
+    if (hello.session != 0) {
+      feed_options.base = 0;
+      if (const uint64_t taken = connection->hello().last_sequence; taken > dealing.RowsOf(i)) {
+        ReportError({ErrorCode::kInvalidArgument, "session " + SessionText(hello.session) +
+                                                      " has more than the rows it would get here"});
+        return std::unexpected(kExitFailed);
+      }
+    }
     RetryOptions retry;
+    const int64_t retry_for_ns = static_cast<int64_t>(options.retry_for_s) * kNanosPerSecond;
     if (options.resume) {
-      retry.retry_for_ns = static_cast<int64_t>(options.retry_for_s) * kNanosPerSecond;
+      retry.retry_for_ns = retry_for_ns;
+    } else if (retry_for_ns > 0) {
+      feed_options.stall_timeout_ns = retry_for_ns;
     }
     retry.jitter_seed = seed + i;
     const Address address = *ParseAddress(server.address);
@@ -366,10 +423,24 @@ std::expected<std::vector<std::unique_ptr<ResumingFeed>>, int> OpenFeeds(
         [&source, dealing, i](uint64_t index, Observation* observation) {
           source.Show(dealing.RowAt(i, index), observation);
         },
-        FeedOptions{.batch = options.batch},
+        feed_options,
         [address](uint64_t attempt) { return Connection::StartConnect(address, attempt); }, retry));
   }
   return feeds;
+}
+
+// Why the load ended early, what became of the rows, and how to go on.
+int ReportUnfinished(const Error& error, const LoadTotals& totals) {
+  ReportError(error);
+  Say("of " + std::to_string(totals.rows) + " observations " + totals.counts.Describe(totals.rows));
+  const bool unknown = error.code == ErrorCode::kNotFound;
+  if (unknown || totals.counts.settled == totals.rows) return kExitFailed;
+  std::string sessions;
+  for (const std::string& session : totals.sessions) {
+    sessions += (sessions.empty() ? "" : ",") + session;
+  }
+  Say("to go on while the server knows the sessions: the same load with --session " + sessions);
+  return kExitFailed;
 }
 
 }  // namespace
@@ -400,6 +471,7 @@ int RunLoad(const ServerOptions& server, const LoadOptions& options) {
   Result<void> done = StreamRows(options, dealing, feeds, start_ns);
   const double seconds = seconds_since(start_ns);
   LoadTotals totals;
+  totals.rows = dealing.rows;
   for (const auto& feed : feeds) AddTotals(*feed, totals);
 
   std::optional<double> linked_s;
@@ -421,8 +493,8 @@ int RunLoad(const ServerOptions& server, const LoadOptions& options) {
   } else {
     PrintForPeople(totals, seconds, linked_s);
   }
-  if (!done) return ReportError(done.error());
-  return totals.Refused() > 0 ? kExitFailed : kExitOk;
+  if (!done) return ReportUnfinished(done.error(), totals);
+  return totals.counts.RefusedTotal() > 0 ? kExitFailed : kExitOk;
 }
 
 }  // namespace engram

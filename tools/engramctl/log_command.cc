@@ -1,4 +1,6 @@
+#include <pwd.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -7,7 +9,6 @@
 #include <cstring>
 #include <ctime>
 #include <filesystem>
-#include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -30,18 +31,24 @@
 #include "src/core/refusal_reason.h"
 #include "src/core/vector_dtype.h"
 #include "tools/engramctl/commands.h"
+#include "tools/engramctl/data_verifier.h"
+#include "tools/engramctl/feed_loop.h"
 #include "tools/engramctl/table.h"
 
 namespace engram {
 
 namespace {
 
-constexpr size_t kMaxInstanceBytes = 4'096;
 constexpr size_t kPayloadShown = 48;  // bytes
+constexpr int kVerifyTries = 5;
+constexpr int64_t kVerifyAgainNs = 20 * kNanosPerMilli;
+// Something could not be looked at; nothing that could is damaged.
+constexpr int kExitUnread = 2;
 
 // One log, and whose it is.
 struct FoundLog {
   std::string path;
+  std::string data;  // the directory that it belongs to; empty: not known
   uint16_t log = 0;
   LogInstance instance{};
   LogPosition replay_from = 0;  // by the latest checkpoint: before that segments may be missing
@@ -51,119 +58,124 @@ struct FoundLog {
 // ---------------------------------------------------------------------------------------------
 // Finding logs
 
-// Makes nothing: CreatePosixDisk would make a missing directory.
-Result<std::unique_ptr<Disk>> OpenFolder(const std::string& path) {
-  std::error_code error;
-  if (!std::filesystem::is_directory(path, error)) {
-    return Fail(ErrorCode::kNotFound, path + " is no directory: name a data directory, or the " +
-                                          "folder of one of its logs");
+// Where no sound checkpoint says from where a log is replayed: the first of the segments at its end
+// that follow each other.
+Result<LogPosition> LikelyReplay(const std::string& folder) {
+  const auto disk = OpenFolder(folder);
+  if (!disk) return std::unexpected(disk.error());
+  const auto entries = (*disk)->List();
+  if (!entries) return std::unexpected(entries.error());
+  uint32_t first = 0;
+  uint32_t last = 0;
+  for (const DirectoryEntry& entry : *entries) {  // by name, which is by number
+    const auto number = SegmentNumber(entry.name);
+    if (!number) continue;
+    if (*number != last + 1) first = *number;
+    last = *number;
   }
-  return CreatePosixDisk(path,
-                         {.max_in_flight = 64, .max_open_files = 4, .registered_buffers = {}});
+  return MakeLogPosition(first, 0);
 }
 
-// The first half of the id that INSTANCE names; its grammar is in src/core/data_directory.h.
-Result<LogInstance> InstanceOf(Disk& disk) {
-  constexpr std::string_view kIdKey = "\ninstance_id ";
-  constexpr std::string_view kCrcKey = "\ncrc32c ";
-  const auto content = ReadWholeFile(disk, kInstanceFileName, kMaxInstanceBytes);
-  if (!content) return std::unexpected(content.error());
-  const std::string_view text(reinterpret_cast<const char*>(content->data()), content->size());
-  const size_t id_at = text.find(kIdKey);
-  const size_t crc_at = text.rfind(kCrcKey);
-  LogInstance instance{};
-  uint32_t crc = 0;
-  bool sound = id_at != std::string_view::npos && crc_at != std::string_view::npos &&
-               id_at + kIdKey.size() + 2 * instance.size() <= text.size();
-  const auto parse = [&](size_t at, size_t digits, auto* number) {
-    const char* from = text.data() + at;
-    const auto [end, error] =
-        std::from_chars(from, std::min(from + digits, text.data() + text.size()), *number, 16);
-    return error == std::errc() && end == from + digits;
-  };
-  for (size_t i = 0; sound && i < instance.size(); ++i) {
-    sound = parse(id_at + kIdKey.size() + 2 * i, 2, &instance[i]);
+// From where a log of the data directory is replayed.
+Result<void> NoteReplay(const std::string& data, FoundLog* folder) {
+  const auto root = OpenFolder(data);
+  if (!root) return std::unexpected(root.error());
+  const auto manifest = ReadManifest(**root);
+  if (!manifest && manifest.error().code == ErrorCode::kCorrupt) {
+    const auto from = LikelyReplay(folder->path);
+    if (!from) return std::unexpected(from.error());
+    folder->replay_from = *from;
+    return {};
   }
-  if (!sound || !parse(crc_at + kCrcKey.size(), 8, &crc) ||
-      crc != Crc32c(std::span(*content).first(crc_at + 1))) {
-    return Fail(ErrorCode::kCorrupt, disk.directory() + "/" + kInstanceFileName +
-                                         " is damaged: restore it from a backup");
-  }
-  return instance;
-}
-
-// From where the logs of a data directory are replayed.
-Result<void> NoteReplay(Disk& root, std::vector<FoundLog>* logs) {
-  const auto manifest = ReadManifest(root);
   if (!manifest) return std::unexpected(manifest.error());
   if (!*manifest) return {};
-  for (FoundLog& folder : *logs) {
-    if (folder.log < (*manifest)->logs.size()) {
-      folder.replay_from = (*manifest)->logs[folder.log].from;
-      folder.is_needed = true;
-    }
-    for (const CheckpointManifest::Kept& kept : (*manifest)->kept) {
-      if (kept.log == folder.log) folder.replay_from = kept.from;
-    }
+  if (folder->log < (*manifest)->logs.size()) {
+    folder->replay_from = (*manifest)->logs[folder->log].from;
+    folder->is_needed = true;
+  }
+  for (const CheckpointManifest::Kept& kept : (*manifest)->kept) {
+    if (kept.log == folder->log) folder->replay_from = kept.from;
   }
   return {};
 }
 
-// `directory` is a data directory or the folder of one log.
-Result<std::vector<FoundLog>> FindLogs(const std::string& directory) {
-  const auto disk = OpenFolder(directory);
+bool IsDataDirectory(const std::vector<DirectoryEntry>& entries) {
+  return std::ranges::any_of(entries, [](const DirectoryEntry& entry) {
+    return entry.name == kInstanceFileName || entry.name == kCheckpointManifestName ||
+           LogOfFolder(entry.name);
+  });
+}
+
+// Where INSTANCE cannot tell, a segment does.
+Result<LogInstance> FindInstance(Disk& root, const std::string& folder) {
+  const auto instance = ReadInstance(root);
+  if (instance) return LogInstanceOf(instance->id);
+  if (IsUnread(instance.error())) return std::unexpected(instance.error());
+  const auto disk = OpenFolder(folder);
   if (!disk) return std::unexpected(disk.error());
-  const auto entries = (*disk)->List();
-  if (!entries) return std::unexpected(entries.error());
+  const auto header = FindSegmentHeader(**disk);
+  if (!header) return std::unexpected(header.error());
+  return *header ? (*header)->instance : LogInstance{};
+}
+
+Result<std::vector<FoundLog>> FindLogsIn(Disk& root, const std::vector<DirectoryEntry>& entries) {
   std::vector<FoundLog> logs;
-  if (std::ranges::find(*entries, kInstanceFileName, &DirectoryEntry::name) == entries->end()) {
-    const auto header = FindSegmentHeader(**disk);
-    if (!header) return std::unexpected(header.error());
-    if (!*header) {
-      return Fail(ErrorCode::kNotFound, directory + " is neither a data directory (it has no " +
-                                            kInstanceFileName +
-                                            ") nor the folder of a log (it has no sound segment)");
+  for (const DirectoryEntry& entry : entries) {
+    const auto log = LogOfFolder(entry.name);
+    if (!log) continue;
+    FoundLog folder = {
+        .path = root.directory() + "/" + entry.name, .data = root.directory(), .log = *log};
+    const auto instance = FindInstance(root, folder.path);
+    if (!instance) return std::unexpected(instance.error());
+    folder.instance = *instance;
+    if (auto noted = NoteReplay(folder.data, &folder); !noted) {
+      return std::unexpected(noted.error());
     }
-    logs.push_back({.path = directory, .log = (*header)->log, .instance = (*header)->instance});
-    std::error_code error;
-    if (std::filesystem::exists(directory + "/../" + kInstanceFileName, error)) {
-      const auto root = OpenFolder(directory + "/..");
-      if (!root) return std::unexpected(root.error());
-      if (auto noted = NoteReplay(**root, &logs); !noted) return std::unexpected(noted.error());
-    }
-    return logs;
-  }
-  const auto instance = InstanceOf(**disk);
-  if (!instance) return std::unexpected(instance.error());
-  for (const DirectoryEntry& entry : *entries) {
-    if (const auto log = LogOfFolder(entry.name)) {
-      logs.push_back({.path = directory + "/" + entry.name, .log = *log, .instance = *instance});
-    }
+    logs.push_back(std::move(folder));
   }
   std::ranges::sort(logs, {}, &FoundLog::log);
-  if (auto noted = NoteReplay(**disk, &logs); !noted) return std::unexpected(noted.error());
   return logs;
 }
 
-// Whether a daemon holds the directory, or the one above a log's folder. Looks at the kernel's list
-// of locks, so as not to be in the way of a daemon that starts.
-bool IsInUse(const std::string& directory) {
-  std::vector<std::string> inodes;
-  for (const char* name : {"/LOCK", "/../LOCK"}) {
-    struct stat status{};
-    if (stat((directory + name).c_str(), &status) == 0) {
-      inodes.push_back(":" + std::to_string(status.st_ino) + " ");
+// Without a sound segment its name and the directory that it lies in tell whose it is.
+Result<FoundLog> FindLogAt(Disk& disk) {
+  FoundLog folder{.path = disk.directory(), .data = "", .log = 0};
+  std::error_code error;
+  const auto whole = std::filesystem::canonical(folder.path, error);
+  const std::string parent = folder.path + "/..";
+  if (std::filesystem::exists(parent + "/" + kInstanceFileName, error)) folder.data = parent;
+  const auto header = FindSegmentHeader(disk);
+  if (!header) return std::unexpected(header.error());
+  const auto log = *header ? (*header)->log : LogOfFolder(whole.filename().string());
+  if (!log || (!*header && folder.data.empty())) {
+    return Fail(ErrorCode::kNotFound, folder.path + " is neither a data directory (it has no " +
+                                          kInstanceFileName +
+                                          ") nor the folder of a log (it has no sound segment)");
+  }
+  folder.log = *log;
+  if (*header) folder.instance = (*header)->instance;
+  if (folder.data.empty()) return folder;
+  if (auto noted = NoteReplay(folder.data, &folder); !noted) return std::unexpected(noted.error());
+  return folder;
+}
+
+// `directory` is a data directory, which `is_data` then says, or the folder of one log.
+Result<std::vector<FoundLog>> FindLogs(const std::string& directory, bool* is_data) {
+  const auto disk = OpenFolder(directory);
+  if (!disk) {
+    Error error = disk.error();
+    if (error.code == ErrorCode::kNotFound) {
+      error.message += ": name a data directory, or the folder of one of its logs";
     }
+    return std::unexpected(std::move(error));
   }
-  std::ifstream locks("/proc/locks");
-  for (std::string line; std::getline(locks, line);) {
-    if (line.find("FLOCK") == std::string::npos) continue;
-    const auto names = [&](const std::string& inode) {
-      return line.find(inode) != std::string::npos;
-    };
-    if (std::ranges::any_of(inodes, names)) return true;
-  }
-  return false;
+  const auto entries = (*disk)->List();
+  if (!entries) return std::unexpected(entries.error());
+  *is_data = IsDataDirectory(*entries);
+  if (*is_data) return FindLogsIn(**disk, *entries);
+  auto folder = FindLogAt(**disk);
+  if (!folder) return std::unexpected(folder.error());
+  return std::vector<FoundLog>{*std::move(folder)};
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -403,11 +415,15 @@ std::optional<LogPosition> ParsePosition(std::string_view text) {
 // ---------------------------------------------------------------------------------------------
 // log verify
 
-nlohmann::json FindingsJson(const std::vector<LogFinding>& findings) {
+std::string TextOf(const std::string& folder, const LogFinding& finding) {
+  return WithoutPlace(finding.text, folder + "/" + finding.file, finding.offset);
+}
+
+nlohmann::json FindingsJson(const std::string& folder, const std::vector<LogFinding>& findings) {
   nlohmann::json list = nlohmann::json::array();
   for (const LogFinding& finding : findings) {
     nlohmann::json json = {
-        {"file", finding.file}, {"offset", finding.offset}, {"text", finding.text}};
+        {"file", finding.file}, {"offset", finding.offset}, {"text", TextOf(folder, finding)}};
     if (finding.bytes != 0) json["bytes"] = finding.bytes;
     list.push_back(std::move(json));
   }
@@ -436,15 +452,23 @@ nlohmann::json ReportJson(const FoundLog& folder, const LogReport& report) {
                          {"sessions", report.sessions},
                          {"epoch", report.last_epoch},
                          {"end", PositionText(report.end)},
-                         {"damages", FindingsJson(report.damages)},
+                         {"damages", FindingsJson(folder.path, report.damages)},
                          {"mended", mended},
-                         {"rests", FindingsJson(report.rests)},
-                         {"unfinished", FindingsJson(report.unfinished)}};
+                         {"rests", FindingsJson(folder.path, report.rests)},
+                         {"unfinished", FindingsJson(folder.path, report.unfinished)}};
   if (report.records > 0) {
     json["first_time"] = TimeText(UnixNsOf(report.first_stamp));
     json["last_time"] = TimeText(UnixNsOf(report.last_stamp));
   }
   return json;
+}
+
+void PrintFindings(const char* what, const std::string& folder,
+                   const std::vector<LogFinding>& findings) {
+  for (const LogFinding& finding : findings) {
+    std::printf("  %s: %s, offset %llu: %s\n", what, finding.file.c_str(),
+                static_cast<unsigned long long>(finding.offset), TextOf(folder, finding).c_str());
+  }
 }
 
 void PrintReport(const FoundLog& folder, const LogReport& report) {
@@ -463,19 +487,167 @@ void PrintReport(const FoundLog& folder, const LogReport& report) {
     std::printf("  from %s to %s: %s\n", TimeText(UnixNsOf(report.first_stamp)).c_str(),
                 TimeText(UnixNsOf(report.last_stamp)).c_str(), kinds.c_str());
   }
-  const auto print = [](const char* what, const LogFinding& finding) {
-    std::printf("  %s: %s, offset %llu: %s\n", what, finding.file.c_str(),
-                static_cast<unsigned long long>(finding.offset), finding.text.c_str());
-  };
-  for (const LogFinding& finding : report.damages) print("DAMAGED", finding);
+  PrintFindings("DAMAGED", folder.path, report.damages);
   for (const MendedBit& bit : report.mended) {
     std::printf("  DAMAGED: %s, offset %llu: bit %u is turned; a start mends it in what it reads\n",
                 bit.file.c_str(), static_cast<unsigned long long>(bit.bit / 8),
                 static_cast<unsigned>(bit.bit % 8));
   }
-  for (const LogFinding& finding : report.rests) print("left over", finding);
-  for (const LogFinding& finding : report.unfinished) print("never finished", finding);
+  PrintFindings("left over", folder.path, report.rests);
+  PrintFindings("never finished", folder.path, report.unfinished);
 }
+
+Result<LogReport> Verify(const FoundLog& found) {
+  FoundLog folder = found;
+  if (!folder.data.empty()) {
+    if (auto noted = NoteReplay(folder.data, &folder); !noted) {
+      return std::unexpected(noted.error());
+    }
+  }
+  const auto disk = OpenFolder(folder.path);
+  if (!disk) return std::unexpected(disk.error());
+  if (folder.log == kVaultLog) return VerifyVault(**disk, folder.instance);
+  return VerifyLog(**disk, folder.log, folder.instance, folder.replay_from, folder.is_needed);
+}
+
+// Empty: it is sound. Otherwise the same for the same damage.
+std::string WhatIsWrong(const Result<LogReport>& report) {
+  if (!report) return report.error().message;
+  std::string text;
+  for (const LogFinding& finding : report->damages) {
+    text += finding.file + ":" + std::to_string(finding.offset) + "\n";
+  }
+  for (const MendedBit& bit : report->mended) {
+    text += bit.file + ":" + std::to_string(bit.bit / 8) + "\n";
+  }
+  return text;
+}
+
+// Beside a daemon the reader may meet a block that is being written, and a segment may be freed
+// between its listing and its reading. What is found twice in a row is damage.
+Result<LogReport> VerifySettled(const FoundLog& folder, bool in_use) {
+  auto report = Verify(folder);
+  for (int tries = 1; in_use && tries < kVerifyTries; ++tries) {
+    const std::string before = WhatIsWrong(report);
+    if (before.empty()) break;
+    SleepUntil(SystemClock().MonotonicNs() + kVerifyAgainNs);
+    report = Verify(folder);
+    if (WhatIsWrong(report) == before) break;
+  }
+  return report;
+}
+
+// Everything that `log verify` looks at, told as it goes.
+class Verification {
+ public:
+  explicit Verification(const LogOptions& options)
+      : directory_(options.directory), is_json_(options.json), in_use_(IsInUse(directory_)) {}
+
+  int Run() {
+    bool is_data = false;
+    auto logs = FindLogs(directory_, &is_data);
+    if (!logs && !IsUnread(logs.error())) return ReportError(logs.error());
+    if (!logs) {
+      AddUnread(logs.error());
+      logs.emplace();
+    }
+    if (is_data) TakeFiles(VerifyDataFiles(directory_));
+    for (const FoundLog& folder : *logs) TakeLog(folder, VerifySettled(folder, in_use_));
+    return Conclude();
+  }
+
+ private:
+  void TakeFiles(const DataReport& report) {
+    sound_ = sound_ && report.damages.empty();
+    for (const Error& error : report.unread) AddUnread(error);
+    damages_ = FindingsJson(directory_, report.damages);
+    rests_ = FindingsJson(directory_, report.rests);
+    if (is_json_) return;
+    if (!report.damages.empty() || !report.rests.empty()) std::printf("%s:\n", directory_.c_str());
+    PrintFindings("DAMAGED", directory_, report.damages);
+    PrintFindings("left over", directory_, report.rests);
+  }
+
+  void TakeLog(const FoundLog& folder, const Result<LogReport>& report) {
+    if (report) {
+      sound_ = sound_ && report->sound();
+      if (is_json_) {
+        logs_.push_back(ReportJson(folder, *report));
+      } else {
+        PrintReport(folder, *report);
+      }
+      return;
+    }
+    logs_.push_back({{"log", folder.log},
+                     {"folder", folder.path},
+                     {"sound", false},
+                     {"error", report.error().message}});
+    if (IsUnread(report.error())) return AddUnread(report.error());
+    sound_ = false;
+    if (!is_json_) ReportError(report.error());
+  }
+
+  void AddUnread(const Error& error) {
+    if (std::ranges::find(unread_, error.message) != unread_.end()) return;
+    unread_.push_back(error.message);
+    is_forbidden_ = is_forbidden_ || error.code == ErrorCode::kPermissionDenied;
+    if (!is_json_) ReportError(error);
+  }
+
+  // By whom what is not readable can be read.
+  std::string Remedy() const {
+    if (!is_forbidden_) return "see above";
+    struct stat status{};
+    const bool is_known = stat(directory_.c_str(), &status) == 0;
+    return "run this as " +
+           (is_known && status.st_uid != geteuid()
+                ? UserName(status.st_uid) + ", who owns " + directory_
+                : std::string("root")) +
+           "; now it runs as " + UserName(geteuid());
+  }
+
+  static std::string UserName(uid_t id) {
+    const passwd* user = getpwuid(id);
+    return user != nullptr ? user->pw_name : "user " + std::to_string(id);
+  }
+
+  int Conclude() const {
+    const int exit_code = !sound_ ? kExitFailed : unread_.empty() ? kExitOk : kExitUnread;
+    if (is_json_) {
+      std::printf("%s\n", JsonLine({{"sound", exit_code == kExitOk},
+                                    {"daemon_runs", in_use_},
+                                    {"damages", damages_},
+                                    {"rests", rests_},
+                                    {"unread", unread_},
+                                    {"logs", logs_}})
+                              .c_str());
+      return exit_code;
+    }
+    if (in_use_) {
+      std::printf(
+          "a daemon runs on this directory: what it wrote meanwhile may look like a rest, "
+          "and the ends may have moved\n");
+    }
+    if (!unread_.empty()) {
+      std::printf("NOT VERIFIED, as not everything could be read: %s\n", Remedy().c_str());
+    }
+    if (!sound_) {
+      std::printf("DAMAGED: restore a backup, or keep a copy before you start the daemon on it\n");
+    }
+    if (exit_code == kExitOk) std::printf("sound\n");
+    return exit_code;
+  }
+
+  const std::string directory_;
+  const bool is_json_;
+  const bool in_use_;
+  bool sound_ = true;
+  bool is_forbidden_ = false;
+  std::vector<std::string> unread_;
+  nlohmann::json damages_ = nlohmann::json::array();
+  nlohmann::json rests_ = nlohmann::json::array();
+  nlohmann::json logs_ = nlohmann::json::array();
+};
 
 }  // namespace
 
@@ -490,7 +662,8 @@ int RunLogDump(const LogOptions& options) {
     }
     from = *position;
   }
-  const auto logs = FindLogs(options.directory);
+  bool is_data = false;
+  const auto logs = FindLogs(options.directory, &is_data);
   if (!logs) return ReportError(logs.error());
   if (from != 0 && logs->size() != 1) {
     ReportError({ErrorCode::kInvalidArgument, "--from needs one log: name its folder, such as " +
@@ -504,51 +677,6 @@ int RunLogDump(const LogOptions& options) {
   return exit_code;
 }
 
-int RunLogVerify(const LogOptions& options) {
-  const auto logs = FindLogs(options.directory);
-  if (!logs) return ReportError(logs.error());
-  const bool in_use = IsInUse(options.directory);
-  nlohmann::json list = nlohmann::json::array();
-  bool sound = true;
-  for (const FoundLog& folder : *logs) {
-    const auto disk = OpenFolder(folder.path);
-    if (!disk) return ReportError(disk.error());
-    const auto report = folder.log == kVaultLog ? VerifyVault(**disk, folder.instance)
-                                                : VerifyLog(**disk, folder.log, folder.instance,
-                                                            folder.replay_from, folder.is_needed);
-    if (!report) {
-      sound = false;
-      if (options.json) {
-        list.push_back({{"log", folder.log},
-                        {"folder", folder.path},
-                        {"sound", false},
-                        {"error", report.error().message}});
-      } else {
-        ReportError(report.error());
-      }
-      continue;
-    }
-    sound = sound && report->sound();
-    if (options.json) {
-      list.push_back(ReportJson(folder, *report));
-    } else {
-      PrintReport(folder, *report);
-    }
-  }
-  if (options.json) {
-    std::printf("%s\n",
-                JsonLine({{"sound", sound}, {"daemon_runs", in_use}, {"logs", list}}).c_str());
-  } else {
-    if (in_use) {
-      std::printf(
-          "a daemon runs on this directory: what it wrote meanwhile may look like a rest, "
-          "and the ends may have moved\n");
-    }
-    std::printf("%s\n", sound ? "sound"
-                              : "DAMAGED: restore a backup, or keep a copy before you "
-                                "start the daemon on it");
-  }
-  return sound ? kExitOk : kExitFailed;
-}
+int RunLogVerify(const LogOptions& options) { return Verification(options).Run(); }
 
 }  // namespace engram

@@ -1,6 +1,7 @@
 // engramctl, the operator's tool: parses the command line and calls the command.
 
 #include <CLI/CLI.hpp>
+#include <charconv>
 #include <cstdlib>
 #include <string>
 #include <string_view>
@@ -36,16 +37,35 @@ void AddServerOptions(CLI::App* command, ServerOptions& server) {
   command->add_flag("--json", server.json, "Print one line of JSON for programs");
 }
 
+CLI::Validator SpaceName() {
+  return CLI::Validator(
+      [](std::string& name) {
+        return IsValidSpaceName(name)
+                   ? std::string()
+                   : "'" + Printable(name) + "': a space's name is 1 to 64 of [a-z0-9_-]";
+      },
+      "NAME");
+}
+
+// CLI::PositiveNumber names its upper bound, which has 309 digits.
+CLI::Validator AtLeastOne() {
+  return CLI::Validator(
+      [](std::string& text) {
+        uint64_t number = 0;
+        const char* const end = text.data() + text.size();
+        const auto [stop, error] = std::from_chars(text.data(), end, number);
+        return error == std::errc() && stop == end && number > 0
+                   ? std::string()
+                   : "'" + Printable(text) + "' is no whole number from 1 on";
+      },
+      "NUMBER");
+}
+
 void AddSpaceOption(CLI::App* command, std::string& space, const char* absent = "default") {
   command
       ->add_option("--space", space,
                    std::string("Name of the space, 1 to 64 of [a-z0-9_-]; default: ") + absent)
-      ->check(CLI::Validator(
-          [](std::string& name) {
-            return IsValidSpaceName(name) ? std::string()
-                                          : "a space's name is 1 to 64 of [a-z0-9_-]";
-          },
-          "NAME"));
+      ->check(SpaceName());
 }
 
 CLI::App* AddLoad(CLI::App& app, ServerOptions& server, LoadOptions& options) {
@@ -67,7 +87,7 @@ CLI::App* AddLoad(CLI::App& app, ServerOptions& server, LoadOptions& options) {
       ->check(CLI::Range(1u, 65'535u))
       ->capture_default_str();
   load->add_option("--count", options.count, "Only the first rows of the file")
-      ->check(CLI::PositiveNumber);
+      ->check(AtLeastOne());
   load->add_option("--connections", options.connections, "Sessions to deal the rows to")
       ->check(CLI::Range(1u, kConnectionsMax))
       ->capture_default_str();
@@ -90,8 +110,9 @@ CLI::App* AddLoad(CLI::App& app, ServerOptions& server, LoadOptions& options) {
   CLI::Option* retry_for =
       load->add_option(
               "--retry-for", options.retry_for_s,
-              "Seconds to go on trying to connect, with back-off from 10 ms to 1 s. Alone: "
-              "until the first connections are made")
+              "Seconds to go on trying to connect, with back-off from 10 ms to 1 s, and to wait "
+              "for "
+              "a server that takes nothing; without it 60. Alone: a connection that breaks ends it")
           ->check(CLI::Range(uint64_t{1}, kRetryForMaxS));
   load->add_flag("--resume", options.resume,
                  "When a connection breaks, or the server stops or is killed, connect again and go "
@@ -100,6 +121,11 @@ CLI::App* AddLoad(CLI::App& app, ServerOptions& server, LoadOptions& options) {
                  "less than it had acked (durability interval or memory) gets that again; the "
                  "report says rolled_back")
       ->needs(retry_for);
+  load->add_option("--session", options.sessions,
+                   "ID[,ID...] of the sessions of a load that ended early, as it printed them, to "
+                   "go on with them; give the same --data, --batch and --connections again")
+      ->delimiter(',')
+      ->excludes(load->get_option("--rate"));
   return load;
 }
 
@@ -131,8 +157,7 @@ CLI::App* AddRecall(CLI::App& app, ServerOptions& server, RecallOptions& options
                    "Base vectors: ties with the k-th true neighbour are then found by exact scores")
       ->needs(queries);
   recall->add_option("--id-prefix", options.id_prefix, "As given to load")->needs(queries);
-  recall->add_option("--count", options.count, "Only the first queries")
-      ->check(CLI::PositiveNumber);
+  recall->add_option("--count", options.count, "Only the first queries")->check(AtLeastOne());
   recall->add_option("--concurrency", options.concurrency, "Recalls under way at once")
       ->check(CLI::Range(1u, kConcurrencyMax))
       ->capture_default_str();
@@ -232,14 +257,6 @@ CLI::App* AddRestore(CLI::App& app, ServerOptions& server, RestoreOptions& optio
   return restore;
 }
 
-CLI::Validator SpaceName() {
-  return CLI::Validator(
-      [](std::string& name) {
-        return IsValidSpaceName(name) ? std::string() : "a space's name is 1 to 64 of [a-z0-9_-]";
-      },
-      "NAME");
-}
-
 CLI::App* AddExport(CLI::App& app, ServerOptions& server, ExportOptions& options) {
   CLI::App* command =
       app.add_subcommand("export", "Write all live observations of a space, while it serves");
@@ -291,7 +308,7 @@ CLI::App* AddPlain(CLI::App& app, ServerOptions& server, const char* name, const
 CLI::App* AddSpaceCommand(CLI::App& app, ServerOptions& server, SpaceCommandOptions& options,
                           const char* name, const char* text) {
   CLI::App* command = AddPlain(app, server, name, text);
-  command->add_option("space", options.space, "The space's name")->required();
+  command->add_option("space", options.space, "The space's name")->required()->check(SpaceName());
   return command;
 }
 

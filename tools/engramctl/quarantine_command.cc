@@ -101,7 +101,8 @@ int RunQuarantine(const QuarantineOptions& options) {
     return ReportError({ErrorCode::kNotFound, options.directory + " is no directory"});
   }
   if (!std::filesystem::is_directory(path, error)) {
-    if (!options.json) std::printf("nothing is in quarantine\n");
+    // On standard output a dump has lines of JSON alone.
+    if (!options.json) std::fprintf(options.whole ? stderr : stdout, "nothing is in quarantine\n");
     return kExitOk;
   }
   const auto disk =

@@ -93,7 +93,7 @@ class QueryRunner {
 
   Result<void> Take(const RecallAnswer& answer, int64_t now_ns, RecallRun& run) {
     if (answer.refusal) {
-      return Fail(ErrorCode::kInvalidArgument, "recall refused: " + answer.refusal->Describe());
+      return std::unexpected(RefusedRecall(*answer.refusal));
     }
     const auto found = sent_.find(answer.request);
     run.latency.Record(now_ns - found->second.at_ns);
@@ -255,10 +255,12 @@ int RunRecallQuality(const ServerOptions& server, const RecallOptions& options) 
   QueryRunner runner(&*connection, input->queries, options);
   if (options.warmup > 0) {
     RecallRun unused;
-    if (auto ran = runner.Run(options.warmup, unused); !ran) return ReportError(ran.error());
+    if (auto ran = runner.Run(options.warmup, unused); !ran)
+      return ReportError(ran.error(), options.space);
   }
   RecallRun run;
-  if (auto ran = runner.Run(input->queries.rows(), run); !ran) return ReportError(ran.error());
+  if (auto ran = runner.Run(input->queries.rows(), run); !ran)
+    return ReportError(ran.error(), options.space);
   const Result<double> quality = Quality(*input, options.k, run);
   if (!quality) return ReportError(quality.error());
   PrintQuality(server, options, *quality, run);
@@ -286,8 +288,7 @@ int RunRecallText(const ServerOptions& server, const RecallOptions& options) {
   const Result<RecallAnswer> answer = stream.AwaitAnswer(kAnswerTimeoutNs);
   if (!answer) return ReportError(answer.error());
   if (answer->refusal) {
-    return ReportError(
-        {ErrorCode::kInvalidArgument, "recall refused: " + answer->refusal->Describe()});
+    return ReportError(RefusedRecall(*answer->refusal), options.space);
   }
 
   if (server.json) {

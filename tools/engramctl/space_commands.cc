@@ -22,7 +22,7 @@ int RunCommand(const ServerOptions& server, SpaceCommand what, const std::string
   auto connection = OpenReader(server, "");
   if (!connection) return connection.error();
   const auto done = CommandSpace(*connection, what, space, kLongestSilenceNs);
-  if (!done) return ReportError(done.error());
+  if (!done) return ReportError(done.error(), space);
   if (server.json) {
     std::printf("%s\n", nlohmann::json({{"observations", done->observations},
                                         {"bytes_before", done->bytes_before},

@@ -218,7 +218,7 @@ class SpaceVerifier {
     stream.Send(query);
     Result<RecallAnswer> answer = stream.AwaitAnswer(kAnswerTimeoutNs);
     if (answer && answer->refusal) {
-      return Fail(ErrorCode::kInvalidArgument, "recall refused: " + answer->refusal->Describe());
+      return std::unexpected(RefusedRecall(*answer->refusal));
     }
     return answer;
   }

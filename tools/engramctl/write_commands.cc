@@ -27,7 +27,11 @@ int SendAll(const ServerOptions& server, const HelloOptions& hello, uint64_t cou
   Feed& feed = *feeds.front();
   feed.Offer(count);
   const Result<void> done = DriveFeeds(feeds, [](int64_t) { return kNothingMore; });
-  if (!done) return ReportError(done.error());
+  if (!done) {
+    ReportError(done.error());
+    Say(feed.counts().Describe(count));
+    return kExitFailed;
+  }
   for (const auto& [reason, refused] : feed.counts().refused) {
     std::fprintf(stderr, "engramctl: %s refused: %s\n", WithThousands(refused).c_str(),
                  reason.c_str());

@@ -104,7 +104,7 @@ class ReplayGuardTest : public testing::Test {
   }
   std::map<LogAddress, CommitStamp> Quarantined() {
     const auto disk = medium_.Open(kQuarantineFolder);
-    const auto found = ReadQuarantine(*disk, [this](const auto& line) { notes_.push_back(line); });
+    const auto found = ReadQuarantine(*disk, [this](const Note& note) { notes_.push_back(note); });
     EXPECT_TRUE(found.has_value());
     return found.value_or(std::map<LogAddress, CommitStamp>{});
   }
@@ -112,7 +112,7 @@ class ReplayGuardTest : public testing::Test {
   SimulatedClock clock_;
   SimulatedDisk medium_{&clock_, 1};
   int opened_ = 0;
-  std::vector<std::string> notes_;
+  std::vector<Note> notes_;
   const std::vector<float> vector_{1, 2, 3};
   const std::string payload_ = "payload";
   const LogRecord record_ = SomeRecord(vector_, payload_);
@@ -137,7 +137,7 @@ TEST_F(ReplayGuardTest, OneCrashIsNotedOnlyTheSecondPutsItInQuarantineForGood) {
   EXPECT_TRUE(LeavesOut(twice, record_));
   EXPECT_EQ(twice.left_out().Read(), 1u);
   ASSERT_EQ(notes_.size(), 2u);
-  EXPECT_NE(notes_.back().find("HERE"), std::string::npos);
+  EXPECT_NE(notes_.back().text.find("HERE"), std::string::npos);
 
   medium_.Crash();  // It is on stable storage.
   EXPECT_EQ(Quarantined(), (std::map<LogAddress, CommitStamp>{{kAddress, record_.stamp}}));
@@ -167,7 +167,7 @@ TEST_F(ReplayGuardTest, ADamagedFileIsReportedAndStillLeavesItsRecordOut) {
   notes_.clear();
   ReplayGuard later = Make({}, Quarantined());
   ASSERT_FALSE(notes_.empty());
-  EXPECT_NE(notes_.front().find("damaged"), std::string::npos);
+  EXPECT_NE(notes_.front().text.find("damaged"), std::string::npos);
   EXPECT_TRUE(LeavesOut(later, record_));
 }
 

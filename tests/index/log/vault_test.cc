@@ -70,7 +70,7 @@ class VaultTest : public testing::Test {
     writer.Begin(std::move(moves), number);
     for (int i = 0; i < 100'000 && writer.active(); ++i) {
       clock_.AdvanceNs(50'000);
-      writer.Poll([this](const std::string& line) { notes_.push_back(line); });
+      writer.Poll([this](const Note& note) { notes_.push_back(note.text); });
     }
     EXPECT_FALSE(writer.active());
     written_ = writer.written();

@@ -210,7 +210,10 @@ Result<void> CheckUnrelatedFrame(const Frame& frame) {
     case FrameType::kNak: {
       const Result<Refusal> refusal = ParseNak(frame);
       if (!refusal) return std::unexpected(refusal.error());
-      return Fail(refusal->closing() ? CodeOfClosing(refusal->reason) : ErrorCode::kInvalidArgument,
+      const ErrorCode code = refusal->reason == RefusalReason::kUnknownSpace
+                                 ? ErrorCode::kNotFound
+                                 : ErrorCode::kInvalidArgument;
+      return Fail(refusal->closing() ? CodeOfClosing(refusal->reason) : code,
                   (refusal->closing() ? "the server ended the connection: " : "refused: ") +
                       refusal->Describe());
     }
@@ -309,12 +312,39 @@ Result<void> Connection::SendHello(const HelloOptions& options) {
   body.metric = options.metric;
   body.priority = options.priority;
   body.space_bytes = static_cast<uint8_t>(options.space.size());
+  asked_ = options;
   hello_.session = options.session;
   BeginFrame(FrameType::kHello, 0, 0);
   Append(BytesOf(body));
   Append(BytesOf(std::string_view(options.space)));
   EndFrame();
   return {};
+}
+
+std::string Connection::Explain(RefusalReason reason) const {
+  const std::string space = asked_.space.empty() ? "default" : Printable(asked_.space);
+  const char* const remedy = "; `engramctl spaces` says what the space has";
+  if (reason == RefusalReason::kMetricMismatch) {
+    return "; asked for was " + std::string(MetricName(asked_.metric)) + " in space " + space +
+           remedy;
+  }
+  if (reason == RefusalReason::kDimensionMismatch) {
+    return "; asked for was dimension " + std::to_string(asked_.dimension) + " in space " + space +
+           remedy;
+  }
+  if (reason == RefusalReason::kSessionExpired) {
+    return "; space " + space +
+           " may have been dropped, the session may have expired (session_keep_days, 7 unless "
+           "configured), or this server runs on another data directory";
+  }
+  return "";
+}
+
+Result<void> Connection::CheckUnrelated(const Frame& frame) const {
+  Result<void> passed = CheckUnrelatedFrame(frame);
+  if (passed || frame.header.type != FrameType::kNak) return passed;
+  if (const auto nak = ParseNak(frame)) passed.error().message += Explain(nak->reason);
+  return passed;
 }
 
 Result<bool> Connection::TakeHelloAnswer(const Frame& frame) {
@@ -326,7 +356,7 @@ Result<bool> Connection::TakeHelloAnswer(const Frame& frame) {
                 "running?");
   }
   if (frame.header.type != FrameType::kHelloAck) {
-    if (auto passed = CheckUnrelatedFrame(frame); !passed) return std::unexpected(passed.error());
+    if (auto passed = CheckUnrelated(frame); !passed) return std::unexpected(passed.error());
     return false;
   }
   if (frame.body.size() < sizeof(HelloAckBody)) return FailGrammar("hello_ack is too short");

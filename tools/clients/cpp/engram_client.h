@@ -23,7 +23,8 @@
 //
 // Error codes say what can be done: kUnavailable may pass when it is tried again on a new
 // connection (no route, refused, closed, timeout, a limit reached, the server is stopping);
-// kNotFound is a session that the server does not know (session_expired); kAlreadyExists is a
+// kNotFound is a session (session_expired) or space (unknown_space) that the server does not know;
+// kAlreadyExists is a
 // session that another connection took over (fenced); kInvalidArgument and kCorrupt stay.
 
 namespace engram {
@@ -143,6 +144,9 @@ class Connection {
   Result<Frame> AwaitFrame(int64_t deadline_ns);
   // Round trip of a ping in nanoseconds.
   Result<int64_t> Ping(int64_t timeout_ns);
+  // What CheckUnrelatedFrame says of a frame of this connection, and what hello had asked for where
+  // that is what the server refuses.
+  Result<void> CheckUnrelated(const Frame& frame) const;
   // Says close and awaits the server's, passing over what else arrives.
   Result<void> Close(int64_t timeout_ns);
   // Sends a ping when nothing was sent for long enough that the server might end the connection.
@@ -155,10 +159,14 @@ class Connection {
  private:
   explicit Connection(UniqueFd fd) : fd_(std::move(fd)) {}
 
+  // What hello asked for that the server refuses for this reason, or what may have become of it;
+  // empty for other reasons.
+  std::string Explain(RefusalReason reason) const;
   // Whether `frame` was the answer to hello; then it is noted.
   Result<bool> TakeHelloAnswer(const Frame& frame);
 
   UniqueFd fd_;
+  HelloOptions asked_;
   HelloAnswer hello_;
 
   std::vector<std::byte> out_;  // from out_head_ on: not sent yet

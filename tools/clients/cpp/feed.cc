@@ -20,6 +20,18 @@ constexpr int64_t kRetryAfterMaxNs = 10 * kNanosPerSecond;
 
 }  // namespace
 
+uint64_t FeedCounts::RefusedTotal() const {
+  uint64_t total = 0;
+  for (const auto& [reason, count] : refused) total += count;
+  return total;
+}
+
+std::string FeedCounts::Describe(uint64_t total) const {
+  return std::to_string(acked) + " acked, " + std::to_string(RefusedTotal()) +
+         " refused for good, " + std::to_string(sent - settled) + " sent and not settled, " +
+         std::to_string(total - sent) + " not sent";
+}
+
 Feed::Feed(Connection connection, ObservationSource source, FeedOptions options)
     : source_(std::move(source)),
       options_(options),
@@ -46,10 +58,10 @@ Result<bool> Feed::Poll(int64_t now_ns) {
   bool worked = false;
   for (;;) {
     const Result<std::optional<Frame>> frame = connection_.NextFrame();
-    if (!frame) return FailStream(frame.error());
+    if (!frame) return std::unexpected(frame.error());
     if (!frame->has_value()) break;
     worked = true;
-    if (auto taken = TakeFrame(**frame, now_ns); !taken) return FailStream(taken.error());
+    if (auto taken = TakeFrame(**frame, now_ns); !taken) return std::unexpected(taken.error());
   }
   if (!AllSettled() && now_ns - progress_ns_ >= options_.stall_timeout_ns) return FailStalled();
 
@@ -77,15 +89,14 @@ Result<void> Feed::Resume(Connection connection, int64_t now_ns) {
     base_ = hello.last_sequence;
   }
   if (hello.last_sequence > base_ + counts_.sent) {
-    return FailStream({ErrorCode::kCorrupt,
-                       "the server resumes at sequence " + std::to_string(hello.last_sequence) +
-                           ", but the last one sent is " + std::to_string(base_ + counts_.sent)});
+    return Fail(ErrorCode::kCorrupt,
+                "the server resumes at sequence " + std::to_string(hello.last_sequence) +
+                    ", but the last one sent is " + std::to_string(base_ + counts_.sent));
   }
   if (hello.last_sequence < base_) {
-    return FailStream({ErrorCode::kNotFound, "the server has lost sequences " +
-                                                 std::to_string(hello.last_sequence + 1) + " to " +
-                                                 std::to_string(base_) +
-                                                 " of the session, which are not this feed's"});
+    return Fail(ErrorCode::kNotFound,
+                "the server has lost sequences " + std::to_string(hello.last_sequence + 1) +
+                    " to " + std::to_string(base_) + " of the session, which are not this feed's");
   }
   credit_ = hello.credit;
   const uint64_t settled = hello.last_sequence - base_;
@@ -133,7 +144,7 @@ Result<void> Feed::TakeFrame(const Frame& frame, int64_t now_ns) {
     case FrameType::kNak:
       return TakeNak(frame, now_ns);
     default:
-      return CheckUnrelatedFrame(frame);
+      return connection_.CheckUnrelated(frame);
   }
 }
 
@@ -165,6 +176,7 @@ void Feed::Settle(uint64_t settled, int64_t now_ns) {
       std::distance(refused_.lower_bound(counts_.settled), refused_.lower_bound(settled));
   counts_.acked += settled - counts_.settled - static_cast<uint64_t>(refused);
   counts_.settled = settled;
+  last_wait_.clear();
   if (probe_ && settled > *probe_) probe_.reset();
   // The server may have settled what a refusal had made us want to send again.
   next_ = std::max(next_, settled);
@@ -175,7 +187,7 @@ Result<void> Feed::TakeNak(const Frame& frame, int64_t now_ns) {
   const Result<Refusal> refusal = ParseNak(frame);
   if (!refusal) return std::unexpected(refusal.error());
   if (refusal->closing() || refusal->refused_type != FrameType::kObserve) {
-    return CheckUnrelatedFrame(frame);
+    return connection_.CheckUnrelated(frame);
   }
   const std::string name(DescribeRefusal(refusal->reason).name);
 
@@ -285,17 +297,9 @@ int64_t Feed::NextWakeNs(int64_t now_ns) const {
   return wake_ns;
 }
 
-std::unexpected<Error> Feed::FailStream(Error error) const {
-  if (!AllSettled()) {
-    error.message += "; " + std::to_string(unsettled()) + " observations were not settled";
-  }
-  return std::unexpected(std::move(error));
-}
-
 std::unexpected<Error> Feed::FailStalled() const {
   std::string message = "nothing was settled for " +
-                        std::to_string(options_.stall_timeout_ns / kNanosPerSecond) + " s; " +
-                        std::to_string(unsettled()) + " observations wait";
+                        std::to_string(options_.stall_timeout_ns / kNanosPerSecond) + " s";
   if (!last_wait_.empty()) message += "; the server's last refusal was " + last_wait_;
   return Fail(ErrorCode::kUnavailable, std::move(message));
 }

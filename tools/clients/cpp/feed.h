@@ -57,6 +57,11 @@ struct FeedCounts {
   uint64_t rolled_back = 0;    // settled, then lost by the server, and to be sent again
   std::map<std::string, uint64_t> refused;     // for good, by the reason's name
   std::map<std::string, uint64_t> waited_for;  // naks that asked to go back, by the reason's name
+
+  uint64_t RefusedTotal() const;
+  // What became of `total` observations, of which some may not be sent: "3 acked, 1 refused for
+  // good, 2 sent and not settled, 4 not sent". They add up to `total`.
+  std::string Describe(uint64_t total) const;
 };
 
 // Streams observations over one session by go-back-N (dataplane/FORMAT.md, "observe, ack, nak"), on
@@ -119,6 +124,8 @@ class Feed {
   const LatencyHistogram& ack_latency() const { return ack_latency_; }
   uint64_t observe_bytes_sent() const { return observe_bytes_; }
   uint64_t unsettled() const { return offered_ - counts_.settled; }
+  // The last nak that asked to go back, if nothing was settled since: what it says. Else empty.
+  const std::string& last_wait() const { return last_wait_; }
   Connection& connection() { return connection_; }
   const Connection& connection() const { return connection_; }
 
@@ -136,8 +143,6 @@ class Feed {
   void ForgetRefusalsFrom(uint64_t index);
   uint64_t SequenceOf(uint64_t index) const { return base_ + 1 + index; }
   std::unexpected<Error> FailStalled() const;
-  // `error`, with how much stays open.
-  std::unexpected<Error> FailStream(Error error) const;
 
   const ObservationSource source_;
   const FeedOptions options_;
@@ -154,7 +159,7 @@ class Feed {
   std::optional<uint64_t> probe_;
   int64_t resume_ns_ = INT64_MIN;    // nothing is sent before
   int64_t progress_ns_ = INT64_MIN;  // when something was settled last, or offered to an idle feed
-  std::string last_wait_;            // the last nak that asked to wait, described
+  std::string last_wait_;
   uint64_t observe_bytes_ = 0;
   FeedCounts counts_;
   LatencyHistogram ack_latency_;

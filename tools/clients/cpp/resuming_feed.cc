@@ -49,14 +49,19 @@ Result<bool> ResumingFeed::PollFeed(int64_t now_ns) {
   // Acks may have come before the error.
   NoteProgress();
   if (!worked) return WaitAfter(worked.error(), now_ns);
-  if (feed_.AllSettled()) trouble_ns_.reset();
-  return worked;
+  if (feed_.AllSettled()) {
+    quiet_ns_.reset();
+    return worked;
+  }
+  if (!quiet_ns_) quiet_ns_ = now_ns;
+  if (now_ns < GiveUpNs()) return worked;
+  return GiveUp(feed_.last_wait().empty() ? "the server does not answer" : feed_.last_wait());
 }
 
 Result<bool> ResumingFeed::Begin(int64_t now_ns) {
   Result<Connection> connection = connector_(attempts_++);
   if (!connection) return WaitAfter(connection.error(), now_ns);
-  if (auto sent = connection->SendHello(hello_); !sent) return FailFinal(sent.error());
+  if (auto sent = connection->SendHello(hello_); !sent) return std::unexpected(sent.error());
   next_.emplace(*std::move(connection));
   state_ = State::kGreeting;
   wake_ns_ = now_ns + std::min(options_.greet_timeout_ns, options_.retry_for_ns);
@@ -79,13 +84,13 @@ Result<bool> ResumingFeed::PollGreeting(int64_t now_ns) {
     return WaitAfter({ErrorCode::kUnavailable, "the server did not answer hello in time"}, now_ns);
   }
   if (hello_.session != 0 && next_->hello().session != hello_.session) {
-    return FailFinal({ErrorCode::kCorrupt, "the server answers with another session than asked"});
+    return Fail(ErrorCode::kCorrupt, "the server answers with another session than asked");
   }
   hello_.session = next_->hello().session;
   Connection connection = *std::move(next_);
   next_.reset();
   if (auto resumed = feed_.Resume(std::move(connection), now_ns); !resumed) {
-    return FailFinal(resumed.error());
+    return std::unexpected(resumed.error());
   }
   state_ = State::kStreaming;
   NoteProgress();
@@ -98,14 +103,10 @@ Result<bool> ResumingFeed::WaitAfter(const Error& error, int64_t now_ns) {
   next_.reset();
   feed_.connection().Abandon();
   if (error.code != ErrorCode::kUnavailable || options_.retry_for_ns == 0 || !connector_) {
-    return FailFinal(error);
+    return std::unexpected(error);
   }
-  if (!trouble_ns_) trouble_ns_ = now_ns;
-  if (now_ns >= GiveUpNs()) {
-    return FailFinal({ErrorCode::kUnavailable,
-                      "gave up after " + std::to_string(options_.retry_for_ns / kNanosPerSecond) +
-                          " s in which nothing was settled; at last: " + error.message});
-  }
+  if (!quiet_ns_) quiet_ns_ = now_ns;
+  if (now_ns >= GiveUpNs()) return GiveUp(error.message);
   state_ = State::kWaiting;
   wake_ns_ = std::min(now_ns + backoff_.NextNs(), GiveUpNs());
   return false;
@@ -114,22 +115,23 @@ Result<bool> ResumingFeed::WaitAfter(const Error& error, int64_t now_ns) {
 void ResumingFeed::NoteProgress() {
   if (feed_.counts().settled <= settled_seen_) return;
   settled_seen_ = feed_.counts().settled;
-  trouble_ns_.reset();
+  quiet_ns_.reset();
   backoff_.Reset();
 }
 
-std::unexpected<Error> ResumingFeed::FailFinal(Error error) const {
-  // The feed's own errors say it already.
-  if (state_ != State::kStreaming) {
-    error.message += "; " + std::to_string(feed_.counts().acked) + " observations are acked, " +
-                     std::to_string(feed_.unsettled()) + " are not settled";
-    if (error.code == ErrorCode::kNotFound) error.message += " and would need a new session";
-  }
-  return std::unexpected(std::move(error));
+int64_t ResumingFeed::GiveUpNs() const {
+  if (options_.retry_for_ns == 0 || !quiet_ns_) return INT64_MAX;
+  return *quiet_ns_ + options_.retry_for_ns;
+}
+
+std::unexpected<Error> ResumingFeed::GiveUp(const std::string& why) const {
+  return Fail(ErrorCode::kUnavailable, "gave up after " +
+                                           std::to_string(options_.retry_for_ns / kNanosPerSecond) +
+                                           " s in which nothing was settled; at last: " + why);
 }
 
 int64_t ResumingFeed::NextWakeNs(int64_t now_ns) const {
-  return state_ == State::kStreaming ? feed_.NextWakeNs(now_ns) : wake_ns_;
+  return state_ == State::kStreaming ? std::min(feed_.NextWakeNs(now_ns), GiveUpNs()) : wake_ns_;
 }
 
 int ResumingFeed::fd() const {

@@ -31,8 +31,9 @@ class Backoff {
 };
 
 struct RetryOptions {
-  // Gives up when a connection is missing and nothing was settled for this long, counted from when
-  // the trouble began; the last attempt begins then. 0: the first error ends it.
+  // Gives up when something waits to be settled, or a connection is missing, and nothing was
+  // settled for this long; the last attempt begins then. 0: the first error ends it, and the feed's
+  // stall timeout is the bound.
   int64_t retry_for_ns = 0;
   int64_t backoff_min_ns = 10 * kNanosPerMilli;
   int64_t backoff_max_ns = kNanosPerSecond;
@@ -55,12 +56,13 @@ using Connector = std::function<Result<Connection>(uint64_t attempt)>;
 //   2. Waiting, by exponential back-off with jitter. Then an attempt begins.
 //   3. Greeting: the connection is made and hello said with the session's id. hello_ack takes it
 //      back to 1 by Feed::Resume; an error that may pass, or no answer in time, back to 2.
-// Time without progress counts from the first error on. Whatever is settled, by an ack or by a
-// hello_ack, ends it and resets the back-off. Being connected with nothing to settle ends it too.
-// A live connection is never ended for it.
+// Time without progress counts from when something waits to be settled, or from the first error on,
+// whether the connection is broken, the server refuses all that is sent or says nothing. Whatever
+// is settled, by an ack or by a hello_ack, begins it anew and resets the back-off. While it is
+// connected with nothing to settle none passes.
 //
-// session_expired is final, and says what was acked: what is left would need a new session, which
-// is for the owner to decide, as repeats are not recognised there. Only where nothing of the
+// session_expired is final: what is not settled would need a new session, which is for the owner to
+// decide, as repeats are not recognised there. Only where nothing of the
 // session was ever settled a new one is begun (sessions_begun_anew): a server keeps no session of
 // which it took nothing, and so does not know it after a crash.
 //
@@ -80,7 +82,8 @@ class ResumingFeed {
 
   // One bounded step; never blocks, but for what the connector does. Returns whether another step
   // may find work at once. Errors are final: those of Feed::Poll and Connection::PollHello that do
-  // not pass; kUnavailable once the time without progress is over.
+  // not pass; kUnavailable once the time without progress is over. feed().counts() says what became
+  // of the observations.
   Result<bool> Poll(int64_t now_ns);
 
   bool AllSettled() const { return feed_.AllSettled(); }
@@ -103,9 +106,8 @@ class ResumingFeed {
   Result<bool> PollGreeting(int64_t now_ns);
   Result<bool> WaitAfter(const Error& error, int64_t now_ns);
   void NoteProgress();
-  int64_t GiveUpNs() const { return trouble_ns_.value_or(0) + options_.retry_for_ns; }
-  // `error`, with how much is acked and how much stays open.
-  std::unexpected<Error> FailFinal(Error error) const;
+  int64_t GiveUpNs() const;
+  std::unexpected<Error> GiveUp(const std::string& why) const;
 
   const Connector connector_;
   const RetryOptions options_;
@@ -113,9 +115,9 @@ class ResumingFeed {
   HelloOptions hello_;
   State state_ = State::kStreaming;
   Backoff backoff_;
-  std::optional<Connection> next_;     // while greeting
-  int64_t wake_ns_ = 0;                // end of waiting, or of greeting
-  std::optional<int64_t> trouble_ns_;  // when the time without progress began
+  std::optional<Connection> next_;   // while greeting
+  int64_t wake_ns_ = 0;              // end of waiting, or of greeting
+  std::optional<int64_t> quiet_ns_;  // when the time without progress began
   uint64_t settled_seen_;
   uint64_t attempts_ = 0;
   uint64_t sessions_begun_anew_ = 0;
