@@ -112,7 +112,8 @@ void DataVerifier::CheckCheckpoint() {
         segments_[{*log, *number}] = file.size_bytes;
     }
   }
-  for (uint16_t log = 0; log < report_.manifest->logs.size(); ++log) CheckSavedLog(log);
+  const auto logs = static_cast<uint16_t>(report_.manifest->logs.size());
+  for (uint16_t log = 0; log < logs; ++log) CheckSavedLog(log);
   ReportLost();
 }
 

@@ -21,8 +21,8 @@ void Sleep(std::span<pollfd> entries, int64_t wake_ns) {
   ppoll(entries.data(), entries.size(), &timeout, nullptr);
 }
 
-const Feed& FeedOf(const Feed& feed) { return feed; }
-const Feed& FeedOf(const ResumingFeed& feed) { return feed.feed(); }
+const Feed* FeedOf(const Feed& feed) { return &feed; }
+const Feed* FeedOf(const ResumingFeed& feed) { return &feed.feed(); }
 int FdOf(const Feed& feed) { return feed.connection().fd(); }
 int FdOf(const ResumingFeed& feed) { return feed.fd(); }
 bool WantsToWrite(const Feed& feed) { return feed.connection().PendingBytes() > 0; }
@@ -35,10 +35,10 @@ std::string NextNotice(std::span<const std::unique_ptr<AnyFeed>> feeds, int64_t 
   std::string refusal;
   uint64_t waiting = 0;
   for (const auto& each : feeds) {
-    const Feed& feed = FeedOf(*each);
-    if (feed.last_wait().empty()) continue;
-    waiting += feed.unsettled();
-    if (refusal.empty()) refusal = feed.last_wait();
+    const Feed* feed = FeedOf(*each);
+    if (feed->last_wait().empty()) continue;
+    waiting += feed->unsettled();
+    if (refusal.empty()) refusal = feed->last_wait();
   }
   return notice.Next(refusal, waiting, now_ns);
 }
