@@ -16,6 +16,7 @@
 #include <limits>
 
 #include "index/distance.h"
+#include "index/int8_product-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace engram {
@@ -196,48 +197,85 @@ HWY_INLINE int32_t DotOfInt8(const std::byte* a, const std::byte* b, size_t coun
   const __m512i sums = _mm512_add_epi32(_mm512_add_epi32(sum0, sum1), _mm512_add_epi32(sum2, sum3));
   return _mm512_reduce_add_epi32(sums) - 128 * TrailerOf(b, count).sum;
 }
-#elif HWY_TARGET == HWY_SCALAR
-HWY_INLINE int32_t DotOfInt8(const std::byte* a_row, const std::byte* b_row, size_t count) {
-  const auto* HWY_RESTRICT a = reinterpret_cast<const int8_t*>(a_row);
-  const auto* HWY_RESTRICT b = reinterpret_cast<const int8_t*>(b_row);
-  int32_t sum = 0;
-  for (size_t i = 0; i < count; ++i) sum += int32_t{a[i]} * int32_t{b[i]};
-  return sum;
+// The same of one row and four: the query's numbers are loaded once, and the four sums are one
+// reduction.
+HWY_INLINE void DotsOfFour(const std::byte* query, const std::byte* const* rows, size_t count,
+                           int32_t* out) {
+  __m512i sum0 = _mm512_setzero_si512();
+  __m512i sum1 = _mm512_setzero_si512();
+  __m512i sum2 = _mm512_setzero_si512();
+  __m512i sum3 = _mm512_setzero_si512();
+  for (size_t i = 0; i < count; i += 64) {
+    const __m512i raised = _mm512_xor_si512(_mm512_load_si512(query + i), _mm512_set1_epi8(-128));
+    sum0 = _mm512_dpbusd_epi32(sum0, raised, _mm512_load_si512(rows[0] + i));
+    sum1 = _mm512_dpbusd_epi32(sum1, raised, _mm512_load_si512(rows[1] + i));
+    sum2 = _mm512_dpbusd_epi32(sum2, raised, _mm512_load_si512(rows[2] + i));
+    sum3 = _mm512_dpbusd_epi32(sum3, raised, _mm512_load_si512(rows[3] + i));
+  }
+  const __m512i sum01 =
+      _mm512_add_epi32(_mm512_unpacklo_epi32(sum0, sum1), _mm512_unpackhi_epi32(sum0, sum1));
+  const __m512i sum23 =
+      _mm512_add_epi32(_mm512_unpacklo_epi32(sum2, sum3), _mm512_unpackhi_epi32(sum2, sum3));
+  const __m512i all =
+      _mm512_add_epi32(_mm512_unpacklo_epi64(sum01, sum23), _mm512_unpackhi_epi64(sum01, sum23));
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  const __m128i quarter =
+      _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), quarter);
+  for (size_t r = 0; r < 4; ++r) out[r] -= 128 * TrailerOf(rows[r], count).sum;
 }
 #else
-HWY_INLINE int32_t DotOfInt8(const std::byte* a_row, const std::byte* b_row, size_t count) {
-  const hn::CappedTag<int16_t, 32> wide;
-  const hn::Rebind<int8_t, decltype(wide)> narrow;
-  const hn::Repartition<int32_t, decltype(wide)> sum_tag;
-  const size_t lanes = hn::Lanes(wide);
-  const auto* HWY_RESTRICT a = reinterpret_cast<const int8_t*>(a_row);
-  const auto* HWY_RESTRICT b = reinterpret_cast<const int8_t*>(b_row);
-  // Each pair takes the sums that one instruction leaves in two registers on some targets.
-  auto sum0 = hn::Zero(sum_tag);
-  auto sum1 = hn::Zero(sum_tag);
-  auto sum2 = hn::Zero(sum_tag);
-  auto sum3 = hn::Zero(sum_tag);
-  for (size_t i = 0; i < count; i += 2 * lanes) {
-    const auto a0 = hn::PromoteTo(wide, hn::Load(narrow, a + i));
-    const auto b0 = hn::PromoteTo(wide, hn::Load(narrow, b + i));
-    const auto a1 = hn::PromoteTo(wide, hn::Load(narrow, a + i + lanes));
-    const auto b1 = hn::PromoteTo(wide, hn::Load(narrow, b + i + lanes));
-    sum0 = hn::ReorderWidenMulAccumulate(sum_tag, a0, b0, sum0, sum1);
-    sum2 = hn::ReorderWidenMulAccumulate(sum_tag, a1, b1, sum2, sum3);
-  }
-  const auto sums = hn::Add(hn::Add(sum0, sum1), hn::Add(sum2, sum3));
-  return hn::GetLane(hn::SumOfLanes(sum_tag, sums));
+HWY_INLINE int32_t DotOfInt8(const std::byte* a, const std::byte* b, size_t count) {
+  return Int8Product(reinterpret_cast<const int8_t*>(a), reinterpret_cast<const int8_t*>(b), count);
+}
+HWY_INLINE void DotsOfFour(const std::byte* query, const std::byte* const* rows, size_t count,
+                           int32_t* out) {
+  for (size_t r = 0; r < 4; ++r) out[r] = DotOfInt8(query, rows[r], count);
 }
 #endif
-
-// The inner product of the stored numbers.
-HWY_INLINE double DotOfScaled(const std::byte* a, const std::byte* b, size_t count) {
-  return TrailerOf(a, count).scale * TrailerOf(b, count).scale * DotOfInt8(a, b, count);
-}
 
 HWY_INLINE float ClampToFloat(double value) {
   constexpr double kLargest = std::numeric_limits<float>::max();
   return static_cast<float>(std::clamp(value, -kLargest, kLargest));
+}
+
+// Distances, given the inner product of the int8 numbers.
+struct CosineOfDot {
+  HWY_INLINE float operator()(const Int8Trailer& a, const Int8Trailer& b, int32_t dot) const {
+    return static_cast<float>(1.0 - a.scale * b.scale * dot);
+  }
+};
+struct InnerProductOfDot {
+  HWY_INLINE float operator()(const Int8Trailer& a, const Int8Trailer& b, int32_t dot) const {
+    return ClampToFloat(-(a.scale * b.scale * dot));
+  }
+};
+struct L2OfDot {
+  HWY_INLINE float operator()(const Int8Trailer& a, const Int8Trailer& b, int32_t dot) const {
+    const double norms = a.squared_norm + b.squared_norm;
+    return ClampToFloat(std::max(0.0, norms - 2 * (a.scale * b.scale * dot)));
+  }
+};
+
+template <class OfDot>
+HWY_INLINE float DistanceOfInt8(const std::byte* a, const std::byte* b, size_t count) {
+  return OfDot()(TrailerOf(a, count), TrailerOf(b, count), DotOfInt8(a, b, count));
+}
+
+template <class OfDot>
+HWY_INLINE void DistancesOfInt8(const std::byte* query, const std::byte* const* rows,
+                                size_t row_count, size_t count, float* out) {
+  const Int8Trailer trailer = TrailerOf(query, count);
+  size_t r = 0;
+  for (; r + 4 <= row_count; r += 4) {
+    int32_t dots[4];
+    DotsOfFour(query, rows + r, count, dots);
+    for (size_t i = 0; i < 4; ++i) {
+      out[r + i] = OfDot()(trailer, TrailerOf(rows[r + i], count), dots[i]);
+    }
+  }
+  for (; r < row_count; ++r) out[r] = DistanceOfInt8<OfDot>(query, rows[r], count);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -51,15 +51,26 @@ namespace engram {
 namespace HWY_NAMESPACE {
 
 float CosineOfInt8(const std::byte* a, const std::byte* b, size_t padded_dimension) {
-  return static_cast<float>(1.0 - DotOfScaled(a, b, padded_dimension));
+  return DistanceOfInt8<CosineOfDot>(a, b, padded_dimension);
 }
 float InnerProductOfInt8(const std::byte* a, const std::byte* b, size_t padded_dimension) {
-  return ClampToFloat(-DotOfScaled(a, b, padded_dimension));
+  return DistanceOfInt8<InnerProductOfDot>(a, b, padded_dimension);
 }
 float L2OfInt8(const std::byte* a, const std::byte* b, size_t padded_dimension) {
-  const double norms =
-      TrailerOf(a, padded_dimension).squared_norm + TrailerOf(b, padded_dimension).squared_norm;
-  return ClampToFloat(std::max(0.0, norms - 2 * DotOfScaled(a, b, padded_dimension)));
+  return DistanceOfInt8<L2OfDot>(a, b, padded_dimension);
+}
+
+void CosinesOfInt8(const std::byte* query, const std::byte* const* rows, size_t count,
+                   size_t padded_dimension, float* out) {
+  DistancesOfInt8<CosineOfDot>(query, rows, count, padded_dimension, out);
+}
+void InnerProductsOfInt8(const std::byte* query, const std::byte* const* rows, size_t count,
+                         size_t padded_dimension, float* out) {
+  DistancesOfInt8<InnerProductOfDot>(query, rows, count, padded_dimension, out);
+}
+void L2sOfInt8(const std::byte* query, const std::byte* const* rows, size_t count,
+               size_t padded_dimension, float* out) {
+  DistancesOfInt8<L2OfDot>(query, rows, count, padded_dimension, out);
 }
 
 }  // namespace HWY_NAMESPACE
@@ -78,6 +89,9 @@ HWY_EXPORT(L2OfBf16);
 HWY_EXPORT(CosineOfInt8);
 HWY_EXPORT(InnerProductOfInt8);
 HWY_EXPORT(L2OfInt8);
+HWY_EXPORT(CosinesOfInt8);
+HWY_EXPORT(InnerProductsOfInt8);
+HWY_EXPORT(L2sOfInt8);
 HWY_EXPORT(SquaredNormInDouble);
 HWY_EXPORT(Scale);
 
@@ -111,6 +125,21 @@ DistanceFn DistanceFunction(Precision precision, Metric metric) {
       break;
   }
   CHECK(false, "a space has a precision");
+}
+
+DistancesFn Int8DistancesFunction(Metric metric) {
+  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  switch (metric) {
+    case Metric::kCosine:
+      return &HWY_DYNAMIC_DISPATCH(CosinesOfInt8);
+    case Metric::kInnerProduct:
+      return &HWY_DYNAMIC_DISPATCH(InnerProductsOfInt8);
+    case Metric::kL2:
+      return &HWY_DYNAMIC_DISPATCH(L2sOfInt8);
+    case Metric::kUnspecified:
+      break;
+  }
+  CHECK(false, "a space has a metric");
 }
 
 float SquaredNorm(const float* v, size_t count) {

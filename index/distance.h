@@ -53,9 +53,15 @@ static_assert(sizeof(Int8Trailer) == 64, "one cache line, so that rows stay alig
 
 // `a` and `b`: rows of one format, aligned to 64 bytes.
 using DistanceFn = float (*)(const std::byte* a, const std::byte* b, size_t padded_dimension);
+// The distances from `query` to `count` rows, which are what a DistanceFn gives for each.
+using DistancesFn = void (*)(const std::byte* query, const std::byte* const* rows, size_t count,
+                             size_t padded_dimension, float* out);
 
 // The kernel for this machine. Resolve it once and keep it. kUnspecified is a bug.
 DistanceFn DistanceFunction(Precision precision, Metric metric);
+// The same for several int8 rows at once: a third of the time of one after the other, where they
+// are in cache.
+DistancesFn Int8DistancesFunction(Metric metric);
 
 // Sum of the squares of `count` floats, no alignment needed. Infinite where it leaves float's
 // range.

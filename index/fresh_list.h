@@ -87,6 +87,11 @@ class FreshList {
   // told. False when the heap is spent; nothing has changed then.
   template <typename Keep, typename Drop>
   bool Renew(Keep&& keep, Drop&& drop) {
+    return Renew(keep, drop, [](NodeId) { return true; });
+  }
+  // The same; those for which `leads(node)` is true come before the others.
+  template <typename Keep, typename Drop, typename Leads>
+  bool Renew(Keep&& keep, Drop&& drop, Leads&& leads) {
     Run* old = run_.load(std::memory_order_relaxed);
     const Snapshot left = TakeSnapshot();
     size_t kept = 0;
@@ -94,12 +99,13 @@ class FreshList {
     Run* run = NewRun(kept);
     if (run == nullptr) return false;
     size_t filled = 0;
-    for (size_t i = 0; i < left.size(); ++i) {
-      if (keep(left[i])) {
-        run->places()[filled++] = left[i];
-      } else {
-        drop(left[i]);
+    for (const bool in_front : {true, false}) {
+      for (size_t i = 0; i < left.size(); ++i) {
+        if (leads(left[i]) == in_front && keep(left[i])) run->places()[filled++] = left[i];
       }
+    }
+    for (size_t i = 0; i < left.size(); ++i) {
+      if (!keep(left[i])) drop(left[i]);
     }
     run->tail.store(filled, std::memory_order_relaxed);
     run_.store(run, std::memory_order_release);

@@ -22,7 +22,8 @@ HnswLinker::HnswLinker(ArenaHeap* heap, const HnswBuildParams& params)
     : heap_(heap),
       params_(params),
       level_scale_(1.0 / std::log(static_cast<double>(params.M))),
-      scratch_(heap, params.ef_construction) {
+      scratch_(heap, params.ef_construction),
+      selection_(params.alpha) {
   CHECK(params.M >= 2 && params.M <= HnswGraph::kMaxM, "M is 2 to 64");
   CHECK(params.alpha >= 1.0F, "alpha is at least 1");
 }
@@ -42,41 +43,86 @@ uint32_t HnswLinker::DrawLevel(NodeId node) const {
   return static_cast<uint32_t>(std::min(level, double{HnswGraph::kMaxLevel}));
 }
 
-bool HnswLinker::Begin(HnswGraph* graph, const SearchTarget& target, NodeId node) {
+bool HnswLinker::Begin(HnswGraph* graph, const SearchTarget& target, NodeId node,
+                       const SearchTarget* walk) {
   CHECK(!active(), "a linker links one node at a time");
+  if (!Reserve(std::max(graph->known_nodes(), size_t{node} + 1))) return false;
+  if (!graph->AddNode(node, DrawLevel(node))) return false;  // 1.
+  SetNode(graph, target, node, walk);
+  has_found_ = false;
+  BeginSearch();
+  return true;
+}
+
+void HnswLinker::BeginFound(HnswGraph* graph, const SearchTarget& target, NodeId node,
+                            const SearchTarget& walk, std::span<const NeighbourKey> found) {
+  CHECK(!active(), "a linker links one node at a time");
+  CHECK(scratch_.capacity() >= graph->known_nodes(), "Reserve is called where a graph grows");
+  SetNode(graph, target, node, &walk);
+  has_found_ = true;
+  found_at_bottom_ = found;
+  BeginSearch();
+}
+
+void HnswLinker::BeginAdded(HnswGraph* graph, const SearchTarget& target, NodeId node) {
+  CHECK(!active(), "a linker links one node at a time");
+  CHECK(scratch_.capacity() >= graph->known_nodes(), "Reserve is called where a graph grows");
+  SetNode(graph, target, node, nullptr);
+  has_found_ = false;
+  BeginSearch();
+}
+
+void HnswLinker::SetNode(HnswGraph* graph, const SearchTarget& target, NodeId node,
+                         const SearchTarget* walk) {
   CHECK(graph->MaxDegree(1) == params_.M && graph->MaxDegree(0) == params_.M0,
         "a linker and its graphs have the same M and M0");
-  if (!scratch_.Reserve(std::max(graph->known_nodes(), size_t{node} + 1))) return false;
-  if (params_.extend_candidates && extended_ == nullptr) {
-    extended_ = heap_->AllocateArray<NeighbourKey>(ExtendedCapacity());
-    if (extended_ == nullptr) return false;
-  }
-  node_level_ = DrawLevel(node);  // 1.
-  if (!graph->AddNode(node, node_level_)) return false;
   node_ = node;
+  node_level_ = graph->Level(node);
   graph_ = graph;
   target_ = target;
   target_.graph = graph;
   target_.query = target.vectors->Row(node);
-  beam_ = BeamSearch<NotDoomed>(NotDoomed{graph});
-  for (uint32_t level = 0; level <= node_level_; ++level) choices_[level].count = 0;
+  walk_ = walk == nullptr ? target_ : *walk;
+  selection_.SetTarget(target_);
+}
 
-  const NodeId entry = graph->entry_point();
+bool HnswLinker::Reserve(size_t nodes) {
+  if (!scratch_.Reserve(nodes)) return false;
+  if (params_.extend_candidates && extended_ == nullptr) {
+    extended_ = heap_->AllocateArray<NeighbourKey>(ExtendedCapacity());
+    if (extended_ == nullptr) return false;
+  }
+  return true;
+}
+
+void HnswLinker::BeginSearch() {
+  beam_ = BeamSearch<NotDoomed>(NotDoomed{graph_});
+  for (uint32_t level = 0; level <= node_level_; ++level) choices_[level].count = 0;
+  const NodeId entry = graph_->entry_point();
   if (entry == kNoNode) {  // The first node links to nothing.
     level_ = 0;
     next_ = 0;
     phase_ = Phase::kReverse;
-    return true;
+    return;
   }
-  level_ = graph->top_level();
-  nearest_ = KeyOf(Distance(node, entry), entry);
+  level_ = graph_->top_level();
+  if (has_found_ && (node_level_ == 0 || level_ == 0)) {
+    BeginBottom();
+    return;
+  }
+  ++scratch_.distances;
+  nearest_ = KeyOf(walk_.DistanceTo(entry), entry);
   phase_ = Phase::kDescent;
-  return true;
+}
+
+void HnswLinker::BeginBottom() {
+  level_ = 0;
+  BeginSelect(found_at_bottom_);
 }
 
 bool HnswLinker::Step(uint32_t max_distances) {
   CHECK(active(), "Begin comes before Step");
-  const uint64_t limit = scratch_.distances + max_distances;
+  const uint64_t limit = distances() + max_distances;
   do {
     switch (phase_) {
       case Phase::kDescent:
@@ -97,7 +143,7 @@ bool HnswLinker::Step(uint32_t max_distances) {
       case Phase::kFree:
         return true;
     }
-  } while (scratch_.distances < limit);
+  } while (distances() < limit);
   return !active();
 }
 
@@ -110,10 +156,10 @@ void HnswLinker::Abandon() {
 // 2.
 void HnswLinker::StepDescent() {
   if (level_ > node_level_) {
-    if (!GreedyHop(target_, level_, &nearest_, &scratch_.distances)) --level_;
+    if (!GreedyHop(walk_, level_, &nearest_, &scratch_.distances)) --level_;
     return;
   }
-  beam_.Begin(target_, level_, params_.ef_construction, &scratch_);
+  beam_.Begin(walk_, level_, params_.ef_construction, &scratch_);
   beam_.AddSeed(nearest_);
   phase_ = Phase::kBeam;
 }
@@ -121,6 +167,9 @@ void HnswLinker::StepDescent() {
 // 3.
 void HnswLinker::StepBeam() {
   if (beam_.Step()) return;
+  if (walk_.vectors != target_.vectors) {
+    scratch_.distances += beam_.CompareAgain(target_);
+  }
   const std::span<const NeighbourKey> found = beam_.SortedResults();
   if (!params_.extend_candidates) {
     BeginSelect(found);
@@ -144,7 +193,7 @@ void HnswLinker::StepExtend() {
   }
   graph_->ForEachLink(NodeOf(found_[next_++]), level_, [&](NodeId linked) {
     if (!beam_.Visit(linked) || graph_->IsDoomed(linked)) return;
-    extended_[extended_count_++] = KeyOf(Distance(node_, linked), linked);
+    extended_[extended_count_++] = KeyOf(selection_.Distance(node_, linked), linked);
   });
 }
 
@@ -164,27 +213,12 @@ void HnswLinker::StepSelect() {
     return;
   }
   const NeighbourKey key = found_[next_++];
-  if (!IsDominated(key, {chosen_.data(), choice.count})) {
+  if (!selection_.IsDominated(key, {chosen_.data(), choice.count})) {
     chosen_[choice.count] = key;
     choice.nodes[choice.count++] = NodeOf(key);
   } else if (discarded_count_ < params_.M) {
     discarded_[discarded_count_++] = NodeOf(key);
   }
-}
-
-// True where a chosen node is nearer to the candidate than the centre is. Keys hold distances to
-// the centre. A tie counts only if the candidate is no farther from the chosen node than the centre
-// is: of several equal vectors one suffices, and that one must not keep out all others.
-bool HnswLinker::IsDominated(NeighbourKey candidate, std::span<const NeighbourKey> chosen) {
-  const float distance = DistanceOf(candidate);
-  for (const NeighbourKey other : chosen) {
-    const float between = Distance(NodeOf(candidate), NodeOf(other));
-    // Alpha moves the bound up, also where distances are negative (inner product).
-    const float relaxed = between > 0 ? between * params_.alpha : between / params_.alpha;
-    if (relaxed < distance) return true;
-    if (relaxed == distance && between <= DistanceOf(other)) return true;
-  }
-  return false;
 }
 
 void HnswLinker::EndSelect() {
@@ -194,10 +228,14 @@ void HnswLinker::EndSelect() {
       choice.nodes[choice.count++] = discarded_[i];
     }
   }
+  if (level_ == 1 && has_found_) {
+    BeginBottom();
+    return;
+  }
   if (level_ != 0) {
     --level_;
     if (found_.empty()) {  // Nothing but doomed nodes up here: go down from where the beam began.
-      beam_.Begin(target_, level_, params_.ef_construction, &scratch_);
+      beam_.Begin(walk_, level_, params_.ef_construction, &scratch_);
       beam_.AddSeed(nearest_);
     } else {
       beam_.BeginFromResults(level_);
@@ -210,9 +248,19 @@ void HnswLinker::EndSelect() {
   for (uint32_t level = 0; level <= node_level_; ++level) {
     graph_->SetLinks(node_, level, {choices_[level].nodes.data(), choices_[level].count});
   }
+  for (uint32_t i = 0; i < choices_[0].count; ++i) PrefetchLinks(choices_[0].nodes[i]);
   level_ = 0;
   next_ = 0;
   phase_ = Phase::kReverse;
+}
+
+// They will get a link back.
+void HnswLinker::PrefetchLinks(NodeId node) const {
+  const NodeId* links = graph_->Links(node, 0);
+  for (uint32_t place = 0; place < graph_->MaxDegree(0);
+       place += kCacheLineBytes / sizeof(NodeId)) {
+    __builtin_prefetch(links + place, 1);
+  }
 }
 
 // The nearest found node that may have one more child becomes the parent: so the tree stays among
@@ -237,7 +285,9 @@ void HnswLinker::ChooseParent() {
 void HnswLinker::StepReverse() {
   if (next_ < choices_[level_].count) {
     const NodeId neighbour = choices_[level_].nodes[next_++];
-    if (!graph_->AppendLink(neighbour, level_, node_)) PruneWithNode(neighbour, level_);
+    if (!graph_->AppendLink(neighbour, level_, node_)) {
+      selection_.Prune(graph_, neighbour, level_, {&node_, 1});
+    }
     return;
   }
   if (level_ < node_level_) {
@@ -247,42 +297,6 @@ void HnswLinker::StepReverse() {
   }
   graph_->FinishNode(node_);  // 7.
   phase_ = Phase::kFree;
-}
-
-// Chooses the links of `neighbour` among those that it has and the new node. What the heuristic
-// discards is not kept: the room saves the next reverse links a choice.
-void HnswLinker::PruneWithNode(NodeId neighbour, uint32_t level) {
-  const uint32_t max_degree = graph_->MaxDegree(level);
-  std::array<NodeId, HnswGraph::kMaxM0 + 1> nodes;
-  uint32_t pool_size = 0;
-  graph_->ForEachLink(neighbour, level, [&](NodeId link) {
-    if (graph_->IsDoomed(link)) return;
-    target_.Prefetch(link);
-    nodes[pool_size++] = link;
-  });
-  nodes[pool_size++] = node_;
-  std::array<NeighbourKey, HnswGraph::kMaxM0 + 1> pool;
-  for (uint32_t i = 0; i < pool_size; ++i) pool[i] = KeyOf(Distance(neighbour, nodes[i]), nodes[i]);
-  const std::span<NeighbourKey> candidates(pool.data(), pool_size);
-  std::sort(candidates.begin(), candidates.end());
-
-  const auto must_stay = [&](NeighbourKey key) {
-    return level == 0 && graph_->IsTreeEdge(neighbour, NodeOf(key));
-  };
-  auto reserved =
-      static_cast<size_t>(std::count_if(candidates.begin(), candidates.end(), must_stay));
-  std::array<NeighbourKey, HnswGraph::kMaxM0> kept;
-  uint32_t count = 0;
-  for (const NeighbourKey key : candidates) {
-    if (must_stay(key)) {
-      --reserved;
-    } else if (count + reserved >= max_degree || IsDominated(key, {kept.data(), count})) {
-      continue;
-    }
-    kept[count++] = key;
-  }
-  std::transform(kept.begin(), kept.begin() + count, nodes.begin(), NodeOf);
-  graph_->EditLinks(neighbour, level, {nodes.data(), count});
 }
 
 }  // namespace engram

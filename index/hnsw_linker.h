@@ -8,6 +8,7 @@
 #include "index/hnsw_graph.h"
 #include "index/hnsw_params.h"
 #include "index/hnsw_search.h"
+#include "index/link_selection.h"
 #include "index/vector_store.h"
 #include "src/core/arena_heap.h"
 
@@ -21,7 +22,7 @@ namespace engram {
 // 1. Draw the node's level from the seed and its number.
 // 2. Greedy descent from the entry point to the level above the node's.
 // 3. On each level from there down: beam search with ef_construction, begun from what was found on
-//    the level above.
+//    the level above. Where the search goes by codes, what it found is compared again.
 // 4. Select up to M of what was found by Algorithm 4. On level 0 also the node's parent in the
 //    graph's spanning tree (see HnswGraph). Doomed nodes are walked through and never selected.
 // 5. Publish the node's own links on every level; nothing leads to the node yet.
@@ -41,9 +42,21 @@ class HnswLinker {
   ~HnswLinker();
 
   // Begins to link `node`, whose row is written and which is not in the graph. `target` names
-  // graph, vectors and distance; its query is set here. The graph has this linker's M and M0. False
-  // when the heap is spent; nothing has changed then.
-  bool Begin(HnswGraph* graph, const SearchTarget& target, NodeId node);
+  // graph, vectors and distance; its query is set here. `walk`: what the graph is searched with
+  // instead, where that is something else; its query is the node's and stays until the node is
+  // linked. What was found is compared again by `target` before links are selected. The graph has
+  // this linker's M and M0. False when the heap is spent; nothing has changed then.
+  bool Begin(HnswGraph* graph, const SearchTarget& target, NodeId node,
+             const SearchTarget* walk = nullptr);
+  // The same for a node that was added already, with DrawLevel's level, and whose nearest on level
+  // 0 were found in another way: `found`, in ascending order, linked and not doomed; they stay
+  // until the node is linked. Takes no memory after Reserve.
+  void BeginFound(HnswGraph* graph, const SearchTarget& target, NodeId node,
+                  const SearchTarget& walk, std::span<const NeighbourKey> found);
+  // The same for a node that was added already and is to be found its nearest as by Begin.
+  void BeginAdded(HnswGraph* graph, const SearchTarget& target, NodeId node);
+  // Makes room for graphs of nodes 0 to `nodes` - 1. False when the heap is spent.
+  bool Reserve(size_t nodes);
 
   // Goes on until about `max_distances` distances have been evaluated: beyond that at most one
   // candidate's expansion, or one neighbour's choice of links. True when the node is linked; the
@@ -53,11 +66,16 @@ class HnswLinker {
   // Takes what was begun back: the node is not in the graph then. Does nothing when free.
   void Abandon();
 
+  // Where a node's query may lie that the graph is walked with by codes: kWalkQueryBytes, aligned
+  // to 64 bytes.
+  static constexpr size_t kWalkQueryBytes = kMaxDimension;
+  std::byte* walk_query() { return walk_query_.data(); }
+
   // The node that is being linked, or was last.
   NodeId node() const { return node_; }
   bool active() const { return phase_ != Phase::kFree; }
   // Distances evaluated so far, by all nodes.
-  uint64_t distances() const { return scratch_.distances; }
+  uint64_t distances() const { return scratch_.distances + selection_.distances(); }
   const HnswBuildParams& params() const { return params_; }
 
   // The level that `node` will have: floor(-ln(u) * m_L), u in (0, 1] from the seed and `node`.
@@ -76,6 +94,9 @@ class HnswLinker {
   };
 
   size_t ExtendedCapacity() const;
+  void SetNode(HnswGraph* graph, const SearchTarget& target, NodeId node, const SearchTarget* walk);
+  void BeginSearch();
+  void BeginBottom();
   void StepDescent();
   void StepBeam();
   void StepExtend();
@@ -83,13 +104,8 @@ class HnswLinker {
   void StepSelect();
   void EndSelect();
   void ChooseParent();
+  void PrefetchLinks(NodeId node) const;
   void StepReverse();
-  void PruneWithNode(NodeId neighbour, uint32_t level);
-  bool IsDominated(NeighbourKey candidate, std::span<const NeighbourKey> chosen);
-  float Distance(NodeId a, NodeId b) {
-    ++scratch_.distances;
-    return target_.DistanceBetween(a, b);
-  }
 
   // Constant after construction.
   ArenaHeap* heap_;
@@ -97,12 +113,16 @@ class HnswLinker {
   double level_scale_;  // m_L
   // Takes memory from the heap.
   SearchScratch scratch_;
+  LinkSelection selection_;
   NeighbourKey* extended_ = nullptr;  // with extend_candidates only
   // The node under way.
   Phase phase_ = Phase::kFree;
   NodeId node_ = kNoNode;
   HnswGraph* graph_ = nullptr;
   SearchTarget target_{};
+  SearchTarget walk_{};
+  bool has_found_ = false;  // its nearest on level 0
+  std::span<const NeighbourKey> found_at_bottom_;
   uint32_t node_level_ = 0;
   NeighbourKey nearest_ = 0;
   BeamSearch<NotDoomed> beam_{NotDoomed{nullptr}};
@@ -116,6 +136,8 @@ class HnswLinker {
   std::array<NeighbourKey, HnswGraph::kMaxM> chosen_;
   uint32_t discarded_count_ = 0;
   std::array<NodeId, HnswGraph::kMaxM> discarded_;
+  // Aligned for whole registers, not against false sharing: one core's alone.
+  alignas(kCacheLineBytes) std::array<std::byte, kWalkQueryBytes> walk_query_;
 };
 
 }  // namespace engram

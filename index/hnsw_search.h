@@ -18,14 +18,13 @@
 
 namespace engram {
 
-// Recall from an HNSW graph.
+// The steps of a search in an HNSW graph, for whoever links a node or recalls.
 // 1. Greedy descent: from the entry point, on each level above 0, go to the nearest linked node
 //    until none is nearer than where we are.
-// 2. Beam search on level 0 (Malkov & Yashunin 2018, Algorithm 2): expand the nearest candidate
+// 2. Beam search on a level (Malkov & Yashunin 2018, Algorithm 2): expand the nearest candidate
 //    that has not been expanded; keep the ef nearest live nodes seen; stop when the nearest
 //    candidate is farther than all of them.
-// 3. The k nearest of these are the answer.
-// Retired nodes are walked through like any other, and never part of the answer.
+// Retired nodes are walked through like any other, and never among the results.
 
 struct Neighbour {
   float distance;
@@ -172,12 +171,22 @@ struct SearchTarget {
   DistanceFn distance = nullptr;
   size_t padded_dimension = 0;
   const std::byte* query = nullptr;
+  DistancesFn distances = nullptr;  // the same for several rows at once, where there is one
 
   float DistanceTo(NodeId node) const {
     return distance(query, vectors->Row(node), padded_dimension);
   }
   float DistanceBetween(NodeId a, NodeId b) const {
     return distance(vectors->Row(a), vectors->Row(b), padded_dimension);
+  }
+  // From one row to others.
+  void DistancesBetween(const std::byte* row, std::span<const std::byte* const> others,
+                        float* out) const {
+    if (distances != nullptr) {
+      distances(row, others.data(), others.size(), padded_dimension, out);
+      return;
+    }
+    for (size_t i = 0; i < others.size(); ++i) out[i] = distance(row, others[i], padded_dimension);
   }
   void Prefetch(NodeId node) const { PrefetchRow(vectors->Row(node), vectors->row_bytes()); }
 };
@@ -242,6 +251,16 @@ class BeamSearch {
     return true;
   }
 
+  // Once Step said false: gives what was found the distances that `target` says. Returns how many.
+  size_t CompareAgain(const SearchTarget& target) {
+    const std::span<NeighbourKey> found = scratch_->results_.keys();
+    for (size_t i = 0; i < found.size(); ++i) {
+      if (i + kRowsAhead < found.size()) target.Prefetch(NodeOf(found[i + kRowsAhead]));
+      const NodeId node = NodeOf(found[i]);
+      found[i] = KeyOf(target.DistanceTo(node), node);
+    }
+    return found.size();
+  }
   // Once Step said false: up to ef live nodes, nearest first. Valid until the next Begin.
   std::span<const NeighbourKey> SortedResults() {
     const std::span<NeighbourKey> keys = scratch_->results_.keys();
@@ -295,89 +314,5 @@ class BeamSearch {
   SearchScratch* scratch_ = nullptr;
   std::array<NodeId, HnswGraph::kMaxM0> fresh_;
 };
-
-// Steps 1 to 3 in slices, so that a long recall need not hold up a core. Between two slices the
-// graph may be changed; the query, the graph and the scratch must stay.
-template <typename IsLive>
-class GraphSearch {
- public:
-  explicit GraphSearch(IsLive is_live = IsLive()) : beam_(is_live) {}
-
-  // `ef` is raised to `k`; both are at most scratch->max_ef(). Nodes beyond the scratch's room
-  // (SearchScratch::Reserve) are not found.
-  void Begin(const SearchTarget& target, uint32_t k, uint32_t ef, SearchScratch* scratch) {
-    target_ = target;
-    k_ = k;
-    ef_ = std::max({ef, k, 1U});
-    scratch_ = scratch;
-    beam_.Begin(target, 0, ef_, scratch);
-    const NodeId entry = target.graph->entry_point();
-    state_ = State::kComplete;
-    if (entry == kNoNode) return;
-    level_ = target.graph->Level(entry);
-    nearest_ = KeyOf(target.DistanceTo(entry), entry);
-    ++scratch->distances;
-    state_ = State::kDescent;
-  }
-
-  // Searches on until about `max_distances` distances have been evaluated (one expansion more at
-  // most). True when the search is complete.
-  bool Step(uint64_t max_distances) {
-    const uint64_t limit = scratch_->distances + max_distances;
-    while (state_ == State::kDescent) {
-      if (level_ == 0) {
-        beam_.AddSeed(nearest_);
-        state_ = State::kBeam;
-      } else if (!GreedyHop(target_, level_, &nearest_, &scratch_->distances)) {
-        --level_;
-      }
-      if (scratch_->distances >= limit) return false;
-    }
-    while (state_ == State::kBeam) {
-      if (!beam_.Step()) {
-        state_ = State::kComplete;
-      } else if (scratch_->distances >= limit) {
-        return false;
-      }
-    }
-    return true;
-  }
-
-  // Writes the nearest min(k, out.size()) live nodes that were found, nearest first, equal
-  // distances by lower node; returns how many. Once, after Step said true.
-  size_t TakeResults(std::span<Neighbour> out) {
-    const std::span<const NeighbourKey> keys = beam_.SortedResults();
-    const size_t count = std::min({keys.size(), out.size(), size_t{k_}});
-    for (size_t i = 0; i < count; ++i) out[i] = {DistanceOf(keys[i]), NodeOf(keys[i])};
-    return count;
-  }
-
- private:
-  enum class State : uint8_t { kDescent, kBeam, kComplete };
-
-  BeamSearch<IsLive> beam_;
-  SearchTarget target_{};
-  uint32_t k_ = 0;
-  uint32_t ef_ = 0;
-  SearchScratch* scratch_ = nullptr;
-  State state_ = State::kComplete;
-  uint32_t level_ = 0;
-  NeighbourKey nearest_ = 0;
-};
-
-// The whole recall at once: the nearest min(k, out.size()) nodes for which `is_live(node)` is true,
-// nearest first, equal distances by lower node. Returns how many. A node that is being linked may
-// be among them. `ef` is raised to `k`; both are at most scratch->max_ef(). The scratch has room
-// for every node of the graph. Owner core only; other cores use GraphSearch.
-template <typename IsLive>
-size_t SearchGraph(const SearchTarget& target, uint32_t k, uint32_t ef, IsLive is_live,
-                   SearchScratch* scratch, std::span<Neighbour> out) {
-  CHECK(scratch->capacity() >= target.graph->known_nodes(),
-        "SearchScratch::Reserve is called where a graph grows");
-  GraphSearch<IsLive> search(is_live);
-  search.Begin(target, k, ef, scratch);
-  search.Step(UINT64_MAX / 2);
-  return search.TakeResults(out);
-}
 
 }  // namespace engram

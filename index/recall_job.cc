@@ -17,32 +17,38 @@ namespace {
 constexpr size_t kScanAhead = 4;
 // Observations that are asked for before they are handed out.
 constexpr size_t kPrefetchedHits = 32;
-// How many of the nearest by code are compared again: those beyond rarely belong to the k nearest.
-constexpr uint32_t kCompareFactor = 2;
-constexpr uint32_t kCompareExtra = 32;
-constexpr size_t kMaxKept = kMaxRecallResults * kCompareFactor + kCompareExtra;
+// How many of the nearest by int8 are compared again: those beyond rarely belong to the k nearest.
+constexpr uint32_t KeptFor(uint32_t k) { return k + k / 4 + 8; }
+constexpr size_t kMaxKept = KeptFor(kMaxRecallResults);
+// An estimate is taken to be wrong by at most so many times the root mean square of the errors.
+constexpr double kErrorSpread = 3;
 
 }  // namespace
 
 RecallJob::RecallJob(ArenaHeap* heap, const LogWriter* log)
     : log_(log),
       scratch_(heap),
-      query_storage_(2 * Space::kMaxRowBytes + kCacheLineBytes),
+      query_storage_(3 * Space::kMaxRowBytes + kCacheLineBytes),
       nearest_storage_(kMaxKept),
-      found_(kMaxKept) {
+      found_(std::max<size_t>(kMaxKept, kMaxEf)),
+      refined_storage_(kMaxKept) {
   static_assert(Space::kMaxRowBytes % kCacheLineBytes == 0);
   const auto address = std::bit_cast<uintptr_t>(query_storage_.data());
   code_query_ = query_storage_.data() + (kCacheLineBytes - address % kCacheLineBytes);
   exact_query_ = code_query_ + Space::kMaxRowBytes;
+  walk_query_ = exact_query_ + Space::kMaxRowBytes;
   nearest_.Attach(nearest_storage_.data());
-  hits_.reserve(2 * kMaxKept);
+  refined_nearest_.Attach(refined_storage_.data());
+  hits_.reserve(kMaxKept + std::max<size_t>(kMaxKept, kMaxEf));
 }
 
 // 1.
 RefusalReason RecallJob::Begin(const Space& space, const RecallRequest& request,
                                const std::byte* vector, uint32_t default_ef) {
-  const RefusalReason reason = space.PrepareQuery(request.dtype, request.dimension, request.scale,
-                                                  vector, code_query_, exact_query_);
+  codes_ = space.walks_exact() ? nullptr : space.walk_codes();
+  const RefusalReason reason =
+      space.PrepareQuery(request.dtype, request.dimension, request.scale, vector, &codes_,
+                         {.code = code_query_, .exact = exact_query_, .walk = walk_query_});
   if (reason != RefusalReason::kNone) return reason;
   space_ = &space;
   TakeSnapshot(request.snapshot);
@@ -54,10 +60,13 @@ RefusalReason RecallJob::Begin(const Space& space, const RecallRequest& request,
   if (!scratch_.Reserve(space.node_count())) return RefusalReason::kMemoryFull;
   k_ = request.k;
   ef_ = std::max(request.ef == 0 ? default_ef : request.ef, k_);
-  scan_exact_ = space.has_exact() && !space.has_linked();
-  const bool compare_again = space.has_exact() && !scan_exact_;
-  kept_ = compare_again ? std::min(ef_, k_ * kCompareFactor + kCompareExtra) : k_;
+  by_exact_ = space.has_exact() && (!space.has_linked() || space.walks_exact());
+  // Where nothing is linked yet but will be before the scan ends, it stays with the exact rows.
+  if (by_exact_) codes_ = nullptr;
+  const bool compare_again = space.has_exact() && !by_exact_;
+  kept_ = compare_again ? std::min(ef_, KeptFor(k_)) : k_;
   scanned_ = 0;
+  found_count_ = 0;
   compared_ = 0;
   nearest_.Clear();
   hits_.clear();
@@ -88,7 +97,10 @@ bool RecallJob::Search(uint32_t max_distances) {
       if (scanned_ == fresh_.size()) BeginSearch();
       break;
     case Phase::kSearch:
-      if (search_.Step(max_distances)) Merge();
+      if (search_.Step(max_distances)) EndSearch();
+      break;
+    case Phase::kRefine:
+      RefineSlice(max_distances);
       break;
     case Phase::kCompare:
       CompareSlice(max_distances);
@@ -103,9 +115,9 @@ bool RecallJob::Search(uint32_t max_distances) {
 // 2.
 void RecallJob::ScanSlice(uint32_t max_distances) {
   const SearchTarget target =
-      scan_exact_ ? space_->ExactTargetFor(exact_query_) : space_->TargetFor(code_query_);
+      by_exact_ ? space_->ExactTargetFor(exact_query_) : space_->TargetFor(code_query_);
   const size_t end = std::min<size_t>(fresh_.size(), scanned_ + max_distances);
-  scratch_.distances += end - scanned_;
+  scratch_.AddDistances(end - scanned_);
   for (; scanned_ < end; ++scanned_) {
     if (scanned_ + kScanAhead < fresh_.size()) target.Prefetch(fresh_[scanned_ + kScanAhead]);
     const NodeId node = fresh_[scanned_];
@@ -122,23 +134,76 @@ void RecallJob::ScanSlice(uint32_t max_distances) {
 // 3. What was linked since the scan began is in the scan, so a graph that has begun since is left
 // alone.
 void RecallJob::BeginSearch() {
-  if (scan_exact_) {
+  if (!space_->has_linked()) {
     Merge();
     return;
   }
-  search_ = GraphSearch<IsVisible>(IsVisible{space_, snapshot_});
-  search_.Begin(space_->TargetFor(code_query_), kept_, ef_, &scratch_);
+  search_ = GraphWalk<IsVisible>(IsVisible{space_, snapshot_});
+  if (by_exact_) {
+    search_.Begin(space_->ExactTargetFor(exact_query_), kept_, ef_, &scratch_);
+  } else if (codes_ == nullptr) {
+    search_.Begin(space_->TargetFor(code_query_), kept_, ef_, &scratch_);
+  } else {
+    search_.Begin(space_->WalkTargetFor(codes_, walk_query_), ef_, ef_, &scratch_);
+  }
   phase_ = Phase::kSearch;
+}
+
+void RecallJob::EndSearch() {
+  found_count_ = search_.TakeResults(std::span(found_).first(codes_ == nullptr ? kept_ : ef_));
+  refined_ = 0;
+  squared_errors_ = 0;
+  refined_nearest_.Clear();
+  if (codes_ == nullptr) {
+    Merge();
+  } else {
+    phase_ = Phase::kRefine;
+  }
+}
+
+void RecallJob::RefineSlice(uint32_t max_distances) {
+  const SearchTarget target = space_->TargetFor(code_query_);
+  const size_t begin = refined_;
+  const size_t end = std::min<size_t>(found_count_, refined_ + max_distances);
+  for (; refined_ < end; ++refined_) {
+    if (refined_ + kScanAhead < found_count_) target.Prefetch(found_[refined_ + kScanAhead].node);
+    Neighbour& found = found_[refined_];
+    if (IsTooFar(found.distance)) {
+      found_count_ = refined_;
+      break;
+    }
+    const float distance = target.DistanceTo(found.node);
+    const double error = double{distance} - double{found.distance};
+    squared_errors_ += error * error;
+    found.distance = distance;
+    const NeighbourKey key = KeyOf(distance, found.node);
+    if (refined_nearest_.size() < kept_) {
+      refined_nearest_.Push(key);
+    } else if (key < refined_nearest_.top()) {
+      refined_nearest_.ReplaceTop(key);
+    }
+  }
+  scratch_.AddDistances(refined_ - begin);
+  if (refined_ == found_count_) Merge();
+}
+
+// Whether what has this estimate, and all that comes behind it, is not among the nearest that are
+// kept.
+bool RecallJob::IsTooFar(float estimate) const {
+  if (refined_nearest_.size() < kept_) return false;
+  const double beyond = double{estimate} - double{DistanceOf(refined_nearest_.top())};
+  return beyond > 0 && beyond * beyond * static_cast<double>(refined_) >
+                           kErrorSpread * kErrorSpread * squared_errors_;
 }
 
 // 4. A node that was linked meanwhile may be in both.
 void RecallJob::Merge() {
-  const size_t found = scan_exact_ ? 0 : search_.TakeResults(std::span(found_).first(kept_));
   for (const NeighbourKey key : nearest_.keys()) hits_.push_back(key);
-  for (size_t i = 0; i < found; ++i) hits_.push_back(KeyOf(found_[i].distance, found_[i].node));
+  for (size_t i = 0; i < found_count_; ++i)
+    hits_.push_back(KeyOf(found_[i].distance, found_[i].node));
   std::sort(hits_.begin(), hits_.end());
   hits_.erase(std::unique(hits_.begin(), hits_.end()), hits_.end());
-  if (space_->has_exact() && !scan_exact_) {
+  if (space_->has_exact() && !by_exact_) {
     hits_.resize(std::min<size_t>(hits_.size(), kept_));
     phase_ = Phase::kCompare;
   } else {
@@ -151,7 +216,7 @@ void RecallJob::Merge() {
 void RecallJob::CompareSlice(uint32_t max_distances) {
   const SearchTarget target = space_->ExactTargetFor(exact_query_);
   const size_t end = std::min<size_t>(hits_.size(), compared_ + max_distances);
-  scratch_.distances += end - compared_;
+  scratch_.AddDistances(end - compared_);
   for (; compared_ < end; ++compared_) {
     if (compared_ + kScanAhead < hits_.size()) {
       target.Prefetch(NodeOf(hits_[compared_ + kScanAhead]));

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "index/fresh_list.h"
+#include "index/graph_walk.h"
 #include "index/hnsw_search.h"
 #include "index/log/log_writer.h"
 #include "index/space.h"
@@ -21,13 +22,14 @@ namespace engram {
 // 1. Begin: the query in the form of the space's rows, and the snapshot that is recalled.
 // 2. Scan: the nodes that the graph does not know. While there is no graph, by the vectors as they
 //    are kept, so the answer is exact; else by what the graph is walked with.
-// 3. Search: the graph, with ef.
+// 3. Search: the graph, with ef. Where it is walked with codes of one bit, what was found is
+//    compared again by int8, in the order of the estimates, until the rest is too far by more than
+//    estimates were wrong so far.
 // 4. Merge: the nearest of both.
 // 5. Compare again: where the graph is walked with codes, the nearest some by the vectors as they
 //    are kept; then the k nearest are the answer.
 // 6. Emit: the hits in batches, as result slots become free. A hit whose payload or vector lies in
-// a
-//    log names its record (kHitAtAddress), but for records that the shard's log still holds in
+//    a log names its record (kHitAtAddress), but for records that the shard's log still holds in
 //    memory: they may not be on the disk yet, and are read here.
 // A get or a scroll is step 6 alone.
 //
@@ -61,19 +63,22 @@ class RecallJob {
   // Step 6: writes the next batch of at most `slot.size()` bytes. True when it was the last.
   bool EmitBatch(std::span<std::byte> slot);
 
-  uint64_t distances() const { return scratch_.distances; }
+  uint64_t distances() const { return scratch_.distances(); }
 
  private:
   struct IsVisible {
     const Space* space;
     CommitStamp snapshot;
-    bool operator()(NodeId node) const { return space->IsVisible(node, snapshot); }
+    bool operator()(NodeId node) const { return space->IsVisibleInGraph(node, snapshot); }
   };
-  enum class Phase : uint8_t { kIdle, kScan, kSearch, kCompare, kReady };
+  enum class Phase : uint8_t { kIdle, kScan, kSearch, kRefine, kCompare, kReady };
 
   void TakeSnapshot(CommitStamp wanted);
   void ScanSlice(uint32_t max_distances);
   void BeginSearch();
+  void EndSearch();
+  void RefineSlice(uint32_t max_distances);
+  bool IsTooFar(float estimate) const;
   void Merge();
   void CompareSlice(uint32_t max_distances);
   void FinishSearch();
@@ -92,28 +97,35 @@ class RecallJob {
                           std::byte* to) const;
 
   const LogWriter* const log_;
-  SearchScratch scratch_;
-  GraphSearch<IsVisible> search_{IsVisible{nullptr, kNoStamp}};
+  WalkScratch scratch_;
+  GraphWalk<IsVisible> search_{IsVisible{nullptr, kNoStamp}};
   std::vector<std::byte> query_storage_;
   std::byte* code_query_ = nullptr;   // aligned to 64 bytes within query_storage_
   std::byte* exact_query_ = nullptr;  // likewise
+  std::byte* walk_query_ = nullptr;   // likewise
   std::vector<NeighbourKey> nearest_storage_;
   KeyHeap<FarthestFirst> nearest_;  // of those scanned so far
   std::vector<Neighbour> found_;    // by the graph
-  std::vector<NeighbourKey> hits_;  // nearest first
+  std::vector<NeighbourKey> refined_storage_;
+  KeyHeap<FarthestFirst> refined_nearest_;  // of those compared again
+  std::vector<NeighbourKey> hits_;          // nearest first
 
   Phase phase_ = Phase::kIdle;
   const Space* space_ = nullptr;
+  const WalkCodes* codes_ = nullptr;  // that the graph is walked with, if not with code_query_
   FreshList::Snapshot fresh_;
   CommitStamp snapshot_ = kNoStamp;
   uint32_t k_ = 0;
   uint32_t ef_ = 0;
   uint32_t kept_ = 0;  // of the scan and of the search: k, or more where they are compared again
-  bool scan_exact_ = false;
+  bool by_exact_ = false;  // scanned and walked by the vectors as they are kept
   bool scored_ = false;
   bool with_payload_ = false;
   bool with_vector_ = false;
   size_t scanned_ = 0;
+  size_t found_count_ = 0;
+  size_t refined_ = 0;
+  double squared_errors_ = 0;  // of the estimates of those that were compared again, their sum
   size_t compared_ = 0;
   size_t emitted_ = 0;
   size_t payload_sent_ = 0;

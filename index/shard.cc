@@ -18,6 +18,8 @@ constexpr uint32_t kBusyLinkDistances = 64;
 constexpr uint32_t kIdleLinkDistances = 256;
 // Nodes linked between two announcements of credit.
 constexpr uint64_t kCreditEvery = 256;
+// A batch of so many costs little more a node than a larger one.
+constexpr uint64_t kWorthwhileBatch = 100;
 constexpr int64_t kLinkRetryNs = 100 * kNanosPerMilli;
 // Nodes given back in one round of upkeep.
 constexpr size_t kReclaimBatch = 64;
@@ -72,7 +74,7 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, const Sh
               port_.catalogue->shards()),
       asked_(port_.catalogue->shards()),
       held_(port_.catalogue->shards()),
-      linker_(&heap_, options.build),
+      linker_(&heap_, options.build, options.link_batch),
       sweep_(&heap_, options.build),
       recall_(&heap_, storage.log),
       batch_(kObservationBatch) {
@@ -91,6 +93,7 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, const Sh
   attached_.reserve(max_spaces);
   announced_links_.reserve(max_spaces);
   upkeep_queued_.reserve(max_spaces);
+  link_due_ns_.reserve(max_spaces);
   credit_due_.reserve(max_spaces);
   upkeep_queue_.reserve(max_spaces);
   listed_.reserve(2 * kMaxPageResults);
@@ -321,6 +324,7 @@ uint32_t Shard::FindOrMakeSpace(SpaceEntry* entry) {
   attached_.push_back(0);
   announced_links_.push_back(0);
   upkeep_queued_.push_back(false);
+  link_due_ns_.push_back(0);
   credit_due_.push_back(false);
   counters_[ShardCounter::kSpaces].Set(spaces_.size());
   return space;
@@ -432,13 +436,19 @@ bool Shard::BeginUpkeepOfNext() {
   const uint64_t kept = space.retired() + space.tombstones() + space.lifted();
   // What a sweep took out is on no linker's way once the linker was free after it, as it is now,
   // and on that of the next sweep it never was. Where as many end as come, that one is not awaited.
+  bool has_more = false;
   if (entries_[index]->ends_by_age()) {
     space.Reclaim(std::min(kReclaimBatch + space.retired() / kReclaimShare, kMostReclaimed));
   } else if (!sweep_.active()) {
-    space.Reclaim(kReclaimBatch);
+    has_more = space.Reclaim(kReclaimBatch);
   }
   if (!keeps_tombstones_) space.ForgetTombstones(complete);
   const bool has_freed = space.retired() + space.tombstones() + space.lifted() < kept;
+  // A batch that is begun now lets none be given back for long.
+  if (has_more && has_freed && space.LinksInBatches()) {
+    PublishUse(index);
+    return true;
+  }
   const bool has_rebuilt = space.is_rebuilding() && space.StepRebuild(kRebuildLooks);
   const bool is_behind = space.backlog() > space.unlinked_count();
   // What a space needs in memory is less by its part of what has ended.
@@ -448,12 +458,19 @@ bool Shard::BeginUpkeepOfNext() {
     if (is_behind) AnnounceCredit(index);
     return true;
   }
-  if (node != kNoNode) {
+  if (node != kNoNode || space.WantsCodes()) {
     if (now_ns_ < link_retry_ns_) return has_freed;
+    if (WaitsForBatch(index)) return has_freed;
     link_began_ns_ = now_ns_;
-    if (space.BeginLinking(&linker_, node)) {
-      linking_space_ = index;
-      return true;
+    switch (linker_.Begin(&space)) {
+      case SpaceLinker::Begun::kStarted:
+        linking_space_ = index;
+        link_due_ns_[index] = 0;
+        return true;
+      case SpaceLinker::Begun::kNothing:
+        return has_freed;
+      case SpaceLinker::Begun::kMemoryShort:
+        break;
     }
     // Memory is short. What is not linked stays visible by the scan.
     link_retry_ns_ = now_ns_ + kLinkRetryNs;
@@ -476,6 +493,16 @@ bool Shard::BeginUpkeepOfNext() {
   return is_done;
 }
 
+// A batch costs less a node than each of few, so these wait for others, but not long. A rebuild
+// waits for them: what it takes out of the graph next comes once they are linked.
+bool Shard::WaitsForBatch(uint32_t index) {
+  const Space& space = *spaces_[index];
+  if (space.WantsCodes() || !space.LinksInBatches() || space.is_rebuilding()) return false;
+  if (space.linkable() >= kWorthwhileBatch) return false;
+  if (link_due_ns_[index] == 0) link_due_ns_[index] = now_ns_ + options_.link_wait_ns;
+  return now_ns_ < link_due_ns_[index];
+}
+
 void Shard::StepSweep(uint32_t distances) {
   const uint64_t before = sweep_.distances();
   if (sweep_.Step(distances)) {
@@ -492,10 +519,14 @@ void Shard::StepLink(uint32_t distances) {
 }
 
 void Shard::FinishLink() {
-  spaces_[linking_space_]->FinishLinking(linker_.node());
-  counters_[ShardCounter::kObservationsLinked].Add(1);
-  link_ns_ = 0.99 * link_ns_ + 0.01 * static_cast<double>(now_ns_ - link_began_ns_);
-  if (++announced_links_[linking_space_] >= kCreditEvery) {
+  const uint32_t linked = linker_.linked();
+  if (linked == 0) return;
+  counters_[ShardCounter::kObservationsLinked].Add(linked);
+  const double ns = static_cast<double>(now_ns_ - link_began_ns_) / linked;
+  const double weight = std::min(0.01 * linked, 0.5);
+  link_ns_ = (1 - weight) * link_ns_ + weight * ns;
+  announced_links_[linking_space_] += linked;
+  if (announced_links_[linking_space_] >= kCreditEvery) {
     announced_links_[linking_space_] = 0;
     AnnounceCredit(linking_space_);
   }

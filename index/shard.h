@@ -11,7 +11,6 @@
 
 #include "index/checkpoint/shard_saver.h"
 #include "index/forward_ledger.h"
-#include "index/hnsw_linker.h"
 #include "index/hnsw_params.h"
 #include "index/hnsw_sweep.h"
 #include "index/log/log_writer.h"
@@ -19,6 +18,7 @@
 #include "index/session_table.h"
 #include "index/shard_recovery.h"
 #include "index/space.h"
+#include "index/space_linker.h"
 #include "src/core/arena_heap.h"
 #include "src/core/clock.h"
 #include "src/core/commit_stamp.h"
@@ -52,8 +52,12 @@ struct ShardOptions {
   // much credit.
   size_t unlinked_limit_bytes = size_t{72} << 20;
   uint32_t default_ef = 128;
-  Traversal traversal = Traversal::kInt8;
+  Traversal traversal = Traversal::kRabitq;
   HnswBuildParams build;
+  // Nodes that are linked in a batch, 1 to 1,024. Fewer than 100 wait up to link_wait_ns for
+  // others, but not while the space is rebuilt.
+  uint32_t link_batch = BatchLinker::kMaxBatch;
+  int64_t link_wait_ns = 20 * kNanosPerMilli;
   // How long what was updated or deleted is kept for recalls of earlier snapshots.
   int64_t snapshot_keep_ns = kNanosPerSecond;
   // Cores other than the shard's that may recall at a time.
@@ -287,6 +291,7 @@ class Shard {
   int Upkeep(bool busy);
   bool BeginUpkeep();
   bool BeginUpkeepOfNext();
+  bool WaitsForBatch(uint32_t index);
   void StepSweep(uint32_t distances);
   void StepLink(uint32_t distances);
   void FinishLink();
@@ -368,6 +373,7 @@ class Shard {
   std::vector<uint32_t> space_of_entry_;   // by index in the catalogue; kNoNode: none here
   std::vector<uint32_t> attached_;         // by space: sessions with a connection
   std::vector<uint64_t> announced_links_;  // by space: links made since credit was announced
+  std::vector<int64_t> link_due_ns_;       // by space: a batch waits no longer; 0: none waits
   std::vector<bool> upkeep_queued_;        // by space
   std::vector<bool> credit_due_;           // by space: there may be room that nobody was told of
   std::vector<uint32_t> upkeep_queue_;     // spaces with something to do, served in turn
@@ -389,7 +395,7 @@ class Shard {
   bool keeps_tombstones_ = false;       // of what may be replayed over the checkpoint under way
   std::vector<uint32_t> asked_;         // by shard: messages that it has not answered
   std::vector<std::optional<PeerMessage>> held_;  // by shard: what it asked and cannot be done yet
-  HnswLinker linker_;
+  SpaceLinker linker_;
   HnswSweep sweep_;
   uint32_t linking_space_ = 0;
   uint32_t sweeping_space_ = 0;

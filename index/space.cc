@@ -30,6 +30,7 @@ Space::Space(std::string name, const SpaceOptions& options, ArenaHeap* heap, Rea
       epochs_(epochs),
       nodes_(heap),
       stamps_(heap),
+      has_end_(heap),
       fresh_(heap, epochs),
       graph_(heap, options.build),
       ids_(heap) {
@@ -41,11 +42,14 @@ Space::~Space() {
   CHECK(save_ == nullptr, "a save ends before its space");
   for (uint32_t node = 0; node < node_count(); ++node) FreeText(&nodes_[node]);
   if (superseded_ != nullptr) heap_->FreeArray(superseded_, kSupersededKept);
+  DropCodes(walk_codes_.load(std::memory_order_relaxed));
+  DropCodes(next_codes_);
+  DropCodes(retired_codes_);
 }
 
 void Space::FixDimension(uint32_t dimension) {
   const bool codes_apart =
-      options_.traversal == Traversal::kInt8 && options_.precision != Precision::kInt8;
+      options_.traversal != Traversal::kExact && options_.precision != Precision::kInt8;
   code_format_.emplace(codes_apart ? Precision::kInt8 : options_.precision, options_.metric,
                        dimension);
   codes_.emplace(heap_, code_format_->row_bytes());
@@ -113,8 +117,7 @@ StoreOutcome Space::Upsert(const ObservationRef& observation, CommitStamp stamp,
   }
   code_format_->Encode(numbers.data(), codes_->Row(node));
   if (exact_) exact_format_->Encode(numbers.data(), exact_->Row(node));
-  Store(&stamps_[node].begin, stamp);
-  Store(&stamps_[node].end, kOpenStamp);
+  SetStamps(node, stamp, kOpenStamp);
   nodes_[node].state = NodeState::kUnlinked;
   fresh_.Append(node);
   if (aged_) aged_->Add(node, stamp);
@@ -179,8 +182,7 @@ StoreOutcome Space::Suppress(std::string_view id, CommitStamp stamp, bool severa
   }
   std::memcpy(codes_->Row(node), codes_->Row(old), codes_->row_bytes());
   if (exact_) std::memcpy(exact_->Row(node), exact_->Row(old), exact_->row_bytes());
-  Store(&stamps_[node].begin, stamp);
-  Store(&stamps_[node].end, stamp);
+  SetStamps(node, stamp, stamp);
   nodes_[node].state = NodeState::kHidden;
   ++hidden_;
   ids_.Replace(hash, old, node);
@@ -202,8 +204,7 @@ StoreOutcome Space::Restore(std::string_view id, CommitStamp stamp) {
     memory_short_ = true;
     return {.reason = RefusalReason::kMemoryFull};
   }
-  Store(&stamps_[node].begin, stamp);
-  Store(&stamps_[node].end, kOpenStamp);
+  SetStamps(node, stamp, kOpenStamp);
   nodes_[node].state = NodeState::kUnlinked;
   fresh_.Append(node);
   --hidden_;
@@ -239,7 +240,7 @@ void Space::EndEarlier(uint64_t hash, std::string_view id, CommitStamp stamp) {
       continue;
     }
     if (ContentStamp(node) < stamp && Load(stamps_[node].end) > stamp) {
-      Store(&stamps_[node].end, stamp);
+      SetEnd(node, stamp);
     }
   }
 }
@@ -277,7 +278,7 @@ NodeId Space::StoreLate(const ObservationRef& observation, bool is_upsert, const
       next = std::min(next, content);
     } else if (Load(stamps_[node].end) > stamp) {
       next = std::min(next, Load(stamps_[node].end));
-      Store(&stamps_[node].end, stamp);
+      SetEnd(node, stamp);
     }
   }
   // Nothing but deletes so far, and no rows for a place in the list.
@@ -292,8 +293,7 @@ NodeId Space::StoreLate(const ObservationRef& observation, bool is_upsert, const
     code_format_->Encode(numbers, codes_->Row(node));
     if (exact_) exact_format_->Encode(numbers, exact_->Row(node));
   }
-  Store(&stamps_[node].begin, stamp);
-  Store(&stamps_[node].end, is_upsert ? next : stamp);
+  SetStamps(node, stamp, is_upsert ? next : stamp);
   nodes_[node].state = NodeState::kEnded;
   fresh_.Append(node);
   ++retired_;
@@ -312,8 +312,7 @@ bool Space::MakeTombstone(uint64_t hash, std::string_view id, CommitStamp stamp,
     return false;
   }
   if (old != kNoNode) ids_.Replace(hash, old, node);
-  Store(&stamps_[node].begin, stamp);
-  Store(&stamps_[node].end, stamp);
+  SetStamps(node, stamp, stamp);
   nodes_[node].state = NodeState::kTombstone;
   nodes_[node].next = kNoNode;
   (last_tombstone_ == kNoNode ? first_tombstone_ : nodes_[last_tombstone_].next) = node;
@@ -344,7 +343,7 @@ void Space::EndVersion(NodeId node, CommitStamp stamp) {
   Node& stored = nodes_[node];
   if (stored.state == NodeState::kTombstone) return;
   if (aged_) aged_->Remove(node);
-  Store(&stamps_[node].end, stamp);
+  SetEnd(node, stamp);
   --live_;
   ++retired_;
   switch (stored.state) {
@@ -422,7 +421,7 @@ NodeId Space::TakeNode() {
   }
   const uint32_t count = node_count_.load(std::memory_order_relaxed);
   const size_t wanted = size_t{count} + 1;
-  if (!nodes_.Reserve(wanted) || !stamps_.Reserve(wanted) || !ReserveRows(wanted) ||
+  if (!nodes_.Reserve(wanted) || !ReserveStamps(wanted) || !ReserveRows(wanted) ||
       (aged_ && !aged_->Reserve(wanted))) {
     return kNoNode;
   }
@@ -433,6 +432,38 @@ NodeId Space::TakeNode() {
 
 bool Space::ReserveRows(size_t nodes) {
   return (!codes_ || codes_->Reserve(nodes)) && (!exact_ || exact_->Reserve(nodes));
+}
+
+bool Space::ReserveStamps(size_t nodes) {
+  return stamps_.Reserve(nodes) && has_end_.Reserve((nodes + kNodesInWord - 1) / kNodesInWord);
+}
+
+// Nobody else writes the word.
+void Space::NoteEnd(NodeId node, bool has_end) {
+  const std::atomic_ref<uint64_t> word(has_end_[node / kNodesInWord]);
+  const uint64_t bit = uint64_t{1} << (node % kNodesInWord);
+  const uint64_t before = word.load(std::memory_order_relaxed);
+  const uint64_t after = has_end ? before | bit : before & ~bit;
+  if (after != before) word.store(after, std::memory_order_relaxed);
+}
+
+// The bit first: who sees the end stamp, or a later latest_stamp(), sees the bit.
+void Space::SetEnd(NodeId node, CommitStamp end) {
+  NoteEnd(node, end != kOpenStamp);
+  Store(&stamps_[node].end, end);
+}
+
+void Space::SetStamps(NodeId node, CommitStamp begin, CommitStamp end) {
+  Store(&stamps_[node].begin, begin);
+  SetEnd(node, end);
+}
+
+// Before any link leads to it: who comes upon it sees this.
+void Space::NoteLinking(NodeId node) {
+  const CommitStamp begin = Load(stamps_[node].begin);
+  if (begin > linked_up_to_.load(std::memory_order_relaxed)) {
+    linked_up_to_.store(begin, std::memory_order_release);
+  }
 }
 
 void Space::FreeNode(NodeId node) {
@@ -516,14 +547,16 @@ void Space::FreeText(Node* node) {
 // Reading
 
 RefusalReason Space::PrepareQuery(VectorDtype dtype, uint32_t dimension, float scale,
-                                  const std::byte* vector, std::byte* code,
-                                  std::byte* exact) const {
+                                  const std::byte* vector, const WalkCodes** codes,
+                                  const QueryForms& forms) const {
   if (dimension != this->dimension()) return RefusalReason::kWrongDimension;
   Numbers numbers;
   const RefusalReason reason = DecodeInto(dtype, scale, vector, dimension, numbers.data());
   if (reason != RefusalReason::kNone) return reason;
-  code_format_->Encode(numbers.data(), code);
-  if (exact_) exact_format_->Encode(numbers.data(), exact);
+  code_format_->Encode(numbers.data(), forms.code);
+  if (exact_) exact_format_->Encode(numbers.data(), forms.exact);
+  if (*codes != nullptr && (*codes)->IsFar(numbers.data())) *codes = nullptr;
+  if (*codes != nullptr) (*codes)->format().EncodeQuery(numbers.data(), forms.walk);
   return RefusalReason::kNone;
 }
 
@@ -601,8 +634,13 @@ size_t Space::NodesInBytes(size_t bytes) const {
 uint64_t Space::resident_bytes() const {
   const uint64_t vectors = (codes_ ? codes_->capacity() * codes_->row_bytes() : 0) +
                            (exact_ ? exact_->capacity() * exact_->row_bytes() : 0);
+  const WalkCodes* const walk = walk_codes();
+  const uint64_t codes =
+      (walk != nullptr ? walk->rows().capacity() * walk->rows().row_bytes() : 0) +
+      (lists_ ? lists_->bytes() : 0);
   const uint64_t links = graph_.capacity() * graph_.BottomBytes();
-  return vectors + links + nodes_.capacity() * sizeof(Node) + stamps_.capacity() * sizeof(Stamps) +
+  return vectors + codes + links + nodes_.capacity() * sizeof(Node) +
+         stamps_.capacity() * sizeof(Stamps) + has_end_.capacity() * sizeof(uint64_t) +
          fresh_.bytes() + ids_.size() * 12 + text_bytes_ + (aged_ ? aged_->bytes() : 0);
 }
 

@@ -10,7 +10,9 @@
 #include <string_view>
 #include <vector>
 
+#include "index/batch_linker.h"
 #include "index/chunked_array.h"
+#include "index/code_learning.h"
 #include "index/expiry_queue.h"
 #include "index/fresh_list.h"
 #include "index/hnsw_graph.h"
@@ -19,8 +21,10 @@
 #include "index/hnsw_search.h"
 #include "index/hnsw_sweep.h"
 #include "index/id_map.h"
+#include "index/inverted_lists.h"
 #include "index/vector_format.h"
 #include "index/vector_store.h"
+#include "index/walk_codes.h"
 #include "src/core/arena_heap.h"
 #include "src/core/commit_stamp.h"
 #include "src/core/ids.h"
@@ -79,7 +83,7 @@ struct SpaceOptions {
 
   Metric metric = Metric::kCosine;
   Precision precision = Precision::kF32;
-  Traversal traversal = Traversal::kInt8;
+  Traversal traversal = Traversal::kRabitq;
   uint32_t dimension = 0;  // 0: that of the first observation
   HnswBuildParams build;
   uint64_t hash_seed = 0;            // secret
@@ -136,17 +140,37 @@ class Space {
 
   // ---- For readers on any core ----
 
-  // Writes a query in the form of the rows that the graph is walked with (code) and, where they are
-  // others, of those that are kept (exact; else left alone). Each aligned to 64 bytes, with
-  // kMaxRowBytes. kNone, kWrongDimension, kZeroVector or kNotFinite, as Upsert.
+  // A query in the form of the rows that nodes are compared by (code), where they are others of
+  // those that are kept (exact), and where the graph is walked with others of these (walk). Each
+  // aligned to 64 bytes, with kMaxRowBytes.
   static constexpr size_t kMaxRowBytes = kMaxDimension * sizeof(float) + 2 * kCacheLineBytes;
+  struct QueryForms {
+    std::byte* code;
+    std::byte* exact;  // left alone without has_exact()
+    std::byte* walk;   // left alone without codes to walk with
+  };
+  // `codes`: as walk_codes() gave it, for the walk; nullptr afterwards where the query is too far
+  // for codes. kNone, kWrongDimension, kZeroVector or kNotFinite, as Upsert.
   RefusalReason PrepareQuery(VectorDtype dtype, uint32_t dimension, float scale,
-                             const std::byte* vector, std::byte* code, std::byte* exact) const;
+                             const std::byte* vector, const WalkCodes** codes,
+                             const QueryForms& forms) const;
+  // What the graph is walked with instead of `code`; nullptr where it is not. From inside the
+  // epochs: it stays until the reader leaves.
+  const WalkCodes* walk_codes() const { return walk_codes_.load(std::memory_order_acquire); }
+  SearchTarget WalkTargetFor(const WalkCodes* codes, const std::byte* walk) const {
+    return codes->TargetFor(&graph_, walk);
+  }
   // A recall of now: sees all that was stored before.
   CommitStamp latest_stamp() const { return latest_stamp_.load(std::memory_order_acquire); }
   bool IsVisible(NodeId node, CommitStamp snapshot) const {
     const Stamps& stamps = stamps_[node];
     return Load(stamps.begin) <= snapshot && snapshot < Load(stamps.end);
+  }
+  // The same of a node that was come upon in the graph. Nearly all of them began before the
+  // snapshot and have no end, and a bit tells that, in a 128th of the memory of the stamps.
+  bool IsVisibleInGraph(NodeId node, CommitStamp snapshot) const {
+    const bool began_before = linked_up_to_.load(std::memory_order_acquire) <= snapshot;
+    return (began_before && !HasEnd(node)) || IsVisible(node, snapshot);
   }
   // Nodes that a graph search may not find.
   FreshList::Snapshot FreshNodes() const { return fresh_.TakeSnapshot(); }
@@ -156,8 +180,16 @@ class Space {
   size_t node_count() const { return node_count_.load(std::memory_order_acquire); }
   // `code` as PrepareQuery wrote it.
   SearchTarget TargetFor(const std::byte* code) const {
-    return {&graph_, &*codes_, code_format_->distance(), code_format_->padded_dimension(), code};
+    return {.graph = &graph_,
+            .vectors = &*codes_,
+            .distance = code_format_->distance(),
+            .padded_dimension = code_format_->padded_dimension(),
+            .query = code,
+            .distances = code_format_->distances()};
   }
+  // The graph is walked with the vectors as they are kept: there are no others, or codes of int8 do
+  // not tell these from each other.
+  bool walks_exact() const { return walks_exact_.load(std::memory_order_acquire); }
   // Something may be found by a graph search alone.
   bool has_linked() const { return graph_.entry_point() != kNoNode; }
   // Whether what is found by code is compared again, and by what.
@@ -255,6 +287,24 @@ class Space {
   bool BeginLinking(HnswLinker* linker, NodeId node);
   // Once the linker is done with it.
   void FinishLinking(NodeId node);
+
+  // Linking in batches (space_codes.cc), where the space is walked with codes.
+  bool LinksInBatches() const { return lists_.has_value() && walk_codes() != nullptr; }
+  // Up to nodes.size() nodes to link, in `nodes`; returns how many. The same nodes come again until
+  // they are linked.
+  size_t NextToLink(std::span<NodeId> nodes);
+  bool BeginLinking(BatchLinker* linker, std::span<const NodeId> nodes);
+  void FinishLinking(const BatchLinker& linker);
+
+  // The codes that the graph is walked with are to be learned, or learned anew, or the nodes of the
+  // graph to be given such codes: linking waits for it. No linker is active.
+  bool WantsCodes() const;
+  // Some of that, about as much as `max_distances` distances. `learning` is this space's from the
+  // first call until WantsCodes is false.
+  void StepCodes(CodeLearning* learning, uint32_t max_distances);
+  // A reader may still be walking by earlier codes, which nodes that are linked now do not get:
+  // linking waits for it, too.
+  bool has_retired_codes() const { return retired_codes_ != nullptr; }
   // So many retired nodes are in the graph that a sweep pays. Fewer do when there is nothing to
   // link.
   bool WantsSweep() const;
@@ -421,7 +471,18 @@ class Space {
     ReaderEpochs::Epoch epoch = 0;
   };
 
+  // How a space came by what its graph is walked with (space_codes.cc, which numbers the steps).
+  enum class CodesStep : uint8_t {
+    kNone,      // nothing learned, or nothing that is of use
+    kDrift,     // 1.
+    kLearning,  // 2.
+    kEncoding,  // 3.
+    kRecoding,  // 5.
+    kLearned,
+  };
+
   static constexpr ReaderEpochs::Epoch kNoEpoch = 0;
+  static constexpr uint32_t kNodesInWord = 64;  // of has_end_
   // No more of the graph leaves at once: a search near doomed nodes must go through them to find
   // others.
   static constexpr uint64_t kMostSweepShare = 8;
@@ -446,11 +507,45 @@ class Space {
   static void Store(CommitStamp* stamp, CommitStamp value) {
     std::atomic_ref<CommitStamp>(*stamp).store(value, std::memory_order_release);
   }
+  // Whoever has a snapshot from its end on sees the bit, which was set before that could be known.
+  bool HasEnd(NodeId node) const {
+    const uint64_t& word = has_end_[node / kNodesInWord];
+    return (std::atomic_ref<uint64_t>(const_cast<uint64_t&>(word))
+                    .load(std::memory_order_relaxed) >>
+                (node % kNodesInWord) &
+            1) != 0;
+  }
+  void NoteEnd(NodeId node, bool has_end);
+  void SetEnd(NodeId node, CommitStamp end);
+  // Of a node that no reader can be led to yet. `end`: kOpenStamp for one that lives.
+  void SetStamps(NodeId node, CommitStamp begin, CommitStamp end);
+  void NoteLinking(NodeId node);
   void FixDimension(uint32_t dimension);
+  void BeginLearning(CodeLearning* learning);
+  void MeasureDrift(CodeLearning* learning, uint32_t max_distances);
+  void StartLearner(CodeLearning* learning);
+  void LearnSome(CodeLearning* learning, uint32_t max_distances);
+  void EndLearning(CodeLearning* learning, bool is_done);
+  void BeginEncoding(RabitqFormat* format, double mean_squared_residual);
+  void WithdrawCodes();
+  void EncodeSome(uint32_t max_distances);
+  void RecodeSome(uint32_t max_distances);
+  void PublishCodes(WalkCodes* codes);
+  void ReclaimCodes();
+  void DropCodes(WalkCodes* codes);
+  bool EncodeNode(WalkCodes* codes, NodeId node);
+  bool ListNodes(const WalkCodes& codes, std::span<const NodeId> nodes);
+  void GiveUpCodes();
+  void EndLinking(NodeId node);
+  // What links are chosen by.
+  SearchTarget LinkTarget() const {
+    return walks_exact() ? ExactTargetFor(nullptr) : TargetFor(nullptr);
+  }
   RefusalReason DecodeInto(VectorDtype dtype, float scale, const std::byte* vector,
                            uint32_t dimension, float* numbers) const;
   NodeId TakeNode();
   bool ReserveRows(size_t nodes);
+  bool ReserveStamps(size_t nodes);
   bool KeepsInList(NodeId node) const;
   bool ReserveFresh();
   bool WantsDrop() const;
@@ -508,8 +603,13 @@ class Space {
   std::atomic<uint32_t> node_count_{0};  // ever made
   std::atomic<CommitStamp> latest_stamp_{kNoStamp};
   std::atomic<CommitStamp> horizon_{kNoStamp};
+  std::atomic<WalkCodes*> walk_codes_{nullptr};
+  std::atomic<bool> walks_exact_{false};  // with has_exact()
   ChunkedArray<Node> nodes_;
   ChunkedArray<Stamps> stamps_;
+  ChunkedArray<uint64_t> has_end_;  // a bit for each node: its end stamp is not kOpenStamp
+  // No node in the graph, and none that is being linked, has a later begin stamp.
+  std::atomic<CommitStamp> linked_up_to_{kNoStamp};
   FreshList fresh_;
   HnswGraph graph_;
 
@@ -563,6 +663,17 @@ class Space {
   uint64_t relinked_ = 0;
   uint64_t taken_first_ = 0;  // nodes that were taken from the front of the list, ever
   uint32_t dismantled_ = 0;   // nodes
+  // Codes to walk the graph with, and lists of the nodes in the graph with these.
+  CodesStep codes_step_ = CodesStep::kNone;
+  std::optional<InvertedLists> lists_;
+  WalkCodes* next_codes_ = nullptr;     // learned, and not given to all nodes yet
+  WalkCodes* retired_codes_ = nullptr;  // until no reader is in retired_codes_epoch_
+  ReaderEpochs::Epoch retired_codes_epoch_ = 0;
+  uint32_t next_encoded_ = 0;               // node
+  uint32_t next_recoded_ = 0;               // list
+  uint64_t learn_at_ = 0;                   // nodes taken, ever, when it is time to learn again
+  const CodeLearning* learning_ = nullptr;  // under way
+  BlockProducts block_products_;
   // The saver's, where one is under way. What it must keep waits in a list until it ends.
   Save* save_ = nullptr;
   NodeId first_kept_ = kNoNode;

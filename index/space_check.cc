@@ -20,6 +20,9 @@ Result<void> Space::CheckNode(NodeId node) const {
     return Unsound("id not in the map", node);
   }
   if (live && Load(stamps_[node].end) != kOpenStamp) return Unsound("live but ended", node);
+  if (stored.state != NodeState::kFree && HasEnd(node) != (Load(stamps_[node].end) != kOpenStamp)) {
+    return Unsound("bit and end stamp disagree", node);
+  }
   const bool has_content = live || stored.state == NodeState::kHidden;
   if (aged_ && (aged_->Has(node) != has_content ||
                 (has_content && aged_->StampOf(node) != ContentStamp(node)))) {
@@ -35,8 +38,15 @@ Result<void> Space::CheckNode(NodeId node) const {
     }
   }
   const bool in_graph = stored.state == NodeState::kLinked || stored.state == NodeState::kRetired;
+  // The graph has the nodes of a batch one after the other, the space hears of it at the end.
+  const bool is_linking =
+      stored.state == NodeState::kLinking || stored.state == NodeState::kRetiredLinking;
   const bool fits = IsLifted(node) ? graph_.IsLinked(node) || graph_.IsDoomed(node)
-                                   : in_graph == graph_.IsLinked(node);
+                                   : is_linking || in_graph == graph_.IsLinked(node);
+  if ((in_graph || is_linking) &&
+      Load(stamps_[node].begin) > linked_up_to_.load(std::memory_order_relaxed)) {
+    return Unsound("linked later than the space says", node);
+  }
   if (!fits) return Unsound("graph and node disagree", node);
   if (stored.state == NodeState::kDoomed && !graph_.IsDoomed(node)) {
     return Unsound("doomed here and not in the graph", node);

@@ -114,7 +114,7 @@ bool Space::BeginLiftedSweep(HnswSweep* sweep) {
   for (NodeId node = first_lifted_; node != kNoNode; node = nodes_[node].next) {
     batch[count++] = node;
   }
-  if (!sweep->Begin(&graph_, TargetFor(nullptr), std::span(batch).first(count))) return false;
+  if (!sweep->Begin(&graph_, LinkTarget(), std::span(batch).first(count))) return false;
   first_lifted_ = kNoNode;
   rebuild_.step = Rebuild::Step::kSweeping;
   return true;
@@ -122,6 +122,7 @@ bool Space::BeginLiftedSweep(HnswSweep* sweep) {
 
 // 3. Nothing leads to it, and no reader is on it.
 void Space::PutBack(NodeId node) {
+  if (lists_) lists_->Remove(node);
   graph_.Forget(node);
   --lifted_;
   if (nodes_[node].state == NodeState::kLiftedEnded) {

@@ -50,33 +50,36 @@ NodeId Space::NextToLink() {
   return kNoNode;
 }
 
+// The run of unlinked nodes at the front of the list. Where what has ended stands between them, and
+// is still wanted, the list is put in order first.
+size_t Space::NextToLink(std::span<NodeId> nodes) {
+  if (nodes.empty() || NextToLink() == kNoNode) return 0;
+  const auto is_unlinked = [this](NodeId node) {
+    return nodes_[node].state == NodeState::kUnlinked;
+  };
+  const auto take_run = [&] {
+    const FreshList::Snapshot fresh = fresh_.TakeSnapshot();
+    const size_t most = std::min(nodes.size(), fresh.size());
+    size_t count = 0;
+    while (count < most && is_unlinked(fresh[count])) {
+      nodes[count] = fresh[count];
+      ++count;
+    }
+    return count;
+  };
+  const size_t count = take_run();
+  if (2 * count >= std::min<size_t>(nodes.size(), linkable())) return count;
+  const bool renewed = fresh_.Renew([](NodeId) { return true; }, [](NodeId) {}, is_unlinked);
+  return renewed ? take_run() : count;
+}
+
 bool Space::WaitsForHorizon() const {
-  if (is_rebuilding() || WantsSweep()) return true;
+  if (is_rebuilding() || WantsSweep() || has_retired_codes()) return true;
   const uint64_t outside = retired_ - retired_linked_;
   const uint64_t ended = fresh_.size() - unlinked_;
   if (outside > ended) return true;
   if (ended == 0) return false;
   return has_graph_ || WantsDrop() || nodes_[fresh_.first()].state == NodeState::kEnded;
-}
-
-bool Space::BeginLinking(HnswLinker* linker, NodeId node) {
-  CHECK(nodes_[node].state == NodeState::kUnlinked, "only a new node is linked");
-  if (!linker->Begin(&graph_, TargetFor(nullptr), node)) return false;
-  nodes_[node].state = NodeState::kLinking;
-  return true;
-}
-
-void Space::FinishLinking(NodeId node) {
-  CHECK(fresh_.first() == node, "nodes are linked in the order in which they came");
-  fresh_.PopFirst();
-  ++taken_first_;
-  if (nodes_[node].state == NodeState::kRetiredLinking) {
-    ListRetired(node);
-    return;
-  }
-  CHECK(nodes_[node].state == NodeState::kLinking, "the node was being linked");
-  nodes_[node].state = NodeState::kLinked;
-  --unlinked_;
 }
 
 bool Space::WantsSweep() const {
@@ -123,7 +126,7 @@ bool Space::BeginRetiredSweep(HnswSweep* sweep) {
     node = nodes_[node].next;
   }
   const std::span<const NodeId> taken(batch.data(), count);
-  if (!sweep->Begin(&graph_, TargetFor(nullptr), taken)) return false;
+  if (!sweep->Begin(&graph_, LinkTarget(), taken)) return false;
   first_sweepable_ = node;
   retired_linked_ -= static_cast<uint32_t>(count);
   for (const NodeId doomed : taken) nodes_[doomed].state = NodeState::kDoomed;
@@ -154,6 +157,7 @@ void Space::AwaitReaders(NodeId node) {
 
 bool Space::Reclaim(size_t max_nodes) {
   fresh_.Reclaim();
+  ReclaimCodes();
   for (size_t freed = 0; freed < max_nodes; ++freed) {
     if (first_closing_ == kNoNode) {
       if (first_waiting_ == kNoNode) return false;
@@ -172,7 +176,10 @@ bool Space::Reclaim(size_t max_nodes) {
       nodes_[node].next = std::exchange(first_kept_, node);
       continue;
     }
-    if (graph_.IsDoomed(node)) graph_.Forget(node);
+    if (graph_.IsDoomed(node)) {
+      if (lists_) lists_->Remove(node);
+      graph_.Forget(node);
+    }
     --retired_;
     ++reclaimed_;
     FreeNode(node);

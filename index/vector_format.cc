@@ -20,7 +20,7 @@ namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
 // The largest of the magnitudes; 0 for a zero vector. No alignment needed.
-float LargestMagnitude(const float* v, size_t count) {
+float LargestOfVector(const float* v, size_t count) {
   const hn::ScalableTag<float> tag;
   const size_t lanes = hn::Lanes(tag);
   auto largest_of_lane = hn::Zero(tag);
@@ -99,6 +99,41 @@ void QuantiseToInt8(const float* v, size_t count, double factor, int8_t* to, int
   *sum_of_squares = total_of_squares;
 }
 
+// to[i] = numbers[i] * scale, rounded once from double.
+void ScaleInt8(const int8_t* numbers, size_t count, double scale, float* to) {
+  size_t i = 0;
+#if HWY_TARGET != HWY_SCALAR
+  const hn::CappedTag<double, 8> wide;
+  const hn::Rebind<float, decltype(wide)> float_tag;
+  const hn::Rebind<int32_t, decltype(wide)> int_tag;
+  const hn::Rebind<int8_t, decltype(wide)> narrow;
+  const size_t lanes = hn::Lanes(wide);
+  const auto scales = hn::Set(wide, scale);
+  for (; i + lanes <= count; i += lanes) {
+    const auto number = hn::PromoteTo(wide, hn::PromoteTo(int_tag, hn::LoadU(narrow, numbers + i)));
+    hn::StoreU(hn::DemoteTo(float_tag, hn::Mul(number, scales)), float_tag, to + i);
+  }
+#endif
+  for (; i < count; ++i) to[i] = static_cast<float>(numbers[i] * scale);
+}
+
+// sums[i] += numbers[i] * scale.
+void AddScaledInt8(const int8_t* numbers, size_t count, double scale, double* sums) {
+  size_t i = 0;
+#if HWY_TARGET != HWY_SCALAR
+  const hn::CappedTag<double, 8> wide;
+  const hn::Rebind<int32_t, decltype(wide)> int_tag;
+  const hn::Rebind<int8_t, decltype(wide)> narrow;
+  const size_t lanes = hn::Lanes(wide);
+  const auto scales = hn::Set(wide, scale);
+  for (; i + lanes <= count; i += lanes) {
+    const auto number = hn::PromoteTo(wide, hn::PromoteTo(int_tag, hn::LoadU(narrow, numbers + i)));
+    hn::StoreU(hn::Add(hn::LoadU(wide, sums + i), hn::Mul(number, scales)), wide, sums + i);
+  }
+#endif
+  for (; i < count; ++i) sums[i] += numbers[i] * scale;
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace engram
 HWY_AFTER_NAMESPACE();
@@ -106,9 +141,11 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace engram {
 
-HWY_EXPORT(LargestMagnitude);
+HWY_EXPORT(LargestOfVector);
 HWY_EXPORT(RoundToBf16);
 HWY_EXPORT(QuantiseToInt8);
+HWY_EXPORT(ScaleInt8);
+HWY_EXPORT(AddScaledInt8);
 
 namespace {
 
@@ -137,7 +174,8 @@ VectorFormat::VectorFormat(Precision precision, Metric metric, uint32_t dimensio
       padded_dimension_(PaddedDimension(precision, dimension)),
       row_bytes_(padded_dimension_ * BytesOfElement(precision) +
                  (precision == Precision::kInt8 ? sizeof(Int8Trailer) : 0)),
-      distance_(DistanceFunction(precision, metric)) {
+      distance_(DistanceFunction(precision, metric)),
+      distances_(precision == Precision::kInt8 ? Int8DistancesFunction(metric) : nullptr) {
   CHECK(dimension >= 1 && dimension <= kMaxDimension, "dimension is 1 to 4,096");
 }
 
@@ -161,7 +199,7 @@ void VectorFormat::Encode(const float* v, std::byte* row) const {
 
 void VectorFormat::EncodeInt8(const float* v, std::byte* row) const {
   std::memset(row + dimension_, 0, row_bytes_ - dimension_);
-  const double largest = double{HWY_DYNAMIC_DISPATCH(LargestMagnitude)(v, dimension_)};
+  const double largest = double{HWY_DYNAMIC_DISPATCH(LargestOfVector)(v, dimension_)};
   if (largest == 0) {
     std::memset(row, 0, dimension_);
     return;
@@ -189,15 +227,20 @@ void VectorFormat::Decode(const std::byte* row, float* v) const {
     case Precision::kInt8: {
       Int8Trailer trailer;
       std::memcpy(&trailer, row + padded_dimension_, sizeof(trailer));
-      const auto* numbers = reinterpret_cast<const int8_t*>(row);
-      for (uint32_t i = 0; i < dimension_; ++i) {
-        v[i] = static_cast<float>(numbers[i] * trailer.scale);
-      }
+      HWY_DYNAMIC_DISPATCH(ScaleInt8)
+      (reinterpret_cast<const int8_t*>(row), dimension_, trailer.scale, v);
       return;
     }
     case Precision::kUnspecified:
       break;
   }
+}
+
+void VectorFormat::AddDecoded(const std::byte* row, double* sums) const {
+  Int8Trailer trailer;
+  std::memcpy(&trailer, row + padded_dimension_, sizeof(trailer));
+  HWY_DYNAMIC_DISPATCH(AddScaledInt8)
+  (reinterpret_cast<const int8_t*>(row), dimension_, trailer.scale, sums);
 }
 
 }  // namespace engram

@@ -35,6 +35,8 @@ class VectorFormat {
   size_t row_bytes() const { return row_bytes_; }
 
   DistanceFn distance() const { return distance_; }
+  // nullptr where several at once are no faster.
+  DistancesFn distances() const { return distances_; }
   // Of two rows that Encode wrote, each aligned to 64 bytes; see index/distance.h.
   float Distance(const std::byte* a, const std::byte* b) const {
     return distance_(a, b, padded_dimension_);
@@ -45,6 +47,9 @@ class VectorFormat {
   void Encode(const float* v, std::byte* row) const;
   // What is stored, as `dimension` floats; every one is finite. No alignment of `v` needed.
   void Decode(const std::byte* row, float* v) const;
+  // Adds the dimension() numbers that Decode would give, before it rounds them, to `sums`. Of int8
+  // rows only.
+  void AddDecoded(const std::byte* row, double* sums) const;
 
  private:
   void EncodeInt8(const float* v, std::byte* row) const;
@@ -55,6 +60,7 @@ class VectorFormat {
   size_t padded_dimension_;
   size_t row_bytes_;
   DistanceFn distance_;
+  DistancesFn distances_;
 };
 
 }  // namespace engram

@@ -7,8 +7,8 @@
 #include <utility>
 #include <vector>
 
-#include "index/hnsw_linker.h"
 #include "index/recall_job.h"
+#include "index/space_linker.h"
 #include "src/core/arena_heap.h"
 #include "src/core/check.h"
 #include "src/core/huge_page_arena.h"
@@ -43,19 +43,21 @@ HugePageArena MakeArena(size_t bytes) {
 
 class EngramIndex final : public ComparedIndex {
  public:
-  EngramIndex(const SpaceOptions& options, size_t capacity)
+  EngramIndex(const SpaceOptions& options, uint32_t batch, size_t capacity)
       : arena_(MakeArena(ArenaBytes(options, capacity))),
         heap_(&arena_),
         space_("compared", options, &heap_, &epochs_),
-        linker_(&heap_, options.build),
+        linker_(&heap_, options.build, batch),
+        batch_(batch),
         job_(&heap_),
         slot_(kResultSlotBytes) {
     (void)arena_.PrefaultAhead(arena_.reserve_bytes(), arena_.reserve_bytes());
   }
 
   void Insert(const VectorSet& base, size_t first, size_t last) override {
-    for (size_t row = first; row < last; ++row) {
-      Store(base, row);
+    while (first < last) {
+      const size_t end = std::min(first + batch_, last);
+      for (; first < end; ++first) Store(base, first);
       LinkAll();
     }
   }
@@ -98,12 +100,11 @@ class EngramIndex final : public ComparedIndex {
 
   void LinkAll() {
     for (;;) {
-      const NodeId node = space_.NextToLink();
-      if (node == kNoNode) return;
-      CHECK(space_.BeginLinking(&linker_, node), "memory for linking");
+      const SpaceLinker::Begun begun = linker_.Begin(&space_);
+      if (begun == SpaceLinker::Begun::kNothing) return;
+      CHECK(begun == SpaceLinker::Begun::kStarted, "memory for linking");
       while (!linker_.Step(kLinkSliceDistances)) {
       }
-      space_.FinishLinking(node);
     }
   }
 
@@ -127,7 +128,8 @@ class EngramIndex final : public ComparedIndex {
   ArenaHeap heap_;
   ReaderEpochs epochs_{1};
   Space space_;
-  HnswLinker linker_;
+  SpaceLinker linker_;
+  const size_t batch_;
   RecallJob job_;
   std::vector<std::byte> slot_;
   CommitStamp stamp_ = kNoStamp;
@@ -135,8 +137,9 @@ class EngramIndex final : public ComparedIndex {
 
 }  // namespace
 
-std::unique_ptr<ComparedIndex> MakeEngramIndex(const SpaceOptions& options, size_t capacity) {
-  return std::make_unique<EngramIndex>(options, capacity);
+std::unique_ptr<ComparedIndex> MakeEngramIndex(const SpaceOptions& options, uint32_t batch,
+                                               size_t capacity) {
+  return std::make_unique<EngramIndex>(options, batch, capacity);
 }
 
 }  // namespace engram

@@ -21,6 +21,7 @@
 #include <string_view>
 #include <vector>
 
+#include "index/batch_linker.h"
 #include "index/shard.h"
 #include "index/space.h"
 #include "perf/comparison_report.h"
@@ -53,9 +54,11 @@ struct Options {
   uint32_t M = HnswBuildParams().M;
   uint32_t ef_construction = HnswBuildParams().ef_construction;
   std::string precision = "f32";
-  std::string traversal = "int8";
+  std::string traversal = "rabitq";
+  uint32_t batch = BatchLinker::kMaxBatch;
   std::string peer = "16:200";
   std::vector<std::string> cheaper = {"16:100", "16:64", "16:40", "12:100", "12:64", "8:64"};
+  uint32_t scanned = HnswBuildParams().scanned;
   uint64_t seed = HnswBuildParams().seed;
   uint64_t chunk = 1'000;
   int rounds = 5;
@@ -101,11 +104,17 @@ void AddOptions(CLI::App* app, Options* options) {
   app->add_option("--ef-construction", options->ef_construction, "Ours")
       ->check(CLI::Range(1u, kMaxEf))
       ->capture_default_str();
+  app->add_option("--batch", options->batch, "Ours: nodes linked at once; 1 links one by one")
+      ->check(CLI::Range(1u, BatchLinker::kMaxBatch))
+      ->capture_default_str();
+  app->add_option("--scanned", options->scanned, "Ours: members of lists compared, of a batch")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   app->add_option("--precision", options->precision, "Ours: how vectors are kept")
       ->check(CLI::IsMember({"f32", "bf16", "int8"}))
       ->capture_default_str();
   app->add_option("--traversal", options->traversal, "Ours: by what the graph is walked")
-      ->check(CLI::IsMember({"int8", "exact"}))
+      ->check(CLI::IsMember({"rabitq", "int8", "exact"}))
       ->capture_default_str();
   app->add_option("--peer", options->peer, "hnswlib's setting")
       ->check(setting)
@@ -157,15 +166,21 @@ Result<Inputs> LoadInputs(const Options& options, const ComparisonOptions& compa
   return Inputs{*std::move(base), *std::move(queries), std::move(truth)};
 }
 
+Traversal TraversalOf(const std::string& name) {
+  if (name == "exact") return Traversal::kExact;
+  return name == "int8" ? Traversal::kInt8 : Traversal::kRabitq;
+}
+
 SpaceOptions SpaceOf(const Options& options, const Inputs& inputs, Metric metric) {
   SpaceOptions space;
   space.metric = metric;
   space.precision = PrecisionOfName(options.precision);
-  space.traversal = options.traversal == "exact" ? Traversal::kExact : Traversal::kInt8;
+  space.traversal = TraversalOf(options.traversal);
   space.dimension = inputs.base.dimension();
   space.build.M = options.M;
   space.build.M0 = 2 * options.M;
   space.build.ef_construction = options.ef_construction;
+  space.build.scanned = options.scanned;
   space.build.seed = options.seed;
   space.hash_seed = options.seed;
   return space;
@@ -178,7 +193,9 @@ std::vector<Contender> MakeContenders(const Options& options, const Inputs& inpu
   contenders.push_back({.name = "engram",
                         .M = options.M,
                         .ef_construction = options.ef_construction,
-                        .make = [space, capacity] { return MakeEngramIndex(space, capacity); }});
+                        .make = [space, capacity, batch = options.batch] {
+                          return MakeEngramIndex(space, batch, capacity);
+                        }});
   std::vector<std::string> settings = {options.peer};
   settings.insert(settings.end(), options.cheaper.begin(), options.cheaper.end());
   for (const std::string& text : settings) {

@@ -147,7 +147,7 @@ std::pair<std::optional<VectorFormat>, std::optional<VectorFormat>> FormatsOf(
   std::pair<std::optional<VectorFormat>, std::optional<VectorFormat>> formats;
   if (saved.dimension == 0) return formats;
   const bool codes_apart =
-      saved.traversal == Traversal::kInt8 && saved.precision != Precision::kInt8;
+      saved.traversal != Traversal::kExact && saved.precision != Precision::kInt8;
   formats.first.emplace(codes_apart ? Precision::kInt8 : saved.precision, saved.metric,
                         saved.dimension);
   if (codes_apart) formats.second.emplace(saved.precision, saved.metric, saved.dimension);
@@ -346,7 +346,7 @@ Result<void> SpaceLoader::TakeLinks(const ExtentHeader& header, std::span<const 
 Result<void> SpaceLoader::TakeNodes(const ExtentHeader& header, std::span<const std::byte> extent) {
   if (Result<void> sound = CheckSlots(header); !sound) return sound;
   const uint32_t end = next_slot_ + header.slots;
-  if (!space_->nodes_.Reserve(end) || !space_->stamps_.Reserve(end)) return MemoryFull();
+  if (!space_->nodes_.Reserve(end) || !space_->ReserveStamps(end)) return MemoryFull();
   space_->node_count_.store(end, std::memory_order_release);
   const uint64_t begin = offset_;
   size_t at = sizeof(header);
@@ -523,8 +523,7 @@ Result<void> SpaceLoader::TakeNode(const SavedNode& saved, const std::byte* body
   }
 
   const bool is_open = saved.state == SavedState::kLive || saved.state == SavedState::kSuppressed;
-  Space::Store(&space_->stamps_[node].begin, saved.begin);
-  Space::Store(&space_->stamps_[node].end, is_open ? kOpenStamp : saved.end);
+  space_->SetStamps(node, saved.begin, is_open ? kOpenStamp : saved.end);
   if (saved.state == SavedState::kRetired) {
     space_->nodes_[node].state = Space::NodeState::kRetired;
     return {};
@@ -632,7 +631,7 @@ void SpaceLoader::EndNode(NodeId node, CommitStamp stamp) {
   Space::Node& stored = space_->nodes_[node];
   if (stored.state == Space::NodeState::kTombstone) return;
   ++ended_duplicates_;
-  Space::Store(&space_->stamps_[node].end, stamp);
+  space_->SetEnd(node, stamp);
   space_->FreeText(&stored);
   stored.id_bytes = 0;
   stored.payload_bytes = 0;
@@ -662,6 +661,7 @@ Result<void> SpaceLoader::Finish() {
   ListTombstones();
   space_->has_graph_ = has_graph_ || space_->graph_.linked_count() > 0 ||
                        space_->unlinked_ > space_->options_.graph_from;
+  space_->linked_up_to_.store(latest_, std::memory_order_release);
   space_->latest_stamp_.store(latest_, std::memory_order_release);
   space_->SetHorizon(latest_);
   if (!ListUnlinked() || !space_->QueueByAge()) return MemoryFull();

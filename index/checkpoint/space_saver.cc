@@ -138,7 +138,7 @@ size_t SpaceSaver::WriteSpace(std::span<std::byte> to) {
   body.metric = space.metric();
   body.precision = space.options_.precision;
   body.traversal =
-      space.options_.traversal == Traversal::kInt8 ? kSavedInt8Traversal : kSavedExactTraversal;
+      space.options_.traversal == Traversal::kExact ? kSavedExactTraversal : kSavedInt8Traversal;
   body.flags = options_.with_payload ? kSavedPayload : uint8_t{0};
   body.name_bytes = static_cast<uint16_t>(name.size());
   std::memcpy(to.data() + sizeof(ExtentHeader), &body, sizeof(body));

@@ -25,14 +25,14 @@ namespace engram {
 // [index]: how graphs are built and searched. See HnswBuildParams for m to keep_pruned.
 struct IndexConfig {
   uint32_t default_ef = 128;
-  uint32_t m = 16;
-  uint32_t ef_construction = 100;
+  uint32_t m = 24;
+  uint32_t ef_construction = 64;
   double alpha = 1.0;
   bool extend_candidates = false;
-  bool keep_pruned = true;
+  bool keep_pruned = false;
   // Of spaces that do not say otherwise.
   Precision precision = Precision::kF32;
-  Traversal traversal = Traversal::kInt8;
+  Traversal traversal = Traversal::kRabitq;
   uint32_t partitions = 1;
   uint64_t grow_partition_at = 250'000;  // observations of a space on one shard; 0: never
   uint32_t max_partitions = 0;           // 0: as many as there are shards

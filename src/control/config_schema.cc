@@ -69,7 +69,8 @@ void AddIndexFields(IndexConfig* index, std::vector<SchemaField>* fields) {
   add({"index", "extend_candidates", SwitchField{&index->extend_candidates}});
   add({"index", "keep_pruned", SwitchField{&index->keep_pruned}});
   add({"index", "precision", PrecisionChoice(&index->precision)});
-  add({"index", "traversal", Choice(&index->traversal, Traversal::kInt8, {"int8", "exact"})});
+  add({"index", "traversal",
+       Choice(&index->traversal, Traversal::kInt8, {"int8", "exact", "rabitq"})});
   add({"index", "partitions", Integer(&index->partitions, 1, kMaxCoresOfRole)});
   add({"index", "grow_partition_at", Integer(&index->grow_partition_at, 0, kMaxObservations)});
   add({"index",

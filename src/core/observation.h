@@ -51,8 +51,10 @@ enum class Durability : uint8_t {
 
 // What a space's graph is walked with.
 enum class Traversal : uint8_t {
-  kInt8,   // int8 codes; what is found is compared again with the vectors as they are kept
-  kExact,  // the vectors as they are kept
+  kInt8,    // int8 codes; what is found is compared again with the vectors as they are kept
+  kExact,   // the vectors as they are kept
+  kRabitq,  // codes of one bit a number, where the data are fit for it; what is found is compared
+            // again by int8 codes, as with kInt8
 };
 
 // The lane on which a session's observations travel. The values are sent: unchangeable.

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "src/core/check.h"
+#include "tests/index/graph_search.h"
 
 namespace engram {
 namespace {
@@ -107,7 +108,7 @@ void GraphFixture::Build(const TestVectors& data, uint32_t budget) {
 }
 
 std::vector<Neighbour> GraphFixture::Search(std::span<const float> query, uint32_t k, uint32_t ef) {
-  return Search(query, k, ef, [](NodeId) { return true; });
+  return Search(query, k, ef, AllLive());
 }
 
 std::vector<Neighbour> GraphFixture::Search(std::span<const float> query, uint32_t k, uint32_t ef,

@@ -41,6 +41,11 @@ TestVectors GaussianVectors(size_t count, uint32_t dimension, uint32_t seed);
 // `clusters` far centres with narrow clouds around them.
 TestVectors ClusteredVectors(size_t count, uint32_t dimension, size_t clusters, uint32_t seed);
 
+// For searches in which no node is retired.
+struct AllLive {
+  bool operator()(NodeId) const { return true; }
+};
+
 // Arena, heap, vectors, graph, linker and scratch of one space; vectors are normalised under
 // cosine.
 class GraphFixture {

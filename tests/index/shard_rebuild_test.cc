@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "tests/index/latent_vector.h"
 #include "tests/index/shard_rig.h"
 
 namespace engram {
@@ -15,12 +16,16 @@ namespace {
 
 class ShardRebuildTest : public testing::Test {
  protected:
-  void Make(uint16_t shards = 1, const RigWorld& world = {}) {
+  static ShardOptions Options() {
     ShardOptions options = ShardRig::SmallOptions();
     options.snapshot_keep_ns = kNanosPerMilli;
     options.graph_from = 50;
     options.unlinked_limit_bytes = size_t{32} * 20 * 64;  // 20 nodes leave a graph at once
     options.grow_partition_at = 0;
+    return options;
+  }
+  void Make(uint16_t shards = 1, const RigWorld& world = {},
+            const ShardOptions& options = Options()) {
     rig_.emplace(options, 1, 256, 4,
                  RigShards{.shards = shards, .partitions = shards, .max_partitions = shards},
                  world);
@@ -29,9 +34,12 @@ class ShardRebuildTest : public testing::Test {
     return rig_->Open(0, ++origins_, space, {.metric = Metric::kL2});
   }
   void Upsert(RigSession* session, int number, float second = 1) {
+    Upsert(session, number, std::vector<float>{static_cast<float>(number), second});
+  }
+  void Upsert(RigSession* session, int number, const std::vector<float>& vector) {
     const Observation observation{.op = ObservationOp::kUpsert,
                                   .id = "id" + std::to_string(number),
-                                  .vector = {static_cast<float>(number), second},
+                                  .vector = vector,
                                   .payload = "payload" + std::to_string(number)};
     for (int tries = 0; tries < 10'000; ++tries) {
       if (rig_->Observe(session, observation).reason == RefusalReason::kNone) return;
@@ -210,6 +218,34 @@ TEST_F(ShardRebuildTest, WhatEndsByAgeEnds) {
   rig_->Settle();
   EXPECT_EQ(rig_->shard->FindSpace("s")->live(), 0u);
   EXPECT_TRUE(rig_->shard->CheckInvariants().has_value());
+}
+
+// Few nodes wait for others to be linked with them; not those that a rebuild waits for.
+TEST_F(ShardRebuildTest, ItsBatchesDoNotWaitForOthers) {
+  constexpr int kCount = 600;
+  constexpr uint32_t kDimension = 80;  // walked with codes, and linked in batches
+  ShardOptions options = Options();
+  options.link_wait_ns = kNanosPerSecond;
+  options.unlinked_limit_bytes = size_t{32} * 40 * (128 + 64);  // 40 nodes leave a graph at once
+  Make(1, {}, options);
+  RigSession session = Open();
+  for (int i = 0; i < kCount; ++i) {
+    ASSERT_NO_FATAL_FAILURE(Upsert(&session, i, LatentVector(i, kDimension)));
+  }
+  const Space& space = *rig_->shard->FindSpace("s");
+  const auto all_linked = [&] { return space.unlinked_count() == 0; };
+  rig_->PollUntil(all_linked);
+  rig_->clock.AdvanceNs(options.link_wait_ns);
+  ASSERT_TRUE(rig_->PollUntil(all_linked));
+  ASSERT_TRUE(space.LinksInBatches());
+  const int64_t began = rig_->clock.MonotonicNs();
+  EXPECT_EQ(rig_->Command(SpaceCommand::kRebuild, "s").observations, uint64_t{kCount});
+  EXPECT_LT(rig_->clock.MonotonicNs() - began, options.link_wait_ns / 2);
+  // Afterwards they do again.
+  ASSERT_NO_FATAL_FAILURE(Upsert(&session, kCount, LatentVector(kCount, kDimension)));
+  EXPECT_FALSE(rig_->PollUntil(all_linked, 1'000));
+  rig_->clock.AdvanceNs(options.link_wait_ns);
+  EXPECT_TRUE(rig_->PollUntil(all_linked));
 }
 
 TEST_F(ShardRebuildTest, NothingOfItAllocates) {

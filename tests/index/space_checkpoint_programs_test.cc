@@ -41,7 +41,7 @@ class Program {
   Program(uint64_t seed, Workshop* shop)
       : random_(seed),
         shop_(shop),
-        dimension_(static_cast<uint32_t>(1 + random_.Below(5))),
+        dimension_(DrawDimension(&random_)),
         several_homes_(random_.Below(2) == 0),
         options_(DrawOptions()),
         rig_(options_, &shop->memory, "program") {
@@ -71,7 +71,7 @@ class Program {
     build.seed = random_.Next();
     SpaceOptions options =
         TestSpaceOptions(kMetrics[random_.Below(3)], random_.Below(2) == 0 ? 0 : dimension_, build);
-    options.traversal = random_.Below(2) == 0 ? Traversal::kInt8 : Traversal::kExact;
+    options.traversal = DrawTraversal(&random_, dimension_);
     if (options.metric != Metric::kCosine && random_.Below(3) == 0) {
       options.precision = Precision::kBf16;
     }

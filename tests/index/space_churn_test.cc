@@ -15,6 +15,7 @@
 #include "src/core/hash.h"
 #include "src/core/reader_epochs.h"
 #include "tests/index/cloud_vector.h"
+#include "tests/index/latent_vector.h"
 #include "tests/index/space_testing.h"
 #include "tests/index/space_upkeep.h"
 #include "tests/support/sanitized.h"
@@ -24,6 +25,7 @@ namespace {
 
 constexpr HnswBuildParams kBuild{.M = 12, .M0 = 24, .ef_construction = 80};
 constexpr uint32_t kDimension = 32;
+constexpr uint32_t kCodedDimension = 96;  // of a case whose graph is walked with codes
 constexpr uint32_t kGraphFrom = 500;
 constexpr uint32_t kEf = 64;
 constexpr uint32_t kWideEf = 600;
@@ -33,10 +35,13 @@ constexpr uint32_t kVectors = kSanitized ? 1'050 : 4'500;
 // find a link to the right one.
 constexpr uint32_t kClouds = kVectors / 150;
 
-std::vector<float> VectorOf(uint64_t generation, uint64_t number) {
+std::vector<float> VectorOf(uint64_t generation, uint64_t number, uint32_t dimension) {
+  if (dimension == kCodedDimension) {
+    return LatentVector(generation * 1'000'003 + number, dimension);
+  }
   SplitMix64 noise(MixBits(generation * 1'000'003 + number));
   const SplitMix64 centre(MixBits(noise.Below(kClouds)));
-  return CloudVector(centre, noise, kDimension, 0.7F);
+  return CloudVector(centre, noise, dimension, 0.7F);
 }
 constexpr uint64_t kQuery = 0;
 constexpr uint64_t kFinal = 1;  // the vectors that are there in the end; above: earlier ones
@@ -55,16 +60,16 @@ class ChurnRig {
       : memory_(size_t{256} << 20),
         other_memory_(size_t{64} << 20),
         space_("churn", Options(metric, traversal), &memory_.heap, &epochs_),
-        upkeep_(&space_, &other_memory_.heap, kBuild),
+        upkeep_(&space_, &memory_.heap, kBuild),
         job_(&other_memory_.heap) {}
 
   void Upsert(uint32_t number, uint64_t generation) {
     const std::string id = IdOf(number);
-    const std::vector<float> vector = VectorOf(generation, number);
+    const std::vector<float> vector = VectorOf(generation, number, Dimension());
     ObservationRef observation;
     observation.id = id;
     observation.dtype = VectorDtype::kF32;
-    observation.dimension = kDimension;
+    observation.dimension = Dimension();
     observation.vector = reinterpret_cast<const std::byte*>(vector.data());
     ASSERT_EQ(space_.Upsert(observation, ++stamp_).reason, RefusalReason::kNone);
     Upkeep();
@@ -76,7 +81,7 @@ class ChurnRig {
   // Links about as fast as vectors come, so that a backlog of a few hundred is there throughout.
   void Upkeep() {
     space_.SetHorizon(stamp_ - std::min<CommitStamp>(stamp_, 50));
-    const int slices = space_.unlinked_count() > 300 ? 30 : 3;
+    const int slices = space_.backlog() > 300 ? 30 : 3;
     for (int i = 0; i < slices && upkeep_.Step(400); ++i) {
     }
   }
@@ -93,7 +98,7 @@ class ChurnRig {
     Quality quality;
     const Metric metric = space_.metric();
     for (size_t query = 0; query < kQueries; ++query) {
-      const std::vector<float> vector = VectorOf(kQuery, query);
+      const std::vector<float> vector = VectorOf(kQuery, query, Dimension());
       const double bound = TenthScore(vector);
       for (const Hit& hit : RunRecall(space_, &job_, vector, {.k = 10, .ef = kEf}).hits) {
         const bool near =
@@ -115,18 +120,22 @@ class ChurnRig {
   double TenthScore(const std::vector<float>& query) const {
     std::vector<double> scores;
     for (uint32_t number = 0; number < kVectors; ++number) {
-      scores.push_back(ExactScore(space_.metric(), VectorOf(kFinal, number), query));
+      scores.push_back(ExactScore(space_.metric(), VectorOf(kFinal, number, Dimension()), query));
     }
     std::sort(scores.begin(), scores.end());
     return space_.metric() == Metric::kL2 ? scores[9] : scores[scores.size() - 10];
   }
   bool FindsItself(uint32_t number, uint32_t ef) {
     const std::vector<Hit> hits =
-        RunRecall(space_, &job_, VectorOf(kFinal, number), {.k = 1, .ef = ef}).hits;
+        RunRecall(space_, &job_, VectorOf(kFinal, number, Dimension()), {.k = 1, .ef = ef}).hits;
     return hits.size() == 1 && hits[0].id == IdOf(number);
   }
+  static uint32_t DimensionFor(Traversal traversal) {
+    return traversal == Traversal::kRabitq ? kCodedDimension : kDimension;
+  }
+  uint32_t Dimension() const { return space_.dimension(); }
   static SpaceOptions Options(Metric metric, Traversal traversal) {
-    SpaceOptions options = TestSpaceOptions(metric, kDimension, kBuild);
+    SpaceOptions options = TestSpaceOptions(metric, DimensionFor(traversal), kBuild);
     options.traversal = traversal;
     options.graph_from = kGraphFrom;
     return options;
@@ -177,6 +186,7 @@ class SpaceChurnTest : public testing::TestWithParam<Case> {
     EXPECT_GE(got.self_found, wanted.self_found - 0.01);
     EXPECT_EQ(got.lost, 0u);
     EXPECT_EQ(rig_.space().live(), kVectors);
+    EXPECT_EQ(rig_.space().walk_codes() != nullptr, GetParam().traversal == Traversal::kRabitq);
     EXPECT_LE(rig_.space().node_count(), 3 * kVectors) << "places of swept nodes are used again";
   }
 
@@ -213,7 +223,8 @@ TEST_P(SpaceChurnTest, AllDeletedThenFilledAgain) {
 
 INSTANTIATE_TEST_SUITE_P(Rows, SpaceChurnTest,
                          testing::Values(Case{"CodesAndExact", Metric::kCosine, Traversal::kInt8},
-                                         Case{"ExactAlone", Metric::kL2, Traversal::kExact}),
+                                         Case{"ExactAlone", Metric::kL2, Traversal::kExact},
+                                         Case{"Rabitq", Metric::kCosine, Traversal::kRabitq}),
                          [](const auto& param) { return std::string(param.param.name); });
 
 }  // namespace

@@ -128,11 +128,11 @@ class Program {
   Program(uint64_t seed, Workshop* shop)
       : random_(seed),
         shop_(shop),
-        dimension_(static_cast<uint32_t>(1 + random_.Below(5))),
+        dimension_(DrawDimension(&random_)),
         several_homes_(random_.Below(3) == 0),
         build_(DrawBuild(&random_)),
         space_(std::make_unique<Space>("program", DrawOptions(), &shop->memory.heap, &epochs_)),
-        upkeep_(std::make_unique<SpaceUpkeep>(space_.get(), &shop->other_memory.heap, build_)),
+        upkeep_(std::make_unique<SpaceUpkeep>(space_.get(), &shop->memory.heap, build_)),
         history_(space_->metric()) {}
 
   void Run() {
@@ -167,7 +167,7 @@ class Program {
     constexpr Metric kMetrics[] = {Metric::kCosine, Metric::kInnerProduct, Metric::kL2};
     SpaceOptions options = TestSpaceOptions(kMetrics[random_.Below(3)],
                                             random_.Below(2) == 0 ? 0 : dimension_, build_);
-    options.traversal = random_.Below(2) == 0 ? Traversal::kInt8 : Traversal::kExact;
+    options.traversal = DrawTraversal(&random_, dimension_);
     // Quarters are kept in bf16 without rounding.
     if (options.metric != Metric::kCosine && random_.Below(3) == 0) {
       options.precision = Precision::kBf16;

@@ -23,6 +23,7 @@
 #include "src/core/observation.h"
 #include "src/core/reader_epochs.h"
 #include "tests/index/cloud_vector.h"
+#include "tests/index/latent_vector.h"
 #include "tests/index/space_testing.h"
 #include "tests/index/space_upkeep.h"
 #include "tests/support/sanitized.h"
@@ -32,6 +33,7 @@ namespace {
 
 constexpr HnswBuildParams kBuild{.M = 8, .M0 = 16, .ef_construction = 48};
 constexpr uint32_t kDimension = 16;
+constexpr uint32_t kCodedDimension = 80;  // of a case whose graph is walked with codes
 constexpr uint32_t kReaders = 2;
 constexpr uint32_t kStable = 700;
 constexpr uint32_t kGraphFrom = 1'000;
@@ -44,11 +46,15 @@ constexpr uint32_t kEf = 150;
 constexpr uint32_t kWholeEf = 8'000;  // more than there are nodes
 constexpr uint64_t kOperations = kSanitized ? 6'000 : 30'000;
 
+// Of the case under way; constant while there are threads.
+uint32_t dimension = kDimension;
+
 // A version is one upsert; its number gives its vector.
 using Version = uint32_t;
 
 std::vector<float> CloudPoint(uint64_t seed, uint64_t cloud) {
-  return CloudVector(SplitMix64(MixBits(cloud)), SplitMix64(MixBits(seed + 1'000'000)), kDimension,
+  if (dimension == kCodedDimension) return LatentVector(seed, dimension);
+  return CloudVector(SplitMix64(MixBits(cloud)), SplitMix64(MixBits(seed + 1'000'000)), dimension,
                      0.4F);
 }
 std::vector<float> VectorOf(Version version) { return CloudPoint(version, version % 12); }
@@ -107,7 +113,7 @@ class Writer {
     observation.id = id;
     observation.payload = BytesOf(payload);
     observation.dtype = VectorDtype::kF32;
-    observation.dimension = kDimension;
+    observation.dimension = dimension;
     observation.vector = reinterpret_cast<const std::byte*>(vector.data());
     observation.when_ns = version;
     const StoreOutcome outcome = space_->Upsert(observation, ++stamp_);
@@ -138,6 +144,18 @@ class Writer {
     const int slices = space_->unlinked_count() > 150 ? 40 : 4;
     for (int i = 0; i < slices; ++i) {
       if (!upkeep_.Step(i % 2 == 0 ? 64 : 256)) return;
+    }
+  }
+  // Where less than `relinked` is linked anew, upkeep goes on until each reader has recalled again:
+  // a rebuild waits for them to leave what it takes out, and they may be slow.
+  void KeepUpRebuild(uint64_t relinked) {
+    if (!space_->is_rebuilding() || space_->relinked() >= relinked) return;
+    for (const std::atomic<uint64_t>& recalls : journal_->recalls) {
+      const uint64_t before = recalls.load(std::memory_order_acquire);
+      while (recalls.load(std::memory_order_acquire) == before) {
+        Upkeep();
+        std::this_thread::yield();
+      }
     }
   }
   void Finish() {
@@ -366,15 +384,15 @@ struct Case {
 class SpaceReadersTest : public testing::TestWithParam<Case> {};
 
 TEST_P(SpaceReadersTest, NothingIsTornMissingOrBackWhileTheWriterGoesOn) {
-  TestHeap memory(size_t{128} << 20);
-  TestHeap upkeep_memory(size_t{64} << 20);
+  TestHeap memory(size_t{192} << 20);
   ReaderEpochs epochs(kReaders);
-  SpaceOptions options = TestSpaceOptions(GetParam().metric, kDimension, kBuild);
+  dimension = GetParam().traversal == Traversal::kRabitq ? kCodedDimension : kDimension;
+  SpaceOptions options = TestSpaceOptions(GetParam().metric, dimension, kBuild);
   options.traversal = GetParam().traversal;
   options.graph_from = kGraphFrom;
   Space space("read", options, &memory.heap, &epochs);
   Journal journal(kStable + kOperations + 1);
-  Writer writer(&space, &upkeep_memory.heap, &journal);
+  Writer writer(&space, &memory.heap, &journal);
   for (uint32_t id = 0; id < kStable; ++id) {
     ASSERT_NO_FATAL_FAILURE(writer.Upsert(id));
   }
@@ -399,10 +417,11 @@ TEST_P(SpaceReadersTest, NothingIsTornMissingOrBackWhileTheWriterGoesOn) {
     }
     if (HasFatalFailure()) break;
     writer.Upkeep();
+    writer.KeepUpRebuild(3 * kStable * operation / kOperations);
     // The readers are to be at it all the time, also where there are fewer processors than threads.
     while (journal.recalls[0].load(std::memory_order_acquire) +
                journal.recalls[1].load(std::memory_order_acquire) <
-           operation / 10) {
+           operation / 8) {
       std::this_thread::yield();
     }
   }
@@ -414,14 +433,19 @@ TEST_P(SpaceReadersTest, NothingIsTornMissingOrBackWhileTheWriterGoesOn) {
   if (HasFailure()) return;
 
   const uint64_t sweeps_beside_readers = writer.upkeep().sweeps();
+  const uint64_t relinked_beside_readers = space.relinked();
   EXPECT_GT(sweeps_beside_readers, 3u);
   EXPECT_GT(writer.upkeep().links(), kOperations / 2);
-  EXPECT_GT(readers[0]->past_recalls() + readers[1]->past_recalls(), kOperations / 64);
+  const uint64_t past_recalls = readers[0]->past_recalls() + readers[1]->past_recalls();
+  RecordProperty("past_recalls", std::to_string(past_recalls));
+  EXPECT_GT(past_recalls, kOperations / 64);
   writer.Finish();
   EXPECT_EQ(space.unlinked_count(), 0u);
   EXPECT_EQ(space.retired(), 0u);
   EXPECT_FALSE(space.is_rebuilding());
-  EXPECT_GT(space.relinked(), 2 * kStable) << "two rebuilds at least beside the readers";
+  EXPECT_EQ(space.walk_codes() != nullptr, GetParam().traversal == Traversal::kRabitq);
+  RecordProperty("relinked", std::to_string(relinked_beside_readers));
+  EXPECT_GT(relinked_beside_readers, 2 * kStable) << "two rebuilds at least";
   const Result<void> sound = space.CheckInvariants();
   ASSERT_TRUE(sound.has_value()) << sound.error().message;
   double during = 0;
@@ -441,7 +465,8 @@ TEST_P(SpaceReadersTest, NothingIsTornMissingOrBackWhileTheWriterGoesOn) {
 
 INSTANTIATE_TEST_SUITE_P(Rows, SpaceReadersTest,
                          testing::Values(Case{"CodesAndExact", Metric::kCosine, Traversal::kInt8},
-                                         Case{"ExactAlone", Metric::kL2, Traversal::kExact}),
+                                         Case{"ExactAlone", Metric::kL2, Traversal::kExact},
+                                         Case{"Rabitq", Metric::kCosine, Traversal::kRabitq}),
                          [](const auto& param) { return std::string(param.param.name); });
 
 }  // namespace

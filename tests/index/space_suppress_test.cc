@@ -214,7 +214,7 @@ TEST_P(SuppressTest, ASpaceIsItsModelAfterEveryStep) {
   EXPECT_GT(hidden_while_linking, GetParam() ? 20 : -1);
   rig.LinkAll();
   rig.space->Reclaim(10'000);
-  EXPECT_LT(rig.space->retired(), 60u);
+  EXPECT_LT(rig.space->retired(), 120u) << "beside 60 ids that live or are hidden";
   rig.space.reset();
   EXPECT_EQ(rig.memory.heap.live_bytes(), 0u);
 }

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "index/rabitq_learner.h"
 #include "index/recall_job.h"
 #include "index/space.h"
 #include "src/core/arena_heap.h"
@@ -176,6 +177,16 @@ inline SpaceOptions TestSpaceOptions(Metric metric, uint32_t dimension,
           .dimension = dimension,
           .build = build,
           .hash_seed = hash_seed};
+}
+
+// Few dimensions, or so many that codes are learned.
+inline uint32_t DrawDimension(SplitMix64* random) {
+  const uint64_t from = random->Below(4) == 0 ? RabitqLearner::kMinDimension : 1;
+  return static_cast<uint32_t>(from + random->Below(5));
+}
+inline Traversal DrawTraversal(SplitMix64* random, uint32_t dimension) {
+  constexpr Traversal kTraversals[] = {Traversal::kInt8, Traversal::kExact, Traversal::kRabitq};
+  return kTraversals[random->Below(dimension < RabitqLearner::kMinDimension ? 2 : 3)];
 }
 
 struct RecallParams {

@@ -1,0 +1,364 @@
+#include "index/batch_linker.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "index/nearest_selection.h"
+#include "src/core/check.h"
+
+namespace engram {
+
+namespace {
+
+// What units of work take, in distances of some 30 ns.
+constexpr uint32_t kWorkOfPreparing = 128;
+constexpr uint32_t kWorkOfChoosing = 40;
+constexpr uint32_t kListsGroupedPerDistance = 16;
+constexpr uint32_t kPairsPerDistance = 32;
+constexpr uint32_t kWorkOfSplit = 4'000;
+// However few links are selected among: estimates are not right enough for fewer.
+constexpr uint32_t kLeastCompared = 48;
+// Candidates that are compared again at once.
+constexpr size_t kComparedAtOnce = 8;
+// So many more candidates than asked for may be kept, to find the bound in few passes.
+constexpr size_t kCandidateTolerance = 8;
+
+}  // namespace
+
+BatchLinker::BatchLinker(ArenaHeap* heap, const HnswBuildParams& params, HnswLinker* linker)
+    : heap_(heap), params_(params), linker_(linker) {
+  static_assert(InvertedLists::kMostAtOnce <= BlockProducts::kMaxQueries);
+  considered_ = CandidatesFor(params_.ef_construction);
+  compared_again_ = std::max(considered_ + considered_ / 2, kLeastCompared);
+}
+
+BatchLinker::~BatchLinker() { FreeMemory(); }
+
+bool BatchLinker::TakeMemory(size_t bits) {
+  if (memory_.bits >= bits) return true;
+  FreeMemory();
+  Memory taken;
+  taken.bits = bits;
+  constexpr size_t kSlots = kMaxBatch * kCandidates + kSelectionSlack;
+  taken.estimates = heap_->AllocateArray<float>(kSlots);
+  taken.candidates = heap_->AllocateArray<NodeId>(kSlots);
+  taken.numbers = heap_->Allocate(kMaxBatch * bits);
+  taken.looks = heap_->AllocateArray<Look>(size_t{kMaxBatch} * InvertedLists::kMostChosen);
+  taken.queries = heap_->AllocateArray<Query>(size_t{kMaxBatch} * InvertedLists::kMostChosen);
+  memory_ = taken;
+  if (taken.estimates != nullptr && taken.candidates != nullptr && taken.numbers != nullptr &&
+      taken.looks != nullptr && taken.queries != nullptr) {
+    return true;
+  }
+  FreeMemory();
+  return false;
+}
+
+void BatchLinker::FreeMemory() {
+  constexpr size_t kSlots = kMaxBatch * kCandidates + kSelectionSlack;
+  constexpr size_t kChosen = size_t{kMaxBatch} * InvertedLists::kMostChosen;
+  const auto free = [this](auto* block, size_t count) {
+    if (block != nullptr) heap_->FreeArray(block, count);
+  };
+  free(memory_.estimates, kSlots);
+  free(memory_.candidates, kSlots);
+  free(memory_.numbers, kMaxBatch * memory_.bits);
+  free(memory_.looks, kChosen);
+  free(memory_.queries, kChosen);
+  free(starts_, starts_count_);
+  memory_ = {};
+  starts_ = nullptr;
+  starts_count_ = 0;
+}
+
+bool BatchLinker::Begin(const BatchTarget& target, std::span<const NodeId> nodes) {
+  CHECK(!active() && !linker_->active(), "a linker links one batch at a time");
+  CHECK(!nodes.empty() && nodes.size() <= kMaxBatch, "a batch is 1 to 1,024 nodes");
+  const NodeId last = *std::max_element(nodes.begin(), nodes.end());
+  const size_t room = std::max(target.graph->known_nodes(), size_t{last} + 1);
+  if (!TakeMemory(target.codes->format().bits()) || !target.lists->Reserve(room) ||
+      !linker_->Reserve(room)) {
+    return false;
+  }
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    if (target.graph->AddNode(nodes[i], linker_->DrawLevel(nodes[i]))) continue;
+    while (i-- > 0) target.graph->RemoveNode(nodes[i]);
+    return false;
+  }
+  target_ = target;
+  target_.vectors.graph = target.graph;
+  walk_ = target.codes->TargetFor(target.graph, linker_->walk_query());
+  std::copy(nodes.begin(), nodes.end(), nodes_.begin());
+  size_ = static_cast<uint32_t>(nodes.size());
+  Advance(Phase::kPrepare);
+  return true;
+}
+
+void BatchLinker::Advance(Phase next) {
+  phase_ = next;
+  next_ = 0;
+  inner_ = 0;
+}
+
+bool BatchLinker::Step(uint32_t max_distances) {
+  CHECK(active(), "Begin comes before Step");
+  uint32_t work = 0;
+  do {
+    switch (phase_) {
+      case Phase::kPrepare:
+        work += StepPrepare();
+        break;
+      case Phase::kAssign:
+        work += StepAssign();
+        break;
+      case Phase::kGroup:
+        work += StepGroup();
+        break;
+      case Phase::kScan:
+        work += StepScan();
+        break;
+      case Phase::kLink:
+        work += StepLink(max_distances);
+        break;
+      case Phase::kSplit:
+        if (target_.lists->SplitOne()) {
+          work += kWorkOfSplit;
+        } else {
+          Advance(Phase::kFree);
+        }
+        break;
+      case Phase::kFree:
+        return true;
+    }
+  } while (work < max_distances && active());
+  return !active();
+}
+
+// 1. One node.
+uint32_t BatchLinker::StepPrepare() {
+  const NodeId node = nodes_[next_];
+  std::array<float, kMaxDimension> numbers;
+  target_.format->Decode(target_.vectors.vectors->Row(node), numbers.data());
+  const RabitqFormat& format = target_.codes->format();
+  Entry& entry = entries_[next_];
+  entry = {.scale = 0, .bound = HUGE_VALF, .candidates = 0, .lists = 0, .is_far = false};
+  entry.is_far = target_.codes->IsFar(numbers.data());
+  float offset = 0;  // the same for all of its candidates
+  format.EncodeRowAndBlockQuery(
+      numbers.data(), target_.codes->rows().Row(node),
+      reinterpret_cast<int8_t*>(memory_.numbers + size_t{next_} * format.bits()), &entry.scale,
+      &offset);
+  if (++next_ == size_) Advance(Phase::kAssign);
+  return kWorkOfPreparing;
+}
+
+// 2. Some nodes. Where memory is short a node is in no list: it is linked, and others will not find
+// it by lists.
+uint32_t BatchLinker::StepAssign() {
+  const uint32_t count = std::min(size_ - next_, InvertedLists::kMostAtOnce);
+  std::array<const std::byte*, InvertedLists::kMostAtOnce> rows;
+  for (uint32_t i = 0; i < count; ++i) {
+    rows[i] = target_.vectors.vectors->Row(nodes_[next_ + i]);
+  }
+  std::array<InvertedLists::Choice, InvertedLists::kMostAtOnce> choices;
+  target_.lists->Choose(products_, {rows.data(), count}, static_cast<float>(params_.scanned),
+                        choices.data());
+  for (uint32_t i = 0; i < count; ++i) {
+    const uint32_t place = next_ + i;
+    const NodeId node = nodes_[place];
+    InvertedLists::Choice& choice = choices[i];
+    // It was empty before, or too many others come first.
+    const auto end = choice.lists.begin() + choice.count;
+    if (std::find(choice.lists.begin(), end, choice.home) == end) {
+      const bool is_full = choice.count == InvertedLists::kMostChosen;
+      choice.lists[is_full ? choice.count - 1 : choice.count++] = choice.home;
+    }
+    Look* const looks = memory_.looks + size_t{place} * InvertedLists::kMostChosen;
+    for (uint32_t j = 0; j < choice.count; ++j) {
+      looks[j] = {choice.lists[j], target_.lists->size(choice.lists[j])};
+    }
+    entries_[place].lists = entries_[place].is_far ? 0 : choice.count;
+    (void)target_.lists->Add(choice.home, node, target_.codes->rows().Row(node));
+  }
+  next_ += count;
+  if (next_ == size_) Advance(Phase::kGroup);
+  return kWorkOfChoosing * count;
+}
+
+// The batch by list (a counting sort). Without memory for it each node has no candidates.
+uint32_t BatchLinker::StepGroup() {
+  const uint32_t lists = target_.lists->count();
+  if (starts_count_ < lists + 1) {
+    if (starts_ != nullptr) heap_->FreeArray(starts_, starts_count_);
+    starts_count_ = 2 * (lists + 1);
+    starts_ = heap_->AllocateArray<uint32_t>(starts_count_);
+    if (starts_ == nullptr) starts_count_ = 0;
+  }
+  if (starts_ == nullptr) {
+    Advance(Phase::kLink);
+    return 0;
+  }
+  std::fill_n(starts_, lists + 1, 0U);
+  const auto for_each = [this](auto&& visit) {
+    for (uint32_t place = 0; place < size_; ++place) {
+      const Look* looks = memory_.looks + size_t{place} * InvertedLists::kMostChosen;
+      for (uint32_t i = 0; i < entries_[place].lists; ++i) visit(place, looks[i]);
+    }
+  };
+  for_each([this](uint32_t, const Look& look) { ++starts_[look.list + 1]; });
+  for (uint32_t list = 0; list < lists; ++list) starts_[list + 1] += starts_[list];
+  for_each([this](uint32_t place, const Look& look) {
+    memory_.queries[starts_[look.list]++] = {place, look.members};
+  });
+  // Each start has moved to its list's end, which is where the next one begins.
+  Advance(Phase::kScan);
+  return (lists + starts_[lists]) / kListsGroupedPerDistance;
+}
+
+// 3. One list with up to a block of nodes.
+uint32_t BatchLinker::StepScan() {
+  const uint32_t begin = next_ == 0 ? 0 : starts_[next_ - 1];
+  const std::span<const Query> queries(memory_.queries + begin, starts_[next_] - begin);
+  const size_t count = std::min<size_t>(queries.size() - inner_, BlockProducts::kMaxQueries);
+  uint32_t pairs = 0;
+  if (count > 0 && target_.lists->size(next_) > 0) {
+    const size_t bits = target_.codes->format().bits();
+    const std::span<const Query> block_queries = queries.subspan(inner_, count);
+    std::array<const std::byte*, BlockProducts::kMaxQueries> numbers;
+    for (size_t i = 0; i < count; ++i) {
+      numbers[i] = memory_.numbers + size_t{block_queries[i].place} * bits;
+    }
+    alignas(kCacheLineBytes)
+        std::array<std::byte,
+                   BlockProducts::PackedBytes(BlockProducts::kMaxQueries, BlockProducts::kMaxWidth)>
+            packed;
+    products_.PackSignQueries(numbers.data(), count, bits, packed.data());
+    packed_ = packed.data();
+    uint32_t first = 0;
+    target_.lists->ForEachBlock(next_, [&](const InvertedLists::Block& block) {
+      ScanBlock(block, block_queries, first);
+      first += static_cast<uint32_t>(block.nodes.size());
+    });
+    pairs = static_cast<uint32_t>(count) * target_.lists->size(next_);
+    estimates_ += pairs;
+  }
+  inner_ += static_cast<uint32_t>(count);
+  if (inner_ == queries.size()) {
+    inner_ = 0;
+    if (++next_ == target_.lists->count()) Advance(Phase::kLink);
+  }
+  return 1 + pairs / kPairsPerDistance;
+}
+
+// `first`: members of the list before the block.
+void BatchLinker::ScanBlock(const InvertedLists::Block& block, std::span<const Query> queries,
+                            uint32_t first) {
+  constexpr size_t kMembers = InvertedLists::kBlockMembers;
+  const RabitqFormat& format = target_.codes->format();
+  const size_t members = block.nodes.size();
+  std::array<float, kMembers + kSelectionSlack> offsets;
+  std::array<float, kMembers + kSelectionSlack> factors;
+  for (size_t i = 0; i < members; ++i) {
+    const std::byte* const after = block.codes + i * format.row_bytes() + format.bits() / 8;
+    std::memcpy(&offsets[i], after, sizeof(float));
+    std::memcpy(&factors[i], after + sizeof(float), sizeof(float));
+  }
+  alignas(kCacheLineBytes)
+      std::array<int32_t, BlockProducts::kMaxQueries * kMembers + kSelectionSlack>
+          products;
+  products_.SignProducts(block.codes, format.row_bytes(), members, packed_, queries.size(),
+                         format.bits(), products.data(), kMembers);
+  for (size_t i = 0; i < queries.size(); ++i) {
+    const auto [place, visible] = queries[i];
+    if (visible <= first) continue;
+    Entry& entry = entries_[place];
+    if (entry.candidates + kMembers + kSelectionSlack > kCandidates) {
+      ShrinkCandidates(place, compared_again_, compared_again_ + compared_again_ / 3);
+    }
+    const size_t at = size_t{place} * kCandidates + entry.candidates;
+    entry.candidates += static_cast<uint32_t>(
+        AppendNearer(products.data() + i * kMembers, offsets.data(), factors.data(), entry.scale,
+                     block.nodes.data(), std::min<size_t>(members, visible - first), entry.bound,
+                     memory_.estimates + at, memory_.candidates + at));
+  }
+}
+
+void BatchLinker::ShrinkToCompared(uint32_t place) {
+  ShrinkCandidates(place, compared_again_, compared_again_ + compared_again_ / kCandidateTolerance);
+}
+
+// The nearest `least` to `most`, unless there are fewer. Of many at one distance the first.
+void BatchLinker::ShrinkCandidates(uint32_t place, size_t least, size_t most) {
+  Entry& entry = entries_[place];
+  float* const estimates = memory_.estimates + size_t{place} * kCandidates;
+  NodeId* const candidates = memory_.candidates + size_t{place} * kCandidates;
+  if (entry.candidates <= most) return;
+  const float bound = BoundOfNearest(estimates, nullptr, entry.candidates,
+                                     static_cast<float>(least), static_cast<float>(most));
+  const size_t kept = KeepNearer(bound, estimates, candidates, entry.candidates);
+  entry.candidates = static_cast<uint32_t>(std::min(kept, most));
+  entry.bound = std::min(entry.bound, bound);
+}
+
+// 4. Some of one node.
+uint32_t BatchLinker::StepLink(uint32_t max_distances) {
+  const uint64_t before = linker_->distances() + compared_;
+  if (!linker_->active()) BeginLink();
+  if (linker_->Step(max_distances) && ++next_ == size_) Advance(Phase::kSplit);
+  return static_cast<uint32_t>(linker_->distances() + compared_ - before);
+}
+
+void BatchLinker::BeginLink() {
+  if (next_ == 0) ShrinkToCompared(0);
+  // While this one's are compared, the next one's rows are on their way.
+  if (next_ + 1 < size_) ShrinkToCompared(next_ + 1);
+  const size_t found = CompareAgain(next_);
+  const size_t considered = std::min<size_t>(found, considered_);
+  sorter_(found_.data(), found, hwy::SortAscending());
+  const NodeId node = nodes_[next_];
+  if (entries_[next_].is_far) {
+    linker_->BeginAdded(target_.graph, target_.vectors, node);
+    return;
+  }
+  if (target_.graph->Level(node) > 0) {
+    std::array<float, kMaxDimension> numbers;
+    target_.format->Decode(target_.vectors.vectors->Row(node), numbers.data());
+    target_.codes->format().EncodeQuery(numbers.data(), linker_->walk_query());
+  }
+  linker_->BeginFound(target_.graph, target_.vectors, node, walk_, {found_.data(), considered});
+}
+
+// The distances of the candidates that may be linked to; returns how many.
+size_t BatchLinker::CompareAgain(uint32_t place) {
+  const std::span<const NodeId> candidates(memory_.candidates + size_t{place} * kCandidates,
+                                           entries_[place].candidates);
+  const std::span<const NodeId> next(memory_.candidates + (size_t{place} + 1) * kCandidates,
+                                     place + 1 < size_ ? entries_[place + 1].candidates : 0);
+  const VectorStore& rows = *target_.vectors.vectors;
+  const std::byte* const row = rows.Row(nodes_[place]);
+  std::array<const std::byte*, kComparedAtOnce> some;
+  std::array<NodeId, kComparedAtOnce> some_nodes;
+  std::array<float, kComparedAtOnce> distances;
+  size_t found = 0;
+  for (size_t i = 0; i < std::max(candidates.size(), next.size()); i += kComparedAtOnce) {
+    for (size_t j = i; j < std::min(i + kComparedAtOnce, next.size()); ++j) {
+      const std::byte* const asked = rows.Row(next[j]);
+      for (size_t at = 0; at < rows.row_bytes(); at += kCacheLineBytes) {
+        __builtin_prefetch(asked + at, 0, 2);
+      }
+    }
+    size_t count = 0;
+    for (size_t j = i; j < std::min(i + kComparedAtOnce, candidates.size()); ++j) {
+      if (target_.graph->IsDoomed(candidates[j])) continue;
+      some_nodes[count] = candidates[j];
+      some[count++] = rows.Row(candidates[j]);
+    }
+    target_.vectors.DistancesBetween(row, {some.data(), count}, distances.data());
+    for (size_t j = 0; j < count; ++j) found_[found++] = KeyOf(distances[j], some_nodes[j]);
+  }
+  compared_ += candidates.size();
+  return found;
+}
+
+}  // namespace engram

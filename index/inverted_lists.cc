@@ -1,0 +1,476 @@
+#include "index/inverted_lists.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "index/distance.h"
+#include "src/core/check.h"
+#include "src/core/hash.h"
+#include "src/core/spsc_ring.h"
+
+namespace engram {
+
+namespace {
+
+constexpr uint32_t kFirstCapacity = 64;
+// 2-means looks at so many members, fewer where a row is long, so many times.
+constexpr uint32_t kMostSampled = 64;
+constexpr uint32_t kLeastSampled = 16;
+constexpr size_t kSampledNumbers = 65'536;
+constexpr int kMeansRounds = 3;
+// A quarter of the members at least goes to either side.
+constexpr uint32_t kBoundarySample = 128;
+// So much more than was asked for may be chosen, to find the bound in few passes.
+constexpr float kScanTolerance = 1.15F;
+// Where more lists are near enough than there is room for.
+constexpr float kEnoughChosen = 0.875F * InvertedLists::kMostChosen;
+
+Int8Trailer TrailerOf(const std::byte* row, size_t padded_dimension) {
+  Int8Trailer trailer;
+  std::memcpy(&trailer, row + padded_dimension, sizeof(trailer));
+  return trailer;
+}
+
+using Numbers = std::array<float, kMaxDimension>;
+
+// Number i of a sample of every `stride`th member. Not of the first of each, lest it take after a
+// period in the order in which members came.
+uint32_t SampledPlace(uint32_t i, uint32_t stride) { return i * stride + i % stride; }
+
+}  // namespace
+
+InvertedLists::InvertedLists(ArenaHeap* heap, const VectorFormat* format,
+                             const VectorStore* vectors, size_t code_row_bytes)
+    : heap_(heap),
+      format_(format),
+      vectors_(vectors),
+      code_row_bytes_(code_row_bytes),
+      l2_(DistanceFunction(Precision::kInt8, Metric::kL2)),
+      lists_(heap),
+      groups_(heap),
+      home_of_(heap) {
+  CHECK(format->precision() == Precision::kInt8, "lists compare int8 rows");
+}
+
+void InvertedLists::Release() {
+  for (uint32_t list = 0; list < count_; ++list) {
+    while (lists_[list].first != nullptr) DropLast(&lists_[list]);
+  }
+  for (uint32_t group = 0; group * kGroupLists < count_; ++group) {
+    heap_->Free(reinterpret_cast<std::byte*>(groups_[group]), GroupBytes());
+  }
+  FreeScores();
+  count_ = 0;
+}
+
+bool InvertedLists::Reserve(size_t nodes) {
+  if (!home_of_.Reserve(nodes)) return false;
+  return count_ > 0 || AddList();
+}
+
+// Room for the sizes and scores of twice as many lists.
+bool InvertedLists::GrowScores() {
+  const uint32_t capacity = list_capacity_ == 0 ? kFirstCapacity : 2 * list_capacity_;
+  const size_t stride = capacity + kSelectionSlack;
+  auto* sizes = heap_->AllocateArray<float>(stride);
+  auto* scores = heap_->AllocateArray<float>(kMostAtOnce * stride);
+  if (sizes == nullptr || scores == nullptr) {
+    if (sizes != nullptr) heap_->FreeArray(sizes, stride);
+    if (scores != nullptr) heap_->FreeArray(scores, kMostAtOnce * stride);
+    return false;
+  }
+  std::fill_n(sizes, stride, 0.0F);
+  std::fill_n(scores, kMostAtOnce * stride, 0.0F);
+  if (sizes_ != nullptr) std::copy_n(sizes_, count_, sizes);
+  FreeScores();
+  bytes_ += (kMostAtOnce + 1) * stride * sizeof(float);
+  sizes_ = sizes;
+  scores_ = scores;
+  list_capacity_ = capacity;
+  return true;
+}
+
+void InvertedLists::FreeScores() {
+  if (sizes_ == nullptr) return;
+  heap_->FreeArray(sizes_, ScoreStride());
+  heap_->FreeArray(scores_, kMostAtOnce * ScoreStride());
+  bytes_ -= (kMostAtOnce + 1) * ScoreStride() * sizeof(float);
+}
+
+// An empty one, without a centroid.
+bool InvertedLists::AddList() {
+  if (count_ == list_capacity_ && !GrowScores()) return false;
+  if (!lists_.Reserve(size_t{count_} + 1)) return false;
+  const uint32_t group = count_ / kGroupLists;
+  if (count_ % kGroupLists == 0) {
+    if (!groups_.Reserve(size_t{group} + 1)) return false;
+    std::byte* block = heap_->Allocate(GroupBytes());
+    if (block == nullptr) return false;
+    std::memset(block, 0, GroupBytes());
+    bytes_ += GroupBytes();
+    groups_[group] = reinterpret_cast<Group*>(block);
+  }
+  lists_[count_] = List{};
+  sizes_[count_] = 0;
+  ++count_;
+  ++empty_;
+  return true;
+}
+
+// `instead`: an int8 row that is taken where the mean has no direction.
+void InvertedLists::SetCentroid(uint32_t list, const float* mean, const std::byte* instead) {
+  Numbers numbers;
+  std::copy_n(mean, format_->dimension(), numbers.data());
+  std::byte* const row = Centroid(list);
+  const bool has_direction = format_->metric() != Metric::kCosine ||
+                             NormaliseInPlace(numbers.data(), format_->dimension());
+  if (has_direction) {
+    format_->Encode(numbers.data(), row);
+  } else {
+    std::memcpy(row, instead, format_->row_bytes());
+  }
+  const Int8Trailer trailer = TrailerOf(row, format_->padded_dimension());
+  if (unit_ == 0) unit_ = trailer.scale;
+  Group* group = groups_[list / kGroupLists];
+  const uint32_t place = list % kGroupLists;
+  const double unit = unit_ == 0 ? 1 : unit_;
+  group->norms[place] = static_cast<float>(trailer.squared_norm / unit / unit);
+  group->by_product[place] = static_cast<float>(-trailer.scale / unit);
+  group->by_distance[place] = static_cast<float>(-2 * trailer.scale / unit);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Members
+
+void InvertedLists::CopyCode(Stored* block, uint32_t place, const std::byte* code) {
+  std::byte* codes = reinterpret_cast<std::byte*>(block) + kStoredHeaderBytes;
+  std::memcpy(codes + place * code_row_bytes_, code, code_row_bytes_);
+  block->hashes[place] = HashOf(code);
+}
+
+// Different codes have the same one rarely enough.
+uint32_t InvertedLists::HashOf(const std::byte* code) const {
+  uint64_t hash = 0;
+  for (size_t at = 0; at < code_row_bytes_; at += sizeof(uint64_t)) {
+    uint64_t word;
+    std::memcpy(&word, code + at, sizeof(word));
+    hash = MixBits(hash ^ word);
+  }
+  return static_cast<uint32_t>(hash);
+}
+
+uint32_t InvertedLists::CopiesOf(const List& list, uint32_t hash) const {
+  uint32_t copies = 0;
+  uint32_t left = list.size;
+  for (const Stored* block = list.first; left > 0; block = block->next) {
+    const uint32_t here = std::min(left, kBlockMembers);
+    for (uint32_t i = 0; i < here; ++i) copies += static_cast<uint32_t>(block->hashes[i] == hash);
+    left -= here;
+  }
+  return copies;
+}
+
+InvertedLists::Stored* InvertedLists::AppendBlock(List* list) {
+  std::byte* bytes = heap_->Allocate(BlockBytes());
+  if (bytes == nullptr) return nullptr;
+  bytes_ += BlockBytes();
+  auto* block = reinterpret_cast<Stored*>(bytes);
+  block->next = nullptr;
+  block->nodes.fill(kNoNode);
+  (list->first == nullptr ? list->first : list->last->next) = block;
+  list->last = block;
+  return block;
+}
+
+void InvertedLists::DropLast(List* list) {
+  Stored* before = nullptr;
+  for (Stored* block = list->first; block != list->last; block = block->next) before = block;
+  heap_->Free(reinterpret_cast<std::byte*>(list->last), BlockBytes());
+  bytes_ -= BlockBytes();
+  list->last = before;
+  (before == nullptr ? list->first : before->next) = nullptr;
+}
+
+bool InvertedLists::Add(uint32_t list, NodeId node, const std::byte* code) {
+  CHECK(!Has(node), "a node is in one list");
+  List& to = lists_[list];
+  if (CopiesOf(to, HashOf(code)) >= kMostCopies) return true;
+  const uint32_t place = to.size % kBlockMembers;
+  if (place == 0 && AppendBlock(&to) == nullptr) return false;
+  to.last->nodes[place] = node;
+  CopyCode(to.last, place, code);
+  if (to.size == 0) --empty_;
+  ++to.size;
+  ++members_;
+  sizes_[list] = static_cast<float>(to.size);
+  home_of_[node] = list + 1;
+  return true;
+}
+
+// The last member takes its place.
+void InvertedLists::Remove(NodeId node) {
+  if (!Has(node)) return;
+  const uint32_t list = home_of_[node] - 1;
+  List& from = lists_[list];
+  Stored* block = from.first;
+  uint32_t place = 0;
+  for (;; block = block->next) {
+    CHECK(block != nullptr, "a node is in the list that is its home");
+    const auto end = block->nodes.begin() + kBlockMembers;
+    const auto found = std::find(block->nodes.begin(), end, node);
+    if (found == end) continue;
+    place = static_cast<uint32_t>(found - block->nodes.begin());
+    break;
+  }
+  const uint32_t last_place = (from.size - 1) % kBlockMembers;
+  block->nodes[place] = from.last->nodes[last_place];
+  CopyCode(block, place, CodesOf(from.last) + last_place * code_row_bytes_);
+  from.last->nodes[last_place] = kNoNode;
+  --from.size;
+  --members_;
+  if (from.size == 0) ++empty_;
+  if (last_place == 0) DropLast(&from);
+  sizes_[list] = static_cast<float>(from.size);
+  home_of_[node] = kNoList;
+}
+
+NodeId InvertedLists::MemberAt(uint32_t list, uint32_t place) const {
+  const Stored* block = lists_[list].first;
+  for (; place >= kBlockMembers; place -= kBlockMembers) block = block->next;
+  return block->nodes[place];
+}
+
+// ---------------------------------------------------------------------------------------------
+// Choosing
+
+// A list's score is its centroid's distance but for what is the same for all lists: by L2 for the
+// home, so that lists are compact, and by the metric for where to look. For vectors of norm 1 both
+// have the same order.
+void InvertedLists::Choose(const BlockProducts& products, std::span<const std::byte* const> rows,
+                           float members, Choice* choices) {
+  CHECK(rows.size() <= kMostAtOnce && count_ > 0, "up to 16 rows, and there is a list");
+  const size_t padded = format_->padded_dimension();
+  if (unit_ == 0) BeginWith(rows);
+  alignas(kCacheLineBytes)
+      std::array<std::byte, BlockProducts::PackedBytes(kMostAtOnce, kMaxDimension)>
+          packed;
+  products.PackQueries(rows.data(), rows.size(), padded, packed.data());
+  std::array<float, kMostAtOnce> scales;
+  std::array<float, kMostAtOnce> nearest;
+  nearest.fill(HUGE_VALF);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    scales[i] = static_cast<float>(TrailerOf(rows[i], padded).scale / (unit_ == 0 ? 1 : unit_));
+    choices[i].home = 0;
+  }
+  std::array<int32_t, kMostAtOnce * kGroupLists + kSelectionSlack> out;
+  std::array<float, kGroupLists + kSelectionSlack> by_distance;
+  for (uint32_t first = 0; first < count_; first += kGroupLists) {
+    const Group& group = *groups_[first / kGroupLists];
+    const size_t lists = std::min(count_ - first, kGroupLists);
+    products.Products(Centroid(first), format_->row_bytes(), lists, packed.data(), rows.size(),
+                      padded, out.data(), kGroupLists);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const int32_t* const of_row = out.data() + i * kGroupLists;
+      float* scores = scores_ + i * ScoreStride() + first;
+      size_t place = 0;
+      if (format_->metric() == Metric::kL2) {
+        place = ScaleProducts(of_row, group.norms.data(), group.by_distance.data(), scales[i],
+                              lists, scores);
+      } else {
+        place = ScaleProducts(of_row, group.zeros.data(), group.by_product.data(), scales[i], lists,
+                              scores);
+      }
+      if (format_->metric() == Metric::kInnerProduct) {
+        scores = by_distance.data();
+        place = ScaleProducts(of_row, group.norms.data(), group.by_distance.data(), scales[i],
+                              lists, scores);
+      }
+      if (scores[place] < nearest[i]) {
+        nearest[i] = scores[place];
+        choices[i].home = first + static_cast<uint32_t>(place);
+      }
+    }
+  }
+  for (size_t i = 0; i < rows.size(); ++i) {
+    float* const scores = scores_ + i * ScoreStride();
+    if (empty_ > 0) {
+      for (uint32_t list = 0; list < count_; ++list) {
+        if (lists_[list].size == 0) scores[list] = HUGE_VALF;
+      }
+    }
+    float bound = BoundOfNearest(scores, sizes_, count_, members, members * kScanTolerance);
+    Choice* choice = &choices[i];
+    size_t found = PlacesNearer(scores, count_, bound, kMostChosen, choice->lists.data());
+    if (found == kMostChosen) {  // Maybe more than there is room for: the nearest, then.
+      bound = std::min(bound, BoundOfNearest(scores, nullptr, count_, kEnoughChosen, kMostChosen));
+      found = PlacesNearer(scores, count_, bound, kMostChosen, choice->lists.data());
+    }
+    choice->count = 0;
+    for (size_t j = 0; j < found; ++j) {
+      const uint32_t list = choice->lists[j];
+      if (lists_[list].size > 0) choice->lists[choice->count++] = list;
+    }
+  }
+}
+
+// The first list's centroid is the first row that has a direction.
+void InvertedLists::BeginWith(std::span<const std::byte* const> rows) {
+  for (const std::byte* row : rows) {
+    if (TrailerOf(row, format_->padded_dimension()).scale == 0) continue;
+    Numbers numbers;
+    format_->Decode(row, numbers.data());
+    SetCentroid(0, numbers.data(), row);
+    return;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Splitting
+
+// 1. A second list: an empty one, if there is one, or a new one.
+// 2. Two centroids, by 2-means over some of the members.
+// 3. The boundary between them: the middle, moved where fewer than a quarter would lie on one side.
+// 4. Members beyond it move. A tie stays, but for every other one where all of them are equal.
+bool InvertedLists::SplitOne() {
+  float* const end = sizes_ + count_;
+  const auto most = static_cast<float>(most_members());
+  const float* const found = std::find_if(sizes_, end, [most](float size) { return size > most; });
+  if (found == end) return false;
+  const auto list = static_cast<uint32_t>(found - sizes_);
+  uint32_t other = count_;
+  if (empty_ > 0) {
+    other = static_cast<uint32_t>(std::find(sizes_, sizes_ + count_, 0.0F) - sizes_);
+  } else if (!AddList()) {
+    return false;
+  }
+  FindCentroids(list, other);
+  const float boundary = FindBoundary(list, other);
+  // From the end, as the last member takes the place of one that moves.
+  uint32_t equal = 0;
+  for (uint32_t place = lists_[list].size; place-- > 0;) {
+    const NodeId node = MemberAt(list, place);
+    const float margin = Margin(node, list, other);
+    const bool moves = margin < boundary || (margin == boundary && ++equal % 2 == 0);
+    if (moves && !Move(list, place, other)) break;
+  }
+  return lists_[other].size > 0;
+}
+
+bool InvertedLists::Move(uint32_t list, uint32_t place, uint32_t other) {
+  Stored* block = lists_[list].first;
+  for (; place >= kBlockMembers; place -= kBlockMembers) block = block->next;
+  const NodeId node = block->nodes[place];
+  List& to = lists_[other];
+  if (to.size % kBlockMembers == 0 && AppendBlock(&to) == nullptr) return false;
+  const uint32_t to_place = to.size % kBlockMembers;
+  to.last->nodes[to_place] = node;
+  CopyCode(to.last, to_place, CodesOf(block) + place * code_row_bytes_);
+  if (to.size++ == 0) --empty_;
+  sizes_[other] = static_cast<float>(to.size);
+  List& from = lists_[list];
+  const uint32_t last_place = (from.size - 1) % kBlockMembers;
+  block->nodes[place] = from.last->nodes[last_place];
+  if (block != from.last || place != last_place) {
+    CopyCode(block, place, CodesOf(from.last) + last_place * code_row_bytes_);
+  }
+  from.last->nodes[last_place] = kNoNode;
+  if (--from.size == 0) ++empty_;
+  if (last_place == 0) DropLast(&from);
+  sizes_[list] = static_cast<float>(from.size);
+  home_of_[node] = other + 1;
+  return true;
+}
+
+// 2. Begins with a member and the one that is farthest from it.
+void InvertedLists::FindCentroids(uint32_t list, uint32_t other) {
+  const uint32_t size = lists_[list].size;
+  const size_t dimension = format_->dimension();
+  const auto by_length = static_cast<uint32_t>(kSampledNumbers / format_->padded_dimension());
+  const uint32_t samples = std::min(size, std::clamp(by_length, kLeastSampled, kMostSampled));
+  std::array<NodeId, kMostSampled> sample;
+  for (uint32_t i = 0; i < samples; ++i)
+    sample[i] = MemberAt(list, SampledPlace(i, size / samples));
+  const std::byte* const first = vectors_->Row(sample[0]);
+  const auto farthest =
+      std::max_element(sample.begin(), sample.begin() + samples, [&](NodeId a, NodeId b) {
+        return Apart(first, vectors_->Row(a)) < Apart(first, vectors_->Row(b));
+      });
+  const std::byte* const opposite = vectors_->Row(*farthest);
+  Numbers numbers;
+  const std::array<uint32_t, 2> sides{list, other};
+  const std::array<const std::byte*, 2> ends{first, opposite};
+  for (size_t side = 0; side < 2; ++side) {
+    format_->Decode(ends[side], numbers.data());
+    SetCentroid(sides[side], numbers.data(), ends[side]);
+  }
+  // Numbers that float just holds add up beyond it.
+  std::array<std::array<double, kMaxDimension>, 2> sums;
+  for (int round = 0; round < kMeansRounds; ++round) {
+    std::array<uint32_t, 2> counts{};
+    for (auto& sum : sums) std::fill_n(sum.data(), dimension, 0.0);
+    for (uint32_t i = 0; i < samples; ++i) {
+      const size_t side = Margin(sample[i], list, other) < 0 ? 1 : 0;
+      format_->AddDecoded(vectors_->Row(sample[i]), sums[side].data());
+      ++counts[side];
+    }
+    if (counts[0] == 0 || counts[1] == 0) return;
+    for (size_t side = 0; side < 2; ++side) {
+      for (size_t j = 0; j < dimension; ++j) {
+        numbers[j] = static_cast<float>(sums[side][j] / counts[side]);
+      }
+      SetCentroid(sides[side], numbers.data(), ends[side]);
+    }
+  }
+}
+
+// 3.
+float InvertedLists::FindBoundary(uint32_t list, uint32_t other) const {
+  const uint32_t size = lists_[list].size;
+  const uint32_t samples = std::min(size, kBoundarySample);
+  std::array<float, kBoundarySample> margins;
+  for (uint32_t i = 0; i < samples; ++i) {
+    margins[i] = Margin(MemberAt(list, SampledPlace(i, size / samples)), list, other);
+  }
+  std::sort(margins.begin(), margins.begin() + samples);
+  return std::clamp(0.0F, margins[samples / 4], margins[samples - 1 - samples / 4]);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Checking
+
+Result<void> InvertedLists::CheckInvariants() const {
+  const auto unsound = [](const std::string& what, uint64_t number) {
+    return Fail(ErrorCode::kCorrupt,
+                "inverted lists: " + what + " (" + std::to_string(number) + ")");
+  };
+  size_t members = 0;
+  uint32_t empty = 0;
+  for (uint32_t list = 0; list < count_; ++list) {
+    uint32_t listed = 0;
+    bool sound = true;
+    ForEachBlock(list, [&](const Block& block) {
+      for (const NodeId node : block.nodes) {
+        ++listed;
+        sound = sound && node < home_of_.capacity() && home_of_[node] == list + 1;
+      }
+    });
+    if (!sound) return unsound("a member is at home elsewhere, list", list);
+    if (listed != lists_[list].size) return unsound("miscounted members, list", list);
+    if (sizes_[list] != static_cast<float>(listed)) return unsound("wrong size, list", list);
+    members += listed;
+    empty += static_cast<uint32_t>(listed == 0);
+  }
+  if (members != members_) return unsound("miscounted members", members);
+  if (empty != empty_) return unsound("miscounted empty lists", empty);
+  size_t at_home = 0;
+  for (size_t node = 0; node < home_of_.capacity(); ++node) {
+    at_home += static_cast<size_t>(home_of_[node] != kNoList);
+  }
+  if (at_home != members) return unsound("nodes at home in lists that lack them", at_home);
+  return {};
+}
+
+}  // namespace engram

@@ -1,0 +1,206 @@
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "index/block_products.h"
+#include "index/chunked_array.h"
+#include "index/distance.h"
+#include "index/nearest_selection.h"
+#include "index/vector_format.h"
+#include "index/vector_store.h"
+#include "src/core/arena_heap.h"
+#include "src/core/ids.h"
+#include "src/core/result.h"
+
+namespace engram {
+
+// Nodes by the nearest of some centroids (an inverted file, Jégou et al. 2011), with the RaBitQ
+// codes of each list side by side, so that many nodes can be compared with the members of a list by
+// one blocked product.
+//
+// It begins with one list. A list that has grown too long is split in two by 2-means
+// over some of its members (as in SPFresh's LIRE, Xu et al. 2023); neither half is smaller than a
+// quarter, so lists stay of one size whatever the data.
+//
+// Thread safety: the owner core's alone.
+// Invariants (CheckInvariants proves them): a node is in at most one list, once, and where it is
+// said to be; members lie in full blocks but for the last.
+class InvertedLists {
+ public:
+  // A list is split that has more than most_members(): shorter lists are nearer to what is looked
+  // for, but each costs a product with its centroid. So lists are short until there are some
+  // kListsAimedAt, and then grow with what there is.
+  static constexpr uint32_t kFewestMembers = 128;
+  static constexpr uint32_t kMostMembers = 384;
+  static constexpr uint32_t kListsAimedAt = 1'200;
+  // Members that lie side by side.
+  static constexpr uint32_t kBlockMembers = 64;
+  // Members of a list with the same code.
+  static constexpr uint32_t kMostCopies = 4;
+  // Nodes that Choose takes at once.
+  static constexpr uint32_t kMostAtOnce = 16;
+  // Lists that are chosen for a node at most.
+  static constexpr uint32_t kMostChosen = 128;
+
+  struct Choice {
+    uint32_t home;   // the nearest list
+    uint32_t count;  // of `lists`, to look for neighbours in
+    std::array<uint32_t, kMostChosen + kSelectionSlack> lists;
+  };
+
+  // Up to kBlockMembers members; row i of `codes` is that of nodes[i].
+  struct Block {
+    std::span<const NodeId> nodes;  // room for kSelectionSlack more behind them
+    const std::byte* codes;
+  };
+
+  // `vectors`: the int8 rows of the nodes, in `format`. `code_row_bytes`: of a code. All outlive
+  // the lists.
+  InvertedLists(ArenaHeap* heap, const VectorFormat* format, const VectorStore* vectors,
+                size_t code_row_bytes);
+  InvertedLists(const InvertedLists&) = delete;
+  InvertedLists& operator=(const InvertedLists&) = delete;
+  ~InvertedLists() { Release(); }
+
+  // Makes room for nodes 0 to `nodes` - 1, and the first list. False when the heap is spent.
+  bool Reserve(size_t nodes);
+
+  // For each of up to kMostAtOnce int8 rows: its home, and the nearest lists that together have
+  // about `members` members, by the space's metric. There is a list.
+  void Choose(const BlockProducts& products, std::span<const std::byte* const> rows, float members,
+              Choice* choices);
+  // `node`, which is in no list, becomes a member; not where kMostCopies members have the same
+  // code: more would be in the way of what else is near. False when the heap is spent; nothing has
+  // changed then.
+  bool Add(uint32_t list, NodeId node, const std::byte* code);
+  // Does nothing where the node is in no list.
+  void Remove(NodeId node);
+  bool Has(NodeId node) const { return node < home_of_.capacity() && home_of_[node] != kNoList; }
+
+  uint32_t count() const { return count_; }
+  uint32_t size(uint32_t list) const { return lists_[list].size; }
+  // Nodes in all lists.
+  size_t members() const { return members_; }
+  // Members that a list is split beyond.
+  uint32_t most_members() const {
+    // What was split has two thirds of what it is split beyond.
+    const size_t wanted = members_ * 3 / 2 / kListsAimedAt;
+    return static_cast<uint32_t>(std::clamp<size_t>(wanted, kFewestMembers, kMostMembers));
+  }
+  template <typename Visit>
+  void ForEachBlock(uint32_t list, Visit&& visit) const {
+    uint32_t left = lists_[list].size;
+    for (const Stored* block = lists_[list].first; left > 0; block = block->next) {
+      const uint32_t here = left < kBlockMembers ? left : kBlockMembers;
+      visit(Block{.nodes = {block->nodes.data(), here}, .codes = CodesOf(block)});
+      left -= here;
+    }
+  }
+
+  // Splits one list that has more than most_members(), if there is one and memory for it. False
+  // where nothing was done.
+  bool SplitOne();
+  // Writes the codes of one list anew: `code_of(node)` is the row. The rows are as long as before.
+  template <typename CodeOf>
+  void Recode(uint32_t list, CodeOf&& code_of) {
+    uint32_t left = lists_[list].size;
+    for (Stored* block = lists_[list].first; left > 0; block = block->next) {
+      for (uint32_t i = 0; i < kBlockMembers && left > 0; ++i, --left) {
+        CopyCode(block, i, code_of(block->nodes[i]));
+      }
+    }
+  }
+
+  // What it takes of the heap.
+  size_t bytes() const { return bytes_; }
+  // kCorrupt with what is wrong. For tests and checks; allocates.
+  Result<void> CheckInvariants() const;
+
+ private:
+  friend class InvertedListsTestPeer;
+
+  static constexpr uint32_t kNoList = 0;  // in home_of_, where a list is its number + 1
+  static constexpr uint32_t kGroupLists = 64;
+
+  struct Stored {
+    Stored* next;
+    std::array<NodeId, kBlockMembers + kSelectionSlack> nodes;
+    std::array<uint32_t, kBlockMembers> hashes;  // of the codes
+  };
+  struct List {
+    Stored* first;
+    Stored* last;
+    uint32_t size;
+  };
+  // Centroids side by side, as int8 rows.
+  struct Group {
+    using Numbers = std::array<float, kGroupLists + kSelectionSlack>;
+    // In units of unit_: a centroid's squared norm, and its scale, negative, once and twice.
+    Numbers norms;
+    Numbers by_product;
+    Numbers by_distance;
+    Numbers zeros;
+  };
+  static constexpr size_t kGroupHeaderBytes = (sizeof(Group) + 63) / 64 * 64;
+  static constexpr size_t kStoredHeaderBytes = (sizeof(Stored) + 63) / 64 * 64;
+
+  size_t ScoreStride() const { return size_t{list_capacity_} + kSelectionSlack; }
+  size_t BlockBytes() const { return kStoredHeaderBytes + kBlockMembers * code_row_bytes_; }
+  size_t GroupBytes() const { return kGroupHeaderBytes + kGroupLists * format_->row_bytes(); }
+  static const std::byte* CodesOf(const Stored* block) {
+    return reinterpret_cast<const std::byte*>(block) + kStoredHeaderBytes;
+  }
+  void CopyCode(Stored* block, uint32_t place, const std::byte* code);
+  uint32_t HashOf(const std::byte* code) const;
+  uint32_t CopiesOf(const List& list, uint32_t hash) const;
+  std::byte* Centroid(uint32_t list) const {
+    return reinterpret_cast<std::byte*>(groups_[list / kGroupLists]) + kGroupHeaderBytes +
+           list % kGroupLists * format_->row_bytes();
+  }
+  bool GrowScores();
+  void FreeScores();
+  void BeginWith(std::span<const std::byte* const> rows);
+  bool Move(uint32_t list, uint32_t place, uint32_t other);
+  bool AddList();
+  void SetCentroid(uint32_t list, const float* mean, const std::byte* instead);
+  Stored* AppendBlock(List* list);
+  void DropLast(List* list);
+  // By L2, whatever the metric.
+  float Apart(const std::byte* a, const std::byte* b) const {
+    return l2_(a, b, format_->padded_dimension());
+  }
+  NodeId MemberAt(uint32_t list, uint32_t place) const;
+  // How much nearer a node is to `list` than to `other`.
+  float Margin(NodeId node, uint32_t list, uint32_t other) const {
+    const std::byte* row = vectors_->Row(node);
+    return Apart(row, Centroid(other)) - Apart(row, Centroid(list));
+  }
+  void FindCentroids(uint32_t list, uint32_t other);
+  float FindBoundary(uint32_t list, uint32_t other) const;
+  void Release();
+
+  // Constant after construction.
+  ArenaHeap* heap_;
+  const VectorFormat* format_;
+  const VectorStore* vectors_;
+  size_t code_row_bytes_;
+  DistanceFn l2_;
+  // Taken from the heap.
+  ChunkedArray<List> lists_;
+  ChunkedArray<Group*> groups_;
+  ChunkedArray<uint32_t> home_of_;  // by node
+  float* sizes_ = nullptr;          // by list
+  float* scores_ = nullptr;         // of Choose: by node and list
+  uint32_t list_capacity_ = 0;
+  uint32_t count_ = 0;
+  uint32_t empty_ = 0;  // lists that have no members
+  size_t members_ = 0;
+  double unit_ = 0;  // scale of the first centroid: keeps products in float's range
+  size_t bytes_ = 0;
+};
+
+}  // namespace engram
