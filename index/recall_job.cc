@@ -13,8 +13,12 @@ namespace engram {
 
 namespace {
 
-// Rows of the scan that are asked for ahead of the one that is compared.
+// Rows of the scan that are asked for ahead of the one that is compared, and compared in a turn.
 constexpr size_t kScanAhead = 4;
+constexpr size_t kScannedAtOnce = 64;
+// Rows of int8, and rows as they are kept, that are asked for in a turn and compared in the next.
+constexpr size_t kRefinedAtOnce = 8;
+constexpr size_t kComparedAtOnce = 4;
 // Observations that are asked for before they are handed out.
 constexpr size_t kPrefetchedHits = 32;
 // How many of the nearest by int8 are compared again: those beyond rarely belong to the k nearest.
@@ -22,6 +26,8 @@ constexpr uint32_t KeptFor(uint32_t k) { return k + k / 4 + 8; }
 constexpr size_t kMaxKept = KeptFor(kMaxRecallResults);
 // An estimate is taken to be wrong by at most so many times the root mean square of the errors.
 constexpr double kErrorSpread = 3;
+// Of fewer errors the mean says little.
+constexpr size_t kLeastErrors = 8;
 
 }  // namespace
 
@@ -31,21 +37,20 @@ RecallJob::RecallJob(ArenaHeap* heap, const LogWriter* log)
       query_storage_(3 * Space::kMaxRowBytes + kCacheLineBytes),
       nearest_storage_(kMaxKept),
       found_(std::max<size_t>(kMaxKept, kMaxEf)),
-      refined_storage_(kMaxKept) {
+      compared_again_(kMaxKept) {
   static_assert(Space::kMaxRowBytes % kCacheLineBytes == 0);
   const auto address = std::bit_cast<uintptr_t>(query_storage_.data());
   code_query_ = query_storage_.data() + (kCacheLineBytes - address % kCacheLineBytes);
   exact_query_ = code_query_ + Space::kMaxRowBytes;
   walk_query_ = exact_query_ + Space::kMaxRowBytes;
   nearest_.Attach(nearest_storage_.data());
-  refined_nearest_.Attach(refined_storage_.data());
   hits_.reserve(kMaxKept + std::max<size_t>(kMaxKept, kMaxEf));
 }
 
 // 1.
 RefusalReason RecallJob::Begin(const Space& space, const RecallRequest& request,
                                const std::byte* vector, uint32_t default_ef) {
-  codes_ = space.walks_exact() ? nullptr : space.walk_codes();
+  codes_ = space.recall_codes();
   const RefusalReason reason =
       space.PrepareQuery(request.dtype, request.dimension, request.scale, vector, &codes_,
                          {.code = code_query_, .exact = exact_query_, .walk = walk_query_});
@@ -90,20 +95,32 @@ void RecallJob::TakeSnapshot(CommitStamp wanted) {
 }
 
 bool RecallJob::Search(uint32_t max_distances) {
+  const uint64_t limit = distances() + max_distances;
+  do {
+    if (phase_ != Phase::kSearch) {
+      Turn();
+    } else if (search_.Step(limit - distances())) {
+      EndSearch();
+    }
+  } while (phase_ != Phase::kReady && distances() < limit);
+  return phase_ == Phase::kReady;
+}
+
+bool RecallJob::Turn() {
   CHECK(phase_ != Phase::kIdle, "a recall was begun");
   switch (phase_) {
     case Phase::kScan:
-      ScanSlice(max_distances);
+      ScanSlice();
       if (scanned_ == fresh_.size()) BeginSearch();
       break;
     case Phase::kSearch:
-      if (search_.Step(max_distances)) EndSearch();
+      if (search_.Turn()) EndSearch();
       break;
     case Phase::kRefine:
-      RefineSlice(max_distances);
+      RefineSlice();
       break;
     case Phase::kCompare:
-      CompareSlice(max_distances);
+      CompareSlice();
       break;
     case Phase::kIdle:
     case Phase::kReady:
@@ -113,10 +130,10 @@ bool RecallJob::Search(uint32_t max_distances) {
 }
 
 // 2.
-void RecallJob::ScanSlice(uint32_t max_distances) {
+void RecallJob::ScanSlice() {
   const SearchTarget target =
       by_exact_ ? space_->ExactTargetFor(exact_query_) : space_->TargetFor(code_query_);
-  const size_t end = std::min<size_t>(fresh_.size(), scanned_ + max_distances);
+  const size_t end = std::min<size_t>(fresh_.size(), scanned_ + kScannedAtOnce);
   scratch_.AddDistances(end - scanned_);
   for (; scanned_ < end; ++scanned_) {
     if (scanned_ + kScanAhead < fresh_.size()) target.Prefetch(fresh_[scanned_ + kScanAhead]);
@@ -151,48 +168,67 @@ void RecallJob::BeginSearch() {
 
 void RecallJob::EndSearch() {
   found_count_ = search_.TakeResults(std::span(found_).first(codes_ == nullptr ? kept_ : ef_));
-  refined_ = 0;
-  squared_errors_ = 0;
-  refined_nearest_.Clear();
   if (codes_ == nullptr) {
     Merge();
-  } else {
-    phase_ = Phase::kRefine;
+    return;
   }
+  refined_ = 0;
+  compared_again_.Begin(kept_);
+  AskToRefine();
+  phase_ = Phase::kRefine;
 }
 
-void RecallJob::RefineSlice(uint32_t max_distances) {
+void RecallJob::AskToRefine() const {
+  const SearchTarget target = space_->TargetFor(code_query_);
+  const size_t end = std::min<size_t>(found_count_, refined_ + kRefinedAtOnce);
+  for (size_t i = refined_; i < end; ++i) target.Prefetch(found_[i].node);
+}
+
+void RecallJob::RefineSlice() {
   const SearchTarget target = space_->TargetFor(code_query_);
   const size_t begin = refined_;
-  const size_t end = std::min<size_t>(found_count_, refined_ + max_distances);
+  const size_t end = std::min<size_t>(found_count_, refined_ + kRefinedAtOnce);
   for (; refined_ < end; ++refined_) {
-    if (refined_ + kScanAhead < found_count_) target.Prefetch(found_[refined_ + kScanAhead].node);
     Neighbour& found = found_[refined_];
-    if (IsTooFar(found.distance)) {
+    if (compared_again_.IsTooFar(found.distance)) {
       found_count_ = refined_;
       break;
     }
     const float distance = target.DistanceTo(found.node);
-    const double error = double{distance} - double{found.distance};
-    squared_errors_ += error * error;
+    compared_again_.Add(found.node, found.distance, distance);
     found.distance = distance;
-    const NeighbourKey key = KeyOf(distance, found.node);
-    if (refined_nearest_.size() < kept_) {
-      refined_nearest_.Push(key);
-    } else if (key < refined_nearest_.top()) {
-      refined_nearest_.ReplaceTop(key);
-    }
   }
   scratch_.AddDistances(refined_ - begin);
-  if (refined_ == found_count_) Merge();
+  if (refined_ == found_count_) {
+    Merge();
+  } else {
+    AskToRefine();
+  }
 }
 
-// Whether what has this estimate, and all that comes behind it, is not among the nearest that are
-// kept.
-bool RecallJob::IsTooFar(float estimate) const {
-  if (refined_nearest_.size() < kept_) return false;
-  const double beyond = double{estimate} - double{DistanceOf(refined_nearest_.top())};
-  return beyond > 0 && beyond * beyond * static_cast<double>(refined_) >
+void RecallJob::Compared::Begin(size_t kept) {
+  nearest_.Clear();
+  kept_ = kept;
+  count_ = 0;
+  squared_errors_ = 0;
+}
+
+void RecallJob::Compared::Add(NodeId node, float known, float distance) {
+  const double error = double{distance} - double{known};
+  squared_errors_ += error * error;
+  ++count_;
+  const NeighbourKey key = KeyOf(distance, node);
+  if (nearest_.size() < kept_) {
+    nearest_.Push(key);
+  } else if (key < nearest_.top()) {
+    nearest_.ReplaceTop(key);
+  }
+}
+
+bool RecallJob::Compared::IsTooFar(float known) const {
+  if (nearest_.size() < kept_ || count_ < kLeastErrors) return false;
+  const double beyond = double{known} - double{DistanceOf(nearest_.top())};
+  return beyond > 0 && beyond * beyond * static_cast<double>(count_) >
                            kErrorSpread * kErrorSpread * squared_errors_;
 }
 
@@ -205,6 +241,8 @@ void RecallJob::Merge() {
   hits_.erase(std::unique(hits_.begin(), hits_.end()), hits_.end());
   if (space_->has_exact() && !by_exact_) {
     hits_.resize(std::min<size_t>(hits_.size(), kept_));
+    compared_again_.Begin(k_);
+    AskToCompare();
     phase_ = Phase::kCompare;
   } else {
     hits_.resize(std::min<size_t>(hits_.size(), k_));
@@ -213,18 +251,32 @@ void RecallJob::Merge() {
 }
 
 // 5.
-void RecallJob::CompareSlice(uint32_t max_distances) {
+void RecallJob::AskToCompare() const {
   const SearchTarget target = space_->ExactTargetFor(exact_query_);
-  const size_t end = std::min<size_t>(hits_.size(), compared_ + max_distances);
-  scratch_.AddDistances(end - compared_);
+  const size_t end = std::min<size_t>(hits_.size(), compared_ + kComparedAtOnce);
+  for (size_t i = compared_; i < end; ++i) target.Prefetch(NodeOf(hits_[i]));
+}
+
+void RecallJob::CompareSlice() {
+  const SearchTarget target = space_->ExactTargetFor(exact_query_);
+  const size_t begin = compared_;
+  const size_t end = std::min<size_t>(hits_.size(), compared_ + kComparedAtOnce);
   for (; compared_ < end; ++compared_) {
-    if (compared_ + kScanAhead < hits_.size()) {
-      target.Prefetch(NodeOf(hits_[compared_ + kScanAhead]));
+    const float known = DistanceOf(hits_[compared_]);
+    if (compared_again_.IsTooFar(known)) {
+      hits_.resize(compared_);
+      break;
     }
     const NodeId node = NodeOf(hits_[compared_]);
-    hits_[compared_] = KeyOf(target.DistanceTo(node), node);
+    const float distance = target.DistanceTo(node);
+    compared_again_.Add(node, known, distance);
+    hits_[compared_] = KeyOf(distance, node);
   }
-  if (compared_ < hits_.size()) return;
+  scratch_.AddDistances(compared_ - begin);
+  if (compared_ < hits_.size()) {
+    AskToCompare();
+    return;
+  }
   const size_t count = std::min<size_t>(hits_.size(), k_);
   std::partial_sort(hits_.begin(), hits_.begin() + static_cast<ptrdiff_t>(count), hits_.end());
   hits_.resize(count);

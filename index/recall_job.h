@@ -27,7 +27,7 @@ namespace engram {
 //    estimates were wrong so far.
 // 4. Merge: the nearest of both.
 // 5. Compare again: where the graph is walked with codes, the nearest some by the vectors as they
-//    are kept; then the k nearest are the answer.
+//    are kept, until the rest is too far likewise; then the k nearest are the answer.
 // 6. Emit: the hits in batches, as result slots become free. A hit whose payload or vector lies in
 //    a log names its record (kHitAtAddress), but for records that the shard's log still holds in
 //    memory: they may not be on the disk yet, and are read here.
@@ -52,6 +52,9 @@ class RecallJob {
   // Steps 2 to 5, until about `max_distances` distances have been evaluated. True when the hits are
   // ready.
   bool Search(uint32_t max_distances);
+  // One turn of steps 2 to 5, to be followed by another recall's: it ends where memory has been
+  // asked for. True when the hits are ready.
+  bool Turn();
   // These nodes, in this order, are the hits.
   void BeginListing(const Space& space, std::span<const NodeId> nodes, bool with_payload,
                     bool with_vector);
@@ -73,14 +76,34 @@ class RecallJob {
   };
   enum class Phase : uint8_t { kIdle, kScan, kSearch, kRefine, kCompare, kReady };
 
+  // The nearest of those that were compared again so far, and by how much what they were known by
+  // was wrong.
+  class Compared {
+   public:
+    // Room for `most` keys.
+    explicit Compared(size_t most) : storage_(most) { nearest_.Attach(storage_.data()); }
+    void Begin(size_t kept);
+    void Add(NodeId node, float known, float distance);
+    // Whether what is known to be so far, and all that comes behind it, is not among the nearest.
+    bool IsTooFar(float known) const;
+
+   private:
+    std::vector<NeighbourKey> storage_;
+    KeyHeap<FarthestFirst> nearest_;
+    size_t kept_ = 0;
+    size_t count_ = 0;
+    double squared_errors_ = 0;
+  };
+
   void TakeSnapshot(CommitStamp wanted);
-  void ScanSlice(uint32_t max_distances);
+  void ScanSlice();
   void BeginSearch();
   void EndSearch();
-  void RefineSlice(uint32_t max_distances);
-  bool IsTooFar(float estimate) const;
+  void AskToRefine() const;
+  void RefineSlice();
   void Merge();
-  void CompareSlice(uint32_t max_distances);
+  void AskToCompare() const;
+  void CompareSlice();
   void FinishSearch();
   void BeginEmit(bool with_payload, bool with_vector, size_t max_payload_bytes);
   // How a hit goes out, given the payload that was sent before it.
@@ -106,9 +129,8 @@ class RecallJob {
   std::vector<NeighbourKey> nearest_storage_;
   KeyHeap<FarthestFirst> nearest_;  // of those scanned so far
   std::vector<Neighbour> found_;    // by the graph
-  std::vector<NeighbourKey> refined_storage_;
-  KeyHeap<FarthestFirst> refined_nearest_;  // of those compared again
-  std::vector<NeighbourKey> hits_;          // nearest first
+  Compared compared_again_;
+  std::vector<NeighbourKey> hits_;  // nearest first
 
   Phase phase_ = Phase::kIdle;
   const Space* space_ = nullptr;
@@ -125,7 +147,6 @@ class RecallJob {
   size_t scanned_ = 0;
   size_t found_count_ = 0;
   size_t refined_ = 0;
-  double squared_errors_ = 0;  // of the estimates of those that were compared again, their sum
   size_t compared_ = 0;
   size_t emitted_ = 0;
   size_t payload_sent_ = 0;

@@ -76,7 +76,8 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, const Sh
       held_(port_.catalogue->shards()),
       linker_(&heap_, options.build, options.link_batch),
       sweep_(&heap_, options.build),
-      recall_(&heap_, storage.log),
+      answers_{Reply(&heap_, storage.log), Reply(&heap_, storage.log), Reply(&heap_, storage.log),
+               Reply(&heap_, storage.log)},
       batch_(kObservationBatch) {
   const uint32_t max_spaces = port_.catalogue->max_spaces();
   spaces_.reserve(max_spaces);
@@ -144,12 +145,12 @@ int Shard::Poll() {
 
 int Shard::Round() {
   first_producer_ = (first_producer_ + 1) % port_.producers.size();
-  if (answering_ == Answering::kNothing) RenewStale();
+  if (!IsAnswering()) RenewStale();
   int work = TakeResultReturns();
   work += PollLog();
   work += TakePeerAnswers();
   work += ServeRequests();
-  if (answering_ != Answering::kNothing) return work;
+  if (IsAnswering()) return work;
   work += SendWaiting();
   work += TakePeerRequests();
   work += StoreLogged();
@@ -180,7 +181,7 @@ int Shard::PollLog() {
 }
 
 bool Shard::Idle() const {
-  if (is_recovering() || answering_ != Answering::kNothing || !ledger_.empty()) return false;
+  if (is_recovering() || IsAnswering() || !ledger_.empty()) return false;
   if (!commands_.empty() || !condemned_.empty()) return false;
   if (log_ != nullptr && !log_->settled()) return false;
   for (size_t s = 0; s < port_.peers.size(); ++s) {
@@ -206,28 +207,39 @@ int Shard::TakeResultReturns() {
   return work;
 }
 
-// One request after the other until the lanes are empty or the round's share of distances is spent.
+// Requests until the lanes are empty or the round's share of distances is spent. What the round
+// before has left under way is only brought to its end, so that observations have their turn.
 int Shard::ServeRequests() {
   int work = 0;
-  const uint64_t limit = recall_.distances() + kRecallSliceDistances;
+  int requests = IsAnswering() ? kRequestsPerPoll : 0;
+  const uint64_t limit = RecallDistances() + kRecallSliceDistances;
   has_checked_ = false;
-  for (int requests = 0; requests < kRequestsPerPoll; ++requests) {
-    work += ContinueAnswer();
-    if (answering_ != Answering::kNothing || recall_.distances() >= limit || has_checked_) break;
-    if (!TakeNextRequest()) break;
-    ++work;
+  for (;;) {
+    for (; requests < kRequestsPerPoll && !has_checked_ && TakeNextRequest(); ++requests) ++work;
+    if (!IsAnswering()) break;
+    const size_t under_way = answers_under_way_;
+    work += ContinueAnswers(limit);
+    // None has come to its end: the share is spent, or there are no result slots.
+    if (answers_under_way_ == under_way || RecallDistances() >= limit) break;
   }
   return work;
 }
 
+// False where none may be taken now: beside a recall that is under way only another one may, as all
+// else may change spaces.
 bool Shard::TakeNextRequest() {
   for (size_t i = 0; i < port_.producers.size(); ++i) {
     const size_t producer = (first_producer_ + i) % port_.producers.size();
-    auto& lane = port_.producers[producer].lanes[static_cast<size_t>(Lane::kRecall)];
-    if (const auto slot = lane.TryPop()) {
-      TakeRequest(producer, *slot);
-      return true;
-    }
+    ShardLink& link = port_.producers[producer];
+    auto& lane = link.lanes[static_cast<size_t>(Lane::kRecall)];
+    const auto slot = lane.Peek();
+    if (!slot) continue;
+    const auto* header = reinterpret_cast<const RequestHeader*>(link.producer_slab->At(*slot));
+    const bool is_recall = header->kind == RequestKind::kRecall;
+    if (IsAnswering() && (!is_recall || FreeAnswer() == nullptr)) return false;
+    (void)lane.TryPop();
+    TakeRequest(producer, *slot);
+    return true;
   }
   return false;
 }

@@ -150,8 +150,23 @@ class Shard {
   Result<void> CheckInvariants() const;
 
  private:
-  // A request that answers in batches and is under way.
-  enum class Answering : uint8_t { kNothing, kSearching, kEmitting, kIntrospecting };
+  // A request that answers in batches. Several recalls may be under way: they are searched in
+  // turns, so that one goes on while the memory that another has asked for is on its way.
+  // Everything else is answered alone.
+  struct Reply {
+    enum class Phase : uint8_t { kNothing, kSearching, kEmitting, kIntrospecting };
+
+    Reply(ArenaHeap* heap, const LogWriter* log) : recall(heap, log) {}
+
+    RecallJob recall;
+    Phase phase = Phase::kNothing;
+    size_t producer = 0;
+    SlotId slot = kNoSlot;
+    Origin origin = 0;
+    uint64_t id = 0;
+  };
+  // More are no faster.
+  static constexpr size_t kAnswersAtOnce = 4;
 
   // A recall's slice: some 100 to 200 us of distances at 768-d.
   static constexpr uint32_t kRecallSliceDistances = 1024;
@@ -168,7 +183,12 @@ class Shard {
   int PollLog();
   int TakeResultReturns();
   int ServeRequests();
-  int ContinueAnswer();
+  bool IsAnswering() const { return answers_under_way_ > 0; }
+  uint64_t RecallDistances() const;
+  bool ReserveRecalls(size_t nodes);
+  Reply* FreeAnswer();
+  int ContinueAnswers(uint64_t limit);
+  int SearchInTurns(uint64_t limit);
   bool TakeNextRequest();
   void TakeRequest(size_t producer, SlotId slot);
   void OpenSession(size_t producer, SlotId slot);
@@ -178,18 +198,19 @@ class Shard {
   void DetachSession(size_t producer, SlotId slot);
   void SweepSessions();
   template <typename Request>
-  const Request* BeginAnswer(size_t producer, SlotId slot);
-  RefusalReason JudgeAnswer() const;
-  bool MayAnswer(uint32_t space);
+  const Request* BeginAnswer(Reply* answer, size_t producer, SlotId slot);
+  RefusalReason JudgeAnswer(const Reply& answer) const;
+  bool MayAnswer(Reply* answer, uint32_t space);
   void BeginRecall(size_t producer, SlotId slot);
   void BeginGet(size_t producer, SlotId slot);
   void BeginScroll(size_t producer, SlotId slot);
   void BeginIntrospection(size_t producer, SlotId slot);
   void CheckSpace(size_t producer, SlotId slot);
-  int EmitHits();
-  int EmitSpaceRecords();
+  int EmitHits(Reply* answer);
+  int EmitSpaceRecords(Reply* answer);
   size_t WriteSpaceRecord(const Space& space, std::byte* to) const;
-  void FinishAnswer(CompletionKind kind, RefusalReason reason);
+  void SetUnderWay(Reply* answer, Reply::Phase phase);
+  void FinishAnswer(Reply* answer, CompletionKind kind, RefusalReason reason);
 
   int TakeObservations(Lane lane);
   void TakeObservation(size_t producer, SlotId slot);
@@ -400,12 +421,8 @@ class Shard {
   uint32_t linking_space_ = 0;
   uint32_t sweeping_space_ = 0;
   bool sweep_turn_ = false;
-  RecallJob recall_;
-  Answering answering_ = Answering::kNothing;
-  size_t answer_producer_ = 0;
-  SlotId answer_slot_ = kNoSlot;
-  Origin answer_origin_ = 0;
-  uint64_t answer_id_ = 0;
+  std::array<Reply, kAnswersAtOnce> answers_;
+  size_t answers_under_way_ = 0;
   uint32_t introspected_ = 0;   // spaces whose records were written
   bool has_checked_ = false;    // in this round
   std::vector<NodeId> listed_;  // of a get or a scroll

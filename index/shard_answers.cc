@@ -1,49 +1,85 @@
-// What a shard answers in batches (see shard.h): recalls, gets, scrolls, introspection. One is
-// under way at a time, and goes on in the next round where it has used up its slice or there are no
-// result slots.
+// What a shard answers in batches (see shard.h): recalls, gets, scrolls, introspection. An answer
+// goes on in the next round where the round's share of distances is spent or there are no result
+// slots.
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "index/shard.h"
 
 namespace engram {
 
-int Shard::ContinueAnswer() {
-  if (answering_ == Answering::kSearching) {
-    if (const RefusalReason reason = JudgeAnswer(); reason != RefusalReason::kNone) {
-      FinishAnswer(CompletionKind::kRecallDone, reason);
-      return 1;
-    }
-    const uint64_t before = recall_.distances();
-    bool ready = false;
-    do {
-      ready = recall_.Search(kRecallSliceDistances);
-    } while (!ready && recall_.distances() - before < kRecallSliceDistances);
-    counters_[ShardCounter::kRecallDistances].Add(recall_.distances() - before);
-    if (!ready) return 1;
-    answering_ = Answering::kEmitting;
+uint64_t Shard::RecallDistances() const {
+  uint64_t distances = 0;
+  for (const Reply& answer : answers_) distances += answer.recall.distances();
+  return distances;
+}
+
+bool Shard::ReserveRecalls(size_t nodes) {
+  return std::ranges::all_of(answers_,
+                             [nodes](Reply& answer) { return answer.recall.Reserve(nodes); });
+}
+
+Shard::Reply* Shard::FreeAnswer() {
+  const auto found = std::ranges::find(answers_, Reply::Phase::kNothing, &Reply::phase);
+  return found == answers_.end() ? nullptr : &*found;
+}
+
+// Until one has come to its end or all have distances beyond `limit`.
+int Shard::ContinueAnswers(uint64_t limit) {
+  int work = 0;
+  for (Reply& answer : answers_) {
+    if (answer.phase == Reply::Phase::kEmitting) work += EmitHits(&answer);
+    if (answer.phase == Reply::Phase::kIntrospecting) work += EmitSpaceRecords(&answer);
+    if (answer.phase != Reply::Phase::kSearching) continue;
+    const RefusalReason reason = JudgeAnswer(answer);
+    if (reason == RefusalReason::kNone) continue;
+    FinishAnswer(&answer, CompletionKind::kRecallDone, reason);
+    ++work;
   }
-  if (answering_ == Answering::kEmitting) return EmitHits();
-  if (answering_ == Answering::kIntrospecting) return EmitSpaceRecords();
-  return 0;
+  const uint64_t before = RecallDistances();
+  work += SearchInTurns(limit);
+  counters_[ShardCounter::kRecallDistances].Add(RecallDistances() - before);
+  return work;
+}
+
+int Shard::SearchInTurns(uint64_t limit) {
+  std::array<Reply*, kAnswersAtOnce> searching;
+  size_t count = 0;
+  for (Reply& answer : answers_) {
+    if (answer.phase == Reply::Phase::kSearching) searching[count++] = &answer;
+  }
+  if (count == 0) return 0;
+  for (uint64_t distances = RecallDistances(); distances < limit; distances = RecallDistances()) {
+    for (size_t i = 0; i < count; ++i) {
+      Reply* const answer = searching[i];
+      const auto left = static_cast<uint32_t>(limit - distances);
+      // One alone asks for what it will need next.
+      const bool ready = count == 1 ? answer->recall.Search(left) : answer->recall.Turn();
+      if (!ready) continue;
+      answer->phase = Reply::Phase::kEmitting;
+      return 1 + EmitHits(answer);
+    }
+  }
+  return 1;
 }
 
 template <typename Request>
-const Request* Shard::BeginAnswer(size_t producer, SlotId slot) {
+const Request* Shard::BeginAnswer(Reply* answer, size_t producer, SlotId slot) {
   const auto* request =
       reinterpret_cast<const Request*>(port_.producers[producer].producer_slab->At(slot));
-  answer_producer_ = producer;
-  answer_slot_ = slot;
-  answer_origin_ = request->origin;
-  answer_id_ = request->request_id;
+  answer->producer = producer;
+  answer->slot = slot;
+  answer->origin = request->origin;
+  answer->id = request->request_id;
   return request;
 }
 
 // Whether whoever asked still wants the answer.
-RefusalReason Shard::JudgeAnswer() const {
+RefusalReason Shard::JudgeAnswer(const Reply& answer) const {
   const auto* header = reinterpret_cast<const RequestHeader*>(
-      port_.producers[answer_producer_].producer_slab->At(answer_slot_));
+      port_.producers[answer.producer].producer_slab->At(answer.slot));
   if (IsCancelled(*header)) return RefusalReason::kCancelled;
   if (header->deadline_ns != 0 && now_ns_ > header->deadline_ns) {
     return RefusalReason::kDeadlinePassed;
@@ -52,60 +88,67 @@ RefusalReason Shard::JudgeAnswer() const {
 }
 
 // False when it was answered with the reason why not.
-bool Shard::MayAnswer(uint32_t space) {
+bool Shard::MayAnswer(Reply* answer, uint32_t space) {
   if (space != kNoNode) EndBeforeAnswer(space);
-  RefusalReason reason = JudgeAnswer();
+  RefusalReason reason = JudgeAnswer(*answer);
   if (reason == RefusalReason::kNone && space == kNoNode) reason = RefusalReason::kUnknownSpace;
   if (reason == RefusalReason::kNone) return true;
-  FinishAnswer(CompletionKind::kRecallDone, reason);
+  FinishAnswer(answer, CompletionKind::kRecallDone, reason);
   return false;
 }
 
 void Shard::BeginRecall(size_t producer, SlotId slot) {
-  const auto* request = BeginAnswer<RecallRequest>(producer, slot);
+  Reply* const answer = FreeAnswer();
+  const auto* request = BeginAnswer<RecallRequest>(answer, producer, slot);
   counters_[ShardCounter::kRecalls].Add(1);
   const uint32_t space = FindSpaceIndex(request->space.view());
   // Before its dimension is known nothing was stored.
-  if (!MayAnswer(space != kNoNode && spaces_[space]->dimension() != 0 ? space : kNoNode)) return;
+  const bool has_any = space != kNoNode && spaces_[space]->dimension() != 0;
+  if (!MayAnswer(answer, has_any ? space : kNoNode)) return;
   const auto* vector = reinterpret_cast<const std::byte*>(request) + kRequestBodyOffset;
   const RefusalReason reason =
-      recall_.Begin(*spaces_[space], *request, vector, options_.default_ef);
+      answer->recall.Begin(*spaces_[space], *request, vector, options_.default_ef);
   if (reason == RefusalReason::kNone) {
-    answering_ = Answering::kSearching;
+    SetUnderWay(answer, Reply::Phase::kSearching);
   } else {
-    FinishAnswer(CompletionKind::kRecallDone, reason);
+    FinishAnswer(answer, CompletionKind::kRecallDone, reason);
   }
 }
 
 void Shard::BeginGet(size_t producer, SlotId slot) {
-  const auto* request = BeginAnswer<GetRequest>(producer, slot);
+  Reply* const answer = FreeAnswer();
+  const auto* request = BeginAnswer<GetRequest>(answer, producer, slot);
   const uint32_t space = FindSpaceIndex(request->space.view());
-  if (!MayAnswer(space)) return;
+  if (!MayAnswer(answer, space)) return;
   const auto* id = reinterpret_cast<const char*>(request) + kRequestBodyOffset;
   const NodeId node = spaces_[space]->FindLive({id, request->id_bytes});
   listed_.clear();
   if (node != kNoNode) listed_.push_back(node);
-  recall_.BeginListing(*spaces_[space], listed_, request->with_payload, request->with_vector);
-  answering_ = Answering::kEmitting;
+  answer->recall.BeginListing(*spaces_[space], listed_, request->with_payload,
+                              request->with_vector);
+  SetUnderWay(answer, Reply::Phase::kEmitting);
 }
 
 void Shard::BeginScroll(size_t producer, SlotId slot) {
-  const auto* asked = BeginAnswer<ScrollRequest>(producer, slot);
+  Reply* const answer = FreeAnswer();
+  const auto* asked = BeginAnswer<ScrollRequest>(answer, producer, slot);
   // The answer's part of the request.
   auto* request = const_cast<ScrollRequest*>(asked);
   const uint32_t space = FindSpaceIndex(request->space.view());
-  if (!MayAnswer(space)) return;
+  if (!MayAnswer(answer, space)) return;
   listed_.clear();
   const size_t limit = std::clamp<size_t>(request->limit, 1, kMaxPageResults);
   spaces_[space]->Scroll(&request->cursor, limit, &listed_);
-  recall_.BeginListing(*spaces_[space], listed_, request->with_payload, request->with_vector);
-  answering_ = Answering::kEmitting;
+  answer->recall.BeginListing(*spaces_[space], listed_, request->with_payload,
+                              request->with_vector);
+  SetUnderWay(answer, Reply::Phase::kEmitting);
 }
 
 void Shard::BeginIntrospection(size_t producer, SlotId slot) {
-  BeginAnswer<IntrospectRequest>(producer, slot);
+  Reply* const answer = FreeAnswer();
+  BeginAnswer<IntrospectRequest>(answer, producer, slot);
   introspected_ = 0;
-  answering_ = Answering::kIntrospecting;
+  SetUnderWay(answer, Reply::Phase::kIntrospecting);
 }
 
 // Answered at once: a slice is short, and whoever asks comes back with the next one.
@@ -136,25 +179,26 @@ void Shard::CheckSpace(size_t producer, SlotId slot) {
 }
 
 // As many batches as there are result slots and as fit a slice; the rest in a later round.
-int Shard::EmitHits() {
+int Shard::EmitHits(Reply* answer) {
   int work = 0;
-  const size_t end = recall_.emitted() + kEmitSliceHits;
+  RecallJob& recall = answer->recall;
+  const size_t end = recall.emitted() + kEmitSliceHits;
   for (bool last = false; !last;) {
-    if (recall_.emitted() >= end) return work;
-    const SlotId slot = port_.result_slab->Acquire(recall_.NextBatchBytes(kResultSlotBytes));
+    if (recall.emitted() >= end) return work;
+    const SlotId slot = port_.result_slab->Acquire(recall.NextBatchBytes(kResultSlotBytes));
     if (slot == kNoSlot) return work;
-    last = recall_.EmitBatch({port_.result_slab->At(slot), port_.result_slab->SlotBytes(slot)});
-    Complete(answer_producer_, {.kind = CompletionKind::kResults,
+    last = recall.EmitBatch({port_.result_slab->At(slot), port_.result_slab->SlotBytes(slot)});
+    Complete(answer->producer, {.kind = CompletionKind::kResults,
                                 .result_slot = slot,
-                                .origin = answer_origin_,
-                                .sequence = answer_id_});
+                                .origin = answer->origin,
+                                .sequence = answer->id});
     ++work;
   }
-  FinishAnswer(CompletionKind::kRecallDone, RefusalReason::kNone);
+  FinishAnswer(answer, CompletionKind::kRecallDone, RefusalReason::kNone);
   return work;
 }
 
-int Shard::EmitSpaceRecords() {
+int Shard::EmitSpaceRecords(Reply* answer) {
   int work = 0;
   for (bool last = false; !last;) {
     const SlotId slot = port_.result_slab->Acquire(kResultSlotBytes);
@@ -172,13 +216,13 @@ int Shard::EmitSpaceRecords() {
     batch.body_bytes = static_cast<uint32_t>(used - sizeof(ResultBatch));
     batch.last = last = introspected_ == spaces_.size();
     std::memcpy(bytes, &batch, sizeof(batch));
-    Complete(answer_producer_, {.kind = CompletionKind::kRecords,
+    Complete(answer->producer, {.kind = CompletionKind::kRecords,
                                 .result_slot = slot,
-                                .origin = answer_origin_,
-                                .sequence = answer_id_});
+                                .origin = answer->origin,
+                                .sequence = answer->id});
     ++work;
   }
-  FinishAnswer(CompletionKind::kIntrospectDone, RefusalReason::kNone);
+  FinishAnswer(answer, CompletionKind::kIntrospectDone, RefusalReason::kNone);
   return work;
 }
 
@@ -202,13 +246,19 @@ size_t Shard::WriteSpaceRecord(const Space& space, std::byte* to) const {
   return record.record_bytes;
 }
 
-void Shard::FinishAnswer(CompletionKind kind, RefusalReason reason) {
-  answering_ = Answering::kNothing;
-  Complete(answer_producer_, {.kind = kind,
+void Shard::SetUnderWay(Reply* answer, Reply::Phase phase) {
+  answer->phase = phase;
+  ++answers_under_way_;
+}
+
+void Shard::FinishAnswer(Reply* answer, CompletionKind kind, RefusalReason reason) {
+  if (answer->phase != Reply::Phase::kNothing) --answers_under_way_;
+  answer->phase = Reply::Phase::kNothing;
+  Complete(answer->producer, {.kind = kind,
                               .reason = reason,
-                              .slot = answer_slot_,
-                              .origin = answer_origin_,
-                              .sequence = answer_id_});
+                              .slot = answer->slot,
+                              .origin = answer->origin,
+                              .sequence = answer->id});
 }
 
 }  // namespace engram

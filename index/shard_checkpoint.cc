@@ -333,7 +333,7 @@ Result<void> Shard::FinishLoadingSpace() {
   const Space& space = *spaces_[loading.space];
   recovery_->NoteLoaded(space.latest_stamp());
   recovery_progress_.observations.fetch_add(space.live(), std::memory_order_relaxed);
-  if (!recall_.Reserve(space.node_count())) {
+  if (!ReserveRecalls(space.node_count())) {
     return Fail(ErrorCode::kResourceExhausted,
                 "memory.limit_mib is too little for what was saved: raise it");
   }

@@ -111,8 +111,7 @@ bool Shard::Tell(uint64_t ticket) {
   const bool is_first = !forward.waits_to_send && ledger_.FirstInLine(target) == 0;
   if (is_first || ledger_.FirstInLine(target) == ticket) {
     // No space changes while it is being recalled.
-    const bool told = target != port_.shard ? Send(ticket)
-                                            : answering_ == Answering::kNothing && DoHere(&forward);
+    const bool told = target != port_.shard ? Send(ticket) : !IsAnswering() && DoHere(&forward);
     if (told) {
       if (forward.waits_to_send) ledger_.LeaveLine(target);
       return true;

@@ -422,7 +422,7 @@ StoreOutcome Shard::Store(uint32_t space, const ObserveRequest& request, CommitS
   if (outcome.reason != RefusalReason::kNone) return outcome;
   if (HasEnded(space, stamp)) return outcome;
   // What recalls need comes first, so that they go on when the memory is full.
-  if (!recall_.Reserve(target.node_count() + 1)) return {.reason = RefusalReason::kMemoryFull};
+  if (!ReserveRecalls(target.node_count() + 1)) return {.reason = RefusalReason::kMemoryFull};
   outcome = target.Upsert(observation, stamp, several_homes);
   if (outcome.reason != RefusalReason::kNone) {
     // What has ended is given back sooner where memory is short.
@@ -439,7 +439,7 @@ StoreOutcome Shard::Store(uint32_t space, const ObserveRequest& request, CommitS
 StoreOutcome Shard::Hide(uint32_t space, const ObserveRequest& request, CommitStamp stamp) {
   Space& target = *spaces_[space];
   const bool several_homes = entries_[space]->partitions() > 1;
-  if (!recall_.Reserve(target.node_count() + 1)) return {.reason = RefusalReason::kMemoryFull};
+  if (!ReserveRecalls(target.node_count() + 1)) return {.reason = RefusalReason::kMemoryFull};
   const StoreOutcome outcome = target.Suppress(ObservationIn(request).id, stamp, several_homes);
   if (outcome.existed) QueueForUpkeep(space);
   return outcome;

@@ -149,7 +149,7 @@ class Space {
     std::byte* exact;  // left alone without has_exact()
     std::byte* walk;   // left alone without codes to walk with
   };
-  // `codes`: as walk_codes() gave it, for the walk; nullptr afterwards where the query is too far
+  // `codes`: as recall_codes() gave it, for the walk; nullptr afterwards where the query is too far
   // for codes. kNone, kWrongDimension, kZeroVector or kNotFinite, as Upsert.
   RefusalReason PrepareQuery(VectorDtype dtype, uint32_t dimension, float scale,
                              const std::byte* vector, const WalkCodes** codes,
@@ -157,6 +157,12 @@ class Space {
   // What the graph is walked with instead of `code`; nullptr where it is not. From inside the
   // epochs: it stays until the reader leaves.
   const WalkCodes* walk_codes() const { return walk_codes_.load(std::memory_order_acquire); }
+  static constexpr uint32_t kLeastDimensionsWalked = 256;
+  // The same for recalls. With few dimensions an int8 row takes hardly more cache lines than a code
+  // and tells far better what is near: codes are for linking there.
+  const WalkCodes* recall_codes() const {
+    return walks_exact() || dimension() < kLeastDimensionsWalked ? nullptr : walk_codes();
+  }
   SearchTarget WalkTargetFor(const WalkCodes* codes, const std::byte* walk) const {
     return codes->TargetFor(&graph_, walk);
   }

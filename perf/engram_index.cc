@@ -1,8 +1,11 @@
 #include "perf/engram_index.h"
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 #include <cstring>
+#include <memory>
+#include <span>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -22,7 +25,6 @@ namespace {
 
 // As the shard slices linking between observations, and recalls.
 constexpr uint32_t kLinkSliceDistances = 256;
-constexpr uint32_t kRecallSliceDistances = 1024;
 // Beside its vectors and links, what a row may take with the rounding of blocks, and what a space
 // takes in any case.
 constexpr size_t kRowOverheadBytes = 1024;
@@ -49,8 +51,8 @@ class EngramIndex final : public ComparedIndex {
         space_("compared", options, &heap_, &epochs_),
         linker_(&heap_, options.build, batch),
         batch_(batch),
-        job_(&heap_),
         slot_(kResultSlotBytes) {
+    for (Asked& asked : asked_) asked.job = std::make_unique<RecallJob>(&heap_);
     (void)arena_.PrefaultAhead(arena_.reserve_bytes(), arena_.reserve_bytes());
   }
 
@@ -71,15 +73,19 @@ class EngramIndex final : public ComparedIndex {
     request.dimension = static_cast<uint16_t>(queries.dimension());
     request.k = k;
     request.ef = ef;
-    for (size_t query = first; query < last; ++query) {
-      const RefusalReason reason = job_.Begin(space_, request, queries.Bytes(query), ef);
-      CHECK(reason == RefusalReason::kNone, "a recall was refused");
-      while (!job_.Search(kRecallSliceDistances)) {
+    size_t next = first;
+    for (size_t answered = first; answered < last;) {
+      for (Asked& asked : asked_) {
+        if (asked.rows == nullptr) {
+          if (next == last) continue;
+          const RefusalReason reason = asked.job->Begin(space_, request, queries.Bytes(next), ef);
+          CHECK(reason == RefusalReason::kNone, "a recall was refused");
+          asked.rows = rows + (next++ - first) * k;
+        } else if (asked.job->Turn()) {
+          Emit(asked.job.get(), std::span(std::exchange(asked.rows, nullptr), k));
+          ++answered;
+        }
       }
-      int64_t* const end = rows + k;
-      while (!EmitBatch(&rows)) {
-      }
-      while (rows != end) *rows++ = -1;
     }
   }
 
@@ -108,20 +114,23 @@ class EngramIndex final : public ComparedIndex {
     }
   }
 
-  // Writes one batch of hits and reads its ids back. True when it was the last.
-  bool EmitBatch(int64_t** rows) {
-    const bool last = job_.EmitBatch(std::span(slot_).first(job_.NextBatchBytes(slot_.size())));
-    ResultBatch batch;
-    std::memcpy(&batch, slot_.data(), sizeof(batch));
-    const std::byte* from = slot_.data() + sizeof(batch);
-    for (uint16_t i = 0; i < batch.count; ++i) {
-      HitHeader header;
-      std::memcpy(&header, from, sizeof(header));
-      const auto* id = reinterpret_cast<const char*>(from + sizeof(header));
-      std::from_chars(id, id + header.id_bytes, *(*rows)++);
-      from += header.hit_bytes;
+  // Writes the hits in batches and reads their ids back; -1 where there are fewer.
+  void Emit(RecallJob* job, std::span<int64_t> rows) {
+    std::fill(rows.begin(), rows.end(), -1);
+    auto row = rows.begin();
+    for (bool last = false; !last;) {
+      last = job->EmitBatch(std::span(slot_).first(job->NextBatchBytes(slot_.size())));
+      ResultBatch batch;
+      std::memcpy(&batch, slot_.data(), sizeof(batch));
+      const std::byte* from = slot_.data() + sizeof(batch);
+      for (uint16_t i = 0; i < batch.count; ++i) {
+        HitHeader header;
+        std::memcpy(&header, from, sizeof(header));
+        const auto* id = reinterpret_cast<const char*>(from + sizeof(header));
+        std::from_chars(id, id + header.id_bytes, *row++);
+        from += header.hit_bytes;
+      }
     }
-    return last;
   }
 
   HugePageArena arena_;
@@ -130,7 +139,12 @@ class EngramIndex final : public ComparedIndex {
   Space space_;
   SpaceLinker linker_;
   const size_t batch_;
-  RecallJob job_;
+  // Recalls that are searched in turns.
+  struct Asked {
+    std::unique_ptr<RecallJob> job;
+    int64_t* rows = nullptr;  // where the answer goes; nullptr: none is under way
+  };
+  std::array<Asked, 4> asked_;
   std::vector<std::byte> slot_;
   CommitStamp stamp_ = kNoStamp;
 };

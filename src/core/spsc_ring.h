@@ -123,12 +123,18 @@ class SpscRing {
     Consumer(const Consumer&) = delete;
     Consumer& operator=(const Consumer&) = delete;
 
-    [[nodiscard]] std::optional<T> TryPop() {
+    // What TryPop would take; it stays.
+    [[nodiscard]] std::optional<T> Peek() {
       if (cached_tail_ == head_) {
         cached_tail_ = state_->tail.load(std::memory_order_acquire);
         if (cached_tail_ == head_) return std::nullopt;
       }
-      std::optional<T> value(state_->entries[head_ & state_->mask]);
+      return state_->entries[head_ & state_->mask];
+    }
+
+    [[nodiscard]] std::optional<T> TryPop() {
+      const std::optional<T> value = Peek();
+      if (!value) return value;
       ++head_;
       state_->head.store(head_, std::memory_order_release);
       return value;

@@ -42,7 +42,11 @@ TEST(SpscRingTest, HoldsExactlyItsCapacity) {
       EXPECT_FALSE(producer.TryPush(99));
       EXPECT_EQ(producer.Depth(), capacity);
       EXPECT_EQ(consumer.Depth(), capacity);
-      for (uint64_t i = 0; i < capacity; ++i) ASSERT_EQ(consumer.TryPop(), i);
+      for (uint64_t i = 0; i < capacity; ++i) {
+        ASSERT_EQ(consumer.Peek(), i) << "it stays";
+        ASSERT_EQ(consumer.TryPop(), i);
+      }
+      EXPECT_EQ(consumer.Peek(), std::nullopt);
       EXPECT_EQ(consumer.TryPop(), std::nullopt);
       EXPECT_EQ(producer.Depth(), 0u);
     }

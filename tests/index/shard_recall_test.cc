@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <set>
 #include <string>
@@ -55,6 +56,72 @@ TEST(ShardRecallTest, TheSameIdInTwoSpacesIsTwoObservations) {
   EXPECT_TRUE(rig.Recall("a", {1, 1}).hits.empty());
   EXPECT_EQ(payload("b", {1, 1, 1}), "of b");
   EXPECT_EQ(rig.counter(ShardCounter::kObservationsDeleted), 1u);
+}
+
+// Recalls that wait together are searched in turns: each has its own answer, whoever asked and
+// whatever space, and one that is cancelled meanwhile takes no other's.
+TEST(ShardRecallTest, SeveralAtOnceHaveEachItsAnswer) {
+  constexpr uint32_t kObservations = 3'000;
+  ShardRig rig(ShardRig::SmallOptions(), 2);
+  RigSession a = rig.Open(0, 1, "a", {.metric = Metric::kL2});
+  RigSession b = rig.Open(1, 1, "b", {.metric = Metric::kL2});
+  for (uint32_t i = 0; i < kObservations; ++i) {
+    const auto x = static_cast<float>(i);
+    ASSERT_EQ(rig.Observe(&a, Upsert("a" + std::to_string(i), {x})).reason, kNone);
+    ASSERT_EQ(rig.Observe(&b, Upsert("b" + std::to_string(i), {x, 0})).reason, kNone);
+  }
+  std::map<uint64_t, std::string> nearest;
+  for (uint32_t i = 0; i < 40; ++i) {
+    const uint32_t wanted = i * 70 + 5;
+    const auto x = static_cast<float>(wanted) + 0.1F;
+    const bool of_a = i % 3 != 0;
+    const std::string space = of_a ? "a" : "b";
+    const uint64_t id = rig.PushRecall(i % 2, space, of_a ? std::vector{x} : std::vector{x, 0.0F},
+                                       {.k = 1 + i % 7});
+    nearest[id] = space + std::to_string(wanted);
+  }
+  // What is no recall waits until none is under way, and is not forgotten.
+  const uint64_t unknown = rig.PushRecall(0, "none", {1}, {});
+  rig.Settle();
+  for (const auto& [id, wanted] : nearest) {
+    const RigAnswer& answer = rig.answers[id];
+    ASSERT_TRUE(answer.done) << id;
+    ASSERT_EQ(answer.reason, kNone);
+    ASSERT_FALSE(answer.hits.empty());
+    EXPECT_EQ(answer.hits[0].id, wanted);
+  }
+  EXPECT_EQ(rig.answers[unknown].reason, RefusalReason::kUnknownSpace);
+}
+
+// However many recalls wait, observations and commands have their turn between them.
+TEST(ShardRecallTest, RecallsWithoutEndHoldUpNothingElse) {
+  constexpr uint32_t kObservations = 5'000;
+  ShardRig rig(ShardRig::SmallOptions(), 2);
+  RigSession session = rig.Open(0, 1, "s", {.metric = Metric::kL2});
+  for (uint32_t i = 0; i < kObservations; ++i) {
+    ASSERT_EQ(rig.Observe(&session, Upsert(std::to_string(i), {static_cast<float>(i)})).reason,
+              kNone);
+  }
+  std::deque<uint64_t> waiting;
+  uint64_t introspection = 0;
+  const uint64_t stored = rig.counter(ShardCounter::kObservationsStored);
+  const auto is_served = [&] {
+    return rig.counter(ShardCounter::kObservationsStored) > stored &&
+           rig.answers[introspection].done;
+  };
+  for (int round = 0; round < 20 || !is_served(); ++round) {
+    ASSERT_LT(round, 200) << "something waits";
+    if (round == 20) {
+      rig.PushObserve(session, session.next, Upsert("more", {-5}));
+      introspection = rig.PushIntrospect(0);
+    }
+    while (!waiting.empty() && rig.answers[waiting.front()].done) waiting.pop_front();
+    while (waiting.size() < 8) {
+      waiting.push_back(rig.PushRecall(1, "s", {static_cast<float>(round)}, {.k = 3}));
+    }
+    rig.Poll();
+  }
+  rig.Settle();
 }
 
 // A round hands out a batch or little more, so that ten thousand hits hold up nothing else.

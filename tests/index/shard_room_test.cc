@@ -42,7 +42,8 @@ TEST(ShardRoomTest, AFullMemoryRefusesClearlyAndRecallsAndDeletesGoOn) {
   ASSERT_EQ(answer.hits.size(), 3u);
   EXPECT_EQ(answer.hits[0].id, "7");
   EXPECT_EQ(rig.Hello(0, 2, "s").first, kNone);
-  for (int i = 0; i < 20; ++i) {
+  // Each leaves a tombstone, which takes of the room that it makes.
+  for (int i = 0; i < 40; ++i) {
     EXPECT_EQ(rig.Observe(&session, Remove(std::to_string(i))).reason, kNone);
   }
   rig.Settle();
@@ -51,7 +52,7 @@ TEST(ShardRoomTest, AFullMemoryRefusesClearlyAndRecallsAndDeletesGoOn) {
               kNone);
   }
   EXPECT_EQ(rig.Recall("s", {0, 0}, {.k = 1}).hits[0].id.substr(0, 3), "new");
-  EXPECT_EQ(rig.shard->FindSpace("s")->live(), static_cast<uint64_t>(stored));
+  EXPECT_EQ(rig.shard->FindSpace("s")->live(), static_cast<uint64_t>(stored - 20));
   EXPECT_LE(rig.counter(ShardCounter::kMemoryUsedBytes),
             rig.counter(ShardCounter::kMemoryLimitBytes));
   ASSERT_TRUE(rig.shard->CheckInvariants().has_value());
