@@ -30,7 +30,7 @@ BatchLinker::BatchLinker(ArenaHeap* heap, const HnswBuildParams& params, HnswLin
     : heap_(heap), params_(params), linker_(linker) {
   static_assert(InvertedLists::kMostAtOnce <= BlockProducts::kMaxQueries);
   considered_ = CandidatesFor(params_.ef_construction);
-  compared_again_ = std::max(considered_ + considered_ / 2, kLeastCompared);
+  compared_again_ = std::max(considered_.compared(), kLeastCompared);
 }
 
 BatchLinker::~BatchLinker() { FreeMemory(); }
@@ -314,8 +314,8 @@ void BatchLinker::BeginLink() {
   // While this one's are compared, the next one's rows are on their way.
   if (next_ + 1 < size_) ShrinkToCompared(next_ + 1);
   const size_t found = CompareAgain(next_);
-  const size_t considered = std::min<size_t>(found, considered_);
   sorter_(found_.data(), found, hwy::SortAscending());
+  const size_t considered = ThinOut(found);
   const NodeId node = nodes_[next_];
   if (entries_[next_].is_far) {
     linker_->BeginAdded(target_.graph, target_.vectors, node);
@@ -327,6 +327,15 @@ void BatchLinker::BeginLink() {
     target_.codes->format().EncodeQuery(numbers.data(), linker_->walk_query());
   }
   linker_->BeginFound(target_.graph, target_.vectors, node, walk_, {found_.data(), considered});
+}
+
+// Of what was found, nearest first, those that links are selected among; returns how many.
+size_t BatchLinker::ThinOut(size_t found) {
+  size_t kept = std::min<size_t>(found, considered_.nearest);
+  for (size_t i = kept; i < found && kept < considered_.count(); i += kFartherStep) {
+    found_[kept++] = found_[i];
+  }
+  return kept;
 }
 
 // The distances of the candidates that may be linked to; returns how many.

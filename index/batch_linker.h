@@ -42,9 +42,9 @@ struct BatchTarget {
 //    the later nodes of a batch see the earlier ones, as if they had been linked one by one.
 // 3. Scan: list by list, its members with all nodes that look in it, by code. Each node keeps the
 //    nearest some hundred. One that is far from what codes were learned from looks in none.
-// 4. Link: node by node, what it kept is compared again by int8, and the nearest of that are what
-//    HnswLinker selects its links on level 0 from; levels above it searches as for any node. For
-//    one that is far it searches level 0 as well, by int8.
+// 4. Link: node by node, what it kept is compared again by int8, and the nearest of that, with some
+//    of the rest, are what HnswLinker selects its links on level 0 from; levels above it searches
+//    as for any node. For one that is far it searches level 0 as well, by int8.
 // 5. Lists that have grown too long are split.
 //
 // Thread safety: the owner core's alone; readers of other cores may be in the graph at any moment.
@@ -54,13 +54,23 @@ class BatchLinker {
  private:
   // Room for the candidates of a node while it is compared.
   static constexpr size_t kCandidates = 512;
+  static constexpr uint32_t kFartherStep = 3;
 
  public:
   static constexpr uint32_t kMaxBatch = 1'024;
-  // Candidates that the links of a node are selected among on level 0. Lists miss fewer of the
-  // nearest than a search that keeps as many, so fewer do.
-  static constexpr uint32_t CandidatesFor(uint32_t ef_construction) {
-    return std::clamp<uint32_t>(ef_construction * 5 / 8, 1, kCandidates / 3);
+  // What the links of a node are selected among on level 0: the nearest, and every third of those
+  // behind them. What is farther seldom becomes a link, and where it does, it is for its direction,
+  // for which one of a few will do.
+  struct Candidates {
+    uint32_t nearest;
+    uint32_t farther;
+    uint32_t count() const { return nearest + farther; }
+    // Of which they are taken.
+    uint32_t compared() const { return nearest + farther * kFartherStep; }
+  };
+  static constexpr Candidates CandidatesFor(uint32_t ef_construction) {
+    const uint32_t ef = std::min<uint32_t>(ef_construction, kCandidates / 2 - 16);
+    return {.nearest = std::max(ef * 15 / 32, 1U), .farther = ef * 3 / 16};
   }
 
   // `linker`: free while a batch is begun, and used until it is linked. Both outlive this. Takes
@@ -132,12 +142,13 @@ class BatchLinker {
   void ShrinkCandidates(uint32_t place, size_t least, size_t most);
   void ShrinkToCompared(uint32_t place);
   size_t CompareAgain(uint32_t place);
+  size_t ThinOut(size_t found);
 
   // Constant after construction.
   ArenaHeap* heap_;
   HnswBuildParams params_;
-  uint32_t considered_;      // candidates that links are selected among
-  uint32_t compared_again_;  // and that are compared by int8 before
+  Candidates considered_;    // that links are selected among
+  uint32_t compared_again_;  // by int8, before
   HnswLinker* linker_;
   BlockProducts products_;
   hwy::Sorter sorter_;

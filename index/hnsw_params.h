@@ -28,9 +28,9 @@ struct HnswBuildParams {
   // distance to the node. 1 is the paper's rule; above 1 keeps more long links (Vamana's alpha,
   // Subramanya et al. 2019). At least 1.
   float alpha = 1.0F;
-  // Of batch linking: members of inverted lists that a node is compared with by code. Of the
-  // nearest, 15/16 of ef_construction, 48 to 255, are compared again by int8, and its links chosen
-  // among two thirds of these.
+  // Of batch linking: members of inverted lists that a node is compared with by code. About
+  // ef_construction of the nearest, 48 to 247, are compared again by int8, and its links chosen
+  // among two thirds of these (BatchLinker::CandidatesFor).
   uint32_t scanned = 2'000;
 };
 
