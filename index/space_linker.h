@@ -20,8 +20,7 @@ namespace engram {
 class SpaceLinker {
  public:
   // `heap` outlives the linker, and is that of the spaces that are given to it: what is learned for
-  // a space stays with it. `most`: nodes of a batch, 1 to BatchLinker::kMaxBatch; 1 links one by
-  // one, also where there are codes.
+  // a space stays with it. `most`: nodes of a batch, 1 to BatchLinker::kMaxBatch.
   SpaceLinker(ArenaHeap* heap, const HnswBuildParams& params, uint32_t most);
   SpaceLinker(const SpaceLinker&) = delete;
   SpaceLinker& operator=(const SpaceLinker&) = delete;

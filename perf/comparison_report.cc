@@ -188,7 +188,7 @@ void PrintCurves(const std::vector<Contender>& contenders) {
     table.AddRow({std::to_string(our.ef), Shown(our.recall, "%.4f"), ShownRate(our.recalls_per_s),
                   Shown(their.recall, "%.4f"), ShownRate(their.recalls_per_s)});
   }
-  std::printf("\nRecalls, one at a time:\n");
+  std::printf("\nRecalls, on one thread:\n");
   table.Print();
 
   Table ratios({{"recall@10", Table::Align::kRight},

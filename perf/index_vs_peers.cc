@@ -104,7 +104,7 @@ void AddOptions(CLI::App* app, Options* options) {
   app->add_option("--ef-construction", options->ef_construction, "Ours")
       ->check(CLI::Range(1u, kMaxEf))
       ->capture_default_str();
-  app->add_option("--batch", options->batch, "Ours: nodes linked at once; 1 links one by one")
+  app->add_option("--batch", options->batch, "Ours: nodes linked at once")
       ->check(CLI::Range(1u, BatchLinker::kMaxBatch))
       ->capture_default_str();
   app->add_option("--scanned", options->scanned, "Ours: members of lists compared, of a batch")
