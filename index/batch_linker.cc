@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "index/nearest_selection.h"
 #include "src/core/check.h"
@@ -17,6 +16,8 @@ constexpr uint32_t kWorkOfChoosing = 40;
 constexpr uint32_t kListsGroupedPerDistance = 16;
 constexpr uint32_t kPairsPerDistance = 32;
 constexpr uint32_t kWorkOfSplit = 4'000;
+// Nodes that are compared with a list at once.
+constexpr size_t kQueriesAtOnce = 32;
 // However few links are selected among: estimates are not right enough for fewer.
 constexpr uint32_t kLeastCompared = 48;
 // Candidates that are compared again at once.
@@ -35,20 +36,17 @@ BatchLinker::BatchLinker(ArenaHeap* heap, const HnswBuildParams& params, HnswLin
 
 BatchLinker::~BatchLinker() { FreeMemory(); }
 
-bool BatchLinker::TakeMemory(size_t bits) {
-  if (memory_.bits >= bits) return true;
-  FreeMemory();
+bool BatchLinker::TakeMemory() {
+  if (memory_.estimates != nullptr) return true;
   Memory taken;
-  taken.bits = bits;
   constexpr size_t kSlots = kMaxBatch * kCandidates + kSelectionSlack;
   taken.estimates = heap_->AllocateArray<float>(kSlots);
   taken.candidates = heap_->AllocateArray<NodeId>(kSlots);
-  taken.numbers = heap_->Allocate(kMaxBatch * bits);
   taken.looks = heap_->AllocateArray<Look>(size_t{kMaxBatch} * InvertedLists::kMostChosen);
   taken.queries = heap_->AllocateArray<Query>(size_t{kMaxBatch} * InvertedLists::kMostChosen);
   memory_ = taken;
-  if (taken.estimates != nullptr && taken.candidates != nullptr && taken.numbers != nullptr &&
-      taken.looks != nullptr && taken.queries != nullptr) {
+  if (taken.estimates != nullptr && taken.candidates != nullptr && taken.looks != nullptr &&
+      taken.queries != nullptr) {
     return true;
   }
   FreeMemory();
@@ -63,7 +61,6 @@ void BatchLinker::FreeMemory() {
   };
   free(memory_.estimates, kSlots);
   free(memory_.candidates, kSlots);
-  free(memory_.numbers, kMaxBatch * memory_.bits);
   free(memory_.looks, kChosen);
   free(memory_.queries, kChosen);
   free(starts_, starts_count_);
@@ -77,8 +74,7 @@ bool BatchLinker::Begin(const BatchTarget& target, std::span<const NodeId> nodes
   CHECK(!nodes.empty() && nodes.size() <= kMaxBatch, "a batch is 1 to 1,024 nodes");
   const NodeId last = *std::max_element(nodes.begin(), nodes.end());
   const size_t room = std::max(target.graph->known_nodes(), size_t{last} + 1);
-  if (!TakeMemory(target.codes->format().bits()) || !target.lists->Reserve(room) ||
-      !linker_->Reserve(room)) {
+  if (!TakeMemory() || !target.lists->Reserve(room) || !linker_->Reserve(room)) {
     return false;
   }
   for (size_t i = 0; i < nodes.size(); ++i) {
@@ -140,15 +136,12 @@ uint32_t BatchLinker::StepPrepare() {
   const NodeId node = nodes_[next_];
   std::array<float, kMaxDimension> numbers;
   target_.format->Decode(target_.vectors.vectors->Row(node), numbers.data());
-  const RabitqFormat& format = target_.codes->format();
   Entry& entry = entries_[next_];
-  entry = {.scale = 0, .bound = HUGE_VALF, .candidates = 0, .lists = 0, .is_far = false};
+  entry = {.code = {}, .bound = HUGE_VALF, .candidates = 0, .lists = 0, .is_far = false};
   entry.is_far = target_.codes->IsFar(numbers.data());
-  float offset = 0;  // the same for all of its candidates
-  format.EncodeRowAndBlockQuery(
-      numbers.data(), target_.codes->rows().Row(node),
-      reinterpret_cast<int8_t*>(memory_.numbers + size_t{next_} * format.bits()), &entry.scale,
-      &offset);
+  std::byte* const code = target_.codes->rows().Row(node);
+  target_.codes->format().Encode(numbers.data(), code);
+  entry.code = target_.codes->signs().QueryOf(code);
   if (++next_ == size_) Advance(Phase::kAssign);
   return kWorkOfPreparing;
 }
@@ -216,28 +209,16 @@ uint32_t BatchLinker::StepGroup() {
   return (lists + starts_[lists]) / kListsGroupedPerDistance;
 }
 
-// 3. One list with up to a block of nodes.
+// 3. One list with some of the nodes.
 uint32_t BatchLinker::StepScan() {
   const uint32_t begin = next_ == 0 ? 0 : starts_[next_ - 1];
   const std::span<const Query> queries(memory_.queries + begin, starts_[next_] - begin);
-  const size_t count = std::min<size_t>(queries.size() - inner_, BlockProducts::kMaxQueries);
+  const size_t count = std::min<size_t>(queries.size() - inner_, kQueriesAtOnce);
   uint32_t pairs = 0;
   if (count > 0 && target_.lists->size(next_) > 0) {
-    const size_t bits = target_.codes->format().bits();
-    const std::span<const Query> block_queries = queries.subspan(inner_, count);
-    std::array<const std::byte*, BlockProducts::kMaxQueries> numbers;
-    for (size_t i = 0; i < count; ++i) {
-      numbers[i] = memory_.numbers + size_t{block_queries[i].place} * bits;
-    }
-    alignas(kCacheLineBytes)
-        std::array<std::byte,
-                   BlockProducts::PackedBytes(BlockProducts::kMaxQueries, BlockProducts::kMaxWidth)>
-            packed;
-    products_.PackSignQueries(numbers.data(), count, bits, packed.data());
-    packed_ = packed.data();
     uint32_t first = 0;
     target_.lists->ForEachBlock(next_, [&](const InvertedLists::Block& block) {
-      ScanBlock(block, block_queries, first);
+      ScanBlock(block, queries.subspan(inner_, count), first);
       first += static_cast<uint32_t>(block.nodes.size());
     });
     pairs = static_cast<uint32_t>(count) * target_.lists->size(next_);
@@ -254,33 +235,18 @@ uint32_t BatchLinker::StepScan() {
 // `first`: members of the list before the block.
 void BatchLinker::ScanBlock(const InvertedLists::Block& block, std::span<const Query> queries,
                             uint32_t first) {
-  constexpr size_t kMembers = InvertedLists::kBlockMembers;
-  const RabitqFormat& format = target_.codes->format();
-  const size_t members = block.nodes.size();
-  std::array<float, kMembers + kSelectionSlack> offsets;
-  std::array<float, kMembers + kSelectionSlack> factors;
-  for (size_t i = 0; i < members; ++i) {
-    const std::byte* const after = block.codes + i * format.row_bytes() + format.bits() / 8;
-    std::memcpy(&offsets[i], after, sizeof(float));
-    std::memcpy(&factors[i], after + sizeof(float), sizeof(float));
-  }
-  alignas(kCacheLineBytes)
-      std::array<int32_t, BlockProducts::kMaxQueries * kMembers + kSelectionSlack>
-          products;
-  products_.SignProducts(block.codes, format.row_bytes(), members, packed_, queries.size(),
-                         format.bits(), products.data(), kMembers);
-  for (size_t i = 0; i < queries.size(); ++i) {
-    const auto [place, visible] = queries[i];
+  const SignBlocks& signs = target_.codes->signs();
+  for (const auto [place, visible] : queries) {
     if (visible <= first) continue;
     Entry& entry = entries_[place];
-    if (entry.candidates + kMembers + kSelectionSlack > kCandidates) {
+    if (entry.candidates + SignBlocks::kMembers + kSelectionSlack > kCandidates) {
       ShrinkCandidates(place, compared_again_, compared_again_ + compared_again_ / 3);
     }
     const size_t at = size_t{place} * kCandidates + entry.candidates;
+    const size_t members = std::min<size_t>(block.nodes.size(), visible - first);
     entry.candidates += static_cast<uint32_t>(
-        AppendNearer(products.data() + i * kMembers, offsets.data(), factors.data(), entry.scale,
-                     block.nodes.data(), std::min<size_t>(members, visible - first), entry.bound,
-                     memory_.estimates + at, memory_.candidates + at));
+        signs.AppendNearer(block.codes, members, entry.code, block.nodes.data(), entry.bound,
+                           memory_.estimates + at, memory_.candidates + at));
   }
 }
 

@@ -70,7 +70,7 @@ class BatchLinker {
   };
   static constexpr Candidates CandidatesFor(uint32_t ef_construction) {
     const uint32_t ef = std::min<uint32_t>(ef_construction, kCandidates / 2 - 16);
-    return {.nearest = std::max(ef * 15 / 32, 1U), .farther = ef * 3 / 16};
+    return {.nearest = std::max(ef * 13 / 32, 1U), .farther = ef * 5 / 32};
   }
 
   // `linker`: free while a batch is begun, and used until it is linked. Both outlive this. Takes
@@ -105,7 +105,7 @@ class BatchLinker {
     kSplit,
   };
   struct Entry {
-    float scale;  // of its numbers, as a query for blocks of codes
+    SignBlocks::Query code;
     float bound;  // estimates from here on are too far
     uint32_t candidates;
     uint32_t lists;  // that it looks in
@@ -123,13 +123,11 @@ class BatchLinker {
   struct Memory {
     float* estimates = nullptr;    // kCandidates a node
     NodeId* candidates = nullptr;  // likewise
-    std::byte* numbers = nullptr;  // bits() a node: the query for blocks of codes
     Look* looks = nullptr;         // kMostChosen a node
     Query* queries = nullptr;      // by list
-    size_t bits = 0;
   };
 
-  bool TakeMemory(size_t bits);
+  bool TakeMemory();
   void FreeMemory();
   void Advance(Phase next);
   uint32_t StepPrepare();
@@ -164,9 +162,8 @@ class BatchLinker {
   std::array<Entry, kMaxBatch> entries_;
   std::array<NeighbourKey, kCandidates> found_;  // of the node that is linked
   uint32_t size_ = 0;
-  uint32_t next_ = 0;                  // place, or list
-  uint32_t inner_ = 0;                 // query of the list
-  const std::byte* packed_ = nullptr;  // the block of nodes that is compared
+  uint32_t next_ = 0;   // place, or list
+  uint32_t inner_ = 0;  // query of the list
   uint64_t estimates_ = 0;
   uint64_t compared_ = 0;
 };

@@ -31,15 +31,6 @@ void Int8BlockProducts(const std::byte* rows, size_t row_stride, size_t row_coun
                        size_t out_stride) {
   Int8Block(rows, row_stride, row_count, packed, query_count, width, out, out_stride);
 }
-void SignBlockProducts(const std::byte* rows, size_t row_stride, size_t row_count,
-                       const std::byte* packed, size_t query_count, size_t width, int32_t* out,
-                       size_t out_stride) {
-  SignBlock(rows, row_stride, row_count, packed, query_count, width, out, out_stride);
-}
-void PackForSigns(const std::byte* const* queries, size_t query_count, size_t width,
-                  std::byte* packed) {
-  PackSigns(queries, query_count, width, packed);
-}
 
 #if HWY_TARGET == HWY_AVX3_DL && defined(__x86_64__)
 void PackForTiles(const std::byte* const* queries, size_t query_count, size_t width,
@@ -50,11 +41,6 @@ void Int8TileProducts(const std::byte* rows, size_t row_stride, size_t row_count
                       const std::byte* packed, size_t query_count, size_t width, int32_t* out,
                       size_t out_stride) {
   Int8WithTiles(rows, row_stride, row_count, packed, query_count, width, out, out_stride);
-}
-void SignTileProducts(const std::byte* rows, size_t row_stride, size_t row_count,
-                      const std::byte* packed, size_t query_count, size_t width, int32_t* out,
-                      size_t out_stride) {
-  SignsWithTiles(rows, row_stride, row_count, packed, query_count, width, out, out_stride);
 }
 #endif
 
@@ -67,8 +53,6 @@ namespace engram {
 namespace {
 
 HWY_EXPORT(Int8BlockProducts);
-HWY_EXPORT(SignBlockProducts);
-HWY_EXPORT(PackForSigns);
 
 // One query after the other, as they are.
 void PackRows(const std::byte* const* queries, size_t query_count, size_t width,
@@ -81,9 +65,7 @@ BlockKernels VectorKernels() {
   hwy::GetChosenTarget().Update(hwy::SupportedTargets());
   return {
       .pack_queries = &PackRows,
-      .pack_sign_queries = &HWY_DYNAMIC_DISPATCH(PackForSigns),
       .products = &HWY_DYNAMIC_DISPATCH(Int8BlockProducts),
-      .sign_products = &HWY_DYNAMIC_DISPATCH(SignBlockProducts),
   };
 }
 
@@ -121,9 +103,7 @@ bool SystemGrantsTiles() {
 const BlockKernels* TileKernels() {
   static const BlockKernels kernels = {
       .pack_queries = &N_AVX3_DL::PackForTiles,
-      .pack_sign_queries = &N_AVX3_DL::PackForSigns,
       .products = &N_AVX3_DL::Int8TileProducts,
-      .sign_products = &N_AVX3_DL::SignTileProducts,
   };
   static const bool granted = (hwy::SupportedTargets() & HWY_AVX3_DL) != 0 && ProcessorHasTiles() &&
                               SystemSavesTiles() && SystemGrantsTiles();
@@ -154,12 +134,6 @@ void BlockProducts::PackQueries(const std::byte* const* queries, size_t query_co
   kernels_.pack_queries(queries, query_count, width, packed);
 }
 
-void BlockProducts::PackSignQueries(const std::byte* const* queries, size_t query_count,
-                                    size_t width, std::byte* packed) const {
-  CheckShape(query_count, width);
-  kernels_.pack_sign_queries(queries, query_count, width, packed);
-}
-
 void BlockProducts::Products(const std::byte* rows, size_t row_stride, size_t row_count,
                              const std::byte* packed, size_t query_count, size_t width,
                              int32_t* out, size_t out_stride) const {
@@ -167,15 +141,6 @@ void BlockProducts::Products(const std::byte* rows, size_t row_stride, size_t ro
   CHECK(out_stride >= row_count, "a query's products must not overlap the next one's");
   if (row_count == 0) return;
   kernels_.products(rows, row_stride, row_count, packed, query_count, width, out, out_stride);
-}
-
-void BlockProducts::SignProducts(const std::byte* rows, size_t row_stride, size_t row_count,
-                                 const std::byte* packed, size_t query_count, size_t width,
-                                 int32_t* out, size_t out_stride) const {
-  CheckShape(query_count, width);
-  CHECK(out_stride >= row_count, "a query's products must not overlap the next one's");
-  if (row_count == 0) return;
-  kernels_.sign_products(rows, row_stride, row_count, packed, query_count, width, out, out_stride);
 }
 
 }  // namespace engram

@@ -13,14 +13,11 @@ namespace engram {
 // with matrix tiles one instruction takes 16 rows, 16 queries and 64 dimensions. That is several
 // times cheaper than a distance function called pair by pair.
 //
-// Two kinds of rows:
-//   int8   `width` signed numbers: the numbers of an int8 row of VectorFormat, without its trailer
-//   signs  `width` bits, bit i at bit i % 8 of byte i / 8; a one stands for +1, a zero for -1
-// Queries are `width` signed int8 numbers under both. `width` is a multiple of 64 and at most
-// kMaxWidth, which keeps every sum below 2^27.
+// Rows and queries are `width` signed int8 numbers: those of an int8 row of VectorFormat, without
+// its trailer. `width` is a multiple of 64 and at most kMaxWidth, which keeps every sum below 2^27.
 //
-// A block of queries is packed once and used for any number of rows. A packed block is good for
-// the kind of rows that it was packed for, and for block products of the same kernel.
+// A block of queries is packed once and used for any number of rows, by block products of the same
+// kernel.
 //
 // Sources: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18
 // (programming with Intel AMX) and volume 2 (TDPBSSD, VPDPBUSD); Intel 64 and IA-32 Architectures
@@ -49,37 +46,27 @@ class BlockProducts {
   // What is in use: kTiles or kVectors.
   Kernel kernel() const { return kernel_; }
 
-  // Bytes of a packed block of `query_count` queries (1 to kMaxQueries), of either kind. A multiple
-  // of 64.
+  // Bytes of a packed block of `query_count` queries (1 to kMaxQueries). A multiple of 64.
   static constexpr size_t PackedBytes(size_t query_count, size_t width) {
-    return (query_count + 15) / 16 * 16 * (width + 64);
+    return (query_count + 15) / 16 * 16 * width;
   }
 
   // Packs `query_count` queries (1 to kMaxQueries) of `width` int8 numbers each, aligned to 64
-  // bytes, for int8 rows. `packed`: PackedBytes(), aligned to 64 bytes.
+  // bytes. `packed`: PackedBytes(), aligned to 64 bytes.
   void PackQueries(const std::byte* const* queries, size_t query_count, size_t width,
                    std::byte* packed) const;
-  // The same for rows of signs.
-  void PackSignQueries(const std::byte* const* queries, size_t query_count, size_t width,
-                       std::byte* packed) const;
 
   // out[query * out_stride + row] = the inner product, for each of the `query_count` queries of
   // `packed` (the count and width that it was packed with) and each of `row_count` int8 rows, of
   // which row r begins at rows + r * row_stride. `rows` is aligned to 64 bytes and `row_stride` is
   // a multiple of 64; `width` bytes of each row are read and nothing else. `out_stride` is counted
   // in numbers and at least `row_count`; no other number of `out` is written. `out` needs no
-  // alignment, but tiles write signs' products a quarter faster to lines of 64 bytes. `row_count`
-  // may be 0.
+  // alignment. `row_count` may be 0.
   //
   // With tiles a call costs some 55 ns before its first product, for loading their shapes: give it
   // many rows. It uses up to 50 KiB of stack.
   void Products(const std::byte* rows, size_t row_stride, size_t row_count, const std::byte* packed,
                 size_t query_count, size_t width, int32_t* out, size_t out_stride) const;
-  // The same for rows of signs, `width` / 8 bytes each, and a block of PackSignQueries. Neither
-  // `rows` nor `row_stride` needs alignment.
-  void SignProducts(const std::byte* rows, size_t row_stride, size_t row_count,
-                    const std::byte* packed, size_t query_count, size_t width, int32_t* out,
-                    size_t out_stride) const;
 
  private:
   Kernel kernel_;

@@ -97,6 +97,7 @@ class HnswLinker {
   void SetNode(HnswGraph* graph, const SearchTarget& target, NodeId node, const SearchTarget* walk);
   void BeginSearch();
   void BeginBottom();
+  uint32_t BeamWidth() const;
   void StepDescent();
   void StepBeam();
   void StepExtend();

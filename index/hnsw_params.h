@@ -31,7 +31,7 @@ struct HnswBuildParams {
   // Of batch linking: members of inverted lists that a node is compared with by code. About
   // ef_construction of the nearest, 48 to 247, are compared again by int8, and its links chosen
   // among two thirds of these (BatchLinker::CandidatesFor).
-  uint32_t scanned = 2'000;
+  uint32_t scanned = 2'500;
 };
 
 // How a graph is searched.

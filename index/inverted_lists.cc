@@ -43,10 +43,12 @@ uint32_t SampledPlace(uint32_t i, uint32_t stride) { return i * stride + i % str
 }  // namespace
 
 InvertedLists::InvertedLists(ArenaHeap* heap, const VectorFormat* format,
-                             const VectorStore* vectors, size_t code_row_bytes)
+                             const VectorStore* vectors, const SignBlocks& codes,
+                             size_t code_row_bytes)
     : heap_(heap),
       format_(format),
       vectors_(vectors),
+      codes_(codes),
       code_row_bytes_(code_row_bytes),
       l2_(DistanceFunction(Precision::kInt8, Metric::kL2)),
       lists_(heap),
@@ -145,10 +147,15 @@ void InvertedLists::SetCentroid(uint32_t list, const float* mean, const std::byt
 // ---------------------------------------------------------------------------------------------
 // Members
 
-void InvertedLists::CopyCode(Stored* block, uint32_t place, const std::byte* code) {
-  std::byte* codes = reinterpret_cast<std::byte*>(block) + kStoredHeaderBytes;
-  std::memcpy(codes + place * code_row_bytes_, code, code_row_bytes_);
+void InvertedLists::SetCode(Stored* block, uint32_t place, const std::byte* code) {
+  codes_.Set(CodesOf(block), place, code);
   block->hashes[place] = HashOf(code);
+}
+
+void InvertedLists::CopyCode(const Stored* from, uint32_t from_place, Stored* to,
+                             uint32_t to_place) {
+  codes_.Copy(CodesOf(from), from_place, CodesOf(to), to_place);
+  to->hashes[to_place] = from->hashes[from_place];
 }
 
 // Different codes have the same one rarely enough.
@@ -201,7 +208,7 @@ bool InvertedLists::Add(uint32_t list, NodeId node, const std::byte* code) {
   const uint32_t place = to.size % kBlockMembers;
   if (place == 0 && AppendBlock(&to) == nullptr) return false;
   to.last->nodes[place] = node;
-  CopyCode(to.last, place, code);
+  SetCode(to.last, place, code);
   if (to.size == 0) --empty_;
   ++to.size;
   ++members_;
@@ -227,7 +234,7 @@ void InvertedLists::Remove(NodeId node) {
   }
   const uint32_t last_place = (from.size - 1) % kBlockMembers;
   block->nodes[place] = from.last->nodes[last_place];
-  CopyCode(block, place, CodesOf(from.last) + last_place * code_row_bytes_);
+  CopyCode(from.last, last_place, block, place);
   from.last->nodes[last_place] = kNoNode;
   --from.size;
   --members_;
@@ -367,14 +374,14 @@ bool InvertedLists::Move(uint32_t list, uint32_t place, uint32_t other) {
   if (to.size % kBlockMembers == 0 && AppendBlock(&to) == nullptr) return false;
   const uint32_t to_place = to.size % kBlockMembers;
   to.last->nodes[to_place] = node;
-  CopyCode(to.last, to_place, CodesOf(block) + place * code_row_bytes_);
+  CopyCode(block, place, to.last, to_place);
   if (to.size++ == 0) --empty_;
   sizes_[other] = static_cast<float>(to.size);
   List& from = lists_[list];
   const uint32_t last_place = (from.size - 1) % kBlockMembers;
   block->nodes[place] = from.last->nodes[last_place];
   if (block != from.last || place != last_place) {
-    CopyCode(block, place, CodesOf(from.last) + last_place * code_row_bytes_);
+    CopyCode(from.last, last_place, block, place);
   }
   from.last->nodes[last_place] = kNoNode;
   if (--from.size == 0) ++empty_;

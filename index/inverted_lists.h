@@ -10,6 +10,7 @@
 #include "index/chunked_array.h"
 #include "index/distance.h"
 #include "index/nearest_selection.h"
+#include "index/sign_blocks.h"
 #include "index/vector_format.h"
 #include "index/vector_store.h"
 #include "src/core/arena_heap.h"
@@ -19,8 +20,8 @@
 namespace engram {
 
 // Nodes by the nearest of some centroids (an inverted file, Jégou et al. 2011), with the RaBitQ
-// codes of each list side by side, so that many nodes can be compared with the members of a list by
-// one blocked product.
+// codes of each list side by side (sign_blocks.h), so that nodes are compared with many members at
+// once.
 //
 // It begins with one list. A list that has grown too long is split in two by 2-means
 // over some of its members (as in SPFresh's LIRE, Xu et al. 2023); neither half is smaller than a
@@ -38,7 +39,7 @@ class InvertedLists {
   static constexpr uint32_t kMostMembers = 384;
   static constexpr uint32_t kListsAimedAt = 1'200;
   // Members that lie side by side.
-  static constexpr uint32_t kBlockMembers = 64;
+  static constexpr uint32_t kBlockMembers = SignBlocks::kMembers;
   // Members of a list with the same code.
   static constexpr uint32_t kMostCopies = 4;
   // Nodes that Choose takes at once.
@@ -52,16 +53,16 @@ class InvertedLists {
     std::array<uint32_t, kMostChosen + kSelectionSlack> lists;
   };
 
-  // Up to kBlockMembers members; row i of `codes` is that of nodes[i].
+  // Up to kBlockMembers members; member i of the block of codes is nodes[i].
   struct Block {
     std::span<const NodeId> nodes;  // room for kSelectionSlack more behind them
     const std::byte* codes;
   };
 
-  // `vectors`: the int8 rows of the nodes, in `format`. `code_row_bytes`: of a code. All outlive
-  // the lists.
+  // `vectors`: the int8 rows of the nodes, in `format`. Both outlive the lists. `codes`: of the
+  // codes that are added, `code_row_bytes` each.
   InvertedLists(ArenaHeap* heap, const VectorFormat* format, const VectorStore* vectors,
-                size_t code_row_bytes);
+                const SignBlocks& codes, size_t code_row_bytes);
   InvertedLists(const InvertedLists&) = delete;
   InvertedLists& operator=(const InvertedLists&) = delete;
   ~InvertedLists() { Release(); }
@@ -104,13 +105,14 @@ class InvertedLists {
   // Splits one list that has more than most_members(), if there is one and memory for it. False
   // where nothing was done.
   bool SplitOne();
-  // Writes the codes of one list anew: `code_of(node)` is the row. The rows are as long as before.
+  // Writes the codes of one list anew: `code_of(node)` is the row. The codes are of the metric and
+  // dimension of those before.
   template <typename CodeOf>
   void Recode(uint32_t list, CodeOf&& code_of) {
     uint32_t left = lists_[list].size;
     for (Stored* block = lists_[list].first; left > 0; block = block->next) {
       for (uint32_t i = 0; i < kBlockMembers && left > 0; ++i, --left) {
-        CopyCode(block, i, code_of(block->nodes[i]));
+        SetCode(block, i, code_of(block->nodes[i]));
       }
     }
   }
@@ -149,12 +151,16 @@ class InvertedLists {
   static constexpr size_t kStoredHeaderBytes = (sizeof(Stored) + 63) / 64 * 64;
 
   size_t ScoreStride() const { return size_t{list_capacity_} + kSelectionSlack; }
-  size_t BlockBytes() const { return kStoredHeaderBytes + kBlockMembers * code_row_bytes_; }
+  size_t BlockBytes() const { return kStoredHeaderBytes + codes_.block_bytes(); }
   size_t GroupBytes() const { return kGroupHeaderBytes + kGroupLists * format_->row_bytes(); }
   static const std::byte* CodesOf(const Stored* block) {
     return reinterpret_cast<const std::byte*>(block) + kStoredHeaderBytes;
   }
-  void CopyCode(Stored* block, uint32_t place, const std::byte* code);
+  static std::byte* CodesOf(Stored* block) {
+    return reinterpret_cast<std::byte*>(block) + kStoredHeaderBytes;
+  }
+  void SetCode(Stored* block, uint32_t place, const std::byte* code);
+  void CopyCode(const Stored* from, uint32_t from_place, Stored* to, uint32_t to_place);
   uint32_t HashOf(const std::byte* code) const;
   uint32_t CopiesOf(const List& list, uint32_t hash) const;
   std::byte* Centroid(uint32_t list) const {
@@ -187,6 +193,7 @@ class InvertedLists {
   ArenaHeap* heap_;
   const VectorFormat* format_;
   const VectorStore* vectors_;
+  SignBlocks codes_;
   size_t code_row_bytes_;
   DistanceFn l2_;
   // Taken from the heap.

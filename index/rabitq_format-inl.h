@@ -66,7 +66,6 @@ struct QuantisedQuery {
 };
 
 constexpr float kLargestUnsigned = 15;
-constexpr float kLargestSigned = 127;
 // Scaled residuals that all lie closer than this are taken as alike: its reciprocal is finite.
 constexpr float kSmallestWidth = 1e-30F;
 
@@ -209,19 +208,6 @@ HWY_INLINE uint32_t QuantiseUnsigned(const float* HWY_RESTRICT s, size_t count, 
     hn::Store(hn::DemoteTo(narrow, number), narrow, to + i);
   }
   return static_cast<uint32_t>(hn::GetLane(hn::SumOfLanes(int_tag, sums)));
-}
-
-// to[i] = s[i] * factor, rounded to the nearest; all are within +-127. `count` is a multiple of 64.
-HWY_INLINE void QuantiseSigned(const float* HWY_RESTRICT s, size_t count, float factor,
-                               int8_t* HWY_RESTRICT to) {
-  const FloatTag tag;
-  const size_t lanes = hn::Lanes(tag);
-  const hn::Rebind<int8_t, FloatTag> narrow;
-  const Floats factors = hn::Set(tag, factor);
-  for (size_t i = 0; i < count; i += lanes) {
-    const auto number = hn::NearestInt(hn::Mul(hn::Load(tag, s + i), factors));
-    hn::Store(hn::DemoteTo(narrow, number), narrow, to + i);
-  }
 }
 
 // Bit i % 8 of plane[i / 8] = bit `bit` of numbers[i]. `count` is a multiple of 64.

@@ -47,14 +47,6 @@ QuantisedQuery RabitqQuantisePlanes(const float* s, size_t bits, uint8_t* planes
   return {range.low, step, double{range.low} * static_cast<double>(bits) + double{step} * sum};
 }
 
-// Returns the step.
-float RabitqQuantiseBlock(const float* s, size_t bits, int8_t* numbers) {
-  const Range range = RangeOf(s, bits);
-  const float largest = std::max(range.high, -range.low);
-  QuantiseSigned(s, bits, largest > kSmallestWidth ? kLargestSigned / largest : 0, numbers);
-  return largest / kLargestSigned;
-}
-
 }  // namespace HWY_NAMESPACE
 }  // namespace engram
 HWY_AFTER_NAMESPACE();
@@ -112,7 +104,6 @@ HWY_EXPORT(RabitqLargestMagnitude);
 HWY_EXPORT(RabitqScaleResidual);
 HWY_EXPORT(RabitqEncodeSigns);
 HWY_EXPORT(RabitqQuantisePlanes);
-HWY_EXPORT(RabitqQuantiseBlock);
 HWY_EXPORT(RabitqEstimate);
 HWY_EXPORT(RabitqEstimates);
 
@@ -233,13 +224,6 @@ float RabitqFormat::OffsetOf(const Residual& residual) const {
   return 0;
 }
 
-void RabitqFormat::WriteBlockQuery(const Residual& residual, int8_t* numbers, float* scale,
-                                   float* offset) const {
-  const float step = HWY_DYNAMIC_DISPATCH(RabitqQuantiseBlock)(residual.values, bits_, numbers);
-  *scale = Clamped(double{step} * residual.unit);
-  *offset = OffsetOf(residual);
-}
-
 void RabitqFormat::Encode(const float* v, std::byte* row) const {
   Residual residual;
   TakeResidual(v, &residual);
@@ -274,21 +258,6 @@ void RabitqFormat::EncodeQuery(const float* v, std::byte* query) const {
   factors.base = -quantised.sum * residual.unit;
   factors.offset = OffsetOf(residual);
   std::memcpy(query, &factors, sizeof(factors));
-}
-
-void RabitqFormat::EncodeBlockQuery(const float* v, int8_t* numbers, float* scale,
-                                    float* offset) const {
-  Residual residual;
-  TakeResidual(v, &residual);
-  WriteBlockQuery(residual, numbers, scale, offset);
-}
-
-void RabitqFormat::EncodeRowAndBlockQuery(const float* v, std::byte* row, int8_t* numbers,
-                                          float* scale, float* offset) const {
-  Residual residual;
-  TakeResidual(v, &residual);
-  WriteRow(residual, row);
-  WriteBlockQuery(residual, numbers, scale, offset);
 }
 
 float RabitqFormat::SquaredResidual(const float* v) const {

@@ -56,6 +56,7 @@ class RabitqFormat {
   uint32_t dimension() const { return rotation_.dimension(); }
   // dimension() floats.
   const float* centroid() const { return centroid_; }
+  float squared_norm_of_centroid() const { return static_cast<float>(squared_norm_of_centroid_); }
   // Of a code: the rotated dimension, a multiple of 64.
   size_t bits() const { return bits_; }
   // A multiple of 64.
@@ -70,13 +71,6 @@ class RabitqFormat {
   void Encode(const float* v, std::byte* row) const;
   // `query`: query_bytes(), aligned to 64 bytes.
   void EncodeQuery(const float* v, std::byte* query) const;
-  // A query for blocked products: sum_i sign(r_i) * s_i = scale * sum_i sign(r_i) * numbers[i].
-  // `numbers`: bits() numbers within +-127, aligned to 64 bytes. `offset` is the query's.
-  void EncodeBlockQuery(const float* v, int8_t* numbers, float* scale, float* offset) const;
-  // Encode and EncodeBlockQuery of the same vector, with one rotation.
-  void EncodeRowAndBlockQuery(const float* v, std::byte* row, int8_t* numbers, float* scale,
-                              float* offset) const;
-
   // |v - c|^2, what an estimate's error grows with the root of.
   float SquaredResidual(const float* v) const;
 
@@ -93,8 +87,6 @@ class RabitqFormat {
   RabitqFormat(Metric metric, uint32_t dimension, uint64_t seed, float* centroid);
   void TakeResidual(const float* v, Residual* residual) const;
   void WriteRow(const Residual& residual, std::byte* row) const;
-  void WriteBlockQuery(const Residual& residual, int8_t* numbers, float* scale,
-                       float* offset) const;
   float OffsetOf(const Residual& residual) const;
 
   RandomRotation rotation_;

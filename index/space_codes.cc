@@ -189,7 +189,8 @@ void Space::BeginEncoding(RabitqFormat* format, double mean_squared_residual) {
     return;
   }
   next_codes_ = new (memory) WalkCodes(heap_, format, mean_squared_residual);
-  if (!lists_) lists_.emplace(heap_, &*code_format_, &*codes_, format->row_bytes());
+  if (!lists_)
+    lists_.emplace(heap_, &*code_format_, &*codes_, SignBlocks(*format), format->row_bytes());
   next_encoded_ = 0;
   codes_step_ = CodesStep::kEncoding;
 }

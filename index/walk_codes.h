@@ -5,6 +5,7 @@
 
 #include "index/hnsw_search.h"
 #include "index/rabitq_format.h"
+#include "index/sign_blocks.h"
 #include "index/vector_store.h"
 #include "src/core/arena_heap.h"
 #include "src/core/check.h"
@@ -27,12 +28,15 @@ class WalkCodes {
         format_(format),
         far_(mean_squared_residual > 0 ? static_cast<float>(kFar * mean_squared_residual)
                                        : HUGE_VALF),
+        signs_(*format),
         rows_(heap, format->row_bytes()) {}
   WalkCodes(const WalkCodes&) = delete;
   WalkCodes& operator=(const WalkCodes&) = delete;
   ~WalkCodes() { RabitqFormat::Destroy(format_, heap_); }
 
   const RabitqFormat& format() const { return *format_; }
+  // For comparing rows with each other.
+  const SignBlocks& signs() const { return signs_; }
   // So far from the centroid that codes do not tell what is about it apart. `v`: as
   // RabitqFormat::Encode takes it.
   bool IsFar(const float* v) const { return format_->SquaredResidual(v) > far_; }
@@ -48,6 +52,7 @@ class WalkCodes {
   ArenaHeap* heap_;
   RabitqFormat* format_;
   float far_;
+  SignBlocks signs_;
   VectorStore rows_;
 };
 

@@ -25,7 +25,7 @@ class BatchRig : public GraphFixture {
            size_t arena_bytes = size_t{512} << 20)
       : GraphFixture(metric, dimension, params, arena_bytes, Precision::kInt8),
         codes(&heap, MakeFormat(metric, dimension, &heap)),
-        lists(&heap, &format, &vectors, codes.format().row_bytes()),
+        lists(&heap, &format, &vectors, codes.signs(), codes.format().row_bytes()),
         batch(&heap, params, &linker) {}
 
   // Stores all; the first node of them.

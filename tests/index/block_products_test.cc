@@ -66,12 +66,8 @@ std::byte NumberOf(Numbers numbers, std::mt19937& random) {
 }
 
 int32_t SignedAt(const std::byte* numbers, size_t i) { return static_cast<int8_t>(numbers[i]); }
-int32_t SignAt(const std::byte* bits, size_t i) {
-  return (std::to_integer<uint32_t>(bits[i / 8]) >> (i % 8) & 1) != 0 ? 1 : -1;
-}
 
 struct Shape {
-  bool signs;
   size_t rows;
   size_t queries;
   size_t width;
@@ -79,12 +75,10 @@ struct Shape {
   Numbers row_numbers = Numbers::kRandom;
   Numbers query_numbers = Numbers::kRandom;
 
-  size_t row_bytes() const { return signs ? width / 8 : width; }
-  size_t row_stride() const { return row_bytes() + extra_stride; }
+  size_t row_stride() const { return width + extra_stride; }
   std::string Describe() const {
-    return (signs ? "signs" : "int8") + std::string(", rows ") + std::to_string(rows) +
-           ", queries " + std::to_string(queries) + ", width " + std::to_string(width) +
-           ", stride " + std::to_string(row_stride());
+    return "rows " + std::to_string(rows) + ", queries " + std::to_string(queries) + ", width " +
+           std::to_string(width) + ", stride " + std::to_string(row_stride());
   }
 };
 
@@ -97,7 +91,7 @@ class Case {
     std::memset(rows_.data(), 0x7F, rows_.size());
     for (size_t r = 0; r < shape.rows; ++r) {
       std::byte* row = rows_.data() + r * shape.row_stride();
-      for (size_t i = 0; i < shape.row_bytes(); ++i) row[i] = NumberOf(shape.row_numbers, random);
+      for (size_t i = 0; i < shape.width; ++i) row[i] = NumberOf(shape.row_numbers, random);
     }
     for (size_t q = 0; q < shape.queries; ++q) {
       queries_.emplace_back(shape.width);
@@ -125,15 +119,9 @@ class Case {
     // queries more.
     const size_t out_stride = shape_.rows + kRoom;
     std::vector<int32_t> out(kRoom + (shape_.queries + 16) * out_stride, kUntouched);
-    if (shape_.signs) {
-      products.PackSignQueries(queries.data(), shape_.queries, shape_.width, packed.data() + 64);
-      products.SignProducts(rows_.data(), shape_.row_stride(), shape_.rows, packed.data() + 64,
-                            shape_.queries, shape_.width, out.data() + kRoom, out_stride);
-    } else {
-      products.PackQueries(queries.data(), shape_.queries, shape_.width, packed.data() + 64);
-      products.Products(rows_.data(), shape_.row_stride(), shape_.rows, packed.data() + 64,
-                        shape_.queries, shape_.width, out.data() + kRoom, out_stride);
-    }
+    products.PackQueries(queries.data(), shape_.queries, shape_.width, packed.data() + 64);
+    products.Products(rows_.data(), shape_.row_stride(), shape_.rows, packed.data() + 64,
+                      shape_.queries, shape_.width, out.data() + kRoom, out_stride);
     for (size_t i = 0; i < 64; ++i) {
       ASSERT_EQ(packed.data()[i], kGuard) << "before the packed block";
       ASSERT_EQ(packed.data()[64 + packed_bytes + i], kGuard) << "behind the packed block";
@@ -156,7 +144,7 @@ class Case {
 
   // Nothing behind the last row.
   static size_t RowBytes(const Shape& shape) {
-    return shape.rows == 0 ? 0 : (shape.rows - 1) * shape.row_stride() + shape.row_bytes();
+    return shape.rows == 0 ? 0 : (shape.rows - 1) * shape.row_stride() + shape.width;
   }
 
   int32_t Product(size_t query, size_t row) const {
@@ -164,7 +152,7 @@ class Case {
     const std::byte* of_row = rows_.data() + row * shape_.row_stride();
     int32_t sum = 0;
     for (size_t i = 0; i < shape_.width; ++i) {
-      sum += SignedAt(numbers, i) * (shape_.signs ? SignAt(of_row, i) : SignedAt(of_row, i));
+      sum += SignedAt(numbers, i) * SignedAt(of_row, i);
     }
     return sum;
   }
@@ -182,69 +170,54 @@ void ExpectExact(const Shape& shape, uint32_t seed) {
   one.ExpectExact(Kernel::kVectors);
 }
 
-class BlockProductsOf : public testing::TestWithParam<bool> {};
-INSTANTIATE_TEST_SUITE_P(Rows, BlockProductsOf, testing::Bool(), [](const auto& each) {
-  return each.param ? std::string("Signs") : std::string("Int8");
-});
-
-TEST_P(BlockProductsOf, EveryNumberOfRows) {
+TEST(BlockProducts, EveryNumberOfRows) {
   for (size_t rows = 0; rows <= 70; ++rows) {
     for (const size_t queries : {1, 5, 16, 17, 32}) {
-      ExpectExact({.signs = GetParam(), .rows = rows, .queries = queries, .width = 128},
-                  static_cast<uint32_t>(rows));
+      ExpectExact({.rows = rows, .queries = queries, .width = 128}, static_cast<uint32_t>(rows));
     }
   }
 }
 
-TEST_P(BlockProductsOf, EveryNumberOfQueries) {
+TEST(BlockProducts, EveryNumberOfQueries) {
   for (size_t queries = 1; queries <= 32; ++queries) {
     for (const size_t rows : {1, 7, 16, 23, 40, 67}) {
-      ExpectExact({.signs = GetParam(), .rows = rows, .queries = queries, .width = 192},
-                  static_cast<uint32_t>(queries));
+      ExpectExact({.rows = rows, .queries = queries, .width = 192}, static_cast<uint32_t>(queries));
     }
   }
 }
 
-TEST_P(BlockProductsOf, EveryWidth) {
+TEST(BlockProducts, EveryWidth) {
   for (size_t width = 64; width <= BlockProducts::kMaxWidth; width += 64) {
     for (const size_t queries : {3, 19}) {
-      ExpectExact({.signs = GetParam(), .rows = 37, .queries = queries, .width = width},
-                  static_cast<uint32_t>(width));
+      ExpectExact({.rows = 37, .queries = queries, .width = width}, static_cast<uint32_t>(width));
     }
   }
 }
 
-TEST_P(BlockProductsOf, ManyRows) {
+TEST(BlockProducts, ManyRows) {
   for (const size_t queries : {3, 32}) {
-    ExpectExact({.signs = GetParam(), .rows = 400, .queries = queries, .width = 768}, 1);
+    ExpectExact({.rows = 400, .queries = queries, .width = 768}, 1);
   }
 }
 
 // The distance from row to row is not the row's size.
-TEST_P(BlockProductsOf, RowsWithRoomBetween) {
-  for (const size_t extra : {8, 64, 72, 1024}) {
-    if (!GetParam() && extra % 64 != 0) continue;
+TEST(BlockProducts, RowsWithRoomBetween) {
+  for (const size_t extra : {64, 128, 1024}) {
     for (const size_t width : {64, 448, 768, 1536}) {
       for (const size_t queries : {2, 32}) {
-        ExpectExact({.signs = GetParam(),
-                     .rows = 45,
-                     .queries = queries,
-                     .width = width,
-                     .extra_stride = extra},
-                    7);
+        ExpectExact({.rows = 45, .queries = queries, .width = width, .extra_stride = extra}, 7);
       }
     }
   }
 }
 
 // The largest sums there are, of either sign, and numbers whose negative is no int8.
-TEST_P(BlockProductsOf, ExtremeNumbers) {
+TEST(BlockProducts, ExtremeNumbers) {
   constexpr Numbers kAll[] = {Numbers::kLowest, Numbers::kHighest, Numbers::kExtremes};
   for (const Numbers of_rows : kAll) {
     for (const Numbers of_queries : kAll) {
       for (const size_t queries : {4, 32}) {
-        ExpectExact({.signs = GetParam(),
-                     .rows = 20,
+        ExpectExact({.rows = 20,
                      .queries = queries,
                      .width = BlockProducts::kMaxWidth,
                      .row_numbers = of_rows,
@@ -274,20 +247,17 @@ INSTANTIATE_TEST_SUITE_P(Targets, VectorTargets,
                          });
 
 TEST_P(VectorTargets, AreExact) {
-  for (const bool signs : {false, true}) {
-    for (const Numbers numbers : {Numbers::kRandom, Numbers::kLowest, Numbers::kExtremes}) {
-      for (const size_t width : {64, 448, 768, 4096}) {
-        for (const size_t queries : {1, 6, 32}) {
-          Case({.signs = signs,
-                .rows = 21,
-                .queries = queries,
-                .width = width,
-                .extra_stride = 64,
-                .row_numbers = numbers,
-                .query_numbers = numbers},
-               13)
-              .ExpectExact(Kernel::kVectors);
-        }
+  for (const Numbers numbers : {Numbers::kRandom, Numbers::kLowest, Numbers::kExtremes}) {
+    for (const size_t width : {64, 448, 768, 4096}) {
+      for (const size_t queries : {1, 6, 32}) {
+        Case({.rows = 21,
+              .queries = queries,
+              .width = width,
+              .extra_stride = 64,
+              .row_numbers = numbers,
+              .query_numbers = numbers},
+             13)
+            .ExpectExact(Kernel::kVectors);
       }
     }
   }
@@ -305,12 +275,9 @@ uint32_t StatesInUse() {
 TEST(BlockProducts, TilesAreReleased) {
   if (!BlockProducts::HasTiles()) GTEST_SKIP() << "needs int8 tiles (Intel AMX)";
   constexpr uint32_t kTiles = 3U << 17;
-  for (const bool signs : {false, true}) {
-    for (const size_t queries : {1, 32}) {
-      Case({.signs = signs, .rows = 40, .queries = queries, .width = 128}, 5)
-          .ExpectExact(Kernel::kTiles);
-      EXPECT_EQ(StatesInUse() & kTiles, 0U);
-    }
+  for (const size_t queries : {1, 32}) {
+    Case({.rows = 40, .queries = queries, .width = 128}, 5).ExpectExact(Kernel::kTiles);
+    EXPECT_EQ(StatesInUse() & kTiles, 0U);
   }
 }
 #endif
@@ -323,9 +290,9 @@ TEST(BlockProducts, ChoosesTheKernel) {
 }
 
 TEST(BlockProducts, PackedBytesAreForWholeGroupsOf16) {
-  EXPECT_EQ(BlockProducts::PackedBytes(1, 64), 16U * 128);
-  EXPECT_EQ(BlockProducts::PackedBytes(16, 64), 16U * 128);
-  EXPECT_EQ(BlockProducts::PackedBytes(17, 64), 32U * 128);
+  EXPECT_EQ(BlockProducts::PackedBytes(1, 64), 16U * 64);
+  EXPECT_EQ(BlockProducts::PackedBytes(16, 64), 16U * 64);
+  EXPECT_EQ(BlockProducts::PackedBytes(17, 64), 32U * 64);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "index/block_products.h"
+#include "index/sign_blocks.h"
 #include "index/vector_format.h"
 #include "index/vector_store.h"
 #include "src/core/hash.h"
@@ -35,6 +36,7 @@ namespace {
 
 constexpr uint32_t kMost = InvertedLists::kFewestMembers;  // while there are few lists
 constexpr size_t kCodeBytes = 64;
+constexpr size_t kCodeBits = 64;  // the rest of a row are its factors
 
 std::string Violation(const InvertedLists& lists) {
   const Result<void> checked = lists.CheckInvariants();
@@ -50,7 +52,8 @@ class ListsRig {
         format(Precision::kInt8, metric, dimension),
         rows(&rows_memory.heap, format.row_bytes()),
         codes(&rows_memory.heap, kCodeBytes),
-        lists(std::make_unique<InvertedLists>(&memory.heap, &format, &rows, kCodeBytes)) {}
+        signs(metric, kCodeBits, 0),
+        lists(std::make_unique<InvertedLists>(&memory.heap, &format, &rows, signs, kCodeBytes)) {}
 
   void WriteRow(NodeId node, std::span<const float> vector) {
     ASSERT_TRUE(rows.Reserve(node + 1) && codes.Reserve(node + 1));
@@ -103,8 +106,7 @@ class ListsRig {
           ASSERT_TRUE(seen.insert(node).second) << node << " is listed twice";
           ASSERT_TRUE(members.contains(node)) << node;
           ASSERT_TRUE(lists->Has(node));
-          ASSERT_EQ(std::memcmp(block.codes + i * kCodeBytes, codes.Row(node), kCodeBytes), 0)
-              << node << " has another's code";
+          ASSERT_TRUE(HasCodeOf(block, i, node)) << node << " has another's code";
         }
       });
       ASSERT_EQ(size, lists->size(list));
@@ -113,12 +115,20 @@ class ListsRig {
     ASSERT_LE(lists->bytes(), memory.heap.live_bytes());
   }
 
+  bool HasCodeOf(const InvertedLists::Block& block, size_t member, NodeId node) const {
+    std::array<std::array<std::byte, SignBlocks::BlockBytes(kCodeBits)>, 2> blocks{};
+    signs.Copy(block.codes, static_cast<uint32_t>(member), blocks[0].data(), 0);
+    signs.Set(blocks[1].data(), 0, codes.Row(node));
+    return blocks[0] == blocks[1];
+  }
+
   TestHeap rows_memory;
   TestHeap memory;
   VectorFormat format;
   VectorStore rows;
   VectorStore codes;
   BlockProducts products;
+  SignBlocks signs;
   std::unique_ptr<InvertedLists> lists;
   std::set<NodeId> members;
 };

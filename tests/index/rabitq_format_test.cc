@@ -383,42 +383,6 @@ TEST_P(RabitqFormatTest, IsUnbiasedAndAsCloseAsThePaperSays) {
   }
 }
 
-TEST_P(RabitqFormatTest, ABlockQueryGivesTheSameEstimate) {
-  std::mt19937 random(6);
-  for (const Metric metric : kMetrics) {
-    for (const uint32_t dimension : {1U, 65U, 768U, 784U, 4096U}) {
-      Rig rig(metric, dimension, &random);
-      const RabitqFormat& format = rig.format();
-      const Values x = RandomVector(metric, dimension, &random);
-      const Values q = RandomVector(metric, dimension, &random);
-      Blocks rows(format.row_bytes(), 3);
-      alignas(64) int8_t numbers[2][kMaxDimension + 64];
-      for (auto& half : numbers) std::fill(std::begin(half), std::end(half), int8_t{99});
-      float scale[2];
-      float offset[2];
-      format.Encode(x.data(), rows[0]);
-      format.EncodeBlockQuery(q.data(), numbers[0], &scale[0], &offset[0]);
-      const std::vector<double> s = rig.RotatedResidual(q);
-      const double largest = std::fabs(*std::max_element(
-          s.begin(), s.end(), [](double a, double b) { return std::fabs(a) < std::fabs(b); }));
-      for (size_t i = 0; i < format.bits(); ++i) {
-        ASSERT_LE(std::abs(numbers[0][i]), 127);
-        ASSERT_NEAR(scale[0] * numbers[0][i], s[i], 0.5001 * largest / 127) << i;
-      }
-      ASSERT_EQ(numbers[0][format.bits()], 99) << "wrote beyond the numbers";
-      // Where a register has one lane, thousands of additions in float follow each other.
-      ASSERT_NEAR(offset[0], rig.OracleOffset(q), 1e-4 * (1 + std::fabs(rig.OracleOffset(q))));
-      // Both at once.
-      format.EncodeRowAndBlockQuery(q.data(), rows[1], numbers[1], &scale[1], &offset[1]);
-      format.Encode(q.data(), rows[2]);
-      EXPECT_EQ(std::memcmp(rows[1], rows[2], format.row_bytes()), 0);
-      EXPECT_EQ(std::memcmp(numbers[0], numbers[1], format.bits()), 0);
-      EXPECT_EQ(scale[0], scale[1]);
-      EXPECT_EQ(offset[0], offset[1]);
-    }
-  }
-}
-
 // A vector times a power of two has the same code, and every product of two four times that power:
 // nothing is lost on the way, however large or small the vectors are.
 TEST_P(RabitqFormatTest, KnowsTheScaleOfItsVectors) {
@@ -477,7 +441,6 @@ TEST_P(RabitqFormatTest, DegenerateVectorsGiveNumbers) {
         const RabitqFormat& format = rig.format();
         Blocks rows(format.row_bytes(), vectors.size());
         Blocks queries(format.query_bytes(), 1);
-        alignas(64) int8_t numbers[kMaxDimension];
         std::vector<const std::byte*> pointers;
         for (size_t i = 0; i < vectors.size(); ++i) {
           format.Encode(vectors[i].data(), rows[i]);
@@ -497,10 +460,6 @@ TEST_P(RabitqFormatTest, DegenerateVectorsGiveNumbers) {
             ASSERT_TRUE(std::isfinite(found[i])) << Name(metric, dimension);
             ASSERT_EQ(found[i], format.distance()(queries[0], rows[i], format.bits()));
           }
-          float scale = NAN;
-          float offset = NAN;
-          format.EncodeBlockQuery(q.data(), numbers, &scale, &offset);
-          ASSERT_TRUE(std::isfinite(scale) && std::isfinite(offset));
         }
       }
     }
@@ -620,14 +579,11 @@ TEST_P(RabitqFormatTest, AllocatesNothing) {
   const Values v = RandomVector(Metric::kCosine, 768, &random);
   Blocks rows(format.row_bytes(), 1);
   Blocks queries(format.query_bytes(), 1);
-  alignas(64) int8_t numbers[768];
   const std::byte* pointers[] = {rows[0], rows[0], rows[0]};
   float found[3];
-  float scale = 0;
   const uint64_t before = AllocationCount();
   format.Encode(v.data(), rows[0]);
   format.EncodeQuery(v.data(), queries[0]);
-  format.EncodeRowAndBlockQuery(v.data(), rows[0], numbers, &scale, &found[0]);
   format.distances()(queries[0], pointers, 3, format.bits(), found);
   EXPECT_EQ(AllocationCount(), before);
 }
