@@ -31,6 +31,9 @@ namespace {
 
 // A new centroid that saves less of the residuals is not worth encoding everything again.
 constexpr double kWorthwhileDrift = 0.05;
+// But for codes that are doubted: a cloud that is far nearer to the new centroid saves little of
+// all residuals, and much of its own.
+constexpr double kWorthwhileInDoubt = 0.01;
 constexpr uint32_t kWorkOfDrift = 32;
 constexpr uint32_t kWorkOfLearning = 2'000;
 constexpr uint32_t kWorkOfEncoding = 128;
@@ -84,7 +87,8 @@ void Space::BeginLearning(CodeLearning* learning) {
       if (lists_->Has(node)) learning->TakeNear(*lists_, lists_->HomeOf(node), is_live);
     }
   } else if (lists_) {
-    for (uint32_t i = 0; i < learning->taken.size(); ++i) {
+    const auto most = static_cast<uint32_t>(learning->taken.size());
+    for (uint32_t i = 0; i < std::min(lists_->count(), most); ++i) {
       const auto list = static_cast<uint32_t>(MixBits(nodes_taken_ + i) % lists_->count());
       learning->TakeNear(*lists_, list, is_live);
     }
@@ -108,7 +112,8 @@ void Space::MeasureDrift(CodeLearning* learning, uint32_t max_distances) {
   Numbers numbers;
   for (uint32_t work = 0; work < max_distances; work += kWorkOfDrift) {
     if (learning->next == learning->spread_size) {
-      learning->has_moved = learning->drift.SavedShare() >= kWorthwhileDrift;
+      learning->has_moved = learning->drift.SavedShare() >=
+                            (learn_when_.is_doubted() ? kWorthwhileInDoubt : kWorthwhileDrift);
       learning->drift.Stop();
       StartLearner(learning);
       return;

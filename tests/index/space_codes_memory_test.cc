@@ -154,7 +154,7 @@ TEST_F(ShortMemoryTest, CodesThatAreLearnedAnew) {
       }
     };
     constexpr uint64_t kFirst = 301;
-    ASSERT_NO_FATAL_FAILURE(store_until(kFirst, 2));
+    ASSERT_NO_FATAL_FAILURE(store_until(kFirst, 1));
     ASSERT_NO_FATAL_FAILURE(rig.Settle());
     const WalkCodes* const before = rig.space.walk_codes();
     ASSERT_NE(before, nullptr);
