@@ -26,6 +26,9 @@ class LearningSchedule {
   // The learning that is due, or under way, is for a doubt.
   bool is_doubted() const { return is_doubted_; }
 
+  // Learnings that were begun, ever.
+  uint64_t begun() const { return begun_; }
+
   // Codes are doubted. False where it is too early to listen.
   bool Doubt(uint64_t taken) {
     if (taken < listen_at_) return false;
@@ -35,6 +38,7 @@ class LearningSchedule {
   }
   // Learning begins. `least`: nodes to take in, however few live.
   void Begin(uint64_t taken, uint64_t live, uint64_t least) {
+    ++begun_;
     at_ = taken + std::max({kAgainFactor * live, least, uint64_t{1}});
   }
   // Learning has shown that codes are to be others, or none, or that all is well.
@@ -53,6 +57,7 @@ class LearningSchedule {
  private:
   uint64_t at_ = 0;
   uint64_t listen_at_ = 0;
+  uint64_t begun_ = 0;
   uint32_t doublings_ = 0;
   bool is_doubted_ = false;
 };

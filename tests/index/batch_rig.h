@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "index/batch_linker.h"
+#include "index/estimate_agreement.h"
 #include "index/inverted_lists.h"
 #include "index/rabitq_format.h"
 #include "index/walk_codes.h"
@@ -36,8 +37,12 @@ class BatchRig : public GraphFixture {
   }
   BatchTarget TargetOfBatch() {
     CHECK(codes.rows().Reserve(stored), "room for codes");
-    return {
-        .graph = &graph, .vectors = Target(), .format = &format, .codes = &codes, .lists = &lists};
+    return {.graph = &graph,
+            .vectors = Target(),
+            .format = &format,
+            .codes = &codes,
+            .lists = &lists,
+            .agreement = &agreement};
   }
   // In slices of `budget`, with `after_slice` between them.
   void LinkBatch(
@@ -89,6 +94,7 @@ class BatchRig : public GraphFixture {
   WalkCodes codes;
   InvertedLists lists;
   BatchLinker batch;
+  EstimateAgreement agreement;
 
  private:
   // The tests' vectors lie about the origin, or anywhere: a code need not be good to be sound.
