@@ -20,9 +20,15 @@ namespace {
 
 constexpr uint32_t kDimension = 96;
 constexpr uint64_t kSettled = 250;  // stored between two times that all is linked
-constexpr uint64_t kQueries = 40;
-// Below what the same vectors are recalled with by int8.
+// Now and then a query's walk ends in a cloud that its nearest do not lie in, whatever the graph is
+// linked by: so many that one of these does not matter.
+constexpr uint64_t QueriesFor(uint32_t dimension) {
+  return dimension > kDimension || kSanitized ? 60 : 200;
+}
+// Below what the same vectors are recalled with by int8. A batch chooses links among fewer
+// candidates than a search by int8, and a walk by codes loses some: both show with a small ef.
 constexpr double kAllowed = 0.02;
+constexpr double kAllowedWithSmallEf = 0.03;
 
 using Draw = std::function<std::vector<float>(uint64_t)>;
 
@@ -73,6 +79,7 @@ struct Case {
   Metric metric;
   uint32_t dimension = kDimension;
   uint64_t vectors = 2'200;
+  double allowed_with_small_ef = kAllowedWithSmallEf;
 };
 std::vector<Case> AllCases() {
   std::vector<Case> all;
@@ -86,17 +93,23 @@ std::vector<Case> AllCases() {
   // Codes were learned with the first 500, and are learned again with 2,000 unless they are doubted
   // before. With 768 dimensions recalls walk by them.
   for (const Metric metric : {Metric::kL2, Metric::kCosine}) {
-    for (const uint32_t dimension : {96U, 768U}) {
+    for (const uint32_t dimension : {kDimension, 768U}) {
       if (kSanitized && (metric == Metric::kL2 || dimension == 768)) continue;
       const auto name = [&](const std::string& text) { return text + std::to_string(dimension); };
       const auto into = [&](float width) {
         return Parts{Spread(dimension), Cloud(width, dimension)};
       };
-      all.push_back({{name("Cloud10Of1000In"), into(0.1F)}, metric, dimension, 1'000});
+      const auto add = [&](const std::string& text, float width, uint64_t vectors) {
+        const double allowed = dimension == kDimension ? kAllowed : kAllowedWithSmallEf;
+        all.push_back({{name(text), into(width)}, metric, dimension, vectors, allowed});
+      };
+      add("Cloud10Of1000In", 0.1F, 1'000);
       if (kSanitized) continue;
-      all.push_back({{name("Cloud5Of1000In"), into(0.05F)}, metric, dimension, 1'000});
-      all.push_back({{name("Cloud20Of3000In"), into(0.2F)}, metric, dimension, 3'000});
-      all.push_back({{name("Cloud10Of3000In"), into(0.1F)}, metric, dimension, 3'000});
+      add("Cloud5Of1000In", 0.05F, 1'000);
+      if (dimension == kDimension || metric == Metric::kCosine) {
+        add("Cloud20Of3000In", 0.2F, 3'000);
+      }
+      if (dimension == kDimension) add("Cloud10Of3000In", 0.1F, 3'000);
     }
   }
   return all;
@@ -105,17 +118,21 @@ std::vector<Case> AllCases() {
 class DriftTest : public testing::TestWithParam<Case> {
  protected:
   static void ExpectRecallsAs(CodedSpaceRig* rig, CodedSpaceRig* plain, const Draw& draw) {
+    const auto allowed_at = [](uint32_t ef) {
+      return ef < 128 ? GetParam().allowed_with_small_ef : kAllowed;
+    };
     std::vector<std::vector<float>> queries;
-    for (uint64_t i = 0; i < kQueries; ++i) queries.push_back(draw(1'000'000 + i));
+    const uint64_t count = QueriesFor(rig->space.dimension());
+    for (uint64_t i = 0; i < count; ++i) queries.push_back(draw(1'000'000 + i));
     const TrueNearest truth = rig->NearestOf(queries);
     for (const uint32_t ef : {64U, 128U}) {
-      EXPECT_GE(rig->Recall(truth, ef), plain->Recall(truth, ef) - kAllowed) << "ef " << ef;
+      EXPECT_GE(rig->Recall(truth, ef), plain->Recall(truth, ef) - allowed_at(ef)) << "ef " << ef;
     }
   }
 };
 
 TEST_P(DriftTest, IsRecalledAsByInt8) {
-  const auto& [drift, metric, dimension, vectors] = GetParam();
+  const auto& [drift, metric, dimension, vectors, allowed] = GetParam();
   const Parts& parts = drift.parts;
   CodedSpaceRig rig({.metric = metric, .dimension = dimension});
   CodedSpaceRig plain({.metric = metric, .traversal = Traversal::kInt8, .dimension = dimension});
@@ -175,7 +192,7 @@ TEST(SpaceCodesDriftTest, ACloudInOneBatchIsLinkedAsByInt8) {
     }
     EXPECT_FALSE(rig.HasCodes()) << "it was doubted behind the batch";
     std::vector<std::vector<float>> queries;
-    for (uint64_t i = 0; i < 2 * kQueries; ++i) queries.push_back(cloud(1'000'000 + i));
+    for (uint64_t i = 0; i < QueriesFor(kDimension); ++i) queries.push_back(cloud(1'000'000 + i));
     const TrueNearest truth = rig.NearestOf(queries);
     EXPECT_GE(rig.Recall(truth, 64), plain.Recall(truth, 64) - kAllowed) << MetricName(metric);
   }
@@ -186,7 +203,8 @@ TEST(SpaceCodesDriftTest, GoodDataAreNotLearnedAgainAndAgain) {
   struct Good {
     std::string name;
     Draw draw;
-    uint64_t learnings;
+    uint64_t least;
+    uint64_t most;  // learnings
   };
   // A hundred clouds that fill up; codes tell their members apart ever worse.
   const Draw clusters = [](uint64_t number) {
@@ -200,12 +218,12 @@ TEST(SpaceCodesDriftTest, GoodDataAreNotLearnedAgainAndAgain) {
     return LatentVector(number % 10 == 0 ? number : 0, kDimension);
   };
   // With 500, 2,000 and 8,000.
-  const Good all[] = {{"spread", Spread(kDimension), 3},
-                      {"clusters", clusters, 3},
-                      {"copies", copies, 3},
-                      {"mostly equal", mostly_equal, 3},
+  const Good all[] = {{"spread", Spread(kDimension), 3, 3},
+                      {"clusters", clusters, 3, 3},
+                      {"copies", copies, 3, 3},
+                      {"mostly equal", mostly_equal, 3, 3},
                       // And for doubts, of which each next one comes later.
-                      {"narrow clusters", narrow, 6}};
+                      {"narrow clusters", narrow, 4, 5}};
   for (const Good& good : all) {
     SCOPED_TRACE(good.name);
     if (kSanitized && good.name != "clusters") continue;
@@ -217,31 +235,37 @@ TEST(SpaceCodesDriftTest, GoodDataAreNotLearnedAgainAndAgain) {
         rig.upkeep.Run();
       }
     }
-    EXPECT_LE(SpaceTestPeer::CountLearnings(rig.space), good.learnings);
+    const uint64_t learnings = SpaceTestPeer::CountLearnings(rig.space);
+    EXPECT_GE(learnings, kSanitized ? 1 : good.least);
+    EXPECT_LE(learnings, good.most);
     EXPECT_TRUE(rig.HasCodes());
   }
 }
 
-// What is given back of the lists of a space whose codes are withdrawn.
+// The lists of a space whose codes are withdrawn are given back a few at a time. A cloud of one in
+// eight: codes are judged where they were doubted, not anywhere.
 TEST(SpaceCodesDriftTest, CodesAreWithdrawnInShortSlices) {
+  constexpr uint64_t kFirst = 2'000;
   CodedSpaceRig rig({.dimension = kDimension});
-  const Draw cloud = Cloud(0.05F);
-  for (uint64_t id = 0; id < 1'000; ++id) {
+  const Draw cloud = Cloud(0.2F);
+  for (uint64_t id = 0; id < kFirst; ++id) {
     ASSERT_NO_FATAL_FAILURE(rig.Store(id, LatentVector(id, kDimension)));
   }
   ASSERT_NO_FATAL_FAILURE(rig.Settle());
-  ASSERT_GE(SpaceTestPeer::CountLists(rig.space), 8u);
-  for (uint64_t id = 1'000; id < 1'500; ++id) {
+  const uint32_t lists = SpaceTestPeer::CountLists(rig.space);
+  ASSERT_GE(lists, 16u);
+  for (uint64_t id = kFirst; id < kFirst + 300; ++id) {
     ASSERT_NO_FATAL_FAILURE(rig.Store(id, cloud(id)));
   }
-  size_t releasing = 0;
   for (int slice = 0; slice < 1'000'000 && rig.HasCodes(); ++slice) rig.upkeep.Step(10);
+  ASSERT_FALSE(rig.HasCodes());
+  size_t releasing = 0;
   for (; SpaceTestPeer::IsReleasing(rig.space); ++releasing) {
     ASSERT_TRUE(rig.space.WantsCodes());
     ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
     rig.upkeep.Step(10);
   }
-  EXPECT_GE(releasing, 8u) << "a list or so a slice";
+  EXPECT_GE(releasing, lists / 3) << "a list or two a slice";
   EXPECT_EQ(SpaceTestPeer::CountLists(rig.space), 0u);
   ASSERT_NO_FATAL_FAILURE(rig.Settle());
 }
