@@ -7,16 +7,22 @@ namespace engram {
 namespace {
 
 constexpr size_t kMostCompared = 128;
+constexpr size_t kAtOnce = 16;
 
-// How many are smaller; those that are equal count half.
-float MiddleRank(float estimate, std::span<const float> estimates) {
-  uint32_t smaller = 0;
-  uint32_t equal = 0;
-  for (const float other : estimates) {
-    smaller += static_cast<uint32_t>(other < estimate);
-    equal += static_cast<uint32_t>(other == estimate);
+// The place of each of `some` among `all` in ascending order: as many as are smaller; those that
+// are equal, itself among them, share the middle of their places. Room for kAtOnce more behind
+// `some` and `ranks`, which compilers fill registers with.
+void RankAmong(std::span<const float> all, std::span<const float> some, float* ranks) {
+  for (size_t first = 0; first < some.size(); first += kAtOnce) {
+    const float* const these = some.data() + first;
+    std::array<int32_t, kAtOnce> twice{};
+    for (const float other : all) {
+      for (size_t i = 0; i < kAtOnce; ++i) {
+        twice[i] += (other < these[i] ? 1 : 0) + (other <= these[i] ? 1 : 0);
+      }
+    }
+    for (size_t i = 0; i < kAtOnce; ++i) ranks[first + i] = static_cast<float>(twice[i] - 1) / 2;
   }
-  return static_cast<float>(smaller) + static_cast<float>(equal - 1) / 2;
 }
 
 }  // namespace
@@ -31,26 +37,23 @@ float EstimateAgreement::Displacement(std::span<const float> estimates,
   std::copy(keys.begin(), keys.end(), sorted.begin());
   std::nth_element(sorted.begin(), sorted.begin() + kNearest - 1, sorted.begin() + count);
   const float tenth = DistanceOf(sorted[kNearest - 1]);
-  float ranks = 0;
+  // First those that are nearer than the tenth.
+  std::array<float, kMostCompared + kAtOnce> nearest{};
   size_t nearer = 0;
-  std::array<float, kMostCompared> tied;
-  size_t tied_count = 0;
   for (size_t i = 0; i < count; ++i) {
-    const float distance = DistanceOf(keys[i]);
-    if (distance > tenth) continue;
-    const float rank = MiddleRank(estimates[i], estimates);
-    if (distance == tenth) {
-      tied[tied_count++] = rank;
-    } else {
-      ranks += rank;
-      ++nearer;
-    }
+    if (DistanceOf(keys[i]) < tenth) nearest[nearer++] = estimates[i];
   }
-  const size_t wanted = std::min(kNearest - nearer, tied_count);
-  std::partial_sort(tied.begin(), tied.begin() + wanted, tied.begin() + tied_count);
-  for (size_t i = 0; i < wanted; ++i) ranks += tied[i];
+  size_t taken = nearer;
+  for (size_t i = 0; i < count; ++i) {
+    if (DistanceOf(keys[i]) == tenth) nearest[taken++] = estimates[i];
+  }
+  std::array<float, kMostCompared + kAtOnce> ranks;
+  RankAmong(estimates, std::span(nearest).first(taken), ranks.data());
+  if (taken > kNearest) std::sort(ranks.begin() + nearer, ranks.begin() + taken);
+  float sum = 0;
+  for (size_t i = 0; i < kNearest; ++i) sum += ranks[i];
   constexpr float kBest = (kNearest - 1) / 2.0F;
-  return std::max(ranks / kNearest - kBest, 0.0F) / static_cast<float>(count - kNearest);
+  return std::max(sum / kNearest - kBest, 0.0F) / static_cast<float>(count - kNearest);
 }
 
 bool EstimateAgreement::Add(NodeId node, std::span<const float> estimates,

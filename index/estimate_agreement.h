@@ -15,17 +15,18 @@ namespace engram {
 // distance: where they do not, the candidates are any ones of a crowd.
 //
 // A node's displacement is how far down the ten nearest by int8 lie among its candidates by
-// estimate: 0 where they are the first ten, 1/2 where estimates tell nothing. Measured with 66
-// candidates, the mean and the highest of the running means:
-//   Fashion-MNIST, text and MiniLM sentences (to 30,000)        0.03 to 0.05, 0.06
-//   SIFT                                                        0.07, 0.10
-//   100 normal clusters of 80 in 96 to 768 dimensions           0.08, 0.20
-//   100 clouds of width 0.1 among spread ones, 96 dimensions    0.09, 0.25
-//   one cloud of half of all, width 0.5 to 0.3                  0.05 to 0.14
-//   of width 0.2 in 96 dimensions, 0.1 in 768                   0.15 to 0.25, 0.29
-//   of width 0.1 and less in 96 dimensions                      0.38 to 0.53
-// Estimates of signs with signs move SIFT to 0.16 and the clusters to 0.14. So what is above the
-// bar of a mean need not be bad: it is reason to measure.
+// estimate: 0 where they are the first ten, 1/2 where estimates tell nothing. The highest of the
+// running means over 48 nodes, with 66 candidates:
+//   MiniLM sentences, Fashion-MNIST, text (3,000 to 30,000)               0.03 to 0.05
+//   SIFT                                                                  0.12
+//   100 normal clusters that fill up to 80 each, 96 to 768 dimensions     0.18 to 0.22
+//   100 clouds of width 0.1 up to 80 each, 96 and 768 dimensions          0.27 and 0.12
+//   one cloud of half of all, of width 0.5 to 0.3, or 0.2 in 768          below 0.15
+//   of width 0.2 in 96 dimensions, or 0.1 in 768                          0.22 to 0.31
+//   of width 0.1 and less in 96 dimensions, or 0.03 in 768                0.41 to 0.61
+// Estimates of signs with signs have SIFT at 0.16 in the mean instead of 0.07, normal clusters at
+// 0.14 instead of 0.09, and text and Fashion-MNIST at 0.06 instead of 0.05. What is above the bar
+// of a mean need not be bad, so it is reason to measure and no more.
 //
 // Thread safety: none. Allocates nothing.
 class EstimateAgreement {
@@ -36,8 +37,8 @@ class EstimateAgreement {
   // A running mean over so many nodes, and not told from fewer.
   static constexpr uint32_t kWindow = 48;
   static constexpr float kDoubtful = 0.15F;
-  // A single node's estimates are useless: of the real data above one in a thousand, of the
-  // clusters one in a hundred, of a cloud of width 0.1 in 96 dimensions most.
+  // A single node's estimates are useless: no node of the real data but one or two, one in a
+  // hundred of the clouds of 80, most of a cloud of width 0.1 in 96 dimensions.
   static constexpr float kUseless = 0.4F;
   // Of the nodes that disagreed, so many are known.
   static constexpr size_t kRemembered = 8;

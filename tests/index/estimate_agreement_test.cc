@@ -98,6 +98,12 @@ TEST(EstimateAgreementTest, FewCandidatesTellNothing) {
   for (NodeId node = 0; node < 200; ++node) EXPECT_TRUE(Add(&agreement, node, uneven));
   EXPECT_FALSE(agreement.IsDoubtful());
   EXPECT_EQ(agreement.mean(), 0);
+  // Nor do they speak against what others tell.
+  for (NodeId node = 0; node < 100; ++node) Add(&agreement, node, Drawn(node, 1e6F));
+  EXPECT_TRUE(agreement.IsDoubtful());
+  const float mean = agreement.mean();
+  for (NodeId node = 0; node < 200; ++node) Add(&agreement, node, few);
+  EXPECT_EQ(agreement.mean(), mean);
 }
 
 TEST(EstimateAgreementTest, DoubtComesWithSomeNodesAndNotWithAFew) {
