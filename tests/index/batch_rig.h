@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "index/batch_linker.h"
-#include "index/estimate_agreement.h"
 #include "index/inverted_lists.h"
 #include "index/rabitq_format.h"
 #include "index/walk_codes.h"
@@ -37,12 +36,8 @@ class BatchRig : public GraphFixture {
   }
   BatchTarget TargetOfBatch() {
     CHECK(codes.rows().Reserve(stored), "room for codes");
-    return {.graph = &graph,
-            .vectors = Target(),
-            .format = &format,
-            .codes = &codes,
-            .lists = &lists,
-            .agreement = &agreement};
+    return {
+        .graph = &graph, .vectors = Target(), .format = &format, .codes = &codes, .lists = &lists};
   }
   // In slices of `budget`, with `after_slice` between them.
   void LinkBatch(
@@ -94,7 +89,6 @@ class BatchRig : public GraphFixture {
   WalkCodes codes;
   InvertedLists lists;
   BatchLinker batch;
-  EstimateAgreement agreement;
 
  private:
   // The tests' vectors lie about the origin, or anywhere: a code need not be good to be sound.
