@@ -280,10 +280,18 @@ void BatchLinker::BeginLink() {
   // While this one's are compared, the next one's rows are on their way.
   if (next_ + 1 < size_) ShrinkToCompared(next_ + 1);
   const size_t found = CompareAgain(next_);
+  Entry& entry = entries_[next_];
+  const float* const estimates = memory_.estimates + size_t{next_} * kCandidates;
+  if (target_.agreement != nullptr &&
+      !target_.agreement->Add(nodes_[next_], {estimates, entry.candidates},
+                              {found_.data(), found})) {
+    entry.is_far = true;
+  }
   sorter_(found_.data(), found, hwy::SortAscending());
   const size_t considered = ThinOut(found);
   const NodeId node = nodes_[next_];
-  if (entries_[next_].is_far) {
+  // Nothing is found where memory was short for grouping, or estimates are no numbers.
+  if (entry.is_far || found == 0) {
     linker_->BeginAdded(target_.graph, target_.vectors, node);
     return;
   }

@@ -9,6 +9,7 @@
 #include <span>
 
 #include "index/block_products.h"
+#include "index/estimate_agreement.h"
 #include "index/hnsw_graph.h"
 #include "index/hnsw_linker.h"
 #include "index/hnsw_params.h"
@@ -24,10 +25,11 @@ namespace engram {
 // What a batch is linked into and with.
 struct BatchTarget {
   HnswGraph* graph = nullptr;
-  SearchTarget vectors;                  // int8 rows; graph and distance
-  const VectorFormat* format = nullptr;  // of these rows
-  WalkCodes* codes = nullptr;            // has room for the nodes
-  InvertedLists* lists = nullptr;        // of the nodes in the graph, with the codes' rows
+  SearchTarget vectors;                    // int8 rows; graph and distance
+  const VectorFormat* format = nullptr;    // of these rows
+  WalkCodes* codes = nullptr;              // has room for the nodes
+  InvertedLists* lists = nullptr;          // of the nodes in the graph, with the codes' rows
+  EstimateAgreement* agreement = nullptr;  // is told of each node; nullptr: nobody
 };
 
 // Links many nodes into an HNSW graph at once, in slices. A graph search finds the neighbours of
@@ -44,7 +46,8 @@ struct BatchTarget {
 //    nearest some hundred. One that is far from what codes were learned from looks in none.
 // 4. Link: node by node, what it kept is compared again by int8, and the nearest of that, with some
 //    of the rest, are what HnswLinker selects its links on level 0 from; levels above it searches
-//    as for any node. For one that is far it searches level 0 as well, by int8.
+//    as for any node. For one that is far it searches level 0 as well, by int8; likewise where the
+//    candidates' distances show that their estimates were useless.
 // 5. Lists that have grown too long are split.
 //
 // Thread safety: the owner core's alone; readers of other cores may be in the graph at any moment.

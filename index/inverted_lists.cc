@@ -68,6 +68,28 @@ void InvertedLists::Release() {
   count_ = 0;
 }
 
+bool InvertedLists::ReleaseSome(uint32_t most_members) {
+  uint32_t released = 0;
+  for (uint32_t list = count_; list-- > 0 && released < most_members;) released += Empty(list);
+  return members_ == 0;
+}
+
+// Returns how many members it had.
+uint32_t InvertedLists::Empty(uint32_t list) {
+  List& emptied = lists_[list];
+  const uint32_t members = emptied.size;
+  if (members == 0) return 0;
+  ForEachBlock(list, [this](const Block& block) {
+    for (const NodeId node : block.nodes) home_of_[node] = kNoList;
+  });
+  while (emptied.first != nullptr) DropLast(&emptied);
+  emptied.size = 0;
+  sizes_[list] = 0;
+  members_ -= members;
+  ++empty_;
+  return members;
+}
+
 bool InvertedLists::Reserve(size_t nodes) {
   if (!home_of_.Reserve(nodes)) return false;
   return count_ > 0 || AddList();

@@ -82,6 +82,9 @@ class InvertedLists {
   void Remove(NodeId node);
   bool Has(NodeId node) const { return node < home_of_.capacity() && home_of_[node] != kNoList; }
 
+  // The list that a node is in; of one that is in one.
+  uint32_t HomeOf(NodeId node) const { return home_of_[node] - 1; }
+
   uint32_t count() const { return count_; }
   uint32_t size(uint32_t list) const { return lists_[list].size; }
   // Nodes in all lists.
@@ -116,6 +119,10 @@ class InvertedLists {
       }
     }
   }
+
+  // Ahead of their end: gives back members, list by list, until `most_members` are gone. True when
+  // no more is left than the end can do at once.
+  bool ReleaseSome(uint32_t most_members);
 
   // What it takes of the heap.
   size_t bytes() const { return bytes_; }
@@ -175,6 +182,7 @@ class InvertedLists {
   void SetCentroid(uint32_t list, const float* mean, const std::byte* instead);
   Stored* AppendBlock(List* list);
   void DropLast(List* list);
+  uint32_t Empty(uint32_t list);
   // By L2, whatever the metric.
   float Apart(const std::byte* a, const std::byte* b) const {
     return l2_(a, b, format_->padded_dimension());

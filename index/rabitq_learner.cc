@@ -34,6 +34,7 @@ void RabitqLearner::Smallest::Show(Candidate candidate) {
 void RabitqLearner::Start(const RabitqSample& sample, uint64_t seed) {
   CHECK(sample.count >= 1 && sample.count <= kMaxSample, "a sample is 1 to 4,096 vectors");
   CHECK(sample.mean_count <= sample.count, "the mean is of a part of the sample");
+  CHECK(sample.near.size() <= kQueries, "what lies close together is asked for as often");
   Stop();
   sample_ = sample;
   seed_ = seed;
@@ -42,9 +43,12 @@ void RabitqLearner::Start(const RabitqSample& sample, uint64_t seed) {
   phase_ = Phase::kMean;
   next_ = 0;
   query_ = 0;
-  queries_ = sample.count < 2 ? 0 : std::min(kQueries, sample.count);
+  spread_queries_ = sample.count < 2 ? 0 : std::min(kQueries, MeanCount());
+  queries_ = sample.count < 2 ? 0 : spread_queries_ + sample.near.size();
   found_ = 0;
+  found_near_ = 0;
   quality_ = 0;
+  near_quality_ = 1;
   found_coarsely_ = 0;
   coarse_quality_ = 1;
   squares_ = 0;
@@ -137,14 +141,9 @@ RabitqLearner::Progress RabitqLearner::EncodeSome() {
 
 RabitqLearner::Progress RabitqLearner::BeginQuery() {
   if (query_ == queries_) {
-    if (queries_ == 0) {
-      quality_ = 1;
-    } else {
-      quality_ = found_ / static_cast<double>(queries_);
-      if (sample_.coarse != nullptr) {
-        coarse_quality_ = found_coarsely_ / static_cast<double>(queries_);
-      }
-    }
+    quality_ = Share(found_, spread_queries_);
+    near_quality_ = Share(found_near_, queries_ - spread_queries_);
+    if (sample_.coarse != nullptr) coarse_quality_ = Share(found_coarsely_, queries_);
     ReleaseWork();
     phase_ = Phase::kIdle;
     return Progress::kDone;
@@ -219,7 +218,7 @@ RabitqLearner::Progress RabitqLearner::EstimateSome() {
     }
   }
   if (next_ < sample_.count) return Progress::kGoesOn;
-  found_ += ShareFound();
+  (query_ < spread_queries_ ? found_ : found_near_) += ShareFound();
   ++query_;
   return BeginQuery();
 }

@@ -13,6 +13,7 @@
 #include "index/batch_linker.h"
 #include "index/chunked_array.h"
 #include "index/code_learning.h"
+#include "index/estimate_agreement.h"
 #include "index/expiry_queue.h"
 #include "index/fresh_list.h"
 #include "index/hnsw_graph.h"
@@ -22,6 +23,7 @@
 #include "index/hnsw_sweep.h"
 #include "index/id_map.h"
 #include "index/inverted_lists.h"
+#include "index/learning_schedule.h"
 #include "index/vector_format.h"
 #include "index/vector_store.h"
 #include "index/walk_codes.h"
@@ -479,11 +481,12 @@ class Space {
 
   // How a space came by what its graph is walked with (space_codes.cc, which numbers the steps).
   enum class CodesStep : uint8_t {
-    kNone,      // nothing learned, or nothing that is of use
-    kDrift,     // 1.
-    kLearning,  // 2.
-    kEncoding,  // 3.
-    kRecoding,  // 5.
+    kNone,       // nothing learned, or nothing that is of use
+    kDrift,      // 1.
+    kLearning,   // 2.
+    kEncoding,   // 3.
+    kRecoding,   // 5.
+    kReleasing,  // 6.
     kLearned,
   };
 
@@ -536,6 +539,7 @@ class Space {
   void WithdrawCodes();
   void EncodeSome(uint32_t max_distances);
   void RecodeSome(uint32_t max_distances);
+  void ReleaseSome(uint32_t max_distances);
   void PublishCodes(WalkCodes* codes);
   void ReclaimCodes();
   void DropCodes(WalkCodes* codes);
@@ -675,9 +679,10 @@ class Space {
   WalkCodes* next_codes_ = nullptr;     // learned, and not given to all nodes yet
   WalkCodes* retired_codes_ = nullptr;  // until no reader is in retired_codes_epoch_
   ReaderEpochs::Epoch retired_codes_epoch_ = 0;
-  uint32_t next_encoded_ = 0;               // node
-  uint32_t next_recoded_ = 0;               // list
-  uint64_t learn_at_ = 0;                   // nodes taken, ever, when it is time to learn again
+  uint32_t next_encoded_ = 0;  // node
+  uint32_t next_recoded_ = 0;  // list
+  LearningSchedule learn_when_;
+  EstimateAgreement agreement_;             // of what was linked since codes were looked at last
   const CodeLearning* learning_ = nullptr;  // under way
   BlockProducts block_products_;
   // The saver's, where one is under way. What it must keep waits in a list until it ends.

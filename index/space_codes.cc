@@ -11,8 +11,10 @@
 // 4. Publish: from then on readers walk with the new codes. Earlier ones go once no reader has
 //    them; until then nothing is linked, as it would have no earlier code.
 // 5. Recode: the lists' copies of earlier codes are replaced.
+// 6. Release: where the data are not fit for codes the lists go.
 // It begins once there is a graph, and again each time when the space has taken in some times as
-// many nodes as lived then. Linking waits for it: what is not linked is found by the scan.
+// many nodes as lived then, or sooner, where what is linked shows that codes do not tell it apart
+// (EstimateAgreement). Linking waits for it: what is not linked is found by the scan.
 
 #include <algorithm>
 #include <array>
@@ -27,17 +29,16 @@ namespace engram {
 
 namespace {
 
-// Nodes to take in before learning is thought of again, in units of those that live.
-constexpr uint64_t kLearnAgainFactor = 3;
-// Of a sample, the share that is neighbours of each other, and of how many lists.
-constexpr size_t kNeighboursShare = 4;
-constexpr uint32_t kListsSampled = 8;
 // A new centroid that saves less of the residuals is not worth encoding everything again.
 constexpr double kWorthwhileDrift = 0.05;
+// But for codes that are doubted: a cloud that is far nearer to the new centroid saves little of
+// all residuals, and much of its own.
+constexpr double kWorthwhileInDoubt = 0.01;
 constexpr uint32_t kWorkOfDrift = 32;
 constexpr uint32_t kWorkOfLearning = 2'000;
 constexpr uint32_t kWorkOfEncoding = 128;
 constexpr uint32_t kWorkOfListing = 64;
+constexpr uint32_t kMembersReleasedPerDistance = 8;
 constexpr uint64_t kWorkOfGathering = uint64_t{InvertedLists::kMostAtOnce} * kWorkOfEncoding;
 
 using Numbers = std::array<float, kMaxDimension>;
@@ -47,7 +48,7 @@ using Numbers = std::array<float, kMaxDimension>;
 bool Space::WantsCodes() const {
   if (options_.traversal != Traversal::kRabitq || !has_graph_) return false;
   if (codes_step_ != CodesStep::kNone && codes_step_ != CodesStep::kLearned) return true;
-  return nodes_taken_ >= learn_at_ && retired_codes_ == nullptr;
+  return learn_when_.IsTime(nodes_taken_) && retired_codes_ == nullptr;
 }
 
 void Space::StepCodes(CodeLearning* learning, uint32_t max_distances) {
@@ -68,38 +69,37 @@ void Space::StepCodes(CodeLearning* learning, uint32_t max_distances) {
     case CodesStep::kRecoding:
       RecodeSome(max_distances);
       break;
+    case CodesStep::kReleasing:
+      ReleaseSome(max_distances);
+      break;
   }
 }
 
 // A sample of what lives: most of it spread over all places, the rest the members of some lists,
-// which shows whether near ones can be told from each other.
+// which shows whether near ones can be told from each other: of any lists, or where codes are
+// doubted.
 void Space::BeginLearning(CodeLearning* learning) {
-  const size_t most = learning->sample.size();
-  const size_t spread = lists_ ? most - most / kNeighboursShare : most;
-  const size_t nodes = node_count();
-  const size_t places = std::min(nodes, spread);
-  size_t count = 0;
-  for (size_t place = 0; place < places; ++place) {
-    const auto node = static_cast<NodeId>(place * nodes / places);
-    if (IsLive(node)) learning->sample[count++] = node;
+  const auto is_live = [this](NodeId node) { return IsLive(node); };
+  learning->TakeSpread(node_count(), lists_ ? CodeLearning::kMostSpread : RabitqLearner::kMaxSample,
+                       is_live);
+  if (lists_ && learn_when_.is_doubted()) {
+    for (const NodeId node : agreement_.disagreed()) {
+      if (lists_->Has(node)) learning->TakeNear(*lists_, lists_->HomeOf(node), is_live);
+    }
+  } else if (lists_) {
+    const auto most = static_cast<uint32_t>(learning->taken.size());
+    for (uint32_t i = 0; i < std::min(lists_->count(), most); ++i) {
+      const auto list = static_cast<uint32_t>(MixBits(nodes_taken_ + i) % lists_->count());
+      learning->TakeNear(*lists_, list, is_live);
+    }
   }
-  learning->spread_size = count;
-  const uint32_t lists = lists_ ? lists_->count() : 0;
-  for (uint32_t i = 0; i < std::min(lists, kListsSampled); ++i) {
-    const auto list = static_cast<uint32_t>(MixBits(nodes_taken_ + i) % lists);
-    lists_->ForEachBlock(list, [&](const InvertedLists::Block& block) {
-      for (const NodeId node : block.nodes) {
-        if (count < most && IsLive(node)) learning->sample[count++] = node;
-      }
-    });
-  }
-  learning->sample_size = count;
-  learning->next = 0;
-  learning->has_moved = true;
-  learn_at_ =
-      nodes_taken_ + std::max<uint64_t>({kLearnAgainFactor * live_, options_.graph_from, 1});
+  learn_when_.Begin(nodes_taken_, live_, options_.graph_from);
+  agreement_.Clear();
   const WalkCodes* const codes = walk_codes();
-  if (learning->spread_size == 0) return;
+  if (learning->spread_size == 0) {
+    learn_when_.End(nodes_taken_, live_, false);
+    return;
+  }
   if (codes != nullptr && learning->drift.Start(&codes->format())) {
     codes_step_ = CodesStep::kDrift;
   } else {
@@ -112,7 +112,8 @@ void Space::MeasureDrift(CodeLearning* learning, uint32_t max_distances) {
   Numbers numbers;
   for (uint32_t work = 0; work < max_distances; work += kWorkOfDrift) {
     if (learning->next == learning->spread_size) {
-      learning->has_moved = learning->drift.SavedShare() >= kWorthwhileDrift;
+      learning->has_moved = learning->drift.SavedShare() >=
+                            (learn_when_.is_doubted() ? kWorthwhileInDoubt : kWorthwhileDrift);
       learning->drift.Stop();
       StartLearner(learning);
       return;
@@ -137,7 +138,8 @@ void Space::StartLearner(CodeLearning* learning) {
                       .count = learning->sample_size,
                       .row = code_row,
                       .context = this,
-                      .mean_count = learning->spread_size};
+                      .mean_count = learning->spread_size,
+                      .near = learning->ChooseNear()};
   if (exact_) {
     sample.format = &*exact_format_;
     sample.row = exact_row;
@@ -159,25 +161,23 @@ void Space::LearnSome(CodeLearning* learning, uint32_t max_distances) {
 
 void Space::EndLearning(CodeLearning* learning, bool is_done) {
   RabitqLearner& learner = learning->learner;
-  const bool is_good = is_done && learner.IsGood();
-  RabitqFormat* format = nullptr;
-  if (is_good && learning->has_moved) format = learner.TakeFormat();
-  if (is_done) {
-    // The int8 rows are what codes are made of, and what candidates are compared by.
-    const bool is_int8_good = learner.IsCoarseGood();
-    walks_exact_.store(!is_int8_good, std::memory_order_release);
-    if (!is_good || !is_int8_good) {
-      RabitqFormat::Destroy(std::exchange(format, nullptr), heap_);
-      WithdrawCodes();
-    }
-  }
+  // The int8 rows are what codes are made of, and what candidates are compared by.
+  const bool is_good = is_done && learner.IsGood() && learner.IsCoarseGood();
+  if (is_done) walks_exact_.store(!learner.IsCoarseGood(), std::memory_order_release);
+  RabitqFormat* const format = is_good && learning->has_moved ? learner.TakeFormat() : nullptr;
   const double residual = learner.mean_squared_residual();
   learner.Stop();
   learning_ = nullptr;
-  if (format != nullptr) {
-    BeginEncoding(format, residual);
-  } else if (codes_step_ == CodesStep::kLearning) {
+  if (!is_done) {
     GiveUpCodes();
+  } else if (!is_good) {
+    learn_when_.End(nodes_taken_, live_, true);
+    WithdrawCodes();
+  } else if (format != nullptr) {
+    BeginEncoding(format, residual);
+  } else {
+    learn_when_.End(nodes_taken_, live_, false);
+    codes_step_ = CodesStep::kLearned;
   }
 }
 
@@ -199,16 +199,18 @@ void Space::BeginEncoding(RabitqFormat* format, double mean_squared_residual) {
 void Space::WithdrawCodes() {
   retired_codes_ = walk_codes_.exchange(nullptr, std::memory_order_acq_rel);
   if (retired_codes_ != nullptr) retired_codes_epoch_ = epochs_->Close();
-  lists_.reset();
-  codes_step_ = CodesStep::kNone;
+  codes_step_ = lists_ ? CodesStep::kReleasing : CodesStep::kNone;
 }
 
-// Nothing new is needed, or memory is short: what there is stays in use.
+// Memory is short: what there is stays in use.
 void Space::GiveUpCodes() {
+  learn_when_.Fail(nodes_taken_, live_);
   DropCodes(std::exchange(next_codes_, nullptr));
-  const bool has_codes = walk_codes() != nullptr;
-  if (!has_codes) lists_.reset();
-  codes_step_ = has_codes ? CodesStep::kLearned : CodesStep::kNone;
+  if (walk_codes() != nullptr) {
+    codes_step_ = CodesStep::kLearned;
+  } else {
+    codes_step_ = lists_ ? CodesStep::kReleasing : CodesStep::kNone;
+  }
 }
 
 // 3.
@@ -269,6 +271,7 @@ bool Space::ListNodes(const WalkCodes& codes, std::span<const NodeId> nodes) {
 // 4.
 void Space::PublishCodes(WalkCodes* codes) {
   CHECK(retired_codes_ == nullptr, "earlier codes have gone before others are learned");
+  learn_when_.End(nodes_taken_, live_, true);
   retired_codes_ = walk_codes_.exchange(codes, std::memory_order_acq_rel);
   if (retired_codes_ == nullptr) {
     codes_step_ = CodesStep::kLearned;
@@ -299,6 +302,14 @@ void Space::RecodeSome(uint32_t max_distances) {
     work += lists_->size(next_recoded_) + 1;
   }
   if (next_recoded_ >= lists_->count()) codes_step_ = CodesStep::kLearned;
+}
+
+// 6.
+void Space::ReleaseSome(uint32_t max_distances) {
+  const uint64_t members = uint64_t{max_distances} * kMembersReleasedPerDistance;
+  if (!lists_->ReleaseSome(static_cast<uint32_t>(std::min<uint64_t>(members, UINT32_MAX)))) return;
+  lists_.reset();
+  codes_step_ = CodesStep::kNone;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -332,7 +343,8 @@ bool Space::BeginLinking(BatchLinker* linker, std::span<const NodeId> nodes) {
                            .vectors = TargetFor(nullptr),
                            .format = &*code_format_,
                            .codes = codes,
-                           .lists = &*lists_};
+                           .lists = &*lists_,
+                           .agreement = &agreement_};
   for (const NodeId node : nodes) NoteLinking(node);
   if (!linker->Begin(target, nodes)) return false;
   for (const NodeId node : nodes) {
@@ -344,6 +356,7 @@ bool Space::BeginLinking(BatchLinker* linker, std::span<const NodeId> nodes) {
 
 void Space::FinishLinking(const BatchLinker& linker) {
   for (const NodeId node : linker.nodes()) EndLinking(node);
+  if (agreement_.IsDoubtful()) learn_when_.Doubt(nodes_taken_);
 }
 
 // Where there are lists it is listed, as far as there is memory, for those that are linked after

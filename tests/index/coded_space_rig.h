@@ -53,6 +53,10 @@ class SpaceTestPeer {
     return space.codes_step_ == Space::CodesStep::kLearning ||
            space.codes_step_ == Space::CodesStep::kDrift;
   }
+  static bool IsReleasing(const Space& space) {
+    return space.codes_step_ == Space::CodesStep::kReleasing;
+  }
+  static uint64_t CountLearnings(const Space& space) { return space.learn_when_.begun(); }
   static uint32_t CountLists(const Space& space) {
     return space.lists_ ? space.lists_->count() : 0;
   }

@@ -315,6 +315,39 @@ TEST(InvertedListsTest, AnEmptyListIsUsedAgain) {
   EXPECT_LE(rig.lists->count(), 16u);
 }
 
+// Some members at a time, and sound between: what is removed or added meanwhile is as ever.
+TEST(InvertedListsTest, AreGivenBackInParts) {
+  ListsRig rig(Metric::kL2, 8);
+  constexpr NodeId kNodes = 2'000;
+  const TestVectors data = ClusteredVectors(kNodes + 40, 8, 20, 10);
+  for (NodeId node = 0; node < data.size(); ++node) rig.WriteRow(node, data[node]);
+  for (NodeId node = 0; node < kNodes; ++node) {
+    ASSERT_TRUE(rig.Add(node));
+    ASSERT_NO_FATAL_FAILURE(rig.SplitAll());
+  }
+  const size_t bytes = rig.lists->bytes();
+  NodeId next = kNodes;
+  int parts = 0;
+  for (bool is_done = false; !is_done; ++parts) {
+    const size_t before = rig.members.size();
+    is_done = rig.lists->ReleaseSome(100);
+    std::erase_if(rig.members, [&](NodeId node) { return !rig.lists->Has(node); });
+    ASSERT_NO_FATAL_FAILURE(rig.ExpectAsModelled());
+    ASSERT_EQ(is_done, rig.members.empty());
+    ASSERT_LE(before - rig.members.size(), 100 + kMost) << "one list more than was asked for";
+    if (is_done || parts >= 10) continue;
+    ASSERT_TRUE(rig.Add(next++));
+    rig.Remove(*rig.members.begin());
+    ASSERT_NO_FATAL_FAILURE(rig.ExpectAsModelled());
+  }
+  EXPECT_GE(parts, 9);
+  EXPECT_LT(rig.lists->bytes(), bytes / 2);
+  ASSERT_TRUE(rig.Add(0)) << "and are lists still";
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectAsModelled());
+  rig.lists.reset();
+  EXPECT_EQ(rig.memory.heap.live_bytes(), 0u);
+}
+
 // The home of a row is the list with the nearest centroid, by L2, and the lists to look in are the
 // nearest by the metric, of about as many members as were asked for. All but for the rounding of
 // rows and centroids to int8, which is no part of this: both are taken as they are kept.

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -156,7 +157,6 @@ TEST(RabitqLearnerTest, TheQualityIsTheShareOfNeighboursThatLookNear) {
 }
 
 // What a walk by codes would lose its way in.
-// What a walk by codes would lose its way in.
 TEST(RabitqLearnerTest, RefusesWhatCodesCannotTellApart) {
   for (const uint32_t dimension : {2U, 4U, 8U, 16U, 64U, 100U, 768U}) {
     const TestVectors vectors = Normal(4096, dimension, 1, 3);
@@ -189,6 +189,82 @@ TEST(RabitqLearnerTest, TakesWhatCodesTellApart) {
     std::memcpy(&copies.values[i * 256], &copies.values[i % 50 * 256], 256 * sizeof(float));
   }
   EXPECT_EQ(Quality(Metric::kL2, Precision::kF32, copies), 1);
+}
+
+// 50 clouds of 40, and behind them one of `narrow` vectors, `width` wide where these are 0.5.
+TestVectors WithNarrowCloud(size_t narrow, float width) {
+  const TestVectors centres = Normal(100, 256, 1, 4);
+  TestVectors vectors = Normal(2'000 + narrow, 256, 0.5F, 5);
+  for (size_t i = 0; i < vectors.size(); ++i) {
+    for (size_t j = 0; j < 256; ++j) {
+      float& value = vectors.values[i * 256 + j];
+      if (i < 2'000) {
+        value += centres.values[i % 50 * 256 + j];
+      } else {
+        value = value / 0.5F * width + centres.values[99 * 256 + j];
+      }
+    }
+  }
+  return vectors;
+}
+std::vector<uint32_t> Every(uint32_t from, uint32_t to, size_t count) {
+  std::vector<uint32_t> indexes;
+  for (size_t i = 0; i < count; ++i) {
+    indexes.push_back(static_cast<uint32_t>(from + i * (to - from) / count));
+  }
+  return indexes;
+}
+
+// However few they are of all, and whatever the quality of the others.
+TEST(RabitqLearnerTest, WhatLiesCloseTogetherIsJudgedApart) {
+  const TestVectors vectors = WithNarrowCloud(100, 0.02F);
+  Rig rig(Metric::kL2, Precision::kF32, vectors);
+  RabitqSample sample = rig.Sample();
+  const auto learn = [&](std::span<const uint32_t> near) {
+    sample.near = near;
+    rig.learner->Start(sample, 1);
+    while (rig.learner->Step() == RabitqLearner::Progress::kGoesOn) {
+    }
+  };
+  learn({});
+  EXPECT_TRUE(rig.learner->IsGood());
+  EXPECT_EQ(rig.learner->near_quality(), 1) << "there is nothing to judge";
+  const double alone = rig.learner->quality();
+  const std::vector<uint32_t> narrow = Every(2'000, 2'100, RabitqLearner::kQueries);
+  learn(narrow);
+  EXPECT_EQ(rig.learner->quality(), alone);
+  EXPECT_GE(rig.learner->quality(), RabitqLearner::kMinQuality);
+  EXPECT_LT(rig.learner->near_quality(), RabitqLearner::kMinNearQuality);
+  EXPECT_GT(rig.learner->near_quality(), 0.2);
+  EXPECT_FALSE(rig.learner->IsGood());
+  // And others of the same sample.
+  const std::vector<uint32_t> wide = Every(0, 2'000, 10);
+  learn(wide);
+  EXPECT_EQ(rig.learner->quality(), alone);
+  EXPECT_GE(rig.learner->near_quality(), RabitqLearner::kMinQuality);
+  EXPECT_TRUE(rig.learner->IsGood());
+}
+
+// What is good of the near ones alone is no more good.
+TEST(RabitqLearnerTest, WhatLiesAnywhereHasToBeGoodToo) {
+  TestVectors vectors = Normal(2'100, 256, 1, 3);
+  // Eight groups of a dozen.
+  for (size_t i = 2'000; i < 2'100; ++i) {
+    for (size_t j = 0; j < 256; ++j) {
+      float& value = vectors.values[i * 256 + j];
+      value = value * 0.1F + vectors.values[i % 8 * 256 + j];
+    }
+  }
+  Rig rig(Metric::kL2, Precision::kF32, vectors);
+  const std::vector<uint32_t> near = Every(2'000, 2'100, RabitqLearner::kQueries);
+  RabitqSample sample = rig.Sample();
+  sample.near = near;
+  rig.learner->Start(sample, 1);
+  while (rig.learner->Step() == RabitqLearner::Progress::kGoesOn) {
+  }
+  EXPECT_GE(rig.learner->near_quality(), RabitqLearner::kMinQuality);
+  EXPECT_LT(rig.learner->quality(), RabitqLearner::kMinQuality);
+  EXPECT_FALSE(rig.learner->IsGood());
 }
 
 TEST(RabitqLearnerTest, TakesRealVectors) {

@@ -154,7 +154,7 @@ TEST_F(ShortMemoryTest, CodesThatAreLearnedAnew) {
       }
     };
     constexpr uint64_t kFirst = 301;
-    ASSERT_NO_FATAL_FAILURE(store_until(kFirst, 2));
+    ASSERT_NO_FATAL_FAILURE(store_until(kFirst, 1));
     ASSERT_NO_FATAL_FAILURE(rig.Settle());
     const WalkCodes* const before = rig.space.walk_codes();
     ASSERT_NE(before, nullptr);
@@ -176,6 +176,29 @@ TEST_F(ShortMemoryTest, CodesThatAreLearnedAnew) {
   EXPECT_GT(kept, 0);
   EXPECT_GT(gave_up_encoding_, 0);
   EXPECT_GT(renewed, 0);
+}
+
+// It does not wait until there are three times as many nodes.
+TEST_F(ShortMemoryTest, LearningIsThoughtOfAgainWithAQuarterMore) {
+  CodedSpaceRig rig(kSetup);
+  SplitMix64 random(3);
+  uint64_t next_id = 0;
+  for (; next_id < 400; ++next_id) {
+    ASSERT_NO_FATAL_FAILURE(rig.Store(next_id, LatentVector(next_id, kDimension)));
+  }
+  Hoard hoard(&rig.memory.heap);
+  rig.memory.LeaveOnly(16'384);
+  ASSERT_NO_FATAL_FAILURE(WorkWithout(&rig, &random, &next_id));
+  ASSERT_FALSE(rig.HasCodes());
+  ASSERT_FALSE(rig.space.WantsCodes());
+  hoard.GiveBack();
+  const uint64_t end = next_id + rig.space.live() / 4 + 1;
+  for (; next_id < end; ++next_id) {
+    ASSERT_NO_FATAL_FAILURE(rig.Store(next_id, LatentVector(next_id, kDimension)));
+  }
+  ASSERT_NO_FATAL_FAILURE(rig.Settle());
+  EXPECT_TRUE(rig.HasCodes());
+  ASSERT_NO_FATAL_FAILURE(ExpectAllFound(&rig));
 }
 
 // A space that is dropped gives everything back, whatever it was about.
