@@ -25,11 +25,6 @@ constexpr float kMaxWeight = 0.75F;
 float Uniform(SplitMix64* random) {  // above 0, up to 1
   return static_cast<float>((random->Next() >> 40) + 1) / static_cast<float>(1 << 24);
 }
-float Normal(SplitMix64* random) {
-  const float radius = std::sqrt(-2 * std::log(Uniform(random)));
-  return radius * std::cos(2 * std::numbers::pi_v<float> * Uniform(random));
-}
-
 // 0 to size - 1 in a random order.
 std::vector<uint32_t> Shuffled(size_t size, SplitMix64* random) {
   std::vector<uint32_t> order(size);
@@ -62,22 +57,26 @@ class Cells {
   // Cell by cell, as rows of one cell look at the same rows.
   std::span<const std::vector<uint32_t>> cells() const { return cells_; }
 
-  // The group of `row`, itself first.
-  void GroupOf(uint32_t row, size_t size, std::vector<Near>* group) const {
-    group->clear();
+  // The `count` rows that are near to `row`, the nearest first.
+  void FindNear(uint32_t row, size_t count, std::vector<Near>* near) const {
+    near->clear();
     for (size_t i = 0; i < kProbes; ++i) {
       if (i > 0 && probes_[row][i] == probes_[row][i - 1]) break;
-      for (const uint32_t other : cells_[probes_[row][i]]) {
-        if (other != row) group->emplace_back(Distance(row, other), other);
-      }
+      for (const uint32_t other : cells_[probes_[row][i]]) Consider(row, other, near);
     }
-    const size_t others = std::min(size - 1, group->size());
-    std::ranges::partial_sort(*group, group->begin() + static_cast<ptrdiff_t>(others));
-    group->resize(others);
-    group->insert(group->begin(), Near(0, row));
+    if (near->size() < count) {  // where rows are equal cells may be small, or empty
+      near->clear();
+      for (uint32_t other = 0; other < rows_.size(); ++other) Consider(row, other, near);
+    }
+    std::ranges::partial_sort(*near, near->begin() + static_cast<ptrdiff_t>(count));
+    near->resize(count);
   }
 
  private:
+  void Consider(uint32_t row, uint32_t other, std::vector<Near>* near) const {
+    if (other != row) near->emplace_back(Distance(row, other), other);
+  }
+  // Squared.
   float Distance(uint32_t a, uint32_t b) const {
     return distance_(rows_.Bytes(a), rows_.Bytes(b), rows_.padded_dimension());
   }
@@ -87,26 +86,6 @@ class Cells {
   std::vector<std::array<uint32_t, kProbes>> probes_;  // of each row, the nearest first
   std::vector<std::vector<uint32_t>> cells_;
 };
-
-// Weights of sum 1 and sum of squares 1 (step 2): the mean, and a random direction across it.
-void DrawWeights(SplitMix64* random, std::span<float> weights) {
-  const auto count = static_cast<float>(weights.size());
-  if (weights.size() < 3) {  // nobody is near
-    std::ranges::fill(weights, 1 / count);
-    return;
-  }
-  do {
-    for (float& weight : weights) weight = Normal(random);
-    const float mean = std::accumulate(weights.begin(), weights.end(), 0.0F) / count;
-    float squares = 0;
-    for (float& weight : weights) {
-      weight -= mean;
-      squares += weight * weight;
-    }
-    const float scale = std::sqrt((1 - 1 / count) / squares);
-    for (float& weight : weights) weight = 1 / count + scale * weight;
-  } while (std::ranges::max(weights) > kMaxWeight);
-}
 
 class Grower {
  public:
@@ -119,25 +98,35 @@ class Grower {
     }
   }
 
-  // The children of the row that is the `turn`th parent.
-  void MakeChildren(size_t turn, std::span<const Cells::Near> group) {
-    weights_.resize(group.size());
-    for (size_t row = real_.size() + turn; row < grown_->size(); row += real_.size()) {
-      SplitMix64 random(MixBits(options_.seed) ^ MixBits(row));
-      DrawWeights(&random, weights_);
-      MakeChild(group, grown_->Row(row));
+  // The children of `row`, which is the `turn`th parent.
+  void MakeChildren(uint32_t row, size_t turn, std::span<const Cells::Near> near) {
+    for (size_t at = real_.size() + turn; at < grown_->size(); at += real_.size()) {
+      SplitMix64 random(MixBits(options_.seed) ^ MixBits(at));
+      MakeChild(real_[row], near, &random, grown_->Row(at));
     }
   }
 
  private:
-  void MakeChild(std::span<const Cells::Near> group, std::span<float> child) {
-    for (size_t i = 0; i < group.size(); ++i) {
-      const std::span<const float> member = real_[group[i].second];
-      for (size_t at = 0; at < child.size(); ++at) child[at] += weights_[i] * member[at];
+  void MakeChild(std::span<const float> parent, std::span<const Cells::Near> near,
+                 SplitMix64* random, std::span<float> child) {
+    const size_t partner = random->Below(options_.partners);
+    size_t from = partner;
+    while (from == partner) from = random->Below(options_.group);
+    size_t to = partner;
+    while (to == partner || to == from) to = random->Below(options_.group);
+    const std::span<const float> other = real_[near[partner].second];
+    const std::span<const float> a = real_[near[from].second];
+    const std::span<const float> b = real_[near[to].second];
+    float across = 0;
+    for (size_t at = 0; at < child.size(); ++at) across += (b[at] - a[at]) * (b[at] - a[at]);
+    const float reach = Uniform(random);
+    const float t = reach * reach;
+    const float noise = across > 0 ? std::sqrt(t * (1 - t) * near[partner].first / across) : 0;
+    for (size_t at = 0; at < child.size(); ++at) {
+      child[at] = (1 - t) * parent[at] + t * other[at] + noise * (b[at] - a[at]);
     }
     for (float& value : child) value = std::clamp(value, least_, most_);
     if (options_.metric == Metric::kL2) return;
-    const std::span<const float> parent = real_[group[0].second];
     if (!NormaliseInPlace(child.data(), child.size())) std::ranges::copy(parent, child.begin());
     const float norm = std::sqrt(SquaredNorm(parent.data(), parent.size()));
     if (options_.metric == Metric::kCosine) return;
@@ -149,13 +138,13 @@ class Grower {
   VectorSet* grown_;
   float least_ = 0;
   float most_ = 0;
-  std::vector<float> weights_;
 };
 
 }  // namespace
 
 VectorSet GrowSet(const VectorSet& real, size_t size, const GrowthOptions& options) {
-  CHECK(options.group >= 3 && real.size() >= options.group && size > real.size(),
+  const size_t near = std::max(options.partners, options.group);
+  CHECK(options.partners >= 1 && options.group >= 3 && real.size() > near && size > real.size(),
         "there is something to grow from");
   VectorSet grown = VectorSet::Zeros(size, real.dimension());
   for (size_t row = 0; row < real.size(); ++row)
@@ -167,12 +156,12 @@ VectorSet GrowSet(const VectorSet& real, size_t size, const GrowthOptions& optio
   std::vector<uint32_t> turns(parents.size());
   for (uint32_t turn = 0; turn < parents.size(); ++turn) turns[parents[turn]] = turn;
   Grower grower(real, options, &grown);
-  std::vector<Cells::Near> group;
+  std::vector<Cells::Near> near_rows;
   for (const std::vector<uint32_t>& cell : cells.cells()) {
     for (const uint32_t row : cell) {
       if (real.size() + turns[row] >= size) continue;
-      cells.GroupOf(row, options.group, &group);
-      grower.MakeChildren(turns[row], group);
+      cells.FindNear(row, near, &near_rows);
+      grower.MakeChildren(row, turns[row], near_rows);
     }
   }
   return grown;

@@ -59,7 +59,6 @@ struct Options {
   BenchInputs inputs;
   std::vector<uint64_t> points = {10'000, 30'000, 100'000, 300'000, 1'000'000};
   uint64_t real = UINT64_MAX;
-  uint32_t group = GrowthOptions().group;
   std::vector<uint32_t> efs = {64, 128};
   uint32_t batch = BatchLinker::kMaxBatch;
   uint32_t peer_M = 16;
@@ -76,9 +75,6 @@ void AddOptions(CLI::App* app, Options* options) {
       ->capture_default_str();
   app->add_option("--real", options->real, "Rows of the set to take; the others are grown")
       ->check(CLI::PositiveNumber);
-  app->add_option("--group", options->group, "Real rows that a grown one is made of")
-      ->check(CLI::Range(3, 256))
-      ->capture_default_str();
   app->add_option("--ef", options->efs)
       ->delimiter(',')
       ->check(CLI::PositiveNumber)
@@ -306,16 +302,14 @@ Json JsonOf(const Point& point) {
 Result<void> Measure(const Options& options) {
   if (auto pinned = PinTo(options.inputs.processor); !pinned) return pinned;
   const size_t rows = options.points.back();
-  auto sets = LoadSets(options.inputs, std::min<uint64_t>(options.real, rows),
-                       std::max(options.group, kNearest));
+  auto sets = LoadSets(options.inputs, std::min<uint64_t>(options.real, rows), kNearest);
   if (!sets) return std::unexpected(sets.error());
   const size_t real = sets->base.size();
   if (real < rows) {
     std::fprintf(stderr, "growing %zu rows to %zu\n", real, rows);
-    sets->base = GrowSet(sets->base, rows,
-                         {.metric = MetricOfName(options.inputs.metric),
-                          .seed = options.inputs.seed,
-                          .group = options.group});
+    sets->base =
+        GrowSet(sets->base, rows,
+                {.metric = MetricOfName(options.inputs.metric), .seed = options.inputs.seed});
   }
   const uint32_t dimension = sets->base.dimension();
   const double load_before = LoadAverage();
@@ -338,7 +332,6 @@ Result<void> Measure(const Options& options) {
                {"metric", options.inputs.metric},
                {"dimension", dimension},
                {"real", real},
-               {"group", options.group},
                {"precision", options.inputs.precision},
                {"traversal", options.inputs.traversal},
                {"seed", options.inputs.seed},
