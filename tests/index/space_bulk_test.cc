@@ -38,11 +38,11 @@ namespace {
 constexpr uint32_t kDimension = 96;
 constexpr HnswBuildParams kBuild{.M = 12, .M0 = 24, .ef_construction = 80};
 // Stored between two turns of upkeep: some batches.
-constexpr uint64_t kTurn = 4'096;
+constexpr uint64_t kTurn = 2'500;
 // One in so many is deleted later, and one in so many updated.
-constexpr uint64_t kDeletedOneIn = 20;
-constexpr uint64_t kUpdatedOneIn = 20;
-constexpr uint64_t kChecks = 4;
+constexpr uint64_t kDeletedOneIn = 6;
+constexpr uint64_t kUpdatedOneIn = 6;
+constexpr uint64_t kChecks = 4;  // of everything, on the way
 
 // What malloc has handed out and not got back; 0 without AddressSanitizer, as malloc itself counts
 // what it keeps for the next one.
@@ -79,7 +79,6 @@ class BulkRig {
     upkeep_.Run();
     ASSERT_NO_FATAL_FAILURE(Check());
     EXPECT_EQ(space_.unlinked_count(), 0u);
-    EXPECT_GT(upkeep_.sweeps(), 0u);
     EXPECT_TRUE(space_.LinksInBatches());
     EXPECT_EQ(SpaceTestPeer::CodesViolation(space_), "");
   }
@@ -106,6 +105,8 @@ class BulkRig {
     EXPECT_GE(found, kAsked * 98 / 100);
   }
 
+  uint64_t sweeps() const { return upkeep_.sweeps(); }
+
   // As a shard drops a space, in slices.
   void Dismantle() {
     while (!space_.Dismantle(1'000)) {
@@ -118,6 +119,7 @@ class BulkRig {
   static SpaceOptions OptionsOf() {
     SpaceOptions options = TestSpaceOptions(Metric::kCosine, kDimension, kBuild);
     options.traversal = Traversal::kRabitq;
+    options.graph_from = 500;
     return options;
   }
   std::vector<float> VectorOf(uint64_t number) const {
@@ -170,23 +172,26 @@ class BulkRig {
 };
 
 TEST(SpaceBulkTest, ManyAreLinkedInBatchesAndAllMemoryComesBack) {
-  const uint64_t rows = FromEnvironment("ENGRAM_BULK_ROWS", 20'000);
+  const uint64_t rows = FromEnvironment("ENGRAM_BULK_ROWS", kSanitized ? 8'000 : 20'000);
   (void)LatentVector(0, kDimension);  // makes what it keeps
   const size_t malloc_before = MallocBytes();
   {
     TestHeap memory((size_t{256} << 20) + rows * 3'072);
     size_t used = 0;
+    uint64_t swept = 0;
     // What the first space gave back is what the second one takes.
-    for (const uint64_t count : {rows, rows / 2}) {
+    for (const uint64_t count : {rows, rows / 4}) {
       auto rig = std::make_unique<BulkRig>(&memory, count);
       ASSERT_NO_FATAL_FAILURE(rig->Fill());
       ASSERT_NO_FATAL_FAILURE(rig->ExpectFound());
+      swept += rig->sweeps();
       rig->Dismantle();
       rig.reset();
       EXPECT_EQ(memory.heap.live_bytes(), 0u);
       if (used == 0) used = memory.arena.used_bytes();
     }
-    EXPECT_EQ(memory.arena.used_bytes(), used);
+    EXPECT_GT(swept, 0u);
+    EXPECT_LE(memory.arena.used_bytes(), used + used / 100);
   }
   EXPECT_EQ(MallocBytes(), malloc_before);
 #ifdef __SANITIZE_ADDRESS__
