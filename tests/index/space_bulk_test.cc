@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <vector>
@@ -37,8 +38,8 @@ namespace {
 
 constexpr uint32_t kDimension = 96;
 constexpr HnswBuildParams kBuild{.M = 12, .M0 = 24, .ef_construction = 80};
-// Stored between two turns of upkeep: some batches.
-constexpr uint64_t kTurn = 2'500;
+// Stored between two turns of upkeep: a batch.
+constexpr uint64_t kTurn = 1'000;
 // One in so many is deleted later, and one in so many updated.
 constexpr uint64_t kDeletedOneIn = 6;
 constexpr uint64_t kUpdatedOneIn = 6;
@@ -79,6 +80,7 @@ class BulkRig {
     upkeep_.Run();
     ASSERT_NO_FATAL_FAILURE(Check());
     EXPECT_EQ(space_.unlinked_count(), 0u);
+    EXPECT_TRUE(upkeep_.sweeps() > 0 || rows_ < 4 * kTurn);
     EXPECT_TRUE(space_.LinksInBatches());
     EXPECT_EQ(SpaceTestPeer::CodesViolation(space_), "");
   }
@@ -104,8 +106,6 @@ class BulkRig {
     }
     EXPECT_GE(found, kAsked * 98 / 100);
   }
-
-  uint64_t sweeps() const { return upkeep_.sweeps(); }
 
   // As a shard drops a space, in slices.
   void Dismantle() {
@@ -171,28 +171,28 @@ class BulkRig {
   uint64_t deleted_ = 0;
 };
 
+// Spaces of so many rows, the most first, in one heap after each other.
+void FillAndDrop(std::initializer_list<uint64_t> counts) {
+  TestHeap memory((size_t{256} << 20) + *counts.begin() * 3'072);
+  size_t used = 0;
+  for (const uint64_t count : counts) {
+    auto rig = std::make_unique<BulkRig>(&memory, count);
+    ASSERT_NO_FATAL_FAILURE(rig->Fill());
+    ASSERT_NO_FATAL_FAILURE(rig->ExpectFound());
+    rig->Dismantle();
+    rig.reset();
+    EXPECT_EQ(memory.heap.live_bytes(), 0u);
+    if (used == 0) used = memory.arena.used_bytes();
+  }
+  EXPECT_LE(memory.arena.used_bytes(), used + used / 100);
+}
+
 TEST(SpaceBulkTest, ManyAreLinkedInBatchesAndAllMemoryComesBack) {
   const uint64_t rows = FromEnvironment("ENGRAM_BULK_ROWS", kSanitized ? 8'000 : 20'000);
-  (void)LatentVector(0, kDimension);  // makes what it keeps
+  ASSERT_NO_FATAL_FAILURE(FillAndDrop({2'000}));  // makes what is made once
   const size_t malloc_before = MallocBytes();
-  {
-    TestHeap memory((size_t{256} << 20) + rows * 3'072);
-    size_t used = 0;
-    uint64_t swept = 0;
-    // What the first space gave back is what the second one takes.
-    for (const uint64_t count : {rows, rows / 4}) {
-      auto rig = std::make_unique<BulkRig>(&memory, count);
-      ASSERT_NO_FATAL_FAILURE(rig->Fill());
-      ASSERT_NO_FATAL_FAILURE(rig->ExpectFound());
-      swept += rig->sweeps();
-      rig->Dismantle();
-      rig.reset();
-      EXPECT_EQ(memory.heap.live_bytes(), 0u);
-      if (used == 0) used = memory.arena.used_bytes();
-    }
-    EXPECT_GT(swept, 0u);
-    EXPECT_LE(memory.arena.used_bytes(), used + used / 100);
-  }
+  // What the first space gave back is what the second one takes.
+  ASSERT_NO_FATAL_FAILURE(FillAndDrop({rows, rows / 4}));
   EXPECT_EQ(MallocBytes(), malloc_before);
 #ifdef __SANITIZE_ADDRESS__
   EXPECT_EQ(__lsan_do_recoverable_leak_check(), 0);
