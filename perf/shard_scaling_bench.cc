@@ -12,13 +12,13 @@
 // done, and of a shard, over what a shard alone does. Numbers beyond the processors are left out.
 //
 // Without, on few cores: all shards in one thread in turns, a batch each. What an insert takes in
-// processor time, instructions and misses of the last-level cache, outside the kernel, and a vector
-// in bytes. Instructions and bytes stay what they are with one shard, or shards share something;
-// time and misses may rise, as the shards share this one core's caches here. Where the machine
-// counts no instructions this says so; then
-//   valgrind --tool=callgrind --collect-atstart=no --toggle-collect='*EngramIndex::Insert*'
+// processor time, distances, and instructions and misses of the last-level cache outside the
+// kernel, and a vector in bytes. Distances, instructions and bytes stay what they are with one
+// shard, or shards share something; time and misses may rise, as the shards share this one core's
+// caches here. Where the machine counts no instructions this says so; then
+//   valgrind --tool=callgrind --collect-atstart=no --toggle-collect='*TakeTurns*'
 //     shard_scaling_bench ... --rows 5000 --shards N --rounds 1
-// counts them ("Collected"), of the kernels for processors without AVX-512.
+// counts those of N * 5,000 inserts ("Collected"), by the kernels for processors without AVX-512.
 //
 // Beside them one index that holds all rows of the N shards, and the recall@10 of both: of N shards
 // each gives its 10 nearest, of which the 10 nearest are taken.
@@ -101,6 +101,7 @@ struct Inserted {
 struct Point {
   size_t shards = 0;
   std::vector<Inserted> rounds;
+  double distances_an_insert = 0;
   double bytes_a_vector = 0;
   double recall = 0;
   // Of the one index with all rows.
@@ -176,20 +177,23 @@ class Bench {
     Inserted inserted;
     const auto start = Clock::now();
     const double processor = ThreadSeconds();
-    inserted.counts = counters.Run([&] {
-      for (size_t at = 0; at < options_.rows; at += options_.batch) {
-        const size_t end = std::min<size_t>(at + options_.batch, options_.rows);
-        for (size_t i = 0; i < shards->size(); ++i) {
-          const size_t first = i * options_.rows;
-          (*shards)[i]->Insert(sets_.base, first + at, first + end);
-        }
-      }
-    });
+    inserted.counts = counters.Run([&] { TakeTurns(shards); });
     const auto rows = static_cast<double>(shards->size() * options_.rows);
     inserted.us_an_insert = 1e6 * (ThreadSeconds() - processor) / rows;
     inserted.per_s = rows / SecondsSince(start);
     inserted.per_s_of_shard = inserted.per_s / static_cast<double>(shards->size());
     return inserted;
+  }
+
+  // A name to count instructions by.
+  [[gnu::noinline]] void TakeTurns(Shards* shards) const {
+    for (size_t at = 0; at < options_.rows; at += options_.batch) {
+      const size_t end = std::min<size_t>(at + options_.batch, options_.rows);
+      for (size_t i = 0; i < shards->size(); ++i) {
+        const size_t first = i * options_.rows;
+        (*shards)[i]->Insert(sets_.base, first + at, first + end);
+      }
+    }
   }
 
   Inserted InsertInThreads(Shards* shards) const {
@@ -223,8 +227,13 @@ class Bench {
 
   void LookAt(const Shards& shards, Point* point) {
     uint64_t bytes = 0;
-    for (const auto& shard : shards) bytes += shard->bytes();
+    uint64_t distances = 0;
+    for (const auto& shard : shards) {
+      bytes += shard->bytes();
+      distances += shard->distances();
+    }
     const size_t rows = shards.size() * options_.rows;
+    point->distances_an_insert = static_cast<double>(distances) / static_cast<double>(rows);
     point->bytes_a_vector = static_cast<double>(bytes) / static_cast<double>(rows);
     point->recall = RecallOf(shards, TruthOf(rows));
   }
@@ -313,7 +322,8 @@ void Print(const std::vector<Point>& points, const Options& options, const std::
     columns.insert(columns.end(),
                    {{"inserts/s", kRight}, {"of a shard", kRight}, {"over the first", kRight}});
   } else {
-    columns.insert(columns.end(), {{"instructions", kRight}, {"LLC misses", kRight}});
+    columns.insert(columns.end(),
+                   {{"distances", kRight}, {"instructions", kRight}, {"LLC misses", kRight}});
   }
   columns.insert(columns.end(), {{"bytes a vector", kRight},
                                  {"recall@10", kRight},
@@ -331,6 +341,7 @@ void Print(const std::vector<Point>& points, const Options& options, const std::
       cells.push_back(Shown(of_shard / alone, "%.2f"));
     } else {
       using Counts = HardwareCounters::Counts;
+      cells.push_back(ShownRate(point.distances_an_insert));
       cells.push_back(ShownRate(CountedOf(point, options.rows, &Counts::instructions)));
       cells.push_back(Shown(CountedOf(point, options.rows, &Counts::llc_misses), "%.1f"));
     }
@@ -352,6 +363,7 @@ Json JsonOf(const Point& point, const Options& options) {
                {"us_an_insert", FourDigits(point.MedianOf(&Inserted::us_an_insert))},
                {"inserts_per_s", std::round(point.MedianOf(&Inserted::per_s))},
                {"inserts_per_s_of_shard", std::round(point.MedianOf(&Inserted::per_s_of_shard))}};
+  json["distances_an_insert"] = FourDigits(point.distances_an_insert);
   using Counts = HardwareCounters::Counts;
   json["instructions_an_insert"] = JsonOf(CountedOf(point, options.rows, &Counts::instructions));
   json["llc_misses_an_insert"] = JsonOf(CountedOf(point, options.rows, &Counts::llc_misses));
