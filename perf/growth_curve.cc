@@ -17,9 +17,9 @@
 // What tells whether grown rows are like real ones, for each point: their share of the queries'
 // true nearest, which is their share of the rows where they are; the distance to the tenth nearest
 // and the local dimension about the queries (Levina and Bickel's maximum likelihood estimate, over
-// ten neighbours), which should go on falling and staying, each, as they did before. And --real N,
-// with which only N rows of the real set are taken and grown to its size: compare with the same
-// points without it.
+// ten neighbours), which should go on falling and staying, each, as they did before; the distance
+// of rows to their nearest, which copies would make small. And --real N, with which only N rows of
+// the real set are taken and grown to its size: compare with the same points without it.
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -94,7 +94,21 @@ struct Surroundings {
   double grown_of_nearest = 0;
   double distance_to_tenth = 0;  // Euclidean; median
   double local_dimension = 0;
+  double distance_of_rows = 0;  // of a row to the nearest other; median
 };
+
+// Over some rows, evenly among the first `rows`.
+double DistanceOfRows(const VectorSet& base, size_t rows) {
+  constexpr size_t kSample = 200;
+  VectorSet sample = VectorSet::Zeros(std::min(kSample, rows), base.dimension());
+  for (size_t i = 0; i < sample.size(); ++i) {
+    std::ranges::copy(base[i * rows / sample.size()], sample.Row(i).data());
+  }
+  const ExactTruth truth = ComputeTruth(base, sample, Metric::kL2, 2, rows);
+  std::vector<double> distances;
+  for (const double score : truth.kth_scores) distances.push_back(std::sqrt(score));
+  return Median(distances);
+}
 
 Surroundings Look(const VectorSet& base, const VectorSet& queries, const ExactTruth& truth,
                   size_t rows, size_t real) {
@@ -122,6 +136,7 @@ Surroundings Look(const VectorSet& base, const VectorSet& queries, const ExactTr
   seen.grown_of_nearest = grown / static_cast<double>(queries.size() * truth.k);
   seen.distance_to_tenth = Median(tenths);
   seen.local_dimension = logs > 0 ? terms / logs : 0;
+  seen.distance_of_rows = DistanceOfRows(base, rows);
   return seen;
 }
 
@@ -237,12 +252,13 @@ void Print(const std::vector<Point>& points, const Options& options) {
              {"grown", kRight},
              {"grown of the nearest", kRight},
              {"distance to the tenth", kRight},
-             {"local dimension", kRight}});
+             {"local dimension", kRight},
+             {"distance of rows", kRight}});
   for (const Point& point : points) {
-    set.AddRow({WithThousands(point.rows), Shown(point.seen.grown_of_rows, "%.3f"),
-                Shown(point.seen.grown_of_nearest, "%.3f"),
-                Shown(point.seen.distance_to_tenth, "%.4g"),
-                Shown(point.seen.local_dimension, "%.1f")});
+    set.AddRow(
+        {WithThousands(point.rows), Shown(point.seen.grown_of_rows, "%.3f"),
+         Shown(point.seen.grown_of_nearest, "%.3f"), Shown(point.seen.distance_to_tenth, "%.4g"),
+         Shown(point.seen.local_dimension, "%.1f"), Shown(point.seen.distance_of_rows, "%.4g")});
   }
   std::printf("\nThe rows, as the queries see them:\n");
   set.Print();
@@ -294,7 +310,8 @@ Json JsonOf(const Point& point) {
                {"grown", FourDigits(point.seen.grown_of_rows)},
                {"grown_of_nearest", FourDigits(point.seen.grown_of_nearest)},
                {"distance_to_tenth", FourDigits(point.seen.distance_to_tenth)},
-               {"local_dimension", FourDigits(point.seen.local_dimension)}};
+               {"local_dimension", FourDigits(point.seen.local_dimension)},
+               {"distance_of_rows", FourDigits(point.seen.distance_of_rows)}};
   for (const Figures& figures : point.figures) json[figures.name] = JsonOf(figures);
   return json;
 }

@@ -79,6 +79,8 @@ class GrowthCurveTest(unittest.TestCase):
                 self.assertAlmostEqual(grown["grown_of_nearest"], 0.75, delta=0.08)
                 for key, share in (("distance_to_tenth", 0.08), ("local_dimension", 0.2)):
                     self.assertAlmostEqual(grown[key] / real[key], 1, delta=share, msg=key)
+                # Nearer to their parents than real rows are to each other, but no copies.
+                self.assertGreater(grown["distance_of_rows"] / real["distance_of_rows"], 0.3)
 
     def test_json_has_the_keys_and_the_recall_is_sane(self):
         found = self.measure_json("--points", "2000,8000,12000", "--peer-count", "8000")
@@ -103,7 +105,8 @@ class GrowthCurveTest(unittest.TestCase):
         first = self.measure_json(*arguments)["points"][0]
         again = self.measure_json(*arguments)["points"][0]
         other = self.measure_json(*arguments, "--seed", "9")["points"][0]
-        for key in ("grown_of_nearest", "distance_to_tenth", "local_dimension"):
+        for key in ("grown_of_nearest", "distance_to_tenth", "local_dimension",
+                    "distance_of_rows"):
             self.assertEqual(first[key], again[key], key)
         self.assertNotEqual(first["local_dimension"], other["local_dimension"])
 
