@@ -28,6 +28,8 @@ class ComparedIndex {
                       int64_t* rows) = 0;
   // Memory of vectors, links, ids and lookup, in bytes. 0 where it is not known.
   virtual uint64_t bytes() const = 0;
+  // Distances evaluated by inserts so far, estimates included. 0 where they are not counted.
+  virtual uint64_t distances() const { return 0; }
 };
 
 }  // namespace engram

@@ -91,6 +91,8 @@ class EngramIndex final : public ComparedIndex {
 
   uint64_t bytes() const override { return space_.resident_bytes(); }
 
+  uint64_t distances() const override { return linker_.distances(); }
+
  private:
   void Store(const VectorSet& base, size_t row) {
     std::array<char, 24> id;

@@ -8,14 +8,11 @@
 // 3. Insert, then recall with each ef, the contenders taking turns (peer_comparison.h).
 // 4. Report: a table, or one line of JSON with --json; two plots with --out (comparison_report.h).
 
-#include <stdlib.h>
-
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <charconv>
 #include <cstdint>
 #include <cstdio>
-#include <filesystem>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -24,13 +21,13 @@
 #include "index/batch_linker.h"
 #include "index/shard.h"
 #include "index/space.h"
+#include "perf/bench_inputs.h"
 #include "perf/comparison_report.h"
 #include "perf/engram_index.h"
 #include "perf/hnswlib_index.h"
 #include "perf/peer_comparison.h"
 #include "perf/vector_set.h"
 #include "src/core/observation.h"
-#include "src/core/topology.h"
 
 namespace engram {
 
@@ -45,25 +42,16 @@ struct Setting {
 };
 
 struct Options {
-  std::string data;
-  std::string queries;
+  BenchInputs inputs;
   std::string groundtruth;
-  std::string metric = "cosine";
   uint64_t count = UINT64_MAX;
-  uint64_t query_count = 1'000;
   uint32_t M = HnswBuildParams().M;
   uint32_t ef_construction = HnswBuildParams().ef_construction;
-  std::string precision = "f32";
-  std::string traversal = "rabitq";
   uint32_t batch = BatchLinker::kMaxBatch;
   std::string peer = "16:200";
   std::vector<std::string> cheaper = {"16:100", "16:64", "16:40", "12:100", "12:64", "8:64"};
   uint32_t scanned = HnswBuildParams().scanned;
-  uint64_t seed = HnswBuildParams().seed;
   uint64_t chunk = 1'000;
-  int rounds = 5;
-  int processor = -1;
-  bool json = false;
   std::string out;
 };
 
@@ -86,18 +74,11 @@ void AddOptions(CLI::App* app, Options* options) {
                                                  : "a setting is M:ef_construction, like 16:200";
       },
       "M:EF");
-  app->add_option("--data", options->data, "Vectors: .fvecs, .bvecs or .npy")->required();
-  app->add_option("--queries", options->queries, "Likewise")->required();
+  AddInputOptions(app, &options->inputs);
   app->add_option("--groundtruth", options->groundtruth,
                   ".ivecs: exact nearest rows of each query; default: computed");
-  app->add_option("--metric", options->metric)
-      ->check(CLI::IsMember({"cosine", "ip", "l2"}))
-      ->capture_default_str();
   app->add_option("--count", options->count, "Only the first rows; their truth is computed")
       ->check(CLI::PositiveNumber);
-  app->add_option("--query-count", options->query_count, "Only the first queries")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
   app->add_option("--m", options->M, "Ours: links of a new node on a level")
       ->check(CLI::Range(2, 64))
       ->capture_default_str();
@@ -110,12 +91,6 @@ void AddOptions(CLI::App* app, Options* options) {
   app->add_option("--scanned", options->scanned, "Ours: members of lists compared, of a batch")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  app->add_option("--precision", options->precision, "Ours: how vectors are kept")
-      ->check(CLI::IsMember({"f32", "bf16", "int8"}))
-      ->capture_default_str();
-  app->add_option("--traversal", options->traversal, "Ours: by what the graph is walked")
-      ->check(CLI::IsMember({"rabitq", "int8", "exact"}))
-      ->capture_default_str();
   app->add_option("--peer", options->peer, "hnswlib's setting")
       ->check(setting)
       ->capture_default_str();
@@ -123,15 +98,9 @@ void AddOptions(CLI::App* app, Options* options) {
       ->delimiter(',')
       ->check(setting)
       ->capture_default_str();
-  app->add_option("--seed", options->seed, "Of the levels, for all")->capture_default_str();
   app->add_option("--chunk", options->chunk, "Inserts in a turn")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  app->add_option("--rounds", options->rounds, "Of recalls, for the median")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app->add_option("--processor", options->processor, "To run on; default: the first one");
-  app->add_flag("--json", options->json, "One line of JSON on standard output, nothing else");
   app->add_option("--out", options->out, "Directory for the plots, like perf/results");
 }
 
@@ -143,53 +112,32 @@ struct Inputs {
 };
 
 Result<Inputs> LoadInputs(const Options& options, const ComparisonOptions& comparison) {
-  const bool normalise = comparison.metric == Metric::kCosine;
-  auto base = VectorSet::Load(options.data, options.count, normalise);
-  if (!base) return std::unexpected(base.error());
-  auto queries = VectorSet::Load(options.queries, options.query_count, normalise);
-  if (!queries) return std::unexpected(queries.error());
-  if (base->dimension() != queries->dimension() || base->dimension() > kMaxDimension ||
-      base->size() < comparison.k) {
-    return Fail(ErrorCode::kInvalidArgument,
-                options.data + " has " + std::to_string(base->size()) + " vectors of " +
-                    std::to_string(base->dimension()) + ", the queries have " +
-                    std::to_string(queries->dimension()) + ": at least 10, equally long, up to " +
-                    std::to_string(kMaxDimension));
-  }
+  auto sets = LoadSets(options.inputs, options.count, comparison.k);
+  if (!sets) return std::unexpected(sets.error());
+  auto& [base, queries] = *sets;
   if (options.count == UINT64_MAX && !options.groundtruth.empty()) {
-    auto truth = LoadTruth(options.groundtruth, *base, *queries, comparison.metric, comparison.k);
+    auto truth = LoadTruth(options.groundtruth, base, queries, comparison.metric, comparison.k);
     if (!truth) return std::unexpected(truth.error());
-    return Inputs{*std::move(base), *std::move(queries), *std::move(truth)};
+    return Inputs{std::move(base), std::move(queries), *std::move(truth)};
   }
   std::fprintf(stderr, "computing the truth\n");
-  ExactTruth truth = ComputeTruth(*base, *queries, comparison.metric, comparison.k);
-  return Inputs{*std::move(base), *std::move(queries), std::move(truth)};
+  ExactTruth truth = ComputeTruth(base, queries, comparison.metric, comparison.k);
+  return Inputs{std::move(base), std::move(queries), std::move(truth)};
 }
 
-Traversal TraversalOf(const std::string& name) {
-  if (name == "exact") return Traversal::kExact;
-  return name == "int8" ? Traversal::kInt8 : Traversal::kRabitq;
-}
-
-SpaceOptions SpaceOf(const Options& options, const Inputs& inputs, Metric metric) {
-  SpaceOptions space;
-  space.metric = metric;
-  space.precision = PrecisionOfName(options.precision);
-  space.traversal = TraversalOf(options.traversal);
-  space.dimension = inputs.base.dimension();
+SpaceOptions OurSpaceOf(const Options& options, const Inputs& inputs) {
+  SpaceOptions space = SpaceOf(options.inputs, inputs.base.dimension());
   space.build.M = options.M;
   space.build.M0 = 2 * options.M;
   space.build.ef_construction = options.ef_construction;
   space.build.scanned = options.scanned;
-  space.build.seed = options.seed;
-  space.hash_seed = options.seed;
   return space;
 }
 
 std::vector<Contender> MakeContenders(const Options& options, const Inputs& inputs, Metric metric) {
   std::vector<Contender> contenders;
   const size_t capacity = inputs.base.size();
-  const SpaceOptions space = SpaceOf(options, inputs, metric);
+  const SpaceOptions space = OurSpaceOf(options, inputs);
   contenders.push_back({.name = "engram",
                         .M = options.M,
                         .ef_construction = options.ef_construction,
@@ -206,7 +154,7 @@ std::vector<Contender> MakeContenders(const Options& options, const Inputs& inpu
                               .capacity = capacity,
                               .M = setting->M,
                               .ef_construction = setting->ef_construction,
-                              .seed = options.seed};
+                              .seed = options.inputs.seed};
     contenders.push_back({.name = "hnswlib",
                           .M = setting->M,
                           .ef_construction = setting->ef_construction,
@@ -215,52 +163,31 @@ std::vector<Contender> MakeContenders(const Options& options, const Inputs& inpu
   return contenders;
 }
 
-// The folder of the file, which is how vector sets are named here; else the file.
-std::string SetNameOf(const std::string& path) {
-  const std::filesystem::path absolute = std::filesystem::absolute(path);
-  const std::string folder = absolute.parent_path().filename().string();
-  return folder.empty() ? absolute.stem().string() : folder;
-}
-
-double LoadAverage() {
-  double load = 0;
-  return getloadavg(&load, 1) == 1 ? load : 0;
-}
-
-Result<void> Pin(int processor) {
-  if (processor < 0) {
-    auto topology = DiscoverTopology();
-    if (!topology) return std::unexpected(topology.error());
-    processor = topology->cpus.front().os_index;
-  }
-  return PinThisThread(processor);
-}
-
 Result<void> Compare(const Options& options) {
   ComparisonOptions comparison;
-  comparison.metric = MetricOfName(options.metric);
+  comparison.metric = MetricOfName(options.inputs.metric);
   comparison.chunk = options.chunk;
-  comparison.rounds = options.rounds;
+  comparison.rounds = options.inputs.rounds;
   const uint32_t default_ef = ShardOptions().default_ef;
   comparison.efs.push_back(default_ef);
   std::ranges::sort(comparison.efs);
   comparison.efs.erase(std::ranges::unique(comparison.efs).begin(), comparison.efs.end());
 
-  if (auto pinned = Pin(options.processor); !pinned) return pinned;
+  if (auto pinned = PinTo(options.inputs.processor); !pinned) return pinned;
   Result<Inputs> inputs = LoadInputs(options, comparison);
   if (!inputs) return std::unexpected(inputs.error());
   std::vector<Contender> contenders = MakeContenders(options, *inputs, comparison.metric);
   if (contenders.size() < 2) {
     return Fail(ErrorCode::kInvalidArgument, "--peer is what the ratios are of: not none");
   }
-  ComparisonSubject subject{.set = SetNameOf(options.data),
+  ComparisonSubject subject{.set = SetNameOf(options.inputs.data),
                             .dimension = inputs->base.dimension(),
                             .rows = inputs->base.size(),
                             .queries = inputs->queries.size(),
-                            .precision = options.precision,
-                            .traversal = options.traversal,
+                            .precision = options.inputs.precision,
+                            .traversal = options.inputs.traversal,
                             .default_ef = default_ef,
-                            .seed = options.seed,
+                            .seed = options.inputs.seed,
                             .options = comparison,
                             .inserting = {},
                             .recalling = {},
@@ -269,7 +196,7 @@ Result<void> Compare(const Options& options) {
   subject.recalling =
       MeasureRecalls(comparison, inputs->base, inputs->queries, inputs->truth, &contenders);
   subject.load_after = LoadAverage();
-  if (options.json) {
+  if (options.inputs.json) {
     std::printf("%s\n", ComparisonJson(subject, contenders).c_str());
   } else {
     PrintComparison(subject, contenders);

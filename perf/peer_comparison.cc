@@ -59,23 +59,33 @@ std::optional<double> Contender::InsertsPerSecond() const {
 
 MachineShare MeasureInserts(const ComparisonOptions& options, const VectorSet& base,
                             std::vector<Contender>* contenders) {
-  MachineShare share;
+  WarmUpAndMake(base, contenders);
+  return MeasureInsertsOf(options, base, 0, base.size(), contenders);
+}
+
+void WarmUpAndMake(const VectorSet& base, std::vector<Contender>* contenders) {
   for (size_t i = 0; i < std::min<size_t>(2, contenders->size()); ++i) {
     (*contenders)[i].make()->Insert(base, 0, std::min(kWarmUpRows, base.size()));
   }
   for (Contender& contender : *contenders) contender.index = contender.make();
-  size_t tenths = 0;
-  for (size_t first = 0; first < base.size(); first += options.chunk) {
-    const size_t last = std::min(first + options.chunk, base.size());
+}
+
+MachineShare MeasureInsertsOf(const ComparisonOptions& options, const VectorSet& base, size_t first,
+                              size_t last, std::vector<Contender>* contenders) {
+  MachineShare share;
+  size_t tenths = 10 * first / base.size();
+  while (first < last) {
+    const size_t end = std::min(first + options.chunk, last);
     TakeTurns(contenders, first / options.chunk, [&](Contender* contender) {
       const size_t linked = contender->index->linked();
-      const double seconds = Measure(&share, [&] { contender->index->Insert(base, first, last); });
+      const double seconds = Measure(&share, [&] { contender->index->Insert(base, first, end); });
       contender->chunks.push_back({contender->index->linked() - linked, seconds});
     });
-    if (10 * last / base.size() > tenths) {
-      tenths = 10 * last / base.size();
-      std::fprintf(stderr, "inserted %zu of %zu\n", last, base.size());
+    if (10 * end / base.size() > tenths) {
+      tenths = 10 * end / base.size();
+      std::fprintf(stderr, "inserted %zu of %zu\n", end, base.size());
     }
+    first = end;
   }
   return share;
 }

@@ -63,6 +63,10 @@ struct MachineShare {
 // Writes its progress to standard error.
 MachineShare MeasureInserts(const ComparisonOptions& options, const VectorSet& base,
                             std::vector<Contender>* contenders);
+// Steps 1 and 2 on their own: the contenders are made, then they insert rows `first` to `last` - 1.
+void WarmUpAndMake(const VectorSet& base, std::vector<Contender>* contenders);
+MachineShare MeasureInsertsOf(const ComparisonOptions& options, const VectorSet& base, size_t first,
+                              size_t last, std::vector<Contender>* contenders);
 MachineShare MeasureRecalls(const ComparisonOptions& options, const VectorSet& base,
                             const VectorSet& queries, const ExactTruth& truth,
                             std::vector<Contender>* contenders);

@@ -74,14 +74,15 @@ Result<ExactTruth> LoadTruth(const std::string& path, const VectorSet& base,
   return truth;
 }
 
-ExactTruth ComputeTruth(const VectorSet& base, const VectorSet& queries, Metric metric,
-                        uint32_t k) {
+ExactTruth ComputeTruth(const VectorSet& base, const VectorSet& queries, Metric metric, uint32_t k,
+                        size_t rows) {
+  rows = std::min(rows, base.size());
   using Candidate = std::pair<float, int32_t>;  // distance, row
   const size_t kept = std::max<size_t>(4 * k, kTruthCandidates);
   const DistanceFn distance = DistanceFunction(Precision::kF32, metric);
   std::vector<std::priority_queue<Candidate>> nearest(queries.size());
-  for (size_t first = 0; first < base.size(); first += kTruthBlockRows) {
-    const size_t last = std::min(first + kTruthBlockRows, base.size());
+  for (size_t first = 0; first < rows; first += kTruthBlockRows) {
+    const size_t last = std::min(first + kTruthBlockRows, rows);
     for (size_t query = 0; query < queries.size(); ++query) {
       std::priority_queue<Candidate>& heap = nearest[query];
       for (size_t row = first; row < last; ++row) {

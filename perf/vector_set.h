@@ -16,12 +16,15 @@ namespace engram {
 // Vectors in memory as float32, each from a cache line on with zeros behind it, which is how the
 // f32 kernels take them.
 //
-// Thread safety: constant once loaded.
+// Thread safety: constant once loaded or filled.
 class VectorSet {
  public:
   // The first `rows_max` rows of a vector file (tools/engramctl/vector_file.h). `normalise`: scaled
   // to norm 1. Errors: those of the file; kInvalidArgument naming a row that is no vector.
   static Result<VectorSet> Load(const std::string& path, uint64_t rows_max, bool normalise);
+  // To be filled, row by row.
+  static VectorSet Zeros(size_t size, uint32_t dimension) { return {size, dimension}; }
+  std::span<float> Row(size_t row) { return {At(row), dimension_}; }
 
   size_t size() const { return size_; }
   uint32_t dimension() const { return dimension_; }
@@ -57,9 +60,10 @@ struct ExactTruth {
 // queries or neighbours, or names rows that `base` has not.
 Result<ExactTruth> LoadTruth(const std::string& path, const VectorSet& base,
                              const VectorSet& queries, Metric metric, uint32_t k);
-// By comparing each query with every row: in float first, then in double among the nearest some;
-// ties by lower row. base.size() is at least k.
-ExactTruth ComputeTruth(const VectorSet& base, const VectorSet& queries, Metric metric, uint32_t k);
+// By comparing each query with every one of the first `rows` rows: in float first, then in double
+// among the nearest some; ties by lower row. There are at least k rows.
+ExactTruth ComputeTruth(const VectorSet& base, const VectorSet& queries, Metric metric, uint32_t k,
+                        size_t rows = SIZE_MAX);
 
 // recall@k of what was returned: k rows a query, -1 where there are fewer. A row as near as the kth
 // true one is a hit (tools/engramctl/recall_quality.h).

@@ -30,7 +30,7 @@ class LearningRig {
       : memory_(size_t{256} << 20),
         format_(Precision::kInt8, Metric::kL2, kDimension),
         rows_(&memory_.heap, format_.row_bytes()),
-        lists(&memory_.heap, &format_, &rows_, kCodeBytes),
+        lists(&memory_.heap, &format_, &rows_, SignBlocks(Metric::kL2, 64, 0), kCodeBytes),
         learning(std::make_unique<CodeLearning>(&memory_.heap)) {
     EXPECT_TRUE(rows_.Reserve(nodes) && lists.Reserve(nodes));
     alignas(64) std::byte code[kCodeBytes] = {};
