@@ -24,6 +24,11 @@ constexpr uint32_t kLeastCompared = 48;
 constexpr size_t kComparedAtOnce = 8;
 // So many more candidates than asked for may be kept, to find the bound in few passes.
 constexpr size_t kCandidateTolerance = 8;
+// One in so many nodes shows whether recalls may walk by codes.
+constexpr uint32_t kNodesPerCheck = 4;
+// Signs of fewer bits than this err more, and int8 rows cost less: more are compared again.
+constexpr double kManyBits = 768;
+constexpr double kMostComparedAgain = 2;
 
 }  // namespace
 
@@ -31,7 +36,6 @@ BatchLinker::BatchLinker(ArenaHeap* heap, const HnswBuildParams& params, HnswLin
     : heap_(heap), params_(params), linker_(linker) {
   static_assert(InvertedLists::kMostAtOnce <= BlockProducts::kMaxQueries);
   considered_ = CandidatesFor(params_.ef_construction);
-  compared_again_ = std::max(considered_.compared(), kLeastCompared);
 }
 
 BatchLinker::~BatchLinker() { FreeMemory(); }
@@ -86,6 +90,10 @@ bool BatchLinker::Begin(const BatchTarget& target, std::span<const NodeId> nodes
   target_.vectors.graph = target.graph;
   walk_ = target.codes->TargetFor(target.graph, linker_->walk_query());
   std::copy(nodes.begin(), nodes.end(), nodes_.begin());
+  const double bits = static_cast<double>(target.codes->format().bits());
+  const double compared = std::max(considered_.compared(), kLeastCompared) *
+                          std::clamp(std::sqrt(kManyBits / bits), 1.0, kMostComparedAgain);
+  compared_again_ = std::min(static_cast<uint32_t>(compared), uint32_t{kCandidates / 2});
   size_ = static_cast<uint32_t>(nodes.size());
   Advance(Phase::kPrepare);
   return true;
@@ -280,27 +288,43 @@ void BatchLinker::BeginLink() {
   // While this one's are compared, the next one's rows are on their way.
   if (next_ + 1 < size_) ShrinkToCompared(next_ + 1);
   const size_t found = CompareAgain(next_);
-  Entry& entry = entries_[next_];
-  const float* const estimates = memory_.estimates + size_t{next_} * kCandidates;
-  if (target_.agreement != nullptr &&
-      !target_.agreement->Add(nodes_[next_], {estimates, entry.candidates},
-                              {found_.data(), found})) {
-    entry.is_far = true;
-  }
+  CheckEstimates(found);
   sorter_(found_.data(), found, hwy::SortAscending());
   const size_t considered = ThinOut(found);
   const NodeId node = nodes_[next_];
   // Nothing is found where memory was short for grouping, or estimates are no numbers.
-  if (entry.is_far || found == 0) {
+  if (entries_[next_].is_far || found == 0) {
     linker_->BeginAdded(target_.graph, target_.vectors, node);
     return;
   }
-  if (target_.graph->Level(node) > 0) {
-    std::array<float, kMaxDimension> numbers;
-    target_.format->Decode(target_.vectors.vectors->Row(node), numbers.data());
-    target_.codes->format().EncodeQuery(numbers.data(), linker_->walk_query());
-  }
+  if (target_.graph->Level(node) > 0) EncodeWalkQuery(node);
   linker_->BeginFound(target_.graph, target_.vectors, node, walk_, {found_.data(), considered});
+}
+
+void BatchLinker::EncodeWalkQuery(NodeId node) {
+  std::array<float, kMaxDimension> numbers;
+  target_.format->Decode(target_.vectors.vectors->Row(node), numbers.data());
+  target_.codes->format().EncodeQuery(numbers.data(), linker_->walk_query());
+}
+
+// Where signs have chosen any ones of a crowd, the node is linked by int8. Of some nodes the
+// estimates that recalls walk by are compared as well: in a narrow cloud they may tell nothing
+// where signs, whose errors shrink with the angle, still do.
+void BatchLinker::CheckEstimates(size_t found) {
+  if (target_.agreement == nullptr || entries_[next_].candidates != found) return;
+  const std::span<const NeighbourKey> keys(found_.data(), found);
+  const float* const by_signs = memory_.estimates + size_t{next_} * kCandidates;
+  if (EstimateAgreement::Displacement({by_signs, found}, keys) > EstimateAgreement::kUseless) {
+    entries_[next_].is_far = true;
+  }
+  if (next_ % kNodesPerCheck != 0 || found == 0) return;
+  EncodeWalkQuery(nodes_[next_]);
+  std::array<const std::byte*, kCandidates> codes;
+  std::array<float, kCandidates> by_walk;
+  for (size_t i = 0; i < found; ++i) codes[i] = target_.codes->rows().Row(NodeOf(keys[i]));
+  const RabitqFormat& format = target_.codes->format();
+  format.distances()(linker_->walk_query(), codes.data(), found, format.bits(), by_walk.data());
+  target_.agreement->Add(nodes_[next_], {by_walk.data(), found}, keys);
 }
 
 // Of what was found, nearest first, those that links are selected among; returns how many.

@@ -73,7 +73,7 @@ class BatchLinker {
   };
   static constexpr Candidates CandidatesFor(uint32_t ef_construction) {
     const uint32_t ef = std::min<uint32_t>(ef_construction, kCandidates / 2 - 16);
-    return {.nearest = std::max(ef * 13 / 32, 1U), .farther = ef * 5 / 32};
+    return {.nearest = std::max(ef * 13 / 32, 1U), .farther = ef * 3 / 16};
   }
 
   // `linker`: free while a batch is begun, and used until it is linked. Both outlive this. Takes
@@ -143,13 +143,14 @@ class BatchLinker {
   void ShrinkCandidates(uint32_t place, size_t least, size_t most);
   void ShrinkToCompared(uint32_t place);
   size_t CompareAgain(uint32_t place);
+  void EncodeWalkQuery(NodeId node);
+  void CheckEstimates(size_t found);
   size_t ThinOut(size_t found);
 
   // Constant after construction.
   ArenaHeap* heap_;
   HnswBuildParams params_;
-  Candidates considered_;    // that links are selected among
-  uint32_t compared_again_;  // by int8, before
+  Candidates considered_;  // that links are selected among
   HnswLinker* linker_;
   BlockProducts products_;
   hwy::Sorter sorter_;
@@ -165,8 +166,9 @@ class BatchLinker {
   std::array<Entry, kMaxBatch> entries_;
   std::array<NeighbourKey, kCandidates> found_;  // of the node that is linked
   uint32_t size_ = 0;
-  uint32_t next_ = 0;   // place, or list
-  uint32_t inner_ = 0;  // query of the list
+  uint32_t compared_again_ = 0;  // candidates of a node, by int8
+  uint32_t next_ = 0;            // place, or list
+  uint32_t inner_ = 0;           // query of the list
   uint64_t estimates_ = 0;
   uint64_t compared_ = 0;
 };

@@ -56,9 +56,9 @@ float EstimateAgreement::Displacement(std::span<const float> estimates,
   return std::max(sum / kNearest - kBest, 0.0F) / static_cast<float>(count - kNearest);
 }
 
-bool EstimateAgreement::Add(NodeId node, std::span<const float> estimates,
+void EstimateAgreement::Add(NodeId node, std::span<const float> estimates,
                             std::span<const NeighbourKey> keys) {
-  if (estimates.size() != keys.size() || keys.size() < kFewest) return true;
+  if (estimates.size() != keys.size() || keys.size() < kFewest) return;
   const float displacement = Displacement(estimates, keys);
   count_ = std::min(count_ + 1, kWindow);
   mean_ += (displacement - mean_) / static_cast<float>(count_);
@@ -67,7 +67,6 @@ bool EstimateAgreement::Add(NodeId node, std::span<const float> estimates,
     next_ = (next_ + 1) % kRemembered;
     remembered_ = std::max(remembered_, next_ == 0 ? uint32_t{kRemembered} : next_);
   }
-  return displacement <= kUseless;
 }
 
 }  // namespace engram

@@ -47,8 +47,7 @@ class EstimateAgreement {
   // `keys[i]`. Of several that are the tenth nearest those count that look nearest.
   static float Displacement(std::span<const float> estimates, std::span<const NeighbourKey> keys);
 
-  // False where the node's estimates are useless.
-  bool Add(NodeId node, std::span<const float> estimates, std::span<const NeighbourKey> keys);
+  void Add(NodeId node, std::span<const float> estimates, std::span<const NeighbourKey> keys);
   // Codes are to be looked at again.
   bool IsDoubtful() const { return count_ >= kWindow && mean_ > kDoubtful; }
   float mean() const { return mean_; }

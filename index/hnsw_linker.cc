@@ -153,20 +153,13 @@ void HnswLinker::Abandon() {
   phase_ = Phase::kFree;
 }
 
-// A node whose nearest on level 0 are known searches only the levels above, whose links need not be
-// as good: a recall takes one way down.
-uint32_t HnswLinker::BeamWidth() const {
-  const uint32_t ef = params_.ef_construction;
-  return has_found_ ? std::max((3 * ef + 7) / 8, 1U) : ef;
-}
-
 // 2.
 void HnswLinker::StepDescent() {
   if (level_ > node_level_) {
     if (!GreedyHop(walk_, level_, &nearest_, &scratch_.distances)) --level_;
     return;
   }
-  beam_.Begin(walk_, level_, BeamWidth(), &scratch_);
+  beam_.Begin(walk_, level_, params_.ef_construction, &scratch_);
   beam_.AddSeed(nearest_);
   phase_ = Phase::kBeam;
 }
@@ -242,7 +235,7 @@ void HnswLinker::EndSelect() {
   if (level_ != 0) {
     --level_;
     if (found_.empty()) {  // Nothing but doomed nodes up here: go down from where the beam began.
-      beam_.Begin(walk_, level_, BeamWidth(), &scratch_);
+      beam_.Begin(walk_, level_, params_.ef_construction, &scratch_);
       beam_.AddSeed(nearest_);
     } else {
       beam_.BeginFromResults(level_);

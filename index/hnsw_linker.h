@@ -97,7 +97,6 @@ class HnswLinker {
   void SetNode(HnswGraph* graph, const SearchTarget& target, NodeId node, const SearchTarget* walk);
   void BeginSearch();
   void BeginBottom();
-  uint32_t BeamWidth() const;
   void StepDescent();
   void StepBeam();
   void StepExtend();

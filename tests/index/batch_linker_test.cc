@@ -480,8 +480,9 @@ void ExpectAsGoodAsOneByOne(Metric metric, const TestVectors& data, const TestVe
     testing::Test::RecordProperty("degree_batch", std::to_string(degree));
     EXPECT_NEAR(degree, MeanDegree(ones, 0), 0.01 * MeanDegree(ones, 0));
     EXPECT_NEAR(degree, MeanDegree(one, 0), 0.05 * MeanDegree(one, 0));
-    // Candidates that codes alone choose give fewer links.
-    EXPECT_NEAR(degree, MeanDegree(by_codes, 0), 0.12 * MeanDegree(by_codes, 0));
+    // Candidates that codes alone choose give fewer links; with few bits most of all, where a batch
+    // compares twice as many by int8.
+    EXPECT_NEAR(degree, MeanDegree(by_codes, 0), 0.16 * MeanDegree(by_codes, 0));
     // Here a batch searches with all of ef_construction.
     EXPECT_NEAR(MeanDegree(rig, 1), MeanDegree(one, 1), 0.1 * MeanDegree(one, 1));
     for (const uint32_t ef : {16U, 32U, 64U}) {
@@ -489,7 +490,7 @@ void ExpectAsGoodAsOneByOne(Metric metric, const TestVectors& data, const TestVe
       const double wanted = one.RecallAt(10, ef, queries);
       testing::Test::RecordProperty("recall_one_" + std::to_string(ef), std::to_string(wanted));
       testing::Test::RecordProperty("recall_" + std::to_string(ef), std::to_string(recall));
-      EXPECT_NEAR(recall, ones.RecallAt(10, ef, queries), 0.005) << "ef " << ef;
+      EXPECT_GE(recall, ones.RecallAt(10, ef, queries) - 0.005) << "ef " << ef;
       EXPECT_GE(recall, wanted - (ef == 16 ? 0.015 : 0.004)) << "ef " << ef;
       EXPECT_GE(recall, by_codes.RecallAt(10, ef, queries) - (ef == 16 ? 0.005 : 0.0025))
           << "ef " << ef;

@@ -18,6 +18,7 @@
 #include "index/space.h"
 #include "src/core/commit_stamp.h"
 #include "src/core/reader_epochs.h"
+#include "tests/index/sign_testing.h"
 #include "tests/index/space_testing.h"
 #include "tests/index/space_upkeep.h"
 
@@ -86,9 +87,7 @@ class SpaceTestPeer {
               !space.graph_.IsLinked(node) && !space.graph_.IsDoomed(node)) {
             violation = "a list has node " + std::to_string(node) + ", which is in no graph";
           }
-          const size_t bytes = codes.format().row_bytes();
-          if (is_recoded &&
-              std::memcmp(block.codes + i * bytes, codes.rows().Row(node), bytes) != 0) {
+          if (is_recoded && !HasCode(codes.signs(), block, i, codes.rows().Row(node))) {
             violation = "a list has another code of node " + std::to_string(node);
           }
         }

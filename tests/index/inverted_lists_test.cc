@@ -19,6 +19,7 @@
 #include "index/vector_store.h"
 #include "src/core/hash.h"
 #include "tests/index/graph_fixture.h"
+#include "tests/index/sign_testing.h"
 #include "tests/index/space_testing.h"
 
 namespace engram {
@@ -106,20 +107,13 @@ class ListsRig {
           ASSERT_TRUE(seen.insert(node).second) << node << " is listed twice";
           ASSERT_TRUE(members.contains(node)) << node;
           ASSERT_TRUE(lists->Has(node));
-          ASSERT_TRUE(HasCodeOf(block, i, node)) << node << " has another's code";
+          ASSERT_TRUE(HasCode(signs, block, i, codes.Row(node))) << node << " has another's code";
         }
       });
       ASSERT_EQ(size, lists->size(list));
     }
     ASSERT_EQ(seen.size(), members.size());
     ASSERT_LE(lists->bytes(), memory.heap.live_bytes());
-  }
-
-  bool HasCodeOf(const InvertedLists::Block& block, size_t member, NodeId node) const {
-    std::array<std::array<std::byte, SignBlocks::BlockBytes(kCodeBits)>, 2> blocks{};
-    signs.Copy(block.codes, static_cast<uint32_t>(member), blocks[0].data(), 0);
-    signs.Set(blocks[1].data(), 0, codes.Row(node));
-    return blocks[0] == blocks[1];
   }
 
   TestHeap rows_memory;
