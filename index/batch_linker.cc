@@ -24,8 +24,10 @@ constexpr uint32_t kLeastCompared = 48;
 constexpr size_t kComparedAtOnce = 8;
 // So many more candidates than asked for may be kept, to find the bound in few passes.
 constexpr size_t kCandidateTolerance = 8;
-// One in so many nodes shows whether recalls may walk by codes.
+// One in so many nodes shows whether recalls may walk by codes, and while all is well whether signs
+// are of use.
 constexpr uint32_t kNodesPerCheck = 4;
+constexpr uint32_t kNodesPerCheckWhenCalm = 16;
 // Signs of fewer bits than this err more, and int8 rows cost less: more are compared again.
 constexpr double kManyBits = 768;
 constexpr double kMostComparedAgain = 2;
@@ -307,24 +309,27 @@ void BatchLinker::EncodeWalkQuery(NodeId node) {
   target_.codes->format().EncodeQuery(numbers.data(), linker_->walk_query());
 }
 
-// Where signs have chosen any ones of a crowd, the node is linked by int8. Of some nodes the
-// estimates that recalls walk by are compared as well: in a narrow cloud they may tell nothing
-// where signs, whose errors shrink with the angle, still do.
+// Where signs have chosen any ones of a crowd, the node is linked by int8. The estimates that
+// recalls walk by are compared as well: in a narrow cloud they may tell nothing where signs, whose
+// errors shrink with the angle, still do. As long as all is well some nodes show it.
 void BatchLinker::CheckEstimates(size_t found) {
-  if (target_.agreement == nullptr || entries_[next_].candidates != found) return;
+  EstimateAgreement* const agreement = target_.agreement;
+  if (agreement == nullptr || found == 0 || entries_[next_].candidates != found) return;
+  const bool is_calm = agreement->IsCalm();
+  if (is_calm && next_ % kNodesPerCheckWhenCalm != 0) return;
   const std::span<const NeighbourKey> keys(found_.data(), found);
   const float* const by_signs = memory_.estimates + size_t{next_} * kCandidates;
   if (EstimateAgreement::Displacement({by_signs, found}, keys) > EstimateAgreement::kUseless) {
     entries_[next_].is_far = true;
   }
-  if (next_ % kNodesPerCheck != 0 || found == 0) return;
+  if (next_ % kNodesPerCheck != 0) return;
   EncodeWalkQuery(nodes_[next_]);
   std::array<const std::byte*, kCandidates> codes;
   std::array<float, kCandidates> by_walk;
   for (size_t i = 0; i < found; ++i) codes[i] = target_.codes->rows().Row(NodeOf(keys[i]));
   const RabitqFormat& format = target_.codes->format();
   format.distances()(linker_->walk_query(), codes.data(), found, format.bits(), by_walk.data());
-  target_.agreement->Add(nodes_[next_], {by_walk.data(), found}, keys);
+  agreement->Add(nodes_[next_], {by_walk.data(), found}, keys);
 }
 
 // Of what was found, nearest first, those that links are selected among; returns how many.

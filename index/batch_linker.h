@@ -33,17 +33,18 @@ struct BatchTarget {
 };
 
 // Links many nodes into an HNSW graph at once, in slices. A graph search finds the neighbours of
-// one node by hundreds of hops through memory; here they are found by blocked products with the
-// members of inverted lists, which lie side by side and serve all nodes of the batch that are near
-// them (partitions and products, after PiPNN, 2026, and RaBitQ's codes, Gao & Long 2024).
+// one node by hundreds of hops through memory; here they are found among the members of inverted
+// lists, which lie side by side and serve all nodes of the batch that are near them (partitions
+// instead of searches, after PiPNN, 2026, by RaBitQ's codes, Gao & Long 2024).
 //
 // Steps:
-// 1. Prepare: each node gets its code, and itself in the form of a query for blocks of codes.
+// 1. Prepare: each node gets its code.
 // 2. Assign: a blocked int8 product with all centroids gives its home and the lists to look in,
 //    so many that some thousands of members are compared. Then it becomes a member of its home: so
 //    the later nodes of a batch see the earlier ones, as if they had been linked one by one.
-// 3. Scan: list by list, its members with all nodes that look in it, by code. Each node keeps the
-//    nearest some hundred. One that is far from what codes were learned from looks in none.
+// 3. Scan: list by list, its members with all nodes that look in it, by the signs of both
+//    (SignBlocks). Each node keeps the nearest some hundred. One that is far from what codes were
+//    learned from looks in none.
 // 4. Link: node by node, what it kept is compared again by int8, and the nearest of that, with some
 //    of the rest, are what HnswLinker selects its links on level 0 from; levels above it searches
 //    as for any node. For one that is far it searches level 0 as well, by int8; likewise where the

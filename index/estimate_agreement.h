@@ -10,9 +10,9 @@
 
 namespace engram {
 
-// Whether codes still tell near from far where nodes are linked now. Of each node the candidates
-// that its estimates chose are compared again by int8, so how far the two agree costs no further
-// distance: where they do not, the candidates are any ones of a crowd.
+// Whether codes still tell near from far where nodes are linked now. A node's candidates are
+// compared by int8 in any case: where estimates of these distances do not agree with them, they
+// would as well have chosen any others of a crowd.
 //
 // A node's displacement is how far down the ten nearest by int8 lie among its candidates by
 // estimate: 0 where they are the first ten, 1/2 where estimates tell nothing. The highest of the
@@ -48,6 +48,8 @@ class EstimateAgreement {
   static float Displacement(std::span<const float> estimates, std::span<const NeighbourKey> keys);
 
   void Add(NodeId node, std::span<const float> estimates, std::span<const NeighbourKey> keys);
+  // There is not the least doubt.
+  bool IsCalm() const { return count_ >= kWindow && mean_ < kDoubtful / 2; }
   // Codes are to be looked at again.
   bool IsDoubtful() const { return count_ >= kWindow && mean_ > kDoubtful; }
   float mean() const { return mean_; }

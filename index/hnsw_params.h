@@ -29,9 +29,9 @@ struct HnswBuildParams {
   // Subramanya et al. 2019). At least 1.
   float alpha = 1.0F;
   // Of batch linking: members of inverted lists that a node is compared with by code. About
-  // ef_construction of the nearest, 48 to 247, are compared again by int8, and its links chosen
-  // among two thirds of these (BatchLinker::CandidatesFor).
-  uint32_t scanned = 2'500;
+  // ef_construction of the nearest, more where codes are short, are compared again by int8, and its
+  // links chosen among two thirds of that (BatchLinker::CandidatesFor).
+  uint32_t scanned = 3'500;
 };
 
 // How a graph is searched.

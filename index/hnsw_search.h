@@ -243,9 +243,16 @@ class BeamSearch {
     s.candidates_.Pop();
     if (!s.candidates_.empty()) PrefetchLinks(NodeOf(s.candidates_.top()));
     const size_t count = GatherUnvisited(NodeOf(candidate));
-    for (size_t i = 0; i < count; ++i) {
-      if (i + kRowsAhead < count) target_.Prefetch(fresh_[i + kRowsAhead]);
-      Offer(KeyOf(target_.DistanceTo(fresh_[i]), fresh_[i]));
+    std::array<const std::byte*, kRowsAhead> rows;
+    std::array<float, kRowsAhead> distances;
+    for (size_t i = 0; i < count; i += kRowsAhead) {
+      const size_t some = std::min(kRowsAhead, count - i);
+      for (size_t j = 0; j < some; ++j) {
+        rows[j] = target_.vectors->Row(fresh_[i + j]);
+        if (i + j + kRowsAhead < count) target_.Prefetch(fresh_[i + j + kRowsAhead]);
+      }
+      target_.DistancesBetween(target_.query, {rows.data(), some}, distances.data());
+      for (size_t j = 0; j < some; ++j) Offer(KeyOf(distances[j], fresh_[i + j]));
     }
     s.distances += count;
     return true;
@@ -269,8 +276,8 @@ class BeamSearch {
   }
 
  private:
-  // Rows asked for before the one that is compared: enough to cover memory's latency.
-  static constexpr size_t kRowsAhead = 4;
+  // Rows that are compared at once, and asked for before that: enough to cover memory's latency.
+  static constexpr size_t kRowsAhead = 8;
 
   void PrefetchLinks(NodeId node) {
     const NodeId* links = target_.graph->Links(node, level_);

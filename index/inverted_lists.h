@@ -35,7 +35,7 @@ class InvertedLists {
   // A list is split that has more than most_members(): shorter lists are nearer to what is looked
   // for, but each costs a product with its centroid. So lists are short until there are some
   // kListsAimedAt, and then grow with what there is.
-  static constexpr uint32_t kFewestMembers = 128;
+  static constexpr uint32_t kFewestMembers = 192;
   static constexpr uint32_t kMostMembers = 384;
   static constexpr uint32_t kListsAimedAt = 1'200;
   // Members that lie side by side.

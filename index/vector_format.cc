@@ -99,39 +99,46 @@ void QuantiseToInt8(const float* v, size_t count, double factor, int8_t* to, int
   *sum_of_squares = total_of_squares;
 }
 
-// to[i] = numbers[i] * scale, rounded once from double.
-void ScaleInt8(const int8_t* numbers, size_t count, double scale, float* to) {
+// Calls some(i, v) for registers v of numbers[i..] * scale in double, and one(i, v) for each number
+// of the rest.
+template <typename Some, typename One>
+HWY_INLINE void ForEachScaled(const int8_t* numbers, size_t count, double scale,
+                              [[maybe_unused]] const Some& some, const One& one) {
   size_t i = 0;
 #if HWY_TARGET != HWY_SCALAR
   const hn::CappedTag<double, 8> wide;
-  const hn::Rebind<float, decltype(wide)> float_tag;
   const hn::Rebind<int32_t, decltype(wide)> int_tag;
   const hn::Rebind<int8_t, decltype(wide)> narrow;
   const size_t lanes = hn::Lanes(wide);
   const auto scales = hn::Set(wide, scale);
   for (; i + lanes <= count; i += lanes) {
     const auto number = hn::PromoteTo(wide, hn::PromoteTo(int_tag, hn::LoadU(narrow, numbers + i)));
-    hn::StoreU(hn::DemoteTo(float_tag, hn::Mul(number, scales)), float_tag, to + i);
+    some(i, hn::Mul(number, scales));
   }
 #endif
-  for (; i < count; ++i) to[i] = static_cast<float>(numbers[i] * scale);
+  for (; i < count; ++i) one(i, numbers[i] * scale);
+}
+
+// to[i] = numbers[i] * scale, rounded once from double.
+void ScaleInt8(const int8_t* numbers, size_t count, double scale, float* to) {
+  ForEachScaled(
+      numbers, count, scale,
+      [to](size_t i, auto scaled) HWY_ATTR {
+        const hn::Rebind<float, hn::DFromV<decltype(scaled)>> tag;
+        hn::StoreU(hn::DemoteTo(tag, scaled), tag, to + i);
+      },
+      [to](size_t i, double scaled) { to[i] = static_cast<float>(scaled); });
 }
 
 // sums[i] += numbers[i] * scale.
 void AddScaledInt8(const int8_t* numbers, size_t count, double scale, double* sums) {
-  size_t i = 0;
-#if HWY_TARGET != HWY_SCALAR
-  const hn::CappedTag<double, 8> wide;
-  const hn::Rebind<int32_t, decltype(wide)> int_tag;
-  const hn::Rebind<int8_t, decltype(wide)> narrow;
-  const size_t lanes = hn::Lanes(wide);
-  const auto scales = hn::Set(wide, scale);
-  for (; i + lanes <= count; i += lanes) {
-    const auto number = hn::PromoteTo(wide, hn::PromoteTo(int_tag, hn::LoadU(narrow, numbers + i)));
-    hn::StoreU(hn::Add(hn::LoadU(wide, sums + i), hn::Mul(number, scales)), wide, sums + i);
-  }
-#endif
-  for (; i < count; ++i) sums[i] += numbers[i] * scale;
+  ForEachScaled(
+      numbers, count, scale,
+      [sums](size_t i, auto scaled) HWY_ATTR {
+        const hn::DFromV<decltype(scaled)> tag;
+        hn::StoreU(hn::Add(hn::LoadU(tag, sums + i), scaled), tag, sums + i);
+      },
+      [sums](size_t i, double scaled) { sums[i] += scaled; });
 }
 
 }  // namespace HWY_NAMESPACE
