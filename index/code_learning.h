@@ -60,9 +60,10 @@ struct CodeLearning {
       }
     });
   }
-  // The indexes of those that are judged apart: spread over all that were taken from lists.
-  std::span<const uint32_t> ChooseNear() {
-    const size_t count = std::min(near_size, RabitqLearner::kQueries);
+  // The indexes of those that are judged apart: `most` at most, spread over all that were taken
+  // from lists.
+  std::span<const uint32_t> ChooseNear(size_t most = RabitqLearner::kQueries) {
+    const size_t count = std::min(near_size, most);
     for (size_t i = 0; i < count; ++i) near[i] = near[i * near_size / count];
     return {near.data(), count};
   }

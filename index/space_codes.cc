@@ -134,12 +134,15 @@ void Space::StartLearner(CodeLearning* learning) {
     const auto* space = static_cast<const Space*>(context);
     return space->exact_->Row(space->learning_->sample[index]);
   };
+  // A look without a doubt need not be as sharp, and each one asked for costs as much.
+  const size_t near =
+      learn_when_.is_doubted() ? RabitqLearner::kQueries : RabitqLearner::kQueries / 4;
   RabitqSample sample{.format = &*code_format_,
                       .count = learning->sample_size,
                       .row = code_row,
                       .context = this,
                       .mean_count = learning->spread_size,
-                      .near = learning->ChooseNear()};
+                      .near = learning->ChooseNear(near)};
   if (exact_) {
     sample.format = &*exact_format_;
     sample.row = exact_row;
