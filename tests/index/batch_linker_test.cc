@@ -479,7 +479,7 @@ void ExpectAsGoodAsOneByOne(Metric metric, const TestVectors& data, const TestVe
     testing::Test::RecordProperty("degree_one", std::to_string(MeanDegree(one, 0)));
     testing::Test::RecordProperty("degree_batch", std::to_string(degree));
     EXPECT_NEAR(degree, MeanDegree(ones, 0), 0.01 * MeanDegree(ones, 0));
-    EXPECT_NEAR(degree, MeanDegree(one, 0), 0.05 * MeanDegree(one, 0));
+    EXPECT_NEAR(degree, MeanDegree(one, 0), 0.07 * MeanDegree(one, 0));
     // Candidates that codes alone choose give fewer links; with few bits most of all, where a batch
     // compares twice as many by int8.
     EXPECT_NEAR(degree, MeanDegree(by_codes, 0), 0.16 * MeanDegree(by_codes, 0));
