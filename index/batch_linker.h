@@ -29,7 +29,7 @@ struct BatchTarget {
   const VectorFormat* format = nullptr;    // of these rows
   WalkCodes* codes = nullptr;              // has room for the nodes
   InvertedLists* lists = nullptr;          // of the nodes in the graph, with the codes' rows
-  EstimateAgreement* agreement = nullptr;  // is told of each node; nullptr: nobody
+  EstimateAgreement* agreement = nullptr;  // is told of some nodes; nullptr: nobody
 };
 
 // Links many nodes into an HNSW graph at once, in slices. A graph search finds the neighbours of

@@ -3,12 +3,14 @@
 #include <stdlib.h>
 
 #include <array>
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <utility>
 
 #include "src/core/observation.h"
 #include "src/core/topology.h"
+#include "tools/engramctl/table.h"
 
 namespace engram {
 
@@ -96,6 +98,33 @@ double FourDigits(double value) {
   std::array<char, 32> text;
   std::snprintf(text.data(), text.size(), "%.4g", value);
   return std::strtod(text.data(), nullptr);
+}
+
+std::string Shown(std::optional<double> value, const char* format) {
+  if (!value) return "-";
+  std::array<char, 32> text;
+  std::snprintf(text.data(), text.size(), format, *value);
+  return text.data();
+}
+
+std::string ShownRate(std::optional<double> value) {
+  return value ? WithThousands(static_cast<uint64_t>(std::llround(*value))) : "-";
+}
+
+int RunBench(CLI::App* app, int argc, char** argv, const char* name,
+             const std::function<Result<void>()>& run) {
+  constexpr int kExitFailed = 1;
+  constexpr int kExitUsage = 2;
+  try {
+    app->parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app->exit(error) == 0 ? 0 : kExitUsage;
+  }
+  if (const auto done = run(); !done) {
+    std::fprintf(stderr, "%s: %s\n", name, done.error().message.c_str());
+    return kExitFailed;
+  }
+  return 0;
 }
 
 }  // namespace engram

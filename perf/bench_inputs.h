@@ -2,6 +2,8 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
+#include <functional>
+#include <optional>
 #include <string>
 
 #include "index/space.h"
@@ -46,5 +48,14 @@ Result<void> PinTo(int processor);
 double LoadAverage();
 // A number that prints with four digits.
 double FourDigits(double value);
+// For tables; "-" where there is none. `format`: of one double.
+std::string Shown(std::optional<double> value, const char* format);
+// The same with thousands apart.
+std::string ShownRate(std::optional<double> value);
+
+// Main of program `name`: reads the arguments and runs. Its exit status: 0, 1 where `run` failed,
+// which it says, 2 for arguments that are none.
+int RunBench(CLI::App* app, int argc, char** argv, const char* name,
+             const std::function<Result<void>()>& run);
 
 }  // namespace engram

@@ -9,6 +9,7 @@
 #include <span>
 #include <system_error>
 
+#include "perf/bench_inputs.h"
 #include "perf/bench_support.h"
 #include "perf/svg_plot.h"
 #include "src/core/check.h"
@@ -31,16 +32,6 @@ Json Ratio(std::optional<double> value) {
   std::array<char, 32> text;
   std::snprintf(text.data(), text.size(), "%.4g", *value);
   return Json::parse(text.data());
-}
-
-std::string Shown(std::optional<double> value, const char* format) {
-  if (!value) return "-";
-  std::array<char, 32> text;
-  std::snprintf(text.data(), text.size(), format, *value);
-  return text.data();
-}
-std::string ShownRate(std::optional<double> value) {
-  return value ? WithThousands(static_cast<uint64_t>(std::llround(*value))) : "-";
 }
 
 // Rows that are in at the end of a tenth, and linked inserts/s within it.

@@ -51,8 +51,6 @@ namespace engram {
 namespace {
 
 using Json = nlohmann::ordered_json;
-constexpr int kExitFailed = 1;
-constexpr int kExitUsage = 2;
 constexpr uint32_t kNearest = 10;
 
 struct Options {
@@ -364,17 +362,10 @@ int Main(int argc, char** argv) {
   CLI::App app("Measures this project's index as it grows, on a real set made larger.");
   Options options;
   AddOptions(&app, &options);
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : kExitUsage;
-  }
-  std::ranges::sort(options.points);
-  if (auto measured = Measure(options); !measured) {
-    std::fprintf(stderr, "growth_curve: %s\n", measured.error().message.c_str());
-    return kExitFailed;
-  }
-  return 0;
+  return RunBench(&app, argc, argv, "growth_curve", [&options] {
+    std::ranges::sort(options.points);
+    return Measure(options);
+  });
 }
 
 }  // namespace

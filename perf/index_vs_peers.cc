@@ -33,9 +33,6 @@ namespace engram {
 
 namespace {
 
-constexpr int kExitFailed = 1;
-constexpr int kExitUsage = 2;
-
 struct Setting {
   uint32_t M = 0;
   uint32_t ef_construction = 0;
@@ -212,16 +209,7 @@ int Main(int argc, char** argv) {
   CLI::App app("Compares this project's index with hnswlib on one set of vectors.");
   Options options;
   AddOptions(&app, &options);
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : kExitUsage;
-  }
-  if (auto compared = Compare(options); !compared) {
-    std::fprintf(stderr, "index_vs_peers: %s\n", compared.error().message.c_str());
-    return kExitFailed;
-  }
-  return 0;
+  return RunBench(&app, argc, argv, "index_vs_peers", [&options] { return Compare(options); });
 }
 
 }  // namespace

@@ -58,8 +58,6 @@ namespace {
 using Json = nlohmann::ordered_json;
 using Clock = std::chrono::steady_clock;
 using Shards = std::vector<std::unique_ptr<ComparedIndex>>;
-constexpr int kExitFailed = 1;
-constexpr int kExitUsage = 2;
 constexpr uint32_t kNearest = 10;
 constexpr size_t kWarmUpRows = 5'000;
 
@@ -301,15 +299,6 @@ std::optional<double> CountedOf(const Point& point, uint64_t rows,
   return Median(values);
 }
 
-std::string Shown(std::optional<double> value, const char* format) {
-  if (!value) return "-";
-  std::array<char, 32> text;
-  std::snprintf(text.data(), text.size(), format, *value);
-  return text.data();
-}
-std::string ShownRate(std::optional<double> value) {
-  return value ? WithThousands(static_cast<uint64_t>(std::llround(*value))) : "-";
-}
 Json JsonOf(std::optional<double> value) {
   return value ? Json(FourDigits(*value)) : Json(nullptr);
 }
@@ -435,18 +424,11 @@ int Main(int argc, char** argv) {
   CLI::App app("Measures what shards of this project's index do side by side.");
   Options options;
   AddOptions(&app, &options);
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : kExitUsage;
-  }
-  std::ranges::sort(options.shards);
-  options.shards.erase(std::ranges::unique(options.shards).begin(), options.shards.end());
-  if (auto measured = Measure(options); !measured) {
-    std::fprintf(stderr, "shard_scaling_bench: %s\n", measured.error().message.c_str());
-    return kExitFailed;
-  }
-  return 0;
+  return RunBench(&app, argc, argv, "shard_scaling_bench", [&options] {
+    std::ranges::sort(options.shards);
+    options.shards.erase(std::ranges::unique(options.shards).begin(), options.shards.end());
+    return Measure(options);
+  });
 }
 
 }  // namespace
