@@ -160,9 +160,11 @@ uint32_t BatchLinker::StepPrepare() {
 // it by lists.
 uint32_t BatchLinker::StepAssign() {
   const uint32_t count = std::min(size_ - next_, InvertedLists::kMostAtOnce);
-  std::array<const std::byte*, InvertedLists::kMostAtOnce> rows;
+  std::array<InvertedLists::Row, InvertedLists::kMostAtOnce> rows;
   for (uint32_t i = 0; i < count; ++i) {
-    rows[i] = target_.vectors.vectors->Row(nodes_[next_ + i]);
+    const Entry& entry = entries_[next_ + i];
+    rows[i] = {target_.vectors.vectors->Row(nodes_[next_ + i]),
+               entry.is_far ? nullptr : entry.code.code};
   }
   std::array<InvertedLists::Choice, InvertedLists::kMostAtOnce> choices;
   target_.lists->Choose(products_, {rows.data(), count}, static_cast<float>(params_.scanned),
@@ -226,9 +228,12 @@ uint32_t BatchLinker::StepScan() {
   const size_t count = std::min<size_t>(queries.size() - inner_, kQueriesAtOnce);
   uint32_t pairs = 0;
   if (count > 0 && target_.lists->size(next_) > 0) {
+    const bool is_last = inner_ + count == queries.size();
+    const std::byte* const behind = target_.lists->FirstCodes(is_last ? NextScanned() : next_);
     uint32_t first = 0;
     target_.lists->ForEachBlock(next_, [&](const InvertedLists::Block& block) {
-      ScanBlock(block, queries.subspan(inner_, count), first);
+      const std::byte* const next = block.next_codes == nullptr ? behind : block.next_codes;
+      ScanBlock(block, queries.subspan(inner_, count), first, next);
       first += static_cast<uint32_t>(block.nodes.size());
     });
     pairs = static_cast<uint32_t>(count) * target_.lists->size(next_);
@@ -242,11 +247,27 @@ uint32_t BatchLinker::StepScan() {
   return 1 + pairs / kPairsPerDistance;
 }
 
-// `first`: members of the list before the block.
+// The list behind next_ that some node looks in; next_ itself where there is none.
+uint32_t BatchLinker::NextScanned() const {
+  for (uint32_t list = next_ + 1; list < target_.lists->count(); ++list) {
+    if (starts_[list] > starts_[list - 1]) return list;
+  }
+  return next_;
+}
+
+// `first`: members of the list before the block. `next`: the block that comes after it, which is
+// asked for meanwhile.
 void BatchLinker::ScanBlock(const InvertedLists::Block& block, std::span<const Query> queries,
-                            uint32_t first) {
+                            uint32_t first, const std::byte* next) {
   const SignBlocks& signs = target_.codes->signs();
+  const size_t next_bytes = next == nullptr ? 0 : signs.block_bytes();
+  const size_t share = (next_bytes / queries.size() + kCacheLineBytes) & ~(kCacheLineBytes - 1);
+  size_t asked = 0;
   for (const auto [place, visible] : queries) {
+    for (const size_t end = std::min(asked + share, next_bytes); asked < end;
+         asked += kCacheLineBytes) {
+      __builtin_prefetch(next + asked, 0, 2);
+    }
     if (visible <= first) continue;
     Entry& entry = entries_[place];
     if (entry.candidates + SignBlocks::kMembers + kSelectionSlack > kCandidates) {

@@ -138,7 +138,9 @@ class BatchLinker {
   uint32_t StepAssign();
   uint32_t StepGroup();
   uint32_t StepScan();
-  void ScanBlock(const InvertedLists::Block& block, std::span<const Query> queries, uint32_t first);
+  uint32_t NextScanned() const;
+  void ScanBlock(const InvertedLists::Block& block, std::span<const Query> queries, uint32_t first,
+                 const std::byte* next);
   uint32_t StepLink(uint32_t max_distances);
   void BeginLink();
   void ShrinkCandidates(uint32_t place, size_t least, size_t most);

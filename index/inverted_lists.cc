@@ -27,6 +27,12 @@ constexpr uint32_t kBoundarySample = 128;
 constexpr float kScanTolerance = 1.15F;
 // Where more lists are near enough than there is room for.
 constexpr float kEnoughChosen = 0.875F * InvertedLists::kMostChosen;
+// Of many lists so many times those that are needed are chosen by signs.
+constexpr float kPreselected = 2.5F;
+constexpr float kLeastPreselected = 24;
+constexpr size_t kMostPreselected = 2 * InvertedLists::kMostChosen;
+constexpr float kEnoughPreselected = 0.875F * kMostPreselected;
+constexpr size_t kMostCodeBytes = kMaxDimension / 8 + 2 * kCacheLineBytes;
 
 Int8Trailer TrailerOf(const std::byte* row, size_t padded_dimension) {
   Int8Trailer trailer;
@@ -40,17 +46,36 @@ using Numbers = std::array<float, kMaxDimension>;
 // period in the order in which members came.
 uint32_t SampledPlace(uint32_t i, uint32_t stride) { return i * stride + i % stride; }
 
+// The places of the nearest that together have about `members` members. `scores` of those that have
+// none are infinite.
+uint32_t TakeNearest(const float* scores, const float* sizes, size_t count, float members,
+                     uint32_t* places) {
+  constexpr size_t kMost = InvertedLists::kMostChosen;
+  float bound = BoundOfNearest(scores, sizes, count, members, members * kScanTolerance);
+  size_t found = PlacesNearer(scores, count, bound, kMost, places);
+  if (found == kMost) {  // Maybe more than there is room for: the nearest, then.
+    bound = std::min(bound, BoundOfNearest(scores, nullptr, count, kEnoughChosen, kMost));
+    found = PlacesNearer(scores, count, bound, kMost, places);
+  }
+  uint32_t taken = 0;
+  for (size_t i = 0; i < found; ++i) {
+    if (sizes[places[i]] > 0) places[taken++] = places[i];
+  }
+  return taken;
+}
+
 }  // namespace
 
 InvertedLists::InvertedLists(ArenaHeap* heap, const VectorFormat* format,
-                             const VectorStore* vectors, const SignBlocks& codes,
-                             size_t code_row_bytes)
+                             const VectorStore* vectors, const RabitqFormat* coding, uint32_t many)
     : heap_(heap),
       format_(format),
       vectors_(vectors),
-      codes_(codes),
-      code_row_bytes_(code_row_bytes),
       l2_(DistanceFunction(Precision::kInt8, Metric::kL2)),
+      distances_(Int8DistancesFunction(format->metric())),
+      many_(many),
+      coding_(coding),
+      codes_(*coding),
       lists_(heap),
       groups_(heap),
       home_of_(heap) {
@@ -166,6 +191,20 @@ void InvertedLists::SetCentroid(uint32_t list, const float* mean, const std::byt
   group->by_distance[place] = static_cast<float>(-2 * trailer.scale / unit);
 }
 
+void InvertedLists::CodeCentroid(uint32_t list) {
+  Numbers numbers;
+  format_->Decode(Centroid(list), numbers.data());
+  alignas(kCacheLineBytes) std::array<std::byte, kMostCodeBytes> code;
+  coding_->Encode(numbers.data(), code.data());
+  codes_.Set(CentroidCodes(list / kGroupLists), list % kGroupLists, code.data());
+}
+
+void InvertedLists::Use(const RabitqFormat* coding) {
+  CHECK(coding->bits() == coding_->bits(), "codes of the space that it has");
+  coding_ = coding;
+  codes_ = SignBlocks(*coding);
+}
+
 // ---------------------------------------------------------------------------------------------
 // Members
 
@@ -183,7 +222,7 @@ void InvertedLists::CopyCode(const Stored* from, uint32_t from_place, Stored* to
 // Different codes have the same one rarely enough.
 uint32_t InvertedLists::HashOf(const std::byte* code) const {
   uint64_t hash = 0;
-  for (size_t at = 0; at < code_row_bytes_; at += sizeof(uint64_t)) {
+  for (size_t at = 0; at < coding_->row_bytes(); at += sizeof(uint64_t)) {
     uint64_t word;
     std::memcpy(&word, code + at, sizeof(word));
     hash = MixBits(hash ^ word);
@@ -275,23 +314,98 @@ NodeId InvertedLists::MemberAt(uint32_t list, uint32_t place) const {
 // ---------------------------------------------------------------------------------------------
 // Choosing
 
-// A list's score is its centroid's distance but for what is the same for all lists: by L2 for the
-// home, so that lists are compact, and by the metric for where to look. For vectors of norm 1 both
-// have the same order.
-void InvertedLists::Choose(const BlockProducts& products, std::span<const std::byte* const> rows,
-                           float members, Choice* choices) {
+void InvertedLists::Choose(const BlockProducts& products, std::span<const Row> rows, float members,
+                           Choice* choices) {
   CHECK(rows.size() <= kMostAtOnce && count_ > 0, "up to 16 rows, and there is a list");
+  if (!has_centroids()) BeginWith(rows);
+  // Where the nearest by the metric are not the nearest by L2, signs would have to look twice.
+  if (count_ < many_ || format_->metric() == Metric::kInnerProduct) {
+    ChooseByProducts(products, rows, members, choices);
+    return;
+  }
+  const std::bitset<kMostAtOnce> estimated = EstimateCentroids(rows);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (estimated[i] && ChooseEstimated(rows[i], members, scores_ + i * ScoreStride(), &choices[i])) {
+      continue;
+    }
+    ChooseByProducts(products, rows.subspan(i, 1), members, &choices[i]);
+  }
+}
+
+void InvertedLists::LeaveOutEmpty(float* scores) const {
+  if (empty_ == 0) return;
+  for (uint32_t list = 0; list < count_; ++list) {
+    if (lists_[list].size == 0) scores[list] = HUGE_VALF;
+  }
+}
+
+// The scores of all lists for each row, by signs. Not of rows without a code, and of those of which
+// an estimate is no number.
+std::bitset<InvertedLists::kMostAtOnce> InvertedLists::EstimateCentroids(
+    std::span<const Row> rows) {
+  static constexpr std::array<uint32_t, kGroupLists + kSelectionSlack> kNoIds{};
+  std::array<uint32_t, kGroupLists + kSelectionSlack> ids;
+  std::array<SignBlocks::Query, kMostAtOnce> queries;
+  std::bitset<kMostAtOnce> estimated;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (rows[i].code == nullptr) continue;
+    queries[i] = codes_.QueryOf(rows[i].code);
+    estimated.set(i);
+  }
+  for (uint32_t first = 0; first < count_; first += kGroupLists) {
+    const size_t lists = std::min(count_ - first, kGroupLists);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      if (!estimated[i]) continue;
+      const size_t numbers = codes_.AppendNearer(
+          CentroidCodes(first / kGroupLists), lists, queries[i], kNoIds.data(), HUGE_VALF,
+          scores_ + i * ScoreStride() + first, ids.data());
+      estimated[i] = numbers == lists;
+    }
+  }
+  return estimated;
+}
+
+// Those that signs say are nearest, several times as many as are needed, are compared by int8. For
+// vectors of norm 1 the order by the metric is the one by L2. False where there are none.
+bool InvertedLists::ChooseEstimated(const Row& row, float members, float* estimates,
+                                    Choice* choice) {
+  LeaveOutEmpty(estimates);
+  const float needed = members * static_cast<float>(count_ - empty_) / static_cast<float>(members_);
+  const float least = std::clamp(kPreselected * needed, kLeastPreselected, kEnoughPreselected);
+  std::array<uint32_t, kMostPreselected + kSelectionSlack> near;
+  const float bound = BoundOfNearest(estimates, nullptr, count_, least, least * kScanTolerance);
+  const size_t count = PlacesNearer(estimates, count_, bound, kMostPreselected, near.data());
+  if (count == 0) return false;
+  std::array<const std::byte*, kMostPreselected> centroids;
+  std::array<float, kMostPreselected + kSelectionSlack> scores{};
+  std::array<float, kMostPreselected + kSelectionSlack> sizes{};
+  for (size_t i = 0; i < count; ++i) {
+    centroids[i] = Centroid(near[i]);
+    sizes[i] = sizes_[near[i]];
+  }
+  distances_(row.vector, centroids.data(), count, format_->padded_dimension(), scores.data());
+  choice->home = near[std::min_element(scores.begin(), scores.begin() + count) - scores.begin()];
+  choice->count = TakeNearest(scores.data(), sizes.data(), count, members, choice->lists.data());
+  for (uint32_t i = 0; i < choice->count; ++i) choice->lists[i] = near[choice->lists[i]];
+  return true;
+}
+
+// A list's score is its centroid's distance but for what is the same for all lists: by L2 for the
+// home, so that lists are compact, and by the metric for where to look.
+void InvertedLists::ChooseByProducts(const BlockProducts& products, std::span<const Row> rows,
+                                     float members, Choice* choices) {
   const size_t padded = format_->padded_dimension();
-  if (unit_ == 0) BeginWith(rows);
   alignas(kCacheLineBytes)
       std::array<std::byte, BlockProducts::PackedBytes(kMostAtOnce, kMaxDimension)>
           packed;
-  products.PackQueries(rows.data(), rows.size(), padded, packed.data());
+  std::array<const std::byte*, kMostAtOnce> vectors{};
+  for (size_t i = 0; i < rows.size(); ++i) vectors[i] = rows[i].vector;
+  products.PackQueries(vectors.data(), rows.size(), padded, packed.data());
   std::array<float, kMostAtOnce> scales;
   std::array<float, kMostAtOnce> nearest;
   nearest.fill(HUGE_VALF);
   for (size_t i = 0; i < rows.size(); ++i) {
-    scales[i] = static_cast<float>(TrailerOf(rows[i], padded).scale / (unit_ == 0 ? 1 : unit_));
+    scales[i] = static_cast<float>(TrailerOf(vectors[i], padded).scale / (unit_ == 0 ? 1 : unit_));
     choices[i].home = 0;
   }
   std::array<int32_t, kMostAtOnce * kGroupLists + kSelectionSlack> out;
@@ -325,33 +439,19 @@ void InvertedLists::Choose(const BlockProducts& products, std::span<const std::b
   }
   for (size_t i = 0; i < rows.size(); ++i) {
     float* const scores = scores_ + i * ScoreStride();
-    if (empty_ > 0) {
-      for (uint32_t list = 0; list < count_; ++list) {
-        if (lists_[list].size == 0) scores[list] = HUGE_VALF;
-      }
-    }
-    float bound = BoundOfNearest(scores, sizes_, count_, members, members * kScanTolerance);
-    Choice* choice = &choices[i];
-    size_t found = PlacesNearer(scores, count_, bound, kMostChosen, choice->lists.data());
-    if (found == kMostChosen) {  // Maybe more than there is room for: the nearest, then.
-      bound = std::min(bound, BoundOfNearest(scores, nullptr, count_, kEnoughChosen, kMostChosen));
-      found = PlacesNearer(scores, count_, bound, kMostChosen, choice->lists.data());
-    }
-    choice->count = 0;
-    for (size_t j = 0; j < found; ++j) {
-      const uint32_t list = choice->lists[j];
-      if (lists_[list].size > 0) choice->lists[choice->count++] = list;
-    }
+    LeaveOutEmpty(scores);
+    choices[i].count = TakeNearest(scores, sizes_, count_, members, choices[i].lists.data());
   }
 }
 
 // The first list's centroid is the first row that has a direction.
-void InvertedLists::BeginWith(std::span<const std::byte* const> rows) {
-  for (const std::byte* row : rows) {
-    if (TrailerOf(row, format_->padded_dimension()).scale == 0) continue;
+void InvertedLists::BeginWith(std::span<const Row> rows) {
+  for (const Row& row : rows) {
+    if (TrailerOf(row.vector, format_->padded_dimension()).scale == 0) continue;
     Numbers numbers;
-    format_->Decode(row, numbers.data());
-    SetCentroid(0, numbers.data(), row);
+    format_->Decode(row.vector, numbers.data());
+    SetCentroid(0, numbers.data(), row.vector);
+    CodeCentroid(0);
     return;
   }
 }
@@ -376,6 +476,8 @@ bool InvertedLists::SplitOne() {
     return false;
   }
   FindCentroids(list, other);
+  CodeCentroid(list);
+  CodeCentroid(other);
   const float boundary = FindBoundary(list, other);
   // From the end, as the last member takes the place of one that moves.
   uint32_t equal = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bitset>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -10,6 +11,7 @@
 #include "index/chunked_array.h"
 #include "index/distance.h"
 #include "index/nearest_selection.h"
+#include "index/rabitq_format.h"
 #include "index/sign_blocks.h"
 #include "index/vector_format.h"
 #include "index/vector_store.h"
@@ -23,6 +25,9 @@ namespace engram {
 // codes of each list side by side (sign_blocks.h), so that nodes are compared with many members at
 // once.
 //
+// The nearest of few centroids are found by their products with all of them; of many, those whose
+// signs are nearest are compared.
+//
 // It begins with one list. A list that has grown too long is split in two by 2-means
 // over some of its members (as in SPFresh's LIRE, Xu et al. 2023); neither half is smaller than a
 // quarter, so lists stay of one size whatever the data.
@@ -33,7 +38,7 @@ namespace engram {
 class InvertedLists {
  public:
   // A list is split that has more than most_members(): shorter lists are nearer to what is looked
-  // for, but each costs a product with its centroid. So lists are short until there are some
+  // for, but each costs a look at its centroid. So lists are short until there are some
   // kListsAimedAt, and then grow with what there is.
   static constexpr uint32_t kFewestMembers = 192;
   static constexpr uint32_t kMostMembers = 384;
@@ -47,22 +52,32 @@ class InvertedLists {
   // Lists that are chosen for a node at most.
   static constexpr uint32_t kMostChosen = 128;
 
+  // One that lists are chosen for.
+  struct Row {
+    const std::byte* vector;  // int8
+    const std::byte* code;    // nullptr where codes do not tell what is near
+  };
   struct Choice {
     uint32_t home;   // the nearest list
     uint32_t count;  // of `lists`, to look for neighbours in
     std::array<uint32_t, kMostChosen + kSelectionSlack> lists;
   };
 
+  // So many lists that their centroids are compared by signs first. Below that products with all
+  // cost as little, as they stay in the second-level cache.
+  static constexpr uint32_t kMany = 1'200;
+
   // Up to kBlockMembers members; member i of the block of codes is nodes[i].
   struct Block {
     std::span<const NodeId> nodes;  // room for kSelectionSlack more behind them
     const std::byte* codes;
+    const std::byte* next_codes;  // of the block behind it in its list; nullptr behind the last
   };
 
-  // `vectors`: the int8 rows of the nodes, in `format`. Both outlive the lists. `codes`: of the
-  // codes that are added, `code_row_bytes` each.
+  // `vectors`: the int8 rows of the nodes, in `format`. Both outlive the lists. `coding`: of the
+  // codes that are added; it is used until the lists are Recoded with another. `many`: as kMany.
   InvertedLists(ArenaHeap* heap, const VectorFormat* format, const VectorStore* vectors,
-                const SignBlocks& codes, size_t code_row_bytes);
+                const RabitqFormat* coding, uint32_t many = kMany);
   InvertedLists(const InvertedLists&) = delete;
   InvertedLists& operator=(const InvertedLists&) = delete;
   ~InvertedLists() { Release(); }
@@ -70,9 +85,9 @@ class InvertedLists {
   // Makes room for nodes 0 to `nodes` - 1, and the first list. False when the heap is spent.
   bool Reserve(size_t nodes);
 
-  // For each of up to kMostAtOnce int8 rows: its home, and the nearest lists that together have
-  // about `members` members, by the space's metric. There is a list.
-  void Choose(const BlockProducts& products, std::span<const std::byte* const> rows, float members,
+  // For each of up to kMostAtOnce rows: its home, and the nearest lists that together have about
+  // `members` members, by the space's metric. There is a list.
+  void Choose(const BlockProducts& products, std::span<const Row> rows, float members,
               Choice* choices);
   // `node`, which is in no list, becomes a member; not where kMostCopies members have the same
   // code: more would be in the way of what else is near. False when the heap is spent; nothing has
@@ -95,12 +110,18 @@ class InvertedLists {
     const size_t wanted = members_ * 3 / 2 / kListsAimedAt;
     return static_cast<uint32_t>(std::clamp<size_t>(wanted, kFewestMembers, kMostMembers));
   }
+  // Of the first block of a list; nullptr of an empty one.
+  const std::byte* FirstCodes(uint32_t list) const {
+    return lists_[list].first == nullptr ? nullptr : CodesOf(lists_[list].first);
+  }
   template <typename Visit>
   void ForEachBlock(uint32_t list, Visit&& visit) const {
     uint32_t left = lists_[list].size;
     for (const Stored* block = lists_[list].first; left > 0; block = block->next) {
       const uint32_t here = left < kBlockMembers ? left : kBlockMembers;
-      visit(Block{.nodes = {block->nodes.data(), here}, .codes = CodesOf(block)});
+      visit(Block{.nodes = {block->nodes.data(), here},
+                  .codes = CodesOf(block),
+                  .next_codes = block->next == nullptr ? nullptr : CodesOf(block->next)});
       left -= here;
     }
   }
@@ -108,10 +129,13 @@ class InvertedLists {
   // Splits one list that has more than most_members(), if there is one and memory for it. False
   // where nothing was done.
   bool SplitOne();
-  // Writes the codes of one list anew: `code_of(node)` is the row. The codes are of the metric and
-  // dimension of those before.
+  // From here on codes are of `coding`, which has the metric and dimension of the one before. All
+  // lists are Recoded before anything is asked or added.
+  void Use(const RabitqFormat* coding);
+  // Writes the codes of one list anew: `code_of(node)` is the row.
   template <typename CodeOf>
   void Recode(uint32_t list, CodeOf&& code_of) {
+    if (has_centroids()) CodeCentroid(list);
     uint32_t left = lists_[list].size;
     for (Stored* block = lists_[list].first; left > 0; block = block->next) {
       for (uint32_t i = 0; i < kBlockMembers && left > 0; ++i, --left) {
@@ -145,7 +169,7 @@ class InvertedLists {
     Stored* last;
     uint32_t size;
   };
-  // Centroids side by side, as int8 rows.
+  // Centroids side by side: what this tells of each, their codes, and their int8 rows.
   struct Group {
     using Numbers = std::array<float, kGroupLists + kSelectionSlack>;
     // In units of unit_: a centroid's squared norm, and its scale, negative, once and twice.
@@ -159,7 +183,9 @@ class InvertedLists {
 
   size_t ScoreStride() const { return size_t{list_capacity_} + kSelectionSlack; }
   size_t BlockBytes() const { return kStoredHeaderBytes + codes_.block_bytes(); }
-  size_t GroupBytes() const { return kGroupHeaderBytes + kGroupLists * format_->row_bytes(); }
+  size_t GroupBytes() const {
+    return kGroupHeaderBytes + codes_.block_bytes() + kGroupLists * format_->row_bytes();
+  }
   static const std::byte* CodesOf(const Stored* block) {
     return reinterpret_cast<const std::byte*>(block) + kStoredHeaderBytes;
   }
@@ -170,16 +196,26 @@ class InvertedLists {
   void CopyCode(const Stored* from, uint32_t from_place, Stored* to, uint32_t to_place);
   uint32_t HashOf(const std::byte* code) const;
   uint32_t CopiesOf(const List& list, uint32_t hash) const;
+  std::byte* CentroidCodes(uint32_t group) const {
+    return reinterpret_cast<std::byte*>(groups_[group]) + kGroupHeaderBytes;
+  }
   std::byte* Centroid(uint32_t list) const {
-    return reinterpret_cast<std::byte*>(groups_[list / kGroupLists]) + kGroupHeaderBytes +
+    return CentroidCodes(list / kGroupLists) + codes_.block_bytes() +
            list % kGroupLists * format_->row_bytes();
   }
+  bool has_centroids() const { return unit_ != 0; }
   bool GrowScores();
   void FreeScores();
-  void BeginWith(std::span<const std::byte* const> rows);
+  void BeginWith(std::span<const Row> rows);
+  void ChooseByProducts(const BlockProducts& products, std::span<const Row> rows, float members,
+                        Choice* choices);
+  std::bitset<kMostAtOnce> EstimateCentroids(std::span<const Row> rows);
+  bool ChooseEstimated(const Row& row, float members, float* estimates, Choice* choice);
+  void LeaveOutEmpty(float* scores) const;
   bool Move(uint32_t list, uint32_t place, uint32_t other);
   bool AddList();
   void SetCentroid(uint32_t list, const float* mean, const std::byte* instead);
+  void CodeCentroid(uint32_t list);
   Stored* AppendBlock(List* list);
   void DropLast(List* list);
   uint32_t Empty(uint32_t list);
@@ -201,9 +237,12 @@ class InvertedLists {
   ArenaHeap* heap_;
   const VectorFormat* format_;
   const VectorStore* vectors_;
-  SignBlocks codes_;
-  size_t code_row_bytes_;
   DistanceFn l2_;
+  DistancesFn distances_;
+  uint32_t many_;
+  // Of what is listed.
+  const RabitqFormat* coding_;
+  SignBlocks codes_;
   // Taken from the heap.
   ChunkedArray<List> lists_;
   ChunkedArray<Group*> groups_;

@@ -18,9 +18,7 @@ constexpr size_t kMinBits = 256;
 }  // namespace
 
 void RabitqLearner::Smallest::Show(Candidate candidate) {
-  const auto nearer = [](const Candidate& a, const Candidate& b) {
-    return a.distance < b.distance;
-  };
+  constexpr auto nearer = &Candidate::IsNearer;
   if (count < limit) {
     items[count++] = candidate;
     std::push_heap(items.begin(), items.begin() + count, nearer);
@@ -84,10 +82,10 @@ RabitqLearner::Progress RabitqLearner::Step() {
       return AddToMean();
     case Phase::kCodes:
       return EncodeSome();
-    case Phase::kNearest:
-      return CompareSome();
     case Phase::kCoarse:
       return CompareCoarsely();
+    case Phase::kNearest:
+      return CompareSome();
     case Phase::kEstimates:
       return EstimateSome();
     case Phase::kIdle:
@@ -153,43 +151,65 @@ RabitqLearner::Progress RabitqLearner::BeginQuery() {
   nearest_.count = 0;
   nearest_.limit = kNearest;
   candidates_.count = 0;
-  candidates_.limit = kCandidates;
+  candidates_.limit = kConsidered;
   next_ = 0;
-  phase_ = Phase::kNearest;
-  return Progress::kGoesOn;
-}
-
-RabitqLearner::Progress RabitqLearner::CompareSome() {
-  const std::byte* const query = Row(QueryIndex());
-  for (const size_t end =
-           EndOfSlice(kBytesCompared / std::max(sample_.format->row_bytes(), kMinBits));
-       next_ < end; ++next_) {
-    if (next_ == QueryIndex()) continue;
-    nearest_.Show({sample_.format->Distance(query, Row(next_)), static_cast<uint32_t>(next_)});
-  }
-  if (next_ == sample_.count) {
-    next_ = 0;
-    phase_ = sample_.coarse != nullptr ? Phase::kCoarse : Phase::kEstimates;
-  }
+  phase_ = sample_.coarse != nullptr ? Phase::kCoarse : Phase::kNearest;
   return Progress::kGoesOn;
 }
 
 RabitqLearner::Progress RabitqLearner::CompareCoarsely() {
+  constexpr size_t kAtOnce = 8;
   const auto row = [this](size_t index) { return sample_.coarse_row(sample_.context, index); };
   const std::byte* const query = row(QueryIndex());
-  for (const size_t end =
-           EndOfSlice(kBytesCompared / std::max(sample_.coarse->row_bytes(), kMinBits));
-       next_ < end; ++next_) {
-    if (next_ == QueryIndex()) continue;
-    candidates_.Show({sample_.coarse->Distance(query, row(next_)), static_cast<uint32_t>(next_)});
+  const VectorFormat& coarse = *sample_.coarse;
+  for (const size_t end = EndOfSlice(kBytesCompared / std::max(coarse.row_bytes(), kMinBits));
+       next_ < end;) {
+    const size_t count = std::min(kAtOnce, end - next_);
+    const std::byte* rows[kAtOnce];
+    float distances[kAtOnce];
+    for (size_t i = 0; i < count; ++i) rows[i] = row(next_ + i);
+    coarse.distances()(query, rows, count, coarse.padded_dimension(), distances);
+    for (size_t i = 0; i < count; ++i, ++next_) {
+      if (next_ == QueryIndex()) continue;
+      candidates_.Show({distances[i], static_cast<uint32_t>(next_)});
+    }
   }
   if (next_ == sample_.count) {
-    found_coarsely_ += ShareFound();
+    next_ = 0;
+    phase_ = Phase::kNearest;
+  }
+  return Progress::kGoesOn;
+}
+
+// All others, or those that are near by the coarser form.
+RabitqLearner::Progress RabitqLearner::CompareSome() {
+  const bool by_coarse = sample_.coarse != nullptr;
+  const std::byte* const query = Row(QueryIndex());
+  const size_t rows = by_coarse ? candidates_.count : sample_.count;
+  const size_t end = std::min(
+      rows, next_ + std::max<size_t>(
+                        1, kBytesCompared / std::max(sample_.format->row_bytes(), kMinBits)));
+  for (; next_ < end; ++next_) {
+    const size_t index = by_coarse ? candidates_.items[next_].index : next_;
+    if (index == QueryIndex()) continue;
+    nearest_.Show({sample_.format->Distance(query, Row(index)), static_cast<uint32_t>(index)});
+  }
+  if (next_ == rows) {
+    if (by_coarse) JudgeCoarseForm();
     candidates_.count = 0;
+    candidates_.limit = kCandidates;
     next_ = 0;
     phase_ = Phase::kEstimates;
   }
   return Progress::kGoesOn;
+}
+
+void RabitqLearner::JudgeCoarseForm() {
+  const size_t most = std::min(candidates_.count, kCandidates);
+  const auto begin = candidates_.items.begin();
+  std::nth_element(begin, begin + most, begin + candidates_.count, &Candidate::IsNearer);
+  candidates_.count = most;
+  found_coarsely_ += ShareFound();
 }
 
 // Of the nearest, among the candidates.

@@ -192,8 +192,7 @@ void Space::BeginEncoding(RabitqFormat* format, double mean_squared_residual) {
     return;
   }
   next_codes_ = new (memory) WalkCodes(heap_, format, mean_squared_residual);
-  if (!lists_)
-    lists_.emplace(heap_, &*code_format_, &*codes_, SignBlocks(*format), format->row_bytes());
+  if (!lists_) lists_.emplace(heap_, &*code_format_, &*codes_, format);
   next_encoded_ = 0;
   codes_step_ = CodesStep::kEncoding;
 }
@@ -261,9 +260,14 @@ bool Space::EncodeNode(WalkCodes* codes, NodeId node) {
 
 bool Space::ListNodes(const WalkCodes& codes, std::span<const NodeId> nodes) {
   if (!lists_->Reserve(node_count())) return false;
-  std::array<const std::byte*, InvertedLists::kMostAtOnce> rows;
+  std::array<InvertedLists::Row, InvertedLists::kMostAtOnce> rows;
   std::array<InvertedLists::Choice, InvertedLists::kMostAtOnce> choices;
-  for (size_t i = 0; i < nodes.size(); ++i) rows[i] = codes_->Row(nodes[i]);
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    Numbers numbers;
+    code_format_->Decode(codes_->Row(nodes[i]), numbers.data());
+    const bool is_far = codes.IsFar(numbers.data());
+    rows[i] = {codes_->Row(nodes[i]), is_far ? nullptr : codes.rows().Row(nodes[i])};
+  }
   lists_->Choose(block_products_, std::span(rows).first(nodes.size()), 0, choices.data());
   for (size_t i = 0; i < nodes.size(); ++i) {
     if (!lists_->Add(choices[i].home, nodes[i], codes.rows().Row(nodes[i]))) return false;
@@ -281,6 +285,7 @@ void Space::PublishCodes(WalkCodes* codes) {
     return;
   }
   retired_codes_epoch_ = epochs_->Close();
+  lists_->Use(&codes->format());
   next_recoded_ = 0;
   codes_step_ = CodesStep::kRecoding;
 }

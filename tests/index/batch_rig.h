@@ -15,6 +15,7 @@
 #include "index/walk_codes.h"
 #include "src/core/check.h"
 #include "tests/index/graph_fixture.h"
+#include "tests/index/sign_testing.h"
 
 namespace engram {
 
@@ -24,8 +25,9 @@ class BatchRig : public GraphFixture {
   BatchRig(Metric metric, uint32_t dimension, const HnswBuildParams& params,
            size_t arena_bytes = size_t{512} << 20)
       : GraphFixture(metric, dimension, params, arena_bytes, Precision::kInt8),
+        // The tests' vectors lie about the origin, or anywhere: a code need not be good to be sound.
         codes(&heap, MakeFormat(metric, dimension, &heap)),
-        lists(&heap, &format, &vectors, codes.signs(), codes.format().row_bytes()),
+        lists(&heap, &format, &vectors, &codes.format()),
         batch(&heap, params, &linker) {}
 
   // Stores all; the first node of them.
@@ -89,15 +91,6 @@ class BatchRig : public GraphFixture {
   WalkCodes codes;
   InvertedLists lists;
   BatchLinker batch;
-
- private:
-  // The tests' vectors lie about the origin, or anywhere: a code need not be good to be sound.
-  static RabitqFormat* MakeFormat(Metric metric, uint32_t dimension, ArenaHeap* heap) {
-    const std::vector<float> centroid(dimension);
-    RabitqFormat* format = RabitqFormat::Create(metric, dimension, centroid.data(), 1, heap);
-    CHECK(format != nullptr, "room for a format");
-    return format;
-  }
 };
 
 // All links of all levels, node by node.

@@ -13,6 +13,7 @@
 #include "index/inverted_lists.h"
 #include "index/vector_format.h"
 #include "index/vector_store.h"
+#include "tests/index/sign_testing.h"
 #include "tests/index/space_testing.h"
 
 namespace engram {
@@ -30,7 +31,8 @@ class LearningRig {
       : memory_(size_t{256} << 20),
         format_(Precision::kInt8, Metric::kL2, kDimension),
         rows_(&memory_.heap, format_.row_bytes()),
-        lists(&memory_.heap, &format_, &rows_, SignBlocks(Metric::kL2, 64, 0), kCodeBytes),
+        coding_(OwnFormat(Metric::kL2, kDimension, &memory_.heap)),
+        lists(&memory_.heap, &format_, &rows_, coding_.get()),
         learning(std::make_unique<CodeLearning>(&memory_.heap)) {
     EXPECT_TRUE(rows_.Reserve(nodes) && lists.Reserve(nodes));
     alignas(64) std::byte code[kCodeBytes] = {};
@@ -40,7 +42,7 @@ class LearningRig {
       numbers[0] = static_cast<float>(nodes);
       format_.Encode(numbers.data(), rows_.Row(node));
       std::memcpy(code, &node, sizeof(node));
-      const std::byte* const row = rows_.Row(node);
+      const InvertedLists::Row row{rows_.Row(node), nullptr};
       InvertedLists::Choice choice;
       lists.Choose(products, {&row, 1}, 0, &choice);
       EXPECT_TRUE(lists.Add(choice.home, node, code));
@@ -70,6 +72,7 @@ class LearningRig {
   TestHeap memory_;
   VectorFormat format_;
   VectorStore rows_;
+  OwnedFormat coding_;
 
  public:
   InvertedLists lists;

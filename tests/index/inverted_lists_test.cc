@@ -36,8 +36,7 @@ class InvertedListsTestPeer {
 namespace {
 
 constexpr uint32_t kMost = InvertedLists::kFewestMembers;  // while there are few lists
-constexpr size_t kCodeBytes = 64;
-constexpr size_t kCodeBits = 64;  // the rest of a row are its factors
+constexpr size_t kCodeBytes = 64;  // of up to 384 dimensions
 
 std::string Violation(const InvertedLists& lists) {
   const Result<void> checked = lists.CheckInvariants();
@@ -47,14 +46,17 @@ std::string Violation(const InvertedLists& lists) {
 // Lists beside a model of them: nodes, the code of each, and where each was put.
 class ListsRig {
  public:
-  ListsRig(Metric metric, uint32_t dimension, size_t arena_bytes = size_t{64} << 20)
+  ListsRig(Metric metric, uint32_t dimension, size_t arena_bytes = size_t{64} << 20,
+           uint32_t many = InvertedLists::kMany)
       : rows_memory(size_t{64} << 20),
         memory(arena_bytes),
         format(Precision::kInt8, metric, dimension),
         rows(&rows_memory.heap, format.row_bytes()),
         codes(&rows_memory.heap, kCodeBytes),
-        signs(metric, kCodeBits, 0),
-        lists(std::make_unique<InvertedLists>(&memory.heap, &format, &rows, signs, kCodeBytes)) {}
+        coding(OwnFormat(metric, dimension, &rows_memory.heap)),
+        lists(std::make_unique<InvertedLists>(&memory.heap, &format, &rows, coding.get(), many)) {
+    CHECK(coding->row_bytes() == kCodeBytes, "codes of one line");
+  }
 
   void WriteRow(NodeId node, std::span<const float> vector) {
     ASSERT_TRUE(rows.Reserve(node + 1) && codes.Reserve(node + 1));
@@ -68,9 +70,19 @@ class ListsRig {
     const std::array<uint32_t, 2> label{node, version};
     std::memcpy(codes.Row(node), label.data(), sizeof(label));
   }
-  std::vector<InvertedLists::Choice> Choose(std::span<const NodeId> nodes, float asked) {
-    std::vector<const std::byte*> at;
-    for (const NodeId node : nodes) at.push_back(rows.Row(node));
+  // What the numbers' code is.
+  void Encode(NodeId node) {
+    std::vector<float> numbers(format.dimension());
+    format.Decode(rows.Row(node), numbers.data());
+    coding->Encode(numbers.data(), codes.Row(node));
+  }
+  // By products, or where there are many lists by signs.
+  std::vector<InvertedLists::Choice> Choose(std::span<const NodeId> nodes, float asked,
+                                            bool by_signs = false) {
+    std::vector<InvertedLists::Row> at;
+    for (const NodeId node : nodes) {
+      at.push_back({rows.Row(node), by_signs ? codes.Row(node) : nullptr});
+    }
     std::vector<InvertedLists::Choice> choices(nodes.size());
     lists->Choose(products, at, asked, choices.data());
     return choices;
@@ -107,7 +119,7 @@ class ListsRig {
           ASSERT_TRUE(seen.insert(node).second) << node << " is listed twice";
           ASSERT_TRUE(members.contains(node)) << node;
           ASSERT_TRUE(lists->Has(node));
-          ASSERT_TRUE(HasCode(signs, block, i, codes.Row(node))) << node << " has another's code";
+          ASSERT_TRUE(HasCode(SignBlocks(*coding), block, i, codes.Row(node))) << node << " has another's code";
         }
       });
       ASSERT_EQ(size, lists->size(list));
@@ -122,7 +134,7 @@ class ListsRig {
   VectorStore rows;
   VectorStore codes;
   BlockProducts products;
-  SignBlocks signs;
+  OwnedFormat coding;
   std::unique_ptr<InvertedLists> lists;
   std::set<NodeId> members;
 };
@@ -159,6 +171,7 @@ TEST(InvertedListsTest, EveryProgramAgreesWithItsModel) {
       } else if (what == 98) {
         ASSERT_NO_FATAL_FAILURE(rig.SplitAll());
       } else if (rig.lists->count() > 0) {
+        rig.lists->Use(rig.coding.get());
         for (uint32_t list = 0; list < rig.lists->count(); ++list) {
           rig.lists->Recode(list, [&](NodeId member) {
             rig.WriteCode(member, static_cast<uint32_t>(step));
@@ -429,6 +442,83 @@ TEST(InvertedListsTest, ChoosesTheNearestLists) {
         }
         EXPECT_GE(static_cast<float>(taken), kAsked);
         EXPECT_LE(static_cast<float>(taken), 1.15F * kAsked + kMost);
+      }
+    }
+  }
+}
+
+// By signs nearly the same lists are chosen as by products, also once codes were learned anew. The
+// inner product's nearest are not L2's, so there they are the same.
+TEST(InvertedListsTest, ChoosesNearlyTheSameBySigns) {
+  constexpr NodeId kNodes = 40'000;
+  constexpr NodeId kQueries = 200;
+  constexpr uint32_t kDimension = 256;
+  for (const Metric metric : kMetrics) {
+    SCOPED_TRACE(MetricName(metric));
+    constexpr uint32_t kMany = 200;
+    ListsRig rig(metric, kDimension, size_t{128} << 20, kMany);
+    TestVectors data = ClusteredVectors(kNodes + kQueries, kDimension, 60, 11);
+    const TestVectors noise = GaussianVectors(kNodes + kQueries, kDimension, 12);
+    for (size_t i = 0; i < data.values.size(); ++i) data.values[i] += 4 * noise.values[i];
+    for (NodeId node = 0; node < kNodes + kQueries; ++node) {
+      rig.WriteRow(node, data[node]);
+      rig.Encode(node);
+      if (node >= kNodes) continue;
+      ASSERT_TRUE(rig.Add(node));
+      if (node % 64 == 0) {
+        ASSERT_NO_FATAL_FAILURE(rig.SplitAll());
+      }
+    }
+    // Some lists are left without members.
+    for (uint32_t list = 0; list < rig.lists->count(); list += 9) {
+      std::vector<NodeId> nodes;
+      rig.lists->ForEachBlock(list, [&](const InvertedLists::Block& block) {
+        nodes.insert(nodes.end(), block.nodes.begin(), block.nodes.end());
+      });
+      for (const NodeId node : nodes) rig.Remove(node);
+    }
+    ASSERT_GT(rig.lists->count(), kMany);
+    for (const uint64_t seed : {1, 2}) {
+      SCOPED_TRACE(seed);
+      if (seed > 1) {
+        const OwnedFormat before = std::move(rig.coding);
+        rig.coding = OwnFormat(metric, kDimension, &rig.rows_memory.heap, seed);
+        rig.lists->Use(rig.coding.get());
+        for (NodeId node = 0; node < kNodes + kQueries; ++node) rig.Encode(node);
+        for (uint32_t list = 0; list < rig.lists->count(); ++list) {
+          rig.lists->Recode(list, [&](NodeId node) { return rig.codes.Row(node); });
+        }
+        ASSERT_NO_FATAL_FAILURE(rig.ExpectAsModelled());
+      }
+      uint32_t same_home = 0;
+      uint32_t of_both = 0;
+      uint32_t of_products = 0;
+      for (NodeId query = kNodes; query < kNodes + kQueries; ++query) {
+        constexpr float kAsked = 2'000;
+        const InvertedLists::Choice by_products = rig.Choose({&query, 1}, kAsked)[0];
+        const InvertedLists::Choice by_signs = rig.Choose({&query, 1}, kAsked, true)[0];
+        same_home += static_cast<uint32_t>(by_signs.home == by_products.home);
+        const auto end = by_signs.lists.begin() + by_signs.count;
+        const std::set<uint32_t> chosen(by_signs.lists.begin(), end);
+        EXPECT_EQ(chosen.size(), by_signs.count);
+        uint32_t members = 0;
+        for (const uint32_t list : chosen) {
+          EXPECT_GT(rig.lists->size(list), 0u);
+          members += rig.lists->size(list);
+        }
+        EXPECT_GE(static_cast<float>(members), kAsked);
+        EXPECT_LE(static_cast<float>(members), 1.15F * kAsked + kMost);
+        for (uint32_t i = 0; i < by_products.count; ++i) {
+          of_both += static_cast<uint32_t>(chosen.contains(by_products.lists[i]));
+        }
+        of_products += by_products.count;
+      }
+      if (metric == Metric::kInnerProduct) {
+        EXPECT_EQ(same_home, kQueries);
+        EXPECT_EQ(of_both, of_products);
+      } else {
+        EXPECT_GE(same_home, kQueries * 4 / 5);
+        EXPECT_GE(of_both, of_products * 9 / 10);
       }
     }
   }
