@@ -323,13 +323,30 @@ void InvertedLists::Choose(const BlockProducts& products, std::span<const Row> r
     ChooseByProducts(products, rows, members, choices);
     return;
   }
-  const std::bitset<kMostAtOnce> estimated = EstimateCentroids(rows);
+  std::array<SignBlocks::Query, kMostAtOnce> queries;
   for (size_t i = 0; i < rows.size(); ++i) {
-    if (estimated[i] && ChooseEstimated(rows[i], members, scores_ + i * ScoreStride(), &choices[i])) {
+    if (rows[i].code != nullptr) queries[i] = codes_.QueryOf(rows[i].code);
+  }
+  // A group meets all rows while it is in the first-level cache.
+  for (uint32_t first = 0; first < count_; first += kGroupLists) {
+    for (size_t i = 0; i < rows.size(); ++i) {
+      if (rows[i].code != nullptr) EstimateGroup(queries[i], first, scores_ + i * ScoreStride());
+    }
+  }
+  for (size_t i = 0; i < rows.size(); ++i) {
+    float* const estimates = scores_ + i * ScoreStride();
+    if (rows[i].code != nullptr && ChooseEstimated(rows[i], members, estimates, &choices[i])) {
       continue;
     }
     ChooseByProducts(products, rows.subspan(i, 1), members, &choices[i]);
   }
+}
+
+// The scores of the group of lists that begins with `first`, by signs.
+void InvertedLists::EstimateGroup(const SignBlocks::Query& query, uint32_t first,
+                                  float* scores) const {
+  codes_.Estimate(CentroidCodes(first / kGroupLists), std::min(count_ - first, kGroupLists), query,
+                  scores + first);
 }
 
 void InvertedLists::LeaveOutEmpty(float* scores) const {
@@ -337,32 +354,6 @@ void InvertedLists::LeaveOutEmpty(float* scores) const {
   for (uint32_t list = 0; list < count_; ++list) {
     if (lists_[list].size == 0) scores[list] = HUGE_VALF;
   }
-}
-
-// The scores of all lists for each row, by signs. Not of rows without a code, and of those of which
-// an estimate is no number.
-std::bitset<InvertedLists::kMostAtOnce> InvertedLists::EstimateCentroids(
-    std::span<const Row> rows) {
-  static constexpr std::array<uint32_t, kGroupLists + kSelectionSlack> kNoIds{};
-  std::array<uint32_t, kGroupLists + kSelectionSlack> ids;
-  std::array<SignBlocks::Query, kMostAtOnce> queries;
-  std::bitset<kMostAtOnce> estimated;
-  for (size_t i = 0; i < rows.size(); ++i) {
-    if (rows[i].code == nullptr) continue;
-    queries[i] = codes_.QueryOf(rows[i].code);
-    estimated.set(i);
-  }
-  for (uint32_t first = 0; first < count_; first += kGroupLists) {
-    const size_t lists = std::min(count_ - first, kGroupLists);
-    for (size_t i = 0; i < rows.size(); ++i) {
-      if (!estimated[i]) continue;
-      const size_t numbers = codes_.AppendNearer(
-          CentroidCodes(first / kGroupLists), lists, queries[i], kNoIds.data(), HUGE_VALF,
-          scores_ + i * ScoreStride() + first, ids.data());
-      estimated[i] = numbers == lists;
-    }
-  }
-  return estimated;
 }
 
 // Those that signs say are nearest, several times as many as are needed, are compared by int8. For

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <bitset>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -209,7 +208,7 @@ class InvertedLists {
   void BeginWith(std::span<const Row> rows);
   void ChooseByProducts(const BlockProducts& products, std::span<const Row> rows, float members,
                         Choice* choices);
-  std::bitset<kMostAtOnce> EstimateCentroids(std::span<const Row> rows);
+  void EstimateGroup(const SignBlocks::Query& query, uint32_t first, float* scores) const;
   bool ChooseEstimated(const Row& row, float members, float* estimates, Choice* choice);
   void LeaveOutEmpty(float* scores) const;
   bool Move(uint32_t list, uint32_t place, uint32_t other);

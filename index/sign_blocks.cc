@@ -112,6 +112,13 @@ HWY_INLINE void ForEachEstimate(const SignScan& scan, size_t count, const Visit&
   }
 }
 
+void SignEstimate(const SignScan& scan, size_t count, float* estimates) {
+  const SignFloatTag tag;
+  ForEachEstimate(scan, count, [&](size_t place, SignFloats of_some) HWY_ATTR {
+    hn::StoreU(of_some, tag, estimates + place);
+  });
+}
+
 size_t SignAppendNearer(const SignScan& scan, size_t count, const uint32_t* of_members, float bound,
                         float* estimates, uint32_t* ids) {
   const SignTag tag;
@@ -145,6 +152,7 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace engram {
 
+HWY_EXPORT(SignEstimate);
 HWY_EXPORT(SignAppendNearer);
 
 // Where the row does not tell |r|, from the sum of its magnitudes, which a rotation makes those of
@@ -192,6 +200,12 @@ SignBlocks::Query SignBlocks::QueryOf(const std::byte* row) const {
   const bool by_product = metric_ == Metric::kInnerProduct;
   return {row, factors.norm,
           by_product ? factors.offset - squared_norm_of_centroid_ : factors.offset};
+}
+
+void SignBlocks::Estimate(const std::byte* block, size_t count, const Query& query,
+                          float* estimates) const {
+  HWY_DYNAMIC_DISPATCH(SignEstimate)
+  ({block, query.code, bits_, query.norm, query.offset}, count, estimates);
 }
 
 size_t SignBlocks::AppendNearer(const std::byte* block, size_t count, const Query& query,

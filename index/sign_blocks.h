@@ -59,6 +59,8 @@ class SignBlocks {
   // Of a row, which stays while the query is used.
   Query QueryOf(const std::byte* row) const;
 
+  // Writes the estimates of the first `count` members, and something for up to 15 behind them.
+  void Estimate(const std::byte* block, size_t count, const Query& query, float* estimates) const;
   // Appends to `estimates` and `ids` those of the first `count` members whose estimate is below
   // `bound`; returns how many. `of_members`: the members' ids, with kSelectionSlack more behind
   // them, as there is room for behind what is appended.

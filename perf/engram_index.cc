@@ -12,6 +12,7 @@
 
 #include "index/recall_job.h"
 #include "index/space_linker.h"
+#include "perf/bench_support.h"
 #include "src/core/arena_heap.h"
 #include "src/core/check.h"
 #include "src/core/huge_page_arena.h"
@@ -45,12 +46,14 @@ HugePageArena MakeArena(size_t bytes) {
 
 class EngramIndex final : public ComparedIndex {
  public:
-  EngramIndex(const SpaceOptions& options, uint32_t batch, size_t capacity)
+  EngramIndex(const SpaceOptions& options, uint32_t batch, size_t capacity,
+              LatencyHistogram* slices)
       : arena_(MakeArena(ArenaBytes(options, capacity))),
         heap_(&arena_),
         space_("compared", options, &heap_, &epochs_),
         linker_(&heap_, options.build, batch),
         batch_(batch),
+        slices_(slices),
         slot_(kResultSlotBytes) {
     for (Asked& asked : asked_) asked.job = std::make_unique<RecallJob>(&heap_);
     (void)arena_.PrefaultAhead(arena_.reserve_bytes(), arena_.reserve_bytes());
@@ -106,12 +109,21 @@ class EngramIndex final : public ComparedIndex {
     CHECK(outcome.reason == RefusalReason::kNone && !outcome.existed, "a row was refused");
   }
 
+  template <typename Slice>
+  auto Timed(Slice&& slice) {
+    if (slices_ == nullptr) return slice();
+    const int64_t begin_ns = ThreadCpuNs();
+    const auto result = slice();
+    slices_->Record(ThreadCpuNs() - begin_ns);
+    return result;
+  }
+
   void LinkAll() {
     for (;;) {
-      const SpaceLinker::Begun begun = linker_.Begin(&space_);
+      const SpaceLinker::Begun begun = Timed([this] { return linker_.Begin(&space_); });
       if (begun == SpaceLinker::Begun::kNothing) return;
       CHECK(begun == SpaceLinker::Begun::kStarted, "memory for linking");
-      while (!linker_.Step(kLinkSliceDistances)) {
+      while (!Timed([this] { return linker_.Step(kLinkSliceDistances); })) {
       }
     }
   }
@@ -141,6 +153,7 @@ class EngramIndex final : public ComparedIndex {
   Space space_;
   SpaceLinker linker_;
   const size_t batch_;
+  LatencyHistogram* const slices_;
   // Recalls that are searched in turns.
   struct Asked {
     std::unique_ptr<RecallJob> job;
@@ -154,8 +167,8 @@ class EngramIndex final : public ComparedIndex {
 }  // namespace
 
 std::unique_ptr<ComparedIndex> MakeEngramIndex(const SpaceOptions& options, uint32_t batch,
-                                               size_t capacity) {
-  return std::make_unique<EngramIndex>(options, batch, capacity);
+                                               size_t capacity, LatencyHistogram* slices) {
+  return std::make_unique<EngramIndex>(options, batch, capacity, slices);
 }
 
 }  // namespace engram

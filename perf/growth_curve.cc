@@ -2,16 +2,15 @@
 // has.
 //
 //   growth_curve --data BASE --queries Q [--metric cosine|ip|l2] [--points N,N,...] [--real N]
-//                [--peer M:EF|none] [--peer-count N] [--json]
+//                [--peer-count N] [--slices] [--json]
 //
 // 1. The real rows in their order, then rows grown out of them, up to the last point
 //    (perf/grown_set.h says how, and why that is fair). Figures up to the real set's size are the
 //    real set's own. Queries are real ones that are not among the rows.
 // 2. Index and peer insert up to a point, chunk by chunk in turns; then, by the exact truth over
-// the
-//    rows that are in, each recalls with each ef. Rates are by processor time
+//    the rows that are in, each recalls with each ef. Rates are by processor time
 //    (peer_comparison.h). Then up to the next point. Beyond --peer-count rows the peer is left out,
-//    as it is slow.
+//    as it is slow. With --slices each slice of linking is timed, which costs some percent.
 // 3. A table for the set and one for the indexes, or one line of JSON with --json.
 //
 // What tells whether grown rows are like real ones, for each point: their share of the queries'
@@ -62,6 +61,7 @@ struct Options {
   uint32_t peer_M = 16;
   uint32_t peer_ef_construction = 200;
   uint64_t peer_count = 100'000;
+  bool times_slices = false;
 };
 
 void AddOptions(CLI::App* app, Options* options) {
@@ -84,6 +84,7 @@ void AddOptions(CLI::App* app, Options* options) {
   app->add_option("--peer-ef-construction", options->peer_ef_construction)->capture_default_str();
   app->add_option("--peer-count", options->peer_count, "Rows that hnswlib gets at most; 0: none")
       ->capture_default_str();
+  app->add_flag("--slices", options->times_slices, "Ours: the processor time of linking's slices");
 }
 
 // What the rows that are in are like, seen from the queries.
@@ -185,6 +186,7 @@ class Curve {
     return points;
   }
 
+  const LatencyHistogram& slices() const { return slices_; }
   // Processor time over time.
   double share() const { return share_.processor_seconds / std::max(1e-9, share_.seconds); }
 
@@ -192,7 +194,8 @@ class Curve {
   void AddContenders() {
     const SpaceOptions space = SpaceOf(options_.inputs, base_.dimension());
     contenders_.push_back({.name = "engram", .make = [space, this] {
-                             return MakeEngramIndex(space, options_.batch, base_.size());
+                             return MakeEngramIndex(space, options_.batch, base_.size(),
+                                                    options_.times_slices ? &slices_ : nullptr);
                            }});
     if (options_.peer_count < options_.points.front()) return;
     const HnswlibOptions peer{.metric = comparison_.metric,
@@ -233,7 +236,11 @@ class Curve {
   ComparisonOptions comparison_;
   std::vector<Contender> contenders_;
   MachineShare share_;
+  LatencyHistogram slices_;
 };
+
+constexpr std::pair<const char*, double> kSliceQuantiles[] = {
+    {"p50", 0.5}, {"p99", 0.99}, {"p999", 0.999}, {"longest", 1}};
 
 std::string Shown(double value, const char* format) {
   std::array<char, 32> text;
@@ -340,6 +347,14 @@ Result<void> Measure(const Options& options) {
         "%.2f\n",
         100 * curve.share(), load_before, LoadAverage());
     Print(points, options);
+    if (options.times_slices) {
+      std::printf("\nSlices of linking, us:");
+      for (const auto& [name, quantile] : kSliceQuantiles) {
+        std::printf("  %s %.0f", name,
+                    static_cast<double>(curve.slices().QuantileNs(quantile)) / 1e3);
+      }
+      std::printf("\n");
+    }
     return {};
   }
   Json json = {{"benchmark", "growth_curve"},
@@ -354,6 +369,9 @@ Result<void> Measure(const Options& options) {
                {"load_before", FourDigits(load_before)},
                {"load_after", FourDigits(LoadAverage())}};
   for (const Point& point : points) json["points"].push_back(JsonOf(point));
+  for (const auto& [name, quantile] : kSliceQuantiles) {
+    if (options.times_slices) json["slice_ns"][name] = curve.slices().QuantileNs(quantile);
+  }
   std::printf("%s\n", json.dump().c_str());
   return {};
 }

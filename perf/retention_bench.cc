@@ -25,6 +25,7 @@
 #include <system_error>
 #include <utility>
 
+#include "perf/bench_support.h"
 #include "perf/shard_on_disk.h"
 #include "perf/shard_producer.h"
 #include "src/checkpointer.h"
@@ -52,12 +53,6 @@ struct Options {
   uint64_t rewrite_below_permille = 500;
   std::string dir = ".";
 };
-
-int64_t ThreadCpuNs() {
-  timespec now{};
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-  return now.tv_sec * kNanosPerSecond + now.tv_nsec;
-}
 
 double Mib(uint64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
 

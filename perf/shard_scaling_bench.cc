@@ -114,11 +114,7 @@ struct Point {
   }
 };
 
-double ThreadSeconds() {
-  timespec now{};
-  CHECK(clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now) == 0, "the clock can be read");
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-}
+double ThreadSeconds() { return 1e-9 * static_cast<double>(ThreadCpuNs()); }
 double SecondsSince(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }

@@ -93,7 +93,19 @@ class SignRig {
     }
     found.ids.resize(appended);
     found.estimates.resize(appended);
+    ExpectAmongAll(found, query, count);
     return found;
+  }
+  // The same as where all are estimated.
+  void ExpectAmongAll(const Found& found, const std::byte* query, size_t count) const {
+    constexpr float kUntouched = -77;
+    std::array<float, SignBlocks::kMembers + kSlack> all;
+    all.fill(kUntouched);
+    signs_.Estimate(block_, count, signs_.QueryOf(query), all.data());
+    for (size_t i = 0; i < found.ids.size(); ++i) {
+      EXPECT_EQ(found.estimates[i], all[found.ids[i] - 1'000]);
+    }
+    for (size_t i = count + kSlack; i < all.size(); ++i) EXPECT_EQ(all[i], kUntouched);
   }
   // From the codes' bits and the vectors, in double.
   double Expected(const std::byte* query, const Values& of_query, const std::byte* row,
