@@ -13,7 +13,9 @@ namespace {
 // What units of work take, in distances of some 30 ns.
 constexpr uint32_t kWorkOfPreparing = 128;
 constexpr uint32_t kWorkOfChoosing = 40;
-constexpr uint32_t kListsGroupedPerDistance = 16;
+constexpr uint32_t kLooksCountedPerDistance = 16;
+constexpr uint32_t kLooksGroupedPerDistance = 8;
+constexpr uint32_t kLooksAtOnce = 4'096;
 constexpr uint32_t kPairsPerDistance = 32;
 constexpr uint32_t kWorkOfSplit = 4'000;
 // Nodes that are compared with a list at once.
@@ -118,6 +120,9 @@ bool BatchLinker::Step(uint32_t max_distances) {
       case Phase::kAssign:
         work += StepAssign();
         break;
+      case Phase::kCount:
+        work += StepCount();
+        break;
       case Phase::kGroup:
         work += StepGroup();
         break;
@@ -187,38 +192,57 @@ uint32_t BatchLinker::StepAssign() {
     (void)target_.lists->Add(choice.home, node, target_.codes->rows().Row(node));
   }
   next_ += count;
-  if (next_ == size_) Advance(Phase::kGroup);
+  if (next_ == size_) Advance(Phase::kCount);
   return kWorkOfChoosing * count;
 }
 
-// The batch by list (a counting sort). Without memory for it each node has no candidates.
-uint32_t BatchLinker::StepGroup() {
+// The batch by list (a counting sort), some nodes at a time: first how many look in each list. No
+// node has candidates without memory for it.
+uint32_t BatchLinker::StepCount() {
   const uint32_t lists = target_.lists->count();
-  if (starts_count_ < lists + 1) {
-    if (starts_ != nullptr) heap_->FreeArray(starts_, starts_count_);
-    starts_count_ = 2 * (lists + 1);
-    starts_ = heap_->AllocateArray<uint32_t>(starts_count_);
-    if (starts_ == nullptr) starts_count_ = 0;
-  }
-  if (starts_ == nullptr) {
-    Advance(Phase::kLink);
-    return 0;
-  }
-  std::fill_n(starts_, lists + 1, 0U);
-  const auto for_each = [this](auto&& visit) {
-    for (uint32_t place = 0; place < size_; ++place) {
-      const Look* looks = memory_.looks + size_t{place} * InvertedLists::kMostChosen;
-      for (uint32_t i = 0; i < entries_[place].lists; ++i) visit(place, looks[i]);
+  if (next_ == 0) {
+    if (!ReserveStarts(lists + 1)) {
+      Advance(Phase::kLink);
+      return 0;
     }
-  };
-  for_each([this](uint32_t, const Look& look) { ++starts_[look.list + 1]; });
-  for (uint32_t list = 0; list < lists; ++list) starts_[list + 1] += starts_[list];
-  for_each([this](uint32_t place, const Look& look) {
+    std::fill_n(starts_, lists + 1, 0U);
+  }
+  const uint32_t looks =
+      ForSomeLooks([this](uint32_t, const Look& look) { ++starts_[look.list + 1]; });
+  if (next_ == size_) {
+    for (uint32_t list = 0; list < lists; ++list) starts_[list + 1] += starts_[list];
+    Advance(Phase::kGroup);
+  }
+  return (looks + lists) / kLooksCountedPerDistance;
+}
+
+bool BatchLinker::ReserveStarts(uint32_t count) {
+  if (starts_count_ >= count) return true;
+  if (starts_ != nullptr) heap_->FreeArray(starts_, starts_count_);
+  starts_ = heap_->AllocateArray<uint32_t>(size_t{2} * count);
+  starts_count_ = starts_ == nullptr ? 0 : 2 * count;
+  return starts_ != nullptr;
+}
+
+uint32_t BatchLinker::StepGroup() {
+  const uint32_t looks = ForSomeLooks([this](uint32_t place, const Look& look) {
     memory_.queries[starts_[look.list]++] = {place, look.members};
   });
   // Each start has moved to its list's end, which is where the next one begins.
-  Advance(Phase::kScan);
-  return (lists + starts_[lists]) / kListsGroupedPerDistance;
+  if (next_ == size_) Advance(Phase::kScan);
+  return looks / kLooksGroupedPerDistance;
+}
+
+// Those of the next few nodes; returns how many.
+template <typename Visit>
+uint32_t BatchLinker::ForSomeLooks(Visit&& visit) {
+  uint32_t count = 0;
+  for (; next_ < size_ && count < kLooksAtOnce; ++next_) {
+    const Look* const looks = memory_.looks + size_t{next_} * InvertedLists::kMostChosen;
+    for (uint32_t i = 0; i < entries_[next_].lists; ++i) visit(next_, looks[i]);
+    count += entries_[next_].lists;
+  }
+  return count;
 }
 
 // 3. One list with some of the nodes.

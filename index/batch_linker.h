@@ -103,6 +103,7 @@ class BatchLinker {
     kFree,
     kPrepare,
     kAssign,
+    kCount,
     kGroup,
     kScan,
     kLink,
@@ -136,7 +137,11 @@ class BatchLinker {
   void Advance(Phase next);
   uint32_t StepPrepare();
   uint32_t StepAssign();
+  uint32_t StepCount();
+  bool ReserveStarts(uint32_t count);
   uint32_t StepGroup();
+  template <typename Visit>
+  uint32_t ForSomeLooks(Visit&& visit);
   uint32_t StepScan();
   uint32_t NextScanned() const;
   void ScanBlock(const InvertedLists::Block& block, std::span<const Query> queries, uint32_t first,
