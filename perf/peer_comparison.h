@@ -42,7 +42,7 @@ struct ComparisonOptions {
   uint32_t k = 10;
   size_t chunk = 1'000;  // rows that one contender inserts in its turn
   int rounds = 5;
-  std::vector<uint32_t> efs = {10, 16, 24, 32, 48, 64, 96, 128, 200, 400};
+  std::vector<uint32_t> efs = {10, 16, 24, 32, 48, 64, 96, 128, 200, 400, 600};
 };
 
 // How quiet the machine was: processor time over time, of what was measured.
