@@ -39,8 +39,8 @@ struct BatchTarget {
 //
 // Steps:
 // 1. Prepare: each node gets its code.
-// 2. Assign: a blocked int8 product with all centroids gives its home and the lists to look in,
-//    so many that some thousands of members are compared. Then it becomes a member of its home: so
+// 2. Assign: its home and the lists to look in (InvertedLists::Choose), so many that some thousands
+//    of members are compared. Then it becomes a member of its home: so
 //    the later nodes of a batch see the earlier ones, as if they had been linked one by one.
 // 3. Scan: list by list, its members with all nodes that look in it, by the signs of both
 //    (SignBlocks). Each node keeps the nearest some hundred. One that is far from what codes were

@@ -360,6 +360,7 @@ void InvertedLists::LeaveOutEmpty(float* scores) const {
 // vectors of norm 1 the order by the metric is the one by L2. False where there are none.
 bool InvertedLists::ChooseEstimated(const Row& row, float members, float* estimates,
                                     Choice* choice) {
+  if (members_ == 0) return false;
   LeaveOutEmpty(estimates);
   const float needed = members * static_cast<float>(count_ - empty_) / static_cast<float>(members_);
   const float least = std::clamp(kPreselected * needed, kLeastPreselected, kEnoughPreselected);

@@ -32,6 +32,8 @@ void RabitqLearner::Smallest::Show(Candidate candidate) {
 void RabitqLearner::Start(const RabitqSample& sample, uint64_t seed) {
   CHECK(sample.count >= 1 && sample.count <= kMaxSample, "a sample is 1 to 4,096 vectors");
   CHECK(sample.mean_count <= sample.count, "the mean is of a part of the sample");
+  CHECK(sample.coarse == nullptr || sample.coarse->precision() == Precision::kInt8,
+        "the coarser form is int8");
   CHECK(sample.near.size() <= kQueries, "what lies close together is asked for as often");
   Stop();
   sample_ = sample;

@@ -27,7 +27,7 @@ struct RabitqSample {
   // apart: where they are few of all, a quality of all would not show how they fare. They stay as
   // the rows do.
   std::span<const uint32_t> near{};
-  // The same vectors in a coarser form, whose quality is measured as well; nullptr: none.
+  // The same vectors as int8, a coarser form, whose quality is measured as well; nullptr: none.
   const VectorFormat* coarse = nullptr;
   const std::byte* (*coarse_row)(const void* context, size_t index) = nullptr;
 };

@@ -105,6 +105,22 @@ class ListsRig {
     for (int splits = 0; lists->SplitOne(); ++splits) ASSERT_LT(splits, 1'000) << "it goes on";
     for (uint32_t list = 0; list < lists->count(); ++list) ASSERT_LE(lists->size(list), kMost);
   }
+  // Nodes 0 to `count` - 1, with their rows written.
+  void AddAndSplit(NodeId count) {
+    for (NodeId node = 0; node < count; ++node) {
+      ASSERT_TRUE(Add(node));
+      if (node % 64 == 0) {
+        ASSERT_NO_FATAL_FAILURE(SplitAll());
+      }
+    }
+  }
+  std::vector<NodeId> MembersOf(uint32_t list) const {
+    std::vector<NodeId> nodes;
+    lists->ForEachBlock(list, [&](const InvertedLists::Block& block) {
+      nodes.insert(nodes.end(), block.nodes.begin(), block.nodes.end());
+    });
+    return nodes;
+  }
   // The lists hold the members, each once and with its code.
   void ExpectAsModelled() {
     ASSERT_EQ(Violation(*lists), "");
@@ -356,6 +372,13 @@ TEST(InvertedListsTest, AreGivenBackInParts) {
   EXPECT_EQ(rig.memory.heap.live_bytes(), 0u);
 }
 
+TestVectors WideClouds(size_t count, uint32_t dimension, uint32_t clouds, float width) {
+  TestVectors data = ClusteredVectors(count, dimension, clouds, 11);
+  const TestVectors noise = GaussianVectors(count, dimension, 12);
+  for (size_t i = 0; i < data.values.size(); ++i) data.values[i] += width * noise.values[i];
+  return data;
+}
+
 // The home of a row is the list with the nearest centroid, by L2, and the lists to look in are the
 // nearest by the metric, of about as many members as were asked for. All but for the rounding of
 // rows and centroids to int8, which is no part of this: both are taken as they are kept.
@@ -366,22 +389,12 @@ TEST(InvertedListsTest, ChoosesTheNearestLists) {
     SCOPED_TRACE(MetricName(metric));
     ListsRig rig(metric, kDimension);
     // Wide clouds, so that many lists are about as far.
-    TestVectors data = ClusteredVectors(kNodes, kDimension, 40, 11);
-    const TestVectors noise = GaussianVectors(kNodes, kDimension, 12);
-    for (size_t i = 0; i < data.values.size(); ++i) data.values[i] += 8 * noise.values[i];
-    for (NodeId node = 0; node < kNodes; ++node) {
-      rig.WriteRow(node, data[node]);
-      ASSERT_TRUE(rig.Add(node));
-      if (node % 64 == 0) {
-        ASSERT_NO_FATAL_FAILURE(rig.SplitAll());
-      }
-    }
+    const TestVectors data = WideClouds(kNodes, kDimension, 40, 8);
+    for (NodeId node = 0; node < kNodes; ++node) rig.WriteRow(node, data[node]);
+    ASSERT_NO_FATAL_FAILURE(rig.AddAndSplit(kNodes));
     // Some lists have next to no members, some none.
     for (uint32_t list = 0; list < rig.lists->count(); list += 9) {
-      std::vector<NodeId> nodes;
-      rig.lists->ForEachBlock(list, [&](const InvertedLists::Block& block) {
-        nodes.insert(nodes.end(), block.nodes.begin(), block.nodes.end());
-      });
+      std::vector<NodeId> nodes = rig.MembersOf(list);
       if (list % 2 == 0) nodes.resize(nodes.size() / 2);
       for (const NodeId node : nodes) rig.Remove(node);
     }
@@ -458,25 +471,15 @@ TEST(InvertedListsTest, ChoosesNearlyTheSameBySigns) {
     SCOPED_TRACE(MetricName(metric));
     constexpr uint32_t kMany = 200;
     ListsRig rig(metric, kDimension, size_t{128} << 20, kMany);
-    TestVectors data = ClusteredVectors(kNodes + kQueries, kDimension, 60, 11);
-    const TestVectors noise = GaussianVectors(kNodes + kQueries, kDimension, 12);
-    for (size_t i = 0; i < data.values.size(); ++i) data.values[i] += 4 * noise.values[i];
+    const TestVectors data = WideClouds(kNodes + kQueries, kDimension, 60, 4);
     for (NodeId node = 0; node < kNodes + kQueries; ++node) {
       rig.WriteRow(node, data[node]);
       rig.Encode(node);
-      if (node >= kNodes) continue;
-      ASSERT_TRUE(rig.Add(node));
-      if (node % 64 == 0) {
-        ASSERT_NO_FATAL_FAILURE(rig.SplitAll());
-      }
     }
+    ASSERT_NO_FATAL_FAILURE(rig.AddAndSplit(kNodes));
     // Some lists are left without members.
     for (uint32_t list = 0; list < rig.lists->count(); list += 9) {
-      std::vector<NodeId> nodes;
-      rig.lists->ForEachBlock(list, [&](const InvertedLists::Block& block) {
-        nodes.insert(nodes.end(), block.nodes.begin(), block.nodes.end());
-      });
-      for (const NodeId node : nodes) rig.Remove(node);
+      for (const NodeId node : rig.MembersOf(list)) rig.Remove(node);
     }
     ASSERT_GT(rig.lists->count(), kMany);
     for (const uint64_t seed : {1, 2}) {
@@ -522,6 +525,13 @@ TEST(InvertedListsTest, ChoosesNearlyTheSameBySigns) {
         EXPECT_GE(of_both, of_products * 2 / 3);
       }
     }
+    // All leave, and come back.
+    while (!rig.members.empty()) rig.Remove(*rig.members.begin());
+    constexpr NodeId kFirst = 0;
+    EXPECT_EQ(rig.Choose({&kFirst, 1}, 2'000, true)[0].count, 0u);
+    ASSERT_TRUE(rig.Add(kFirst));
+    EXPECT_EQ(rig.Choose({&kFirst, 1}, 2'000, true)[0].count, 1u);
+    ASSERT_NO_FATAL_FAILURE(rig.ExpectAsModelled());
   }
 }
 
@@ -542,10 +552,7 @@ TEST(InvertedListsTest, OfTooManyListsTheNearest) {
   ASSERT_GT(lists, 2 * InvertedLists::kMostChosen);
   // Every third list ends without a member, the others with few.
   for (uint32_t list = 0; list < lists; ++list) {
-    std::vector<NodeId> nodes;
-    rig.lists->ForEachBlock(list, [&](const InvertedLists::Block& block) {
-      nodes.insert(nodes.end(), block.nodes.begin(), block.nodes.end());
-    });
+    std::vector<NodeId> nodes = rig.MembersOf(list);
     nodes.resize(nodes.size() - (list % 3 == 0 ? 0 : 5));
     for (const NodeId node : nodes) rig.Remove(node);
   }
