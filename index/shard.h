@@ -156,7 +156,7 @@ class Shard {
   struct Reply {
     enum class Phase : uint8_t { kNothing, kSearching, kEmitting, kIntrospecting };
 
-    Reply(ArenaHeap* heap, const LogWriter* log) : recall(heap, log) {}
+    Reply(ArenaHeap* heap, const LogWriter* log) : recall(heap, log, RecallJob::Core::kOfShard) {}
 
     RecallJob recall;
     Phase phase = Phase::kNothing;
