@@ -17,7 +17,6 @@ namespace engram {
 // `capacity`: rows that its arena is made present for beforehand. `slices`: is told the processor
 // time of each slice of linking, and outlives the index; nullptr: nobody, which is faster.
 std::unique_ptr<ComparedIndex> MakeEngramIndex(const SpaceOptions& options, uint32_t batch,
-                                               size_t capacity,
-                                               LatencyHistogram* slices = nullptr);
+                                               size_t capacity, LatencyHistogram* slices = nullptr);
 
 }  // namespace engram

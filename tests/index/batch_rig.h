@@ -25,7 +25,8 @@ class BatchRig : public GraphFixture {
   BatchRig(Metric metric, uint32_t dimension, const HnswBuildParams& params,
            size_t arena_bytes = size_t{512} << 20)
       : GraphFixture(metric, dimension, params, arena_bytes, Precision::kInt8),
-        // The tests' vectors lie about the origin, or anywhere: a code need not be good to be sound.
+        // The tests' vectors lie about the origin, or anywhere: a code need not be good to be
+        // sound.
         codes(&heap, MakeFormat(metric, dimension, &heap)),
         lists(&heap, &format, &vectors, &codes.format()),
         batch(&heap, params, &linker) {}

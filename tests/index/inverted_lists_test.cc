@@ -36,7 +36,7 @@ class InvertedListsTestPeer {
 namespace {
 
 constexpr uint32_t kMost = InvertedLists::kFewestMembers;  // while there are few lists
-constexpr size_t kCodeBytes = 64;  // of up to 384 dimensions
+constexpr size_t kCodeBytes = 64;                          // of up to 384 dimensions
 
 std::string Violation(const InvertedLists& lists) {
   const Result<void> checked = lists.CheckInvariants();
@@ -120,7 +120,8 @@ class ListsRig {
           ASSERT_TRUE(seen.insert(node).second) << node << " is listed twice";
           ASSERT_TRUE(members.contains(node)) << node;
           ASSERT_TRUE(lists->Has(node));
-          ASSERT_TRUE(HasCode(SignBlocks(*coding), block, i, codes.Row(node))) << node << " has another's code";
+          ASSERT_TRUE(HasCode(SignBlocks(*coding), block, i, codes.Row(node)))
+              << node << " has another's code";
         }
       });
       ASSERT_EQ(size, lists->size(list));
