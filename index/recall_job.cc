@@ -73,8 +73,8 @@ RefusalReason RecallJob::Begin(const Space& space, const RecallRequest& request,
   if (!scratch_.Reserve(space.node_count())) return RefusalReason::kMemoryFull;
   k_ = request.k;
   ef_ = std::max(request.ef == 0 ? default_ef : request.ef, k_);
-  by_exact_ = space.has_exact() &&
-              ((!space.has_linked() && space.waiting() == 0) || space.walks_exact());
+  by_exact_ =
+      space.has_exact() && ((!space.has_linked() && space.waiting() == 0) || space.walks_exact());
   // Where nothing is linked yet but will be before the scan ends, it stays with the exact rows.
   if (by_exact_) codes_ = nullptr;
   const bool compare_again = space.has_exact() && !by_exact_;

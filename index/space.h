@@ -155,8 +155,8 @@ class Space {
     std::byte* code;
     std::byte* exact;  // left alone without has_exact()
     std::byte* walk;   // left alone without codes to walk with
-    // For WaitingProbe, kMaxCodeBytes each: signs of now, and of what lists that are not recoded yet
-    // still have. nullptr: not asked for.
+    // For WaitingProbe, kMaxCodeBytes each: signs of now, and of what lists that are not recoded
+    // yet still have. nullptr: not asked for.
     std::byte* signs = nullptr;
     std::byte* signs_before = nullptr;
     bool* signs_are_far = nullptr;  // with `signs`: set where these do not tell what is near
@@ -299,9 +299,14 @@ class Space {
   bool IsLinked(NodeId node) const { return nodes_[node].state == NodeState::kLinked; }
 
   // Upkeep, by the shard's linker and sweep between other work.
-  // Waiting in lists (space_waiting.cc), where the space is walked with codes and more have come than
-  // a scan should bear: what came first among those that are not linked is listed, and found there.
+  // Waiting in lists (space_waiting.cc), where the space is walked with codes and more have come
+  // than a scan should bear: what came first among those that are not linked is listed, and found
+  // there.
   bool WantsListing() const;
+  // What comes can wait in lists: recalls bear a large backlog.
+  bool HasWaitingLists() const {
+    return waiting_.has_value() && codes_step_ != CodesStep::kReleasing && walk_codes() != nullptr;
+  }
   // Lists some, 16 at most; about 4 us each. Returns how many.
   size_t ListSome();
   uint64_t waiting() const { return waiting_count_; }
@@ -313,13 +318,12 @@ class Space {
   // Calls visit(block, signs, code) for each block of a list.
   template <typename Visit>
   void ForEachWaiting(uint32_t list, const QueryForms& query, Visit&& visit) const {
-    const bool is_recoded = codes_step_ != CodesStep::kRecoding ||
-                            lists_->count() + list < next_recoded_;
+    const bool is_recoded =
+        codes_step_ != CodesStep::kRecoding || lists_->count() + list < next_recoded_;
     const SignBlocks& signs = (is_recoded ? walk_codes() : retired_codes_)->signs();
     const std::byte* const code = is_recoded ? query.signs : query.signs_before;
-    waiting_->ForEachBlock(list, [&](const InvertedLists::Block& block) {
-      visit(block, signs, code);
-    });
+    waiting_->ForEachBlock(list,
+                           [&](const InvertedLists::Block& block) { visit(block, signs, code); });
   }
 
   // The next node to link, kNoNode when there is nothing to do. Passes over what was updated or
@@ -713,8 +717,8 @@ class Space {
   std::optional<InvertedLists> lists_;
   std::optional<InvertedLists> waiting_;  // what is not linked yet, the first ones
   uint64_t waiting_count_ = 0;            // so many of fresh_, from its front, are there
-  WalkCodes* next_codes_ = nullptr;     // learned, and not given to all nodes yet
-  WalkCodes* retired_codes_ = nullptr;  // until no reader is in retired_codes_epoch_
+  WalkCodes* next_codes_ = nullptr;       // learned, and not given to all nodes yet
+  WalkCodes* retired_codes_ = nullptr;    // until no reader is in retired_codes_epoch_
   ReaderEpochs::Epoch retired_codes_epoch_ = 0;
   uint32_t next_encoded_ = 0;  // node
   uint32_t next_recoded_ = 0;  // list

@@ -1,6 +1,6 @@
-// What waits to be linked, where it has become too much to be scanned (see space.h): it is listed in
-// inverted lists of its own, by the codes that the graph is walked with, and leaves them as it is
-// linked. The list of fresh nodes holds it meanwhile as it holds all that is not linked, so that
+// What waits to be linked, where it has become too much to be scanned (see space.h): it is listed
+// in inverted lists of its own, by the codes that the graph is walked with, and leaves them as it
+// is linked. The list of fresh nodes holds it meanwhile as it holds all that is not linked, so that
 // readers on other cores, which cannot look into lists that change, scan it there.
 
 #include <algorithm>
@@ -12,11 +12,8 @@
 namespace engram {
 
 bool Space::WantsListing() const {
-  if (!waiting_ || walk_codes() == nullptr || codes_step_ == CodesStep::kRecoding ||
-      codes_step_ == CodesStep::kReleasing) {
-    return false;
-  }
-  return fresh_.size() > waiting_count_ + options_.list_from;
+  return HasWaitingLists() && codes_step_ != CodesStep::kRecoding &&
+         fresh_.size() > waiting_count_ + options_.list_from;
 }
 
 // Whatever became of a node meanwhile, it is listed until it leaves the list of fresh nodes: a
@@ -49,8 +46,8 @@ size_t Space::ListSome() {
 size_t Space::ChooseWaiting(const QueryForms& query, float members,
                             std::span<uint32_t> lists) const {
   const bool by_signs = !*query.signs_are_far && codes_step_ != CodesStep::kRecoding;
-  return waiting_->ChooseMany(block_products_,
-                              {query.code, by_signs ? query.signs : nullptr}, members, lists);
+  return waiting_->ChooseMany(block_products_, {query.code, by_signs ? query.signs : nullptr},
+                              members, lists);
 }
 
 // The first of the list of fresh nodes leaves it.

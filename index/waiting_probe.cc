@@ -71,42 +71,42 @@ bool WaitingProbe::Step(uint64_t max_distances, uint64_t* distances) {
 }
 
 void WaitingProbe::ScanList(uint32_t list) {
-  space_->ForEachWaiting(list, query_, [&](const InvertedLists::Block& block,
-                                           const SignBlocks& signs, const std::byte* code) {
-    if (candidate_count_ + SignBlocks::kMembers > kMostCandidates ||
-        candidate_count_ > 2 * size_t{kept_}) {
-      Keep(kept_, kept_ + kept_ / 3);
-    }
-    float* const estimates = estimates_.data() + candidate_count_;
-    NodeId* const candidates = candidates_.data() + candidate_count_;
-    size_t added = 0;
-    if (is_far_) {
-      added = block.nodes.size();
-      std::copy(block.nodes.begin(), block.nodes.end(), candidates);
-      CompareByInt8({candidates, added}, estimates);
-      work_ += added;
-    } else {
-      added = signs.AppendNearer(block.codes, block.nodes.size(), signs.QueryOf(code),
-                                 block.nodes.data(), bound_, estimates, candidates);
-      work_ += block.nodes.size() / kMembersPerDistance + 1;
-    }
-    // Now, lest what has ended takes the places of what lives beside it.
-    size_t visible = 0;
-    for (size_t i = 0; i < added; ++i) {
-      if (!space_->IsVisible(candidates[i], snapshot_)) continue;
-      candidates[visible] = candidates[i];
-      estimates[visible++] = estimates[i];
-    }
-    candidate_count_ += visible;
-  });
+  space_->ForEachWaiting(
+      list, query_,
+      [&](const InvertedLists::Block& block, const SignBlocks& signs, const std::byte* code) {
+        if (candidate_count_ + SignBlocks::kMembers > kMostCandidates ||
+            candidate_count_ > 2 * size_t{kept_}) {
+          Keep(kept_, kept_ + kept_ / 3);
+        }
+        float* const estimates = estimates_.data() + candidate_count_;
+        NodeId* const candidates = candidates_.data() + candidate_count_;
+        size_t added = 0;
+        if (is_far_) {
+          added = block.nodes.size();
+          std::copy(block.nodes.begin(), block.nodes.end(), candidates);
+          CompareByInt8({candidates, added}, estimates);
+          work_ += added;
+        } else {
+          added = signs.AppendNearer(block.codes, block.nodes.size(), signs.QueryOf(code),
+                                     block.nodes.data(), bound_, estimates, candidates);
+          work_ += block.nodes.size() / kMembersPerDistance + 1;
+        }
+        // Now, lest what has ended takes the places of what lives beside it.
+        size_t visible = 0;
+        for (size_t i = 0; i < added; ++i) {
+          if (!space_->IsVisible(candidates[i], snapshot_)) continue;
+          candidates[visible] = candidates[i];
+          estimates[visible++] = estimates[i];
+        }
+        candidate_count_ += visible;
+      });
 }
 
 // The nearest `least` to `most`.
 void WaitingProbe::Keep(size_t least, size_t most) {
   if (candidate_count_ <= most) return;
-  const float bound =
-      BoundOfNearest(estimates_.data(), nullptr, candidate_count_, static_cast<float>(least),
-                     static_cast<float>(most));
+  const float bound = BoundOfNearest(estimates_.data(), nullptr, candidate_count_,
+                                     static_cast<float>(least), static_cast<float>(most));
   const size_t kept = KeepNearer(bound, estimates_.data(), candidates_.data(), candidate_count_);
   candidate_count_ = std::min(kept, most);
   bound_ = std::min(bound_, bound);

@@ -12,8 +12,9 @@
 
 namespace engram {
 
-// Looks for the nearest of what waits in lists to be linked (space_waiting.cc), in slices: the lists
-// about the query are compared with it by the signs of both, and the nearest by these by int8.
+// Looks for the nearest of what waits in lists to be linked (space_waiting.cc), in slices: the
+// lists about the query are compared with it by the signs of both, and the nearest by these by
+// int8.
 //
 // With n that wait about ef * kMembersPerEf * sqrt(n / kFewWaiting) members are looked at, all of
 // them where there are fewer: of 100,000 text vectors at ef 128 a sixth, which has 0.96 of the
@@ -25,7 +26,8 @@ class WaitingProbe {
  public:
   WaitingProbe();
 
-  // `query`: as Space::PrepareQuery wrote it, with signs; stays until the end. `wanted`: how many are to be found. Begins anew.
+  // `query`: as Space::PrepareQuery wrote it, with signs; stays until the end. `wanted`: how many
+  // are to be found. Begins anew.
   void Begin(const Space* space, const Space::QueryForms& query, CommitStamp snapshot, uint32_t ef,
              uint32_t wanted);
   // Until about `max_distances` distances' work is done; what it took is added to `distances`. True

@@ -210,8 +210,7 @@ class Program {
     }
     waited_ = space.waiting() > 0;
     seen_->waiting += static_cast<uint64_t>(waited_);
-    seen_->waiting_recoding +=
-        static_cast<uint64_t>(waited_ && SpaceTestPeer::IsRecoding(space));
+    seen_->waiting_recoding += static_cast<uint64_t>(waited_ && SpaceTestPeer::IsRecoding(space));
     codes_ = codes;
     seen_->splits += static_cast<uint64_t>(SpaceTestPeer::CountLists(space) > 1);
   }
