@@ -47,6 +47,14 @@ class FreshList {
    public:
     size_t size() const { return size_; }
     NodeId operator[](size_t place) const { return first_[place]; }
+    // Without the first `count`, or as many as there are.
+    Snapshot After(size_t count) const {
+      Snapshot rest;
+      const size_t passed = count < size_ ? count : size_;
+      rest.first_ = first_ + passed;
+      rest.size_ = size_ - passed;
+      return rest;
+    }
 
    private:
     friend class FreshList;

@@ -26,12 +26,12 @@ constexpr uint32_t kBoundarySample = 128;
 // So much more than was asked for may be chosen, to find the bound in few passes.
 constexpr float kScanTolerance = 1.15F;
 // Where more lists are near enough than there is room for.
-constexpr float kEnoughChosen = 0.875F * InvertedLists::kMostChosen;
+constexpr float kEnough = 0.875F;
 // Of many lists so many times those that are needed are chosen by signs.
 constexpr float kPreselected = 2.5F;
 constexpr float kLeastPreselected = 24;
 constexpr size_t kMostPreselected = 2 * InvertedLists::kMostChosen;
-constexpr float kEnoughPreselected = 0.875F * kMostPreselected;
+constexpr float kEnoughPreselected = kEnough * kMostPreselected;
 constexpr size_t kMostCodeBytes = kMaxDimension / 8 + 2 * kCacheLineBytes;
 
 Int8Trailer TrailerOf(const std::byte* row, size_t padded_dimension) {
@@ -49,13 +49,13 @@ uint32_t SampledPlace(uint32_t i, uint32_t stride) { return i * stride + i % str
 // The places of the nearest that together have about `members` members. `scores` of those that have
 // none are infinite.
 uint32_t TakeNearest(const float* scores, const float* sizes, size_t count, float members,
-                     uint32_t* places) {
-  constexpr size_t kMost = InvertedLists::kMostChosen;
+                     uint32_t* places, size_t most = InvertedLists::kMostChosen) {
   float bound = BoundOfNearest(scores, sizes, count, members, members * kScanTolerance);
-  size_t found = PlacesNearer(scores, count, bound, kMost, places);
-  if (found == kMost) {  // Maybe more than there is room for: the nearest, then.
-    bound = std::min(bound, BoundOfNearest(scores, nullptr, count, kEnoughChosen, kMost));
-    found = PlacesNearer(scores, count, bound, kMost, places);
+  size_t found = PlacesNearer(scores, count, bound, most, places);
+  if (found == most) {  // Maybe more than there is room for: the nearest, then.
+    const auto room = static_cast<float>(most);
+    bound = std::min(bound, BoundOfNearest(scores, nullptr, count, kEnough * room, room));
+    found = PlacesNearer(scores, count, bound, most, places);
   }
   uint32_t taken = 0;
   for (size_t i = 0; i < found; ++i) {
@@ -67,12 +67,14 @@ uint32_t TakeNearest(const float* scores, const float* sizes, size_t count, floa
 }  // namespace
 
 InvertedLists::InvertedLists(ArenaHeap* heap, const VectorFormat* format,
-                             const VectorStore* vectors, const RabitqFormat* coding, uint32_t many)
+                             const VectorStore* vectors, const RabitqFormat* coding,
+                             uint32_t most_copies, uint32_t many)
     : heap_(heap),
       format_(format),
       vectors_(vectors),
       l2_(DistanceFunction(Precision::kInt8, Metric::kL2)),
       distances_(Int8DistancesFunction(format->metric())),
+      most_copies_(most_copies),
       many_(many),
       coding_(coding),
       codes_(*coding),
@@ -265,7 +267,7 @@ void InvertedLists::DropLast(List* list) {
 bool InvertedLists::Add(uint32_t list, NodeId node, const std::byte* code) {
   CHECK(!Has(node), "a node is in one list");
   List& to = lists_[list];
-  if (CopiesOf(to, HashOf(code)) >= kMostCopies) return true;
+  if (most_copies_ < UINT32_MAX && CopiesOf(to, HashOf(code)) >= most_copies_) return true;
   const uint32_t place = to.size % kBlockMembers;
   if (place == 0 && AppendBlock(&to) == nullptr) return false;
   to.last->nodes[place] = node;
@@ -382,10 +384,28 @@ bool InvertedLists::ChooseEstimated(const Row& row, float members, float* estima
   return true;
 }
 
+size_t InvertedLists::ChooseMany(const BlockProducts& products, const Row& row, float members,
+                                 std::span<uint32_t> lists) const {
+  CHECK(count_ > 0 && lists.size() > kSelectionSlack, "there is a list, and room for some");
+  if (members_ == 0) return 0;
+  if (row.code != nullptr) {
+    const SignBlocks::Query query = codes_.QueryOf(row.code);
+    for (uint32_t first = 0; first < count_; first += kGroupLists) {
+      EstimateGroup(query, first, scores_);
+    }
+  } else {
+    Choice unused;
+    ScoreByProducts(products, {&row, 1}, &unused);
+  }
+  LeaveOutEmpty(scores_);
+  return TakeNearest(scores_, sizes_, count_, members, lists.data(),
+                     lists.size() - kSelectionSlack);
+}
+
 // A list's score is its centroid's distance but for what is the same for all lists: by L2 for the
 // home, so that lists are compact, and by the metric for where to look.
-void InvertedLists::ChooseByProducts(const BlockProducts& products, std::span<const Row> rows,
-                                     float members, Choice* choices) {
+void InvertedLists::ScoreByProducts(const BlockProducts& products, std::span<const Row> rows,
+                                    Choice* choices) const {
   const size_t padded = format_->padded_dimension();
   alignas(kCacheLineBytes)
       std::array<std::byte, BlockProducts::PackedBytes(kMostAtOnce, kMaxDimension)>
@@ -429,6 +449,11 @@ void InvertedLists::ChooseByProducts(const BlockProducts& products, std::span<co
       }
     }
   }
+}
+
+void InvertedLists::ChooseByProducts(const BlockProducts& products, std::span<const Row> rows,
+                                     float members, Choice* choices) {
+  ScoreByProducts(products, rows, choices);
   for (size_t i = 0; i < rows.size(); ++i) {
     float* const scores = scores_ + i * ScoreStride();
     LeaveOutEmpty(scores);

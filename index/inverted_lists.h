@@ -44,7 +44,7 @@ class InvertedLists {
   static constexpr uint32_t kListsAimedAt = 1'200;
   // Members that lie side by side.
   static constexpr uint32_t kBlockMembers = SignBlocks::kMembers;
-  // Members of a list with the same code.
+  // Members of a list with the same code, unless told otherwise.
   static constexpr uint32_t kMostCopies = 4;
   // Nodes that Choose takes at once.
   static constexpr uint32_t kMostAtOnce = 16;
@@ -74,9 +74,11 @@ class InvertedLists {
   };
 
   // `vectors`: the int8 rows of the nodes, in `format`. Both outlive the lists. `coding`: of the
-  // codes that are added; it is used until the lists are Recoded with another. `many`: as kMany.
+  // codes that are added; it is used until the lists are Recoded with another. The others as
+  // kMostCopies and kMany.
   InvertedLists(ArenaHeap* heap, const VectorFormat* format, const VectorStore* vectors,
-                const RabitqFormat* coding, uint32_t many = kMany);
+                const RabitqFormat* coding, uint32_t most_copies = kMostCopies,
+                uint32_t many = kMany);
   InvertedLists(const InvertedLists&) = delete;
   InvertedLists& operator=(const InvertedLists&) = delete;
   ~InvertedLists() { Release(); }
@@ -88,7 +90,11 @@ class InvertedLists {
   // `members` members, by the space's metric. There is a list.
   void Choose(const BlockProducts& products, std::span<const Row> rows, float members,
               Choice* choices);
-  // `node`, which is in no list, becomes a member; not where kMostCopies members have the same
+  // The nearest lists that together have about `members` members, as many as `lists` has room for
+  // but kSelectionSlack; by signs alone where `row` has a code. Returns how many.
+  size_t ChooseMany(const BlockProducts& products, const Row& row, float members,
+                    std::span<uint32_t> lists) const;
+  // `node`, which is in no list, becomes a member; not where as many as are allowed have the same
   // code: more would be in the way of what else is near. False when the heap is spent; nothing has
   // changed then.
   bool Add(uint32_t list, NodeId node, const std::byte* code);
@@ -206,6 +212,8 @@ class InvertedLists {
   bool GrowScores();
   void FreeScores();
   void BeginWith(std::span<const Row> rows);
+  void ScoreByProducts(const BlockProducts& products, std::span<const Row> rows,
+                       Choice* choices) const;
   void ChooseByProducts(const BlockProducts& products, std::span<const Row> rows, float members,
                         Choice* choices);
   void EstimateGroup(const SignBlocks::Query& query, uint32_t first, float* scores) const;
@@ -238,6 +246,7 @@ class InvertedLists {
   const VectorStore* vectors_;
   DistanceFn l2_;
   DistancesFn distances_;
+  uint32_t most_copies_;
   uint32_t many_;
   // Of what is listed.
   const RabitqFormat* coding_;

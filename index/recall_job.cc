@@ -16,6 +16,7 @@ namespace {
 // Rows of the scan that are asked for ahead of the one that is compared, and compared in a turn.
 constexpr size_t kScanAhead = 4;
 constexpr size_t kScannedAtOnce = 64;
+constexpr uint64_t kProbedInTurn = 128;
 // Rows of int8, and rows as they are kept, that are asked for in a turn and compared in the next.
 constexpr size_t kRefinedAtOnce = 8;
 constexpr size_t kComparedAtOnce = 4;
@@ -31,10 +32,11 @@ constexpr size_t kLeastErrors = 8;
 
 }  // namespace
 
-RecallJob::RecallJob(ArenaHeap* heap, const LogWriter* log)
+RecallJob::RecallJob(ArenaHeap* heap, const LogWriter* log, Core core)
     : log_(log),
+      core_(core),
       scratch_(heap),
-      query_storage_(3 * Space::kMaxRowBytes + kCacheLineBytes),
+      query_storage_(3 * Space::kMaxRowBytes + 2 * Space::kMaxCodeBytes + kCacheLineBytes),
       nearest_storage_(kMaxKept),
       found_(std::max<size_t>(kMaxKept, kMaxEf)),
       compared_again_(kMaxKept) {
@@ -43,6 +45,13 @@ RecallJob::RecallJob(ArenaHeap* heap, const LogWriter* log)
   code_query_ = query_storage_.data() + (kCacheLineBytes - address % kCacheLineBytes);
   exact_query_ = code_query_ + Space::kMaxRowBytes;
   walk_query_ = exact_query_ + Space::kMaxRowBytes;
+  forms_ = {.code = code_query_, .exact = exact_query_, .walk = walk_query_};
+  if (core_ == Core::kOfShard) {
+    probe_.emplace();
+    forms_.signs = walk_query_ + Space::kMaxRowBytes;
+    forms_.signs_before = forms_.signs + Space::kMaxCodeBytes;
+    forms_.signs_are_far = &signs_are_far_;
+  }
   nearest_.Attach(nearest_storage_.data());
   hits_.reserve(kMaxKept + std::max<size_t>(kMaxKept, kMaxEf));
 }
@@ -52,8 +61,7 @@ RefusalReason RecallJob::Begin(const Space& space, const RecallRequest& request,
                                const std::byte* vector, uint32_t default_ef) {
   codes_ = space.recall_codes();
   const RefusalReason reason =
-      space.PrepareQuery(request.dtype, request.dimension, request.scale, vector, &codes_,
-                         {.code = code_query_, .exact = exact_query_, .walk = walk_query_});
+      space.PrepareQuery(request.dtype, request.dimension, request.scale, vector, &codes_, forms_);
   if (reason != RefusalReason::kNone) return reason;
   space_ = &space;
   TakeSnapshot(request.snapshot);
@@ -65,7 +73,8 @@ RefusalReason RecallJob::Begin(const Space& space, const RecallRequest& request,
   if (!scratch_.Reserve(space.node_count())) return RefusalReason::kMemoryFull;
   k_ = request.k;
   ef_ = std::max(request.ef == 0 ? default_ef : request.ef, k_);
-  by_exact_ = space.has_exact() && (!space.has_linked() || space.walks_exact());
+  by_exact_ =
+      space.has_exact() && ((!space.has_linked() && space.waiting() == 0) || space.walks_exact());
   // Where nothing is linked yet but will be before the scan ends, it stays with the exact rows.
   if (by_exact_) codes_ = nullptr;
   const bool compare_again = space.has_exact() && !by_exact_;
@@ -86,7 +95,7 @@ RefusalReason RecallJob::Begin(const Space& space, const RecallRequest& request,
 void RecallJob::TakeSnapshot(CommitStamp wanted) {
   CommitStamp latest = space_->latest_stamp();
   for (;;) {
-    fresh_ = space_->FreshNodes();
+    fresh_ = core_ == Core::kOfShard ? space_->UnlistedNodes() : space_->FreshNodes();
     const CommitStamp now = space_->latest_stamp();
     if (now == latest) break;
     latest = now;
@@ -111,7 +120,10 @@ bool RecallJob::Turn() {
   switch (phase_) {
     case Phase::kScan:
       ScanSlice();
-      if (scanned_ == fresh_.size()) BeginSearch();
+      if (scanned_ == fresh_.size()) EndScan();
+      break;
+    case Phase::kProbe:
+      ProbeSlice(kProbedInTurn);
       break;
     case Phase::kSearch:
       if (search_.Turn()) EndSearch();
@@ -139,13 +151,35 @@ void RecallJob::ScanSlice() {
     if (scanned_ + kScanAhead < fresh_.size()) target.Prefetch(fresh_[scanned_ + kScanAhead]);
     const NodeId node = fresh_[scanned_];
     if (!space_->IsVisible(node, snapshot_)) continue;
-    const NeighbourKey key = KeyOf(target.DistanceTo(node), node);
-    if (nearest_.size() < kept_) {
-      nearest_.Push(key);
-    } else if (key < nearest_.top()) {
-      nearest_.ReplaceTop(key);
-    }
+    Offer(target.DistanceTo(node), node);
   }
+}
+
+void RecallJob::Offer(float distance, NodeId node) {
+  const NeighbourKey key = KeyOf(distance, node);
+  if (nearest_.size() < kept_) {
+    nearest_.Push(key);
+  } else if (key < nearest_.top()) {
+    nearest_.ReplaceTop(key);
+  }
+}
+
+void RecallJob::EndScan() {
+  if (core_ != Core::kOfShard || space_->waiting() == 0) {
+    BeginSearch();
+    return;
+  }
+  probe_->Begin(space_, forms_, snapshot_, ef_, kept_);
+  phase_ = Phase::kProbe;
+}
+
+void RecallJob::ProbeSlice(uint64_t max_distances) {
+  uint64_t distances = 0;
+  const bool is_done = probe_->Step(max_distances, &distances);
+  scratch_.AddDistances(distances);
+  if (!is_done) return;
+  for (const Neighbour& found : probe_->found()) Offer(found.distance, found.node);
+  BeginSearch();
 }
 
 // 3. What was linked since the scan began is in the scan, so a graph that has begun since is left

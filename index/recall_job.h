@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -10,6 +11,7 @@
 #include "index/hnsw_search.h"
 #include "index/log/log_writer.h"
 #include "index/space.h"
+#include "index/waiting_probe.h"
 #include "src/core/arena_heap.h"
 #include "src/core/commit_stamp.h"
 #include "src/core/observation.h"
@@ -21,7 +23,8 @@ namespace engram {
 // One recall, in slices:
 // 1. Begin: the query in the form of the space's rows, and the snapshot that is recalled.
 // 2. Scan: the nodes that the graph does not know. While there is no graph, by the vectors as they
-//    are kept, so the answer is exact; else by what the graph is walked with.
+//    are kept, so the answer is exact; else by what the graph is walked with. On the shard's core
+//    those of them that wait in lists are looked for there (WaitingProbe).
 // 3. Search: the graph, with ef. Where it is walked with codes of one bit, what was found is
 //    compared again by int8, in the order of the estimates, until the rest is too far by more than
 //    estimates were wrong so far.
@@ -38,9 +41,10 @@ namespace engram {
 // since the last recall.
 class RecallJob {
  public:
+  enum class Core : uint8_t { kOther, kOfShard };
   // `heap` and `log`, the log of the shard whose core this is (nullptr: none, or another core),
-  // must outlive the job.
-  explicit RecallJob(ArenaHeap* heap, const LogWriter* log = nullptr);
+  // must outlive the job. `core`: where it runs.
+  explicit RecallJob(ArenaHeap* heap, const LogWriter* log = nullptr, Core core = Core::kOther);
 
   // Takes the memory for recalls of spaces of up to `nodes` nodes. Call it where a space grows, so
   // that a recall is not refused for lack of memory. False when the heap is spent.
@@ -74,7 +78,7 @@ class RecallJob {
     CommitStamp snapshot;
     bool operator()(NodeId node) const { return space->IsVisibleInGraph(node, snapshot); }
   };
-  enum class Phase : uint8_t { kIdle, kScan, kSearch, kRefine, kCompare, kReady };
+  enum class Phase : uint8_t { kIdle, kScan, kProbe, kSearch, kRefine, kCompare, kReady };
 
   // The nearest of those that were compared again so far, and by how much what they were known by
   // was wrong.
@@ -97,6 +101,9 @@ class RecallJob {
 
   void TakeSnapshot(CommitStamp wanted);
   void ScanSlice();
+  void EndScan();
+  void ProbeSlice(uint64_t max_distances);
+  void Offer(float distance, NodeId node);
   void BeginSearch();
   void EndSearch();
   void AskToRefine() const;
@@ -120,12 +127,16 @@ class RecallJob {
                           std::byte* to) const;
 
   const LogWriter* const log_;
+  const Core core_;
   WalkScratch scratch_;
   GraphWalk<IsVisible> search_{IsVisible{nullptr, kNoStamp}};
   std::vector<std::byte> query_storage_;
   std::byte* code_query_ = nullptr;   // aligned to 64 bytes within query_storage_
   std::byte* exact_query_ = nullptr;  // likewise
   std::byte* walk_query_ = nullptr;   // likewise
+  Space::QueryForms forms_{};
+  bool signs_are_far_ = false;
+  std::optional<WaitingProbe> probe_;  // on the shard's core
   std::vector<NeighbourKey> nearest_storage_;
   KeyHeap<FarthestFirst> nearest_;  // of those scanned so far
   std::vector<Neighbour> found_;    // by the graph

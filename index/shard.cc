@@ -560,7 +560,7 @@ void Shard::QueueForUpkeep(uint32_t space) {
 // recalls would suffer, and at least 1 of it. Never less than the connection was granted before.
 uint64_t Shard::CreditOf(Session* session) {
   const Space& space = *spaces_[session->space];
-  const uint64_t limit = space.NodesInBytes(options_.unlinked_limit_bytes);
+  const uint64_t limit = BacklogLimit(space);
   uint64_t room = limit - std::min(limit, space.backlog() + pending_[session->space]);
   // At least one, as the answers of forwards announce nothing.
   if (log_ != nullptr || entries_[session->space]->partitions() > 1) {

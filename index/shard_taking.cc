@@ -431,6 +431,8 @@ StoreOutcome Shard::Store(uint32_t space, const ObserveRequest& request, CommitS
   }
   counters_[ShardCounter::kObservationsStored].Add(1);
   if (outcome.existed || several_homes || target.has_graph()) QueueForUpkeep(space);
+  // Each one that comes has more than itself listed, so what is scanned stays bounded.
+  if (target.WantsListing()) target.ListSome();
   KeepToQuota(space, stamp);
   GrowIfFull(space);
   return outcome;
@@ -449,8 +451,13 @@ StoreOutcome Shard::Hide(uint32_t space, const ObserveRequest& request, CommitSt
 bool Shard::HasRoom(uint32_t space, bool in_credit) const {
   const Space& target = *spaces_[space];
   return in_credit || target.backlog() == 0 ||
-         target.backlog() + pending_[space] <
-             2 * target.NodesInBytes(options_.unlinked_limit_bytes);
+         target.backlog() + pending_[space] < 2 * BacklogLimit(target);
+}
+
+// Nodes that upkeep may be behind by before recalls would suffer.
+uint64_t Shard::BacklogLimit(const Space& space) const {
+  const uint64_t scanned = space.NodesInBytes(options_.unlinked_limit_bytes);
+  return space.HasWaitingLists() ? std::max(scanned, options_.waiting_limit) : scanned;
 }
 
 // The first vector that is none of the refused ones settles the dimension, for all shards.

@@ -557,6 +557,13 @@ RefusalReason Space::PrepareQuery(VectorDtype dtype, uint32_t dimension, float s
   if (exact_) exact_format_->Encode(numbers.data(), forms.exact);
   if (*codes != nullptr && (*codes)->IsFar(numbers.data())) *codes = nullptr;
   if (*codes != nullptr) (*codes)->format().EncodeQuery(numbers.data(), forms.walk);
+  if (forms.signs != nullptr && waiting_count_ > 0) {
+    *forms.signs_are_far = walk_codes()->IsFar(numbers.data());
+    walk_codes()->format().Encode(numbers.data(), forms.signs);
+    if (retired_codes_ != nullptr) {
+      retired_codes_->format().Encode(numbers.data(), forms.signs_before);
+    }
+  }
   return RefusalReason::kNone;
 }
 
@@ -641,7 +648,7 @@ uint64_t Space::resident_bytes() const {
   const uint64_t links = graph_.capacity() * graph_.BottomBytes();
   return vectors + codes + links + nodes_.capacity() * sizeof(Node) +
          stamps_.capacity() * sizeof(Stamps) + has_end_.capacity() * sizeof(uint64_t) +
-         fresh_.bytes() + ids_.size() * 12 + text_bytes_ + (aged_ ? aged_->bytes() : 0);
+         (waiting_ ? waiting_->bytes() : 0) + fresh_.bytes() + ids_.size() * 12 + text_bytes_ + (aged_ ? aged_->bytes() : 0);
 }
 
 uint64_t Space::HashOf(std::string_view id) const { return HashString(id, options_.hash_seed); }

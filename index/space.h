@@ -82,6 +82,9 @@ struct StoreOutcome {
 struct SpaceOptions {
   // Nodes from which on a graph pays: below that a scan takes well under a millisecond.
   static constexpr uint32_t kGraphFrom = 4'096;
+  // Unlinked ones from which on it pays to list them: scanning so many takes as long as looking for
+  // what is listed.
+  static constexpr uint32_t kListFrom = 4'096;
 
   Metric metric = Metric::kCosine;
   Precision precision = Precision::kF32;
@@ -90,6 +93,7 @@ struct SpaceOptions {
   HnswBuildParams build;
   uint64_t hash_seed = 0;            // secret
   uint32_t graph_from = kGraphFrom;  // more unlinked nodes than this begin the graph
+  uint32_t list_from = kListFrom;    // more unlinked nodes than this are listed, not scanned
   bool ends_by_age = false;          // EndOldest will be called
   uint16_t homes = 1;                // with ends_by_age: shards that stamps come from
 };
@@ -146,10 +150,16 @@ class Space {
   // those that are kept (exact), and where the graph is walked with others of these (walk). Each
   // aligned to 64 bytes, with kMaxRowBytes.
   static constexpr size_t kMaxRowBytes = kMaxDimension * sizeof(float) + 2 * kCacheLineBytes;
+  static constexpr size_t kMaxCodeBytes = kMaxDimension / 8 + 2 * kCacheLineBytes;
   struct QueryForms {
     std::byte* code;
     std::byte* exact;  // left alone without has_exact()
     std::byte* walk;   // left alone without codes to walk with
+    // For WaitingProbe, kMaxCodeBytes each: signs of now, and of what lists that are not recoded
+    // yet still have. nullptr: not asked for.
+    std::byte* signs = nullptr;
+    std::byte* signs_before = nullptr;
+    bool* signs_are_far = nullptr;  // with `signs`: set where these do not tell what is near
   };
   // `codes`: as recall_codes() gave it, for the walk; nullptr afterwards where the query is too far
   // for codes. kNone, kWrongDimension, kZeroVector or kNotFinite, as Upsert.
@@ -289,6 +299,33 @@ class Space {
   bool IsLinked(NodeId node) const { return nodes_[node].state == NodeState::kLinked; }
 
   // Upkeep, by the shard's linker and sweep between other work.
+  // Waiting in lists (space_waiting.cc), where the space is walked with codes and more have come
+  // than a scan should bear: what came first among those that are not linked is listed, and found
+  // there.
+  bool WantsListing() const;
+  // What comes can wait in lists: recalls bear a large backlog.
+  bool HasWaitingLists() const {
+    return waiting_.has_value() && codes_step_ != CodesStep::kReleasing && walk_codes() != nullptr;
+  }
+  // Lists some, 16 at most; about 4 us each. Returns how many.
+  size_t ListSome();
+  uint64_t waiting() const { return waiting_count_; }
+  // What is neither linked nor listed. Only on the shard's core.
+  FreshList::Snapshot UnlistedNodes() const { return fresh_.TakeSnapshot().After(waiting_count_); }
+  // The nearest of the lists of what waits, with about `members` members; returns how many. On the
+  // shard's core, as the next.
+  size_t ChooseWaiting(const QueryForms& query, float members, std::span<uint32_t> lists) const;
+  // Calls visit(block, signs, code) for each block of a list.
+  template <typename Visit>
+  void ForEachWaiting(uint32_t list, const QueryForms& query, Visit&& visit) const {
+    const bool is_recoded =
+        codes_step_ != CodesStep::kRecoding || lists_->count() + list < next_recoded_;
+    const SignBlocks& signs = (is_recoded ? walk_codes() : retired_codes_)->signs();
+    const std::byte* const code = is_recoded ? query.signs : query.signs_before;
+    waiting_->ForEachBlock(list,
+                           [&](const InvertedLists::Block& block) { visit(block, signs, code); });
+  }
+
   // The next node to link, kNoNode when there is nothing to do. Passes over what was updated or
   // deleted before it was linked.
   NodeId NextToLink();
@@ -558,6 +595,8 @@ class Space {
   bool ReserveStamps(size_t nodes);
   bool KeepsInList(NodeId node) const;
   bool ReserveFresh();
+  void PopFresh();
+  void MoveFreshToEnd();
   bool WantsDrop() const;
   void DropEnded();
   bool WriteText(Node* node, const ObservationRef& observation);
@@ -676,8 +715,10 @@ class Space {
   // Codes to walk the graph with, and lists of the nodes in the graph with these.
   CodesStep codes_step_ = CodesStep::kNone;
   std::optional<InvertedLists> lists_;
-  WalkCodes* next_codes_ = nullptr;     // learned, and not given to all nodes yet
-  WalkCodes* retired_codes_ = nullptr;  // until no reader is in retired_codes_epoch_
+  std::optional<InvertedLists> waiting_;  // what is not linked yet, the first ones
+  uint64_t waiting_count_ = 0;            // so many of fresh_, from its front, are there
+  WalkCodes* next_codes_ = nullptr;       // learned, and not given to all nodes yet
+  WalkCodes* retired_codes_ = nullptr;    // until no reader is in retired_codes_epoch_
   ReaderEpochs::Epoch retired_codes_epoch_ = 0;
   uint32_t next_encoded_ = 0;  // node
   uint32_t next_recoded_ = 0;  // list

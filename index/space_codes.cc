@@ -192,7 +192,11 @@ void Space::BeginEncoding(RabitqFormat* format, double mean_squared_residual) {
     return;
   }
   next_codes_ = new (memory) WalkCodes(heap_, format, mean_squared_residual);
-  if (!lists_) lists_.emplace(heap_, &*code_format_, &*codes_, format);
+  if (!lists_) {
+    lists_.emplace(heap_, &*code_format_, &*codes_, format);
+    // All of equal ones: what is not there is found nowhere.
+    waiting_.emplace(heap_, &*code_format_, &*codes_, format, UINT32_MAX);
+  }
   next_encoded_ = 0;
   codes_step_ = CodesStep::kEncoding;
 }
@@ -201,6 +205,7 @@ void Space::BeginEncoding(RabitqFormat* format, double mean_squared_residual) {
 void Space::WithdrawCodes() {
   retired_codes_ = walk_codes_.exchange(nullptr, std::memory_order_acq_rel);
   if (retired_codes_ != nullptr) retired_codes_epoch_ = epochs_->Close();
+  waiting_count_ = 0;
   codes_step_ = lists_ ? CodesStep::kReleasing : CodesStep::kNone;
 }
 
@@ -227,7 +232,7 @@ void Space::EncodeSome(uint32_t max_distances) {
     for (; next_encoded_ < node_count() && count < unlisted.size() && has_time(); ++next_encoded_) {
       const NodeId node = next_encoded_;
       ++work;
-      if (!graph_.IsLinked(node) && !graph_.IsDoomed(node)) continue;
+      if (!graph_.IsLinked(node) && !graph_.IsDoomed(node) && !waiting_->Has(node)) continue;
       if (!EncodeNode(next_codes_, node)) {
         GiveUpCodes();
         return;
@@ -286,12 +291,14 @@ void Space::PublishCodes(WalkCodes* codes) {
   }
   retired_codes_epoch_ = epochs_->Close();
   lists_->Use(&codes->format());
+  waiting_->Use(&codes->format());
   next_recoded_ = 0;
   codes_step_ = CodesStep::kRecoding;
 }
 
 void Space::ReclaimCodes() {
-  if (retired_codes_ == nullptr || !epochs_->Passed(retired_codes_epoch_)) return;
+  if (retired_codes_ == nullptr || codes_step_ == CodesStep::kRecoding) return;
+  if (!epochs_->Passed(retired_codes_epoch_)) return;
   DropCodes(std::exchange(retired_codes_, nullptr));
 }
 
@@ -304,18 +311,24 @@ void Space::DropCodes(WalkCodes* codes) {
 // 5.
 void Space::RecodeSome(uint32_t max_distances) {
   const WalkCodes& codes = *walk_codes();
-  for (uint32_t work = 0; work < max_distances && next_recoded_ < lists_->count();
-       ++next_recoded_) {
-    lists_->Recode(next_recoded_, [&codes](NodeId node) { return codes.rows().Row(node); });
-    work += lists_->size(next_recoded_) + 1;
+  const uint32_t linked = lists_->count();
+  const uint32_t all = linked + waiting_->count();
+  for (uint32_t work = 0; work < max_distances && next_recoded_ < all; ++next_recoded_) {
+    const bool is_linked = next_recoded_ < linked;
+    InvertedLists& lists = is_linked ? *lists_ : *waiting_;
+    const uint32_t list = is_linked ? next_recoded_ : next_recoded_ - linked;
+    lists.Recode(list, [&codes](NodeId node) { return codes.rows().Row(node); });
+    work += lists.size(list) + 1;
   }
-  if (next_recoded_ >= lists_->count()) codes_step_ = CodesStep::kLearned;
+  if (next_recoded_ >= all) codes_step_ = CodesStep::kLearned;
 }
 
 // 6.
 void Space::ReleaseSome(uint32_t max_distances) {
   const uint64_t members = uint64_t{max_distances} * kMembersReleasedPerDistance;
-  if (!lists_->ReleaseSome(static_cast<uint32_t>(std::min<uint64_t>(members, UINT32_MAX)))) return;
+  const auto most = static_cast<uint32_t>(std::min<uint64_t>(members, UINT32_MAX));
+  if (!waiting_->ReleaseSome(most) || !lists_->ReleaseSome(most)) return;
+  waiting_.reset();
   lists_.reset();
   codes_step_ = CodesStep::kNone;
 }
@@ -379,8 +392,7 @@ void Space::FinishLinking(NodeId node) {
 
 void Space::EndLinking(NodeId node) {
   CHECK(fresh_.first() == node, "nodes are linked in the order in which they came");
-  fresh_.PopFirst();
-  ++taken_first_;
+  PopFresh();
   if (nodes_[node].state == NodeState::kRetiredLinking) {
     ListRetired(node);
     return;

@@ -32,8 +32,7 @@ NodeId Space::NextToLink() {
   for (uint64_t passed = 0; passed < most; ++passed) {
     const NodeId node = fresh_.first();
     if (node != kNoNode && nodes_[node].state == NodeState::kEnded && IsPast(node)) {
-      fresh_.PopFirst();
-      ++taken_first_;
+      PopFresh();
       PutInLine(node);
     } else if (!has_graph_) {
       DropEnded();
@@ -43,8 +42,7 @@ NodeId Space::NextToLink() {
     } else if (linkable() == 0 || !ReserveFresh()) {
       return kNoNode;
     } else {
-      fresh_.MoveFirstToEnd();  // Still wanted; those behind it need not wait for the horizon.
-      ++taken_first_;
+      MoveFreshToEnd();  // Still wanted; those behind it need not wait for the horizon.
     }
   }
   return kNoNode;
@@ -69,8 +67,17 @@ size_t Space::NextToLink(std::span<NodeId> nodes) {
   };
   const size_t count = take_run();
   if (2 * count >= std::min<size_t>(nodes.size(), linkable())) return count;
-  const bool renewed = fresh_.Renew([](NodeId) { return true; }, [](NodeId) {}, is_unlinked);
-  return renewed ? take_run() : count;
+  const FreshList::Snapshot before = fresh_.TakeSnapshot();
+  if (!fresh_.Renew([](NodeId) { return true; }, [](NodeId) {}, is_unlinked)) return count;
+  // What went behind those that are unlinked is scanned from now on.
+  for (uint64_t i = std::exchange(waiting_count_, 0); i-- > 0;) {
+    if (is_unlinked(before[i])) {
+      ++waiting_count_;
+    } else {
+      waiting_->Remove(before[i]);
+    }
+  }
+  return take_run();
 }
 
 bool Space::WaitsForHorizon() const {

@@ -55,7 +55,8 @@ class EngramIndex final : public ComparedIndex {
         batch_(batch),
         slices_(slices),
         slot_(kResultSlotBytes) {
-    for (Asked& asked : asked_) asked.job = std::make_unique<RecallJob>(&heap_);
+    for (Asked& asked : asked_)
+      asked.job = std::make_unique<RecallJob>(&heap_, nullptr, RecallJob::Core::kOfShard);
     (void)arena_.PrefaultAhead(arena_.reserve_bytes(), arena_.reserve_bytes());
   }
 

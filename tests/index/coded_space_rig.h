@@ -73,23 +73,44 @@ class SpaceTestPeer {
 
  private:
   static std::string ListsViolation(const Space& space, const WalkCodes& codes) {
-    const Result<void> sound = space.lists_->CheckInvariants();
+    const auto is_in_graph = [&space](NodeId node) {
+      return space.nodes_[node].state == Space::NodeState::kLinking ||
+             space.nodes_[node].state == Space::NodeState::kRetiredLinking ||
+             space.graph_.IsLinked(node) || space.graph_.IsDoomed(node);
+    };
+    std::string violation = ListsViolation(space, codes, *space.lists_, 0);
+    if (!violation.empty()) return violation;
+    violation = ListsViolation(space, codes, *space.waiting_, space.lists_->count());
+    if (!violation.empty()) return "waiting: " + violation;
+    for (NodeId node = 0; node < space.node_count(); ++node) {
+      if (space.lists_->Has(node) && !is_in_graph(node)) {
+        return "a list has node " + std::to_string(node) + ", which is in no graph";
+      }
+    }
+    // The first ones of the list of fresh nodes, and no others.
+    const FreshList::Snapshot fresh = space.FreshNodes();
+    if (space.waiting() > fresh.size()) return "more wait than are not linked";
+    for (size_t i = 0; i < space.waiting(); ++i) {
+      if (!space.waiting_->Has(fresh[i])) return "a node that waits is in no list";
+    }
+    if (space.waiting_->members() != space.waiting()) return "a node waits that is linked";
+    return "";
+  }
+  // `before`: lists whose codes are replaced before these.
+  static std::string ListsViolation(const Space& space, const WalkCodes& codes,
+                                    const InvertedLists& lists, uint32_t before) {
+    const Result<void> sound = lists.CheckInvariants();
     if (!sound) return sound.error().message;
     std::string violation;
-    for (uint32_t list = 0; list < space.lists_->count(); ++list) {
+    for (uint32_t list = 0; list < lists.count(); ++list) {
       const bool is_recoded =
-          space.codes_step_ != Space::CodesStep::kRecoding || list < space.next_recoded_;
-      space.lists_->ForEachBlock(list, [&](const InvertedLists::Block& block) {
+          space.codes_step_ != Space::CodesStep::kRecoding || before + list < space.next_recoded_;
+      if (!is_recoded) continue;
+      lists.ForEachBlock(list, [&](const InvertedLists::Block& block) {
         for (size_t i = 0; i < block.nodes.size(); ++i) {
           const NodeId node = block.nodes[i];
-          if (space.nodes_[node].state != Space::NodeState::kLinking &&
-              space.nodes_[node].state != Space::NodeState::kRetiredLinking &&
-              !space.graph_.IsLinked(node) && !space.graph_.IsDoomed(node)) {
-            violation = "a list has node " + std::to_string(node) + ", which is in no graph";
-          }
-          if (is_recoded && !HasCode(codes.signs(), block, i, codes.rows().Row(node))) {
-            violation = "a list has another code of node " + std::to_string(node);
-          }
+          if (HasCode(codes.signs(), block, i, codes.rows().Row(node))) continue;
+          violation = "a list has another code of node " + std::to_string(node);
         }
       });
     }
@@ -150,6 +171,7 @@ class CodedSpaceRig {
     Traversal traversal = Traversal::kRabitq;
     uint32_t dimension = 96;
     uint32_t graph_from = 300;
+    uint32_t list_from = SpaceOptions::kListFrom;
     HnswBuildParams build = {.M = 12, .M0 = 24, .ef_construction = 80};
     size_t arena_bytes = size_t{256} << 20;
   };
@@ -159,7 +181,7 @@ class CodedSpaceRig {
         other_memory(size_t{64} << 20),
         space("coded", OptionsOf(setup), &memory.heap, &epochs),
         upkeep(&space, &memory.heap, setup.build),
-        job(&other_memory.heap) {}
+        job(&other_memory.heap, nullptr, RecallJob::Core::kOfShard) {}
 
   RefusalReason TryStore(uint64_t id, const std::vector<float>& vector) {
     const std::string name = std::to_string(id);
@@ -239,6 +261,7 @@ class CodedSpaceRig {
     SpaceOptions options = TestSpaceOptions(setup.metric, setup.dimension, setup.build);
     options.traversal = setup.traversal;
     options.graph_from = setup.graph_from;
+    options.list_from = setup.list_from;
     return options;
   }
 };

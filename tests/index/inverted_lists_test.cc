@@ -54,7 +54,8 @@ class ListsRig {
         rows(&rows_memory.heap, format.row_bytes()),
         codes(&rows_memory.heap, kCodeBytes),
         coding(OwnFormat(metric, dimension, &rows_memory.heap)),
-        lists(std::make_unique<InvertedLists>(&memory.heap, &format, &rows, coding.get(), many)) {
+        lists(std::make_unique<InvertedLists>(&memory.heap, &format, &rows, coding.get(),
+                                              InvertedLists::kMostCopies, many)) {
     CHECK(coding->row_bytes() == kCodeBytes, "codes of one line");
   }
 

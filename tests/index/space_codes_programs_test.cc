@@ -38,6 +38,9 @@ struct Seen {
   uint64_t withdrawn = 0;
   uint64_t between_ended = 0;
   uint64_t splits = 0;
+  uint64_t waiting = 0;
+  uint64_t waiting_recoding = 0;
+  uint64_t waiting_withdrawn = 0;
   uint64_t wanted = 0;
   uint64_t missed = 0;
 };
@@ -88,6 +91,7 @@ class Program {
     setup.metric = kMetrics[random_.Below(3)];
     setup.dimension = static_cast<uint32_t>(65 + random_.Below(40));
     setup.graph_from = static_cast<uint32_t>(random_.Below(80));
+    setup.list_from = static_cast<uint32_t>(random_.Below(60));
     setup.build = {.M = static_cast<uint32_t>(3 + random_.Below(6)),
                    .M0 = static_cast<uint32_t>(8 + random_.Below(10)),
                    .ef_construction = static_cast<uint32_t>(4 + random_.Below(30)),
@@ -127,7 +131,12 @@ class Program {
       ASSERT_NO_FATAL_FAILURE(Suppress());
     } else if (what < 48) {
       ASSERT_NO_FATAL_FAILURE(Restore());
-    } else if (what < 72) {
+    } else if (what < 54) {
+      const uint64_t times = 1 + random_.Below(10);
+      for (uint64_t i = 0; i < times && rig_.space.WantsListing(); ++i) {
+        ASSERT_GT(rig_.space.ListSome(), 0u);
+      }
+    } else if (what < 74) {
       const auto slice =
           static_cast<uint32_t>(1 + random_.Below(random_.Below(3) == 0 ? 20'000 : 500));
       const uint64_t times = 1 + random_.Below(60);
@@ -135,7 +144,7 @@ class Program {
         rig_.upkeep.Step(slice);
         Look();
       }
-    } else if (what < 74) {
+    } else if (what < 76) {
       rig_.space.SetHorizon(rig_.stamp);
       rig_.upkeep.Run();
     } else if (what < 82) {
@@ -197,7 +206,11 @@ class Program {
     const WalkCodes* const codes = space.walk_codes();
     if (codes != codes_ && codes_ != nullptr) {
       ++(codes == nullptr ? seen_->withdrawn : seen_->renewed);
+      seen_->waiting_withdrawn += static_cast<uint64_t>(codes == nullptr && waited_);
     }
+    waited_ = space.waiting() > 0;
+    seen_->waiting += static_cast<uint64_t>(waited_);
+    seen_->waiting_recoding += static_cast<uint64_t>(waited_ && SpaceTestPeer::IsRecoding(space));
     codes_ = codes;
     seen_->splits += static_cast<uint64_t>(SpaceTestPeer::CountLists(space) > 1);
   }
@@ -294,6 +307,7 @@ class Program {
   float narrow_ = 1;
   std::optional<UnderWay> under_way_;
   const WalkCodes* codes_ = nullptr;
+  bool waited_ = false;
 };
 
 TEST(SpaceCodesProgramsTest, RandomPrograms) {
@@ -309,6 +323,9 @@ TEST(SpaceCodesProgramsTest, RandomPrograms) {
                      {"codes renewed", seen.renewed},
                      {"codes withdrawn", seen.withdrawn},
                      {"several lists", seen.splits},
+                     {"waiting in lists", seen.waiting},
+                     {"waiting while codes are replaced", seen.waiting_recoding},
+                     {"waiting when codes are withdrawn", seen.waiting_withdrawn},
                      {"hits", seen.wanted}},
                     !seeds.alone && seeds.count >= 40);
   EXPECT_LE(seen.missed, 5 + seen.wanted / 1'000);
