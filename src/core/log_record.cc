@@ -30,7 +30,7 @@ struct Header {
   float scale;
   float confidence;
   uint16_t skip_reason;
-  uint16_t zero;
+  uint16_t attribute_bytes;
 };
 static_assert(sizeof(Header) == kLogRecordHeaderBytes);
 
@@ -62,6 +62,7 @@ bool FieldsAreSound(const Header& header) {
          header.id_bytes <= kMaxIdBytes && header.space_bytes >= 1 &&
          header.space_bytes <= kMaxSpaceNameBytes &&
          header.payload_kind <= static_cast<uint8_t>(PayloadKind::kMemory) &&
+         header.attribute_bytes <= kMaxAttributesBytes &&
          header.payload_bytes <= kMaxPayloadBytes && std::isfinite(header.scale) &&
          header.confidence >= 0 && header.confidence <= 1;
 }
@@ -69,7 +70,7 @@ bool FieldsAreSound(const Header& header) {
 size_t BytesOf(const Header& header) {
   return LogRecordBytes(header.space_bytes,
                         VectorBytes(static_cast<VectorDtype>(header.dtype), header.dimension),
-                        header.id_bytes, header.payload_bytes);
+                        header.id_bytes, header.payload_bytes, header.attribute_bytes);
 }
 
 bool LengthIsSound(uint32_t record_bytes) {
@@ -102,6 +103,7 @@ void TakeFields(const Header& header, std::span<const std::byte> whole, LogRecor
   record->space = text(take(header.space_bytes));
   record->vector = take(VectorBytes(record->dtype, header.dimension));
   record->id = text(take(header.id_bytes));
+  record->attributes = take(header.attribute_bytes);
   record->payload = take(header.payload_bytes);
 }
 
@@ -138,7 +140,7 @@ void WriteLogRecord(const LogRecord& record, LogAddress address, std::byte* to) 
                 .scale = record.scale,
                 .confidence = record.confidence,
                 .skip_reason = static_cast<uint16_t>(record.skip_reason),
-                .zero = 0};
+                .attribute_bytes = static_cast<uint16_t>(record.attributes.size())};
   std::memcpy(to, &header, sizeof(header));
   std::byte* at = to + sizeof(header);
   const auto append = [&at](const void* from, size_t count) {
@@ -148,6 +150,7 @@ void WriteLogRecord(const LogRecord& record, LogAddress address, std::byte* to) 
   append(record.space.data(), record.space.size());
   append(record.vector.data(), record.vector.size());
   append(record.id.data(), record.id.size());
+  append(record.attributes.data(), record.attributes.size());
   append(record.payload.data(), record.payload.size());
   std::memset(at, 0, static_cast<size_t>(to + bytes - at));
   header.crc = CrcOf({to, bytes}, address);
@@ -182,6 +185,7 @@ LogRecordFault ParseLogRecord(std::span<const std::byte> bytes, LogAddress addre
   if (!FieldsAreSound(header)) return LogRecordFault::kBadField;
   if (BytesOf(header) != header.record_bytes) return LogRecordFault::kBadField;
   TakeFields(header, whole, record);
+  if (CheckAttributes(record->attributes) != RefusalReason::kNone) return LogRecordFault::kBadField;
   if (record_bytes != nullptr) *record_bytes = header.record_bytes;
   return LogRecordFault::kNone;
 }

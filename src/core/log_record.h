@@ -6,6 +6,7 @@
 #include <span>
 #include <string_view>
 
+#include "src/core/attributes.h"
 #include "src/core/commit_stamp.h"
 #include "src/core/ids.h"
 #include "src/core/log_address.h"
@@ -44,22 +45,24 @@ struct LogRecord {
   std::string_view space;
   std::span<const std::byte> vector;
   std::string_view id;
+  std::span<const std::byte> attributes;  // attributes.h
   std::span<const std::byte> payload;
 };
 
 inline constexpr size_t kLogRecordHeaderBytes = 64;
 inline constexpr size_t kMaxLogRecordBytes =
     PadTo8(kLogRecordHeaderBytes + kMaxSpaceNameBytes + kMaxDimension * sizeof(float) +
-           kMaxIdBytes + kMaxPayloadBytes);
+           kMaxIdBytes + kMaxAttributesBytes + kMaxPayloadBytes);
 
 // The bytes that the record takes, a multiple of 8.
 constexpr size_t LogRecordBytes(size_t space_bytes, size_t vector_bytes, size_t id_bytes,
-                                size_t payload_bytes) {
-  return PadTo8(kLogRecordHeaderBytes + space_bytes + vector_bytes + id_bytes + payload_bytes);
+                                size_t payload_bytes, size_t attribute_bytes = 0) {
+  return PadTo8(kLogRecordHeaderBytes + space_bytes + vector_bytes + id_bytes + attribute_bytes +
+                payload_bytes);
 }
 inline size_t LogRecordBytes(const LogRecord& record) {
   return LogRecordBytes(record.space.size(), record.vector.size(), record.id.size(),
-                        record.payload.size());
+                        record.payload.size(), record.attributes.size());
 }
 
 // Writes LogRecordBytes(record) bytes. `address` is where they will lie.

@@ -45,6 +45,8 @@ enum class RefusalEffect : uint8_t {
   X(26, kBadScale, "bad_scale", kConsumes, "an int8 vector's scale must be finite and above 0")   \
   X(27, kBadConfidence, "bad_confidence", kConsumes, "confidence must be within 0 and 1")         \
   X(28, kBadOperation, "bad_operation", kConsumes, "the record's operation is not known")         \
+  X(29, kBadAttributes, "bad_attributes", kConsumes,                                              \
+    "attributes are at most 64 in 4096 bytes, a key at most 64 bytes and a value 255, a tag 1")   \
   X(40, kQueueFull, "queue_full", kWaits, "the ring to the shard is full")                        \
   X(41, kSlotsExhausted, "slots_exhausted", kWaits, "no slot of that size is free")               \
   X(42, kBacklogFull, "backlog_full", kWaits, "the space has too many unlinked observations")     \
@@ -82,7 +84,11 @@ enum class RefusalEffect : uint8_t {
   X(74, kDeadlinePassed, "deadline_passed", kAnswers, "the request's deadline passed")            \
   X(75, kCancelled, "cancelled", kAnswers, "whoever asked has gone")                              \
   X(76, kSnapshotTooOld, "snapshot_too_old", kAnswers,                                            \
-    "what lived at that time is no longer kept; take a later snapshot")
+    "what lived at that time is no longer kept; take a later snapshot")                           \
+  X(77, kBadFilter, "bad_filter", kAnswers,                                                       \
+    "a filter has at most 16 clauses and 64 values in 4096 bytes, and follows the grammar")       \
+  X(78, kUnknownFilterKey, "unknown_filter_key", kAnswers,                                        \
+    "the space keeps no such key; list it in filter_keys of the configuration")
 
 enum class RefusalReason : uint16_t {
   kNone = 0,
@@ -92,7 +98,7 @@ enum class RefusalReason : uint16_t {
 };
 
 // Codes are below this; a counter per code is an array of this size.
-inline constexpr size_t kRefusalCodes = 77;
+inline constexpr size_t kRefusalCodes = 79;
 
 struct RefusalInfo {
   RefusalReason reason = RefusalReason::kNone;

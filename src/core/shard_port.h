@@ -98,10 +98,10 @@ struct HelloRequest {
   SpaceName space;
 };
 
-// One observation. The vector (as received) lies at kRequestBodyOffset, then id, then payload
-// (which may be missing where shards hand on what lies in a log). Without a session (0) it stands
-// alone: no sequence, no credit, and the space is named. It then goes to the shard that owns the id
-// (SpaceCatalogue).
+// One observation. The vector (as received) lies at kRequestBodyOffset, then id, then attributes
+// (attributes.h), then payload (which may be missing where shards hand on what lies in a log).
+// Without a session (0) it stands alone: no sequence, no credit, and the space is named. It then
+// goes to the shard that owns the id (SpaceCatalogue).
 struct ObserveRequest {
   RequestHeader header{RequestKind::kObserve};
   ObservationOp op = ObservationOp::kUpsert;
@@ -113,6 +113,7 @@ struct ObserveRequest {
   PayloadKind payload_kind = PayloadKind::kOpaque;
   bool existed = false;  // answer, without a session: there was an observation with this id
   uint32_t payload_bytes = 0;
+  uint16_t attribute_bytes = 0;
   uint32_t session_slot = 0;
   SessionId session;
   Sequence sequence = 0;  // without a session: the producer's own number, handed back
@@ -127,13 +128,15 @@ struct ObserveRequest {
   uint32_t record_bytes = 0;           // there; 0 without a log
 };
 
-// One recall. The query vector (as received) lies at kRequestBodyOffset.
+// One recall. The query vector (as received) lies at kRequestBodyOffset, then a filter
+// (attributes.h) of filter_bytes.
 struct RecallRequest {
   RequestHeader header{RequestKind::kRecall};
   VectorDtype dtype = VectorDtype::kNone;
   bool with_payload = false;
   bool with_vector = false;
   uint16_t dimension = 0;
+  uint16_t filter_bytes = 0;  // 0: none
   uint32_t k = 0;
   uint32_t ef = 0;  // 0: the shard's default
   // Of all hits together; payloads beyond are left out.

@@ -140,7 +140,7 @@ TEST(LogRecordTest, LengthsFromNothingToTheGreatest) {
       }
     }
   }
-  EXPECT_EQ(LogRecordBytes(64, 4'096 * 4, 256, 65'536), kMaxLogRecordBytes);
+  EXPECT_EQ(LogRecordBytes(64, 4'096 * 4, 256, 65'536, 4'096), kMaxLogRecordBytes);
 }
 
 // What FORMAT.md says of the header, byte for byte: files outlive this code.
@@ -278,7 +278,7 @@ TEST(LogRecordTest, FieldsOutOfRangeAreRefused) {
     LogRecord record;
     return ParseLogRecord(bytes, kAddress, &record, nullptr);
   };
-  EXPECT_EQ(fault_with(62, 0xFFFF, 2), LogRecordFault::kNone) << "for later versions";
+  EXPECT_EQ(fault_with(62, kMaxAttributesBytes + 1, 2), LogRecordFault::kBadField);
   EXPECT_EQ(fault_with(60, 0xFFFF, 2), LogRecordFault::kNone) << "so are reasons";
   for (const uint64_t kind : {0, 6, 15, 18, 255}) {
     EXPECT_EQ(fault_with(40, kind, 1), LogRecordFault::kBadField) << kind;
