@@ -13,6 +13,8 @@ namespace {
 constexpr size_t kLeastCapacity = 64;
 // A list of that many places belongs to a space with a graph, which takes from the front.
 constexpr size_t kMostSpare = 16'384;
+// Places that are copied with each Append from when a long run is half full.
+constexpr size_t kCopiedAtOnce = 4;
 
 }  // namespace
 
@@ -22,6 +24,7 @@ FreshList::~FreshList() {
   }
   if (Run* run = run_.load(std::memory_order_relaxed); run != nullptr) FreeRun(run);
   if (spare_ != nullptr) FreeRun(spare_);
+  DropSuccessor();
 }
 
 FreshList::Run* FreshList::AllocateRun(size_t capacity) {
@@ -84,6 +87,45 @@ void FreshList::Append(NodeId node) {
   CHECK(run != nullptr && tail < run->capacity, "Reserve comes before Append");
   run->places()[tail] = node;
   run->tail.store(tail + 1, std::memory_order_release);
+  if (successor_ != nullptr) {
+    CopySome(kCopiedAtOnce);
+  } else if (run->capacity > kMostSpare && tail == run->capacity / 2) {
+    BeginSuccessor();
+  }
+}
+
+// Without memory for it all is copied at once when the run is full.
+void FreshList::BeginSuccessor() {
+  const Run* run = run_.load(std::memory_order_relaxed);
+  copied_from_ = run->head.load(std::memory_order_relaxed);
+  copied_ = 0;
+  successor_ = AllocateRun(std::bit_ceil(2 * (run->capacity - copied_from_)));
+}
+
+// Also what has left the list meanwhile, so that places stay what they are.
+void FreshList::CopySome(size_t most) {
+  const Run* run = run_.load(std::memory_order_relaxed);
+  const size_t left = run->tail.load(std::memory_order_relaxed) - copied_from_ - copied_;
+  const size_t count = std::min(left, most);
+  std::copy_n(run->places() + copied_from_ + copied_, count, successor_->places() + copied_);
+  copied_ += count;
+}
+
+// False where there is none.
+bool FreshList::TakeSuccessor() {
+  if (successor_ == nullptr) return false;
+  Run* old = run_.load(std::memory_order_relaxed);
+  CopySome(old->capacity);
+  successor_->head.store(old->head.load(std::memory_order_relaxed) - copied_from_,
+                         std::memory_order_relaxed);
+  successor_->tail.store(copied_, std::memory_order_relaxed);
+  run_.store(std::exchange(successor_, nullptr), std::memory_order_release);
+  Retire(old);
+  return true;
+}
+
+void FreshList::DropSuccessor() {
+  if (successor_ != nullptr) FreeRun(std::exchange(successor_, nullptr));
 }
 
 NodeId FreshList::first() const {

@@ -16,7 +16,8 @@ namespace engram {
 //
 // Nodes lie in a run of places that is written once from front to back. Where it is full, what is
 // left is copied to a new run; the old one stays as it is until no reader can be in it. A spare run
-// is kept for a memory that is full.
+// is kept for a memory that is full. What is left of a long run is copied ahead, some with each
+// Append, lest one of them takes long; all of it is kept then.
 //
 // Thread safety: writing is the owner core's alone. A reader that is inside the epochs takes a
 // Snapshot and scans it; its places never change.
@@ -89,7 +90,7 @@ class FreshList {
   bool Reserve(Keep&& keep, Drop&& drop) {
     const Run* run = run_.load(std::memory_order_relaxed);
     if (run != nullptr && run->tail.load(std::memory_order_relaxed) < run->capacity) return true;
-    return Renew(keep, drop);
+    return TakeSuccessor() || Renew(keep, drop);
   }
   // Begins a new run. Nodes for which `keep(node)` is false are left out of it, and `drop(node)` is
   // told. False when the heap is spent; nothing has changed then.
@@ -104,6 +105,7 @@ class FreshList {
     const Snapshot left = TakeSnapshot();
     size_t kept = 0;
     for (size_t i = 0; i < left.size(); ++i) kept += static_cast<size_t>(keep(left[i]));
+    DropSuccessor();
     Run* run = NewRun(kept);
     if (run == nullptr) return false;
     size_t filled = 0;
@@ -139,6 +141,10 @@ class FreshList {
   Run* AllocateRun(size_t capacity);
   Run* NewRun(size_t nodes);
   void MakeSpare(size_t capacity);
+  void BeginSuccessor();
+  void CopySome(size_t most);
+  bool TakeSuccessor();
+  void DropSuccessor();
   void Retire(Run* run);
   void FreeRun(Run* run);
 
@@ -152,6 +158,10 @@ class FreshList {
   Run* oldest_retired_ = nullptr;
   Run* newest_retired_ = nullptr;
   Run* spare_ = nullptr;  // as large as the list's own, as far as memory allowed
+  // What comes after a long run: its first `copied_` places are those from `copied_from_` on.
+  Run* successor_ = nullptr;
+  size_t copied_from_ = 0;
+  size_t copied_ = 0;
 };
 
 }  // namespace engram

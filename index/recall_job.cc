@@ -147,6 +147,7 @@ void RecallJob::ScanSlice() {
       by_exact_ ? space_->ExactTargetFor(exact_query_) : space_->TargetFor(code_query_);
   const size_t end = std::min<size_t>(fresh_.size(), scanned_ + kScannedAtOnce);
   scratch_.AddDistances(end - scanned_);
+  AddWork(end - scanned_, target.vectors->row_bytes());
   for (; scanned_ < end; ++scanned_) {
     if (scanned_ + kScanAhead < fresh_.size()) target.Prefetch(fresh_[scanned_ + kScanAhead]);
     const NodeId node = fresh_[scanned_];
@@ -178,8 +179,16 @@ void RecallJob::ProbeSlice(uint64_t max_distances) {
   const bool is_done = probe_->Step(max_distances, &distances);
   scratch_.AddDistances(distances);
   if (!is_done) return;
+  AddWork(probe_->members(), space_->waiting_code_bytes());
+  AddWork(probe_->compared(), space_->TargetFor(code_query_).vectors->row_bytes());
   for (const Neighbour& found : probe_->found()) Offer(found.distance, found.node);
   BeginSearch();
+}
+
+SearchTarget RecallJob::WalkTarget() const {
+  if (by_exact_) return space_->ExactTargetFor(exact_query_);
+  if (codes_ == nullptr) return space_->TargetFor(code_query_);
+  return space_->WalkTargetFor(codes_, walk_query_);
 }
 
 // 3. What was linked since the scan began is in the scan, so a graph that has begun since is left
@@ -190,17 +199,13 @@ void RecallJob::BeginSearch() {
     return;
   }
   search_ = GraphWalk<IsVisible>(IsVisible{space_, snapshot_});
-  if (by_exact_) {
-    search_.Begin(space_->ExactTargetFor(exact_query_), kept_, ef_, &scratch_);
-  } else if (codes_ == nullptr) {
-    search_.Begin(space_->TargetFor(code_query_), kept_, ef_, &scratch_);
-  } else {
-    search_.Begin(space_->WalkTargetFor(codes_, walk_query_), ef_, ef_, &scratch_);
-  }
+  walked_from_ = distances();
+  search_.Begin(WalkTarget(), codes_ == nullptr ? kept_ : ef_, ef_, &scratch_);
   phase_ = Phase::kSearch;
 }
 
 void RecallJob::EndSearch() {
+  AddWork(distances() - walked_from_, WalkTarget().vectors->row_bytes());
   found_count_ = search_.TakeResults(std::span(found_).first(codes_ == nullptr ? kept_ : ef_));
   if (codes_ == nullptr) {
     Merge();
@@ -233,6 +238,7 @@ void RecallJob::RefineSlice() {
     found.distance = distance;
   }
   scratch_.AddDistances(refined_ - begin);
+  AddWork(refined_ - begin, target.vectors->row_bytes());
   if (refined_ == found_count_) {
     Merge();
   } else {
@@ -307,6 +313,7 @@ void RecallJob::CompareSlice() {
     hits_[compared_] = KeyOf(distance, node);
   }
   scratch_.AddDistances(compared_ - begin);
+  AddWork(compared_ - begin, target.vectors->row_bytes());
   if (compared_ < hits_.size()) {
     AskToCompare();
     return;

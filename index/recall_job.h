@@ -71,6 +71,13 @@ class RecallJob {
   bool EmitBatch(std::span<std::byte> slot);
 
   uint64_t distances() const { return scratch_.distances(); }
+  // What all recalls have compared so far: vectors, each as often as it was compared in another
+  // form, and the bytes of these forms. Without a graph's links.
+  struct Work {
+    uint64_t vectors = 0;
+    uint64_t bytes = 0;
+  };
+  const Work& work() const { return work_; }
 
  private:
   struct IsVisible {
@@ -104,6 +111,8 @@ class RecallJob {
   void EndScan();
   void ProbeSlice(uint64_t max_distances);
   void Offer(float distance, NodeId node);
+  // What the graph is walked with.
+  SearchTarget WalkTarget() const;
   void BeginSearch();
   void EndSearch();
   void AskToRefine() const;
@@ -112,6 +121,10 @@ class RecallJob {
   void AskToCompare() const;
   void CompareSlice();
   void FinishSearch();
+  void AddWork(uint64_t vectors, size_t bytes_each) {
+    work_.vectors += vectors;
+    work_.bytes += vectors * bytes_each;
+  }
   void BeginEmit(bool with_payload, bool with_vector, size_t max_payload_bytes);
   // How a hit goes out, given the payload that was sent before it.
   struct HitForm {
@@ -155,7 +168,9 @@ class RecallJob {
   bool scored_ = false;
   bool with_payload_ = false;
   bool with_vector_ = false;
+  Work work_;
   size_t scanned_ = 0;
+  uint64_t walked_from_ = 0;  // distances before the walk
   size_t found_count_ = 0;
   size_t refined_ = 0;
   size_t compared_ = 0;

@@ -145,6 +145,7 @@ int Shard::Poll() {
 
 int Shard::Round() {
   first_producer_ = (first_producer_ + 1) % port_.producers.size();
+  lists_ = std::exchange(listed_now_, false);
   if (!IsAnswering()) RenewStale();
   int work = TakeResultReturns();
   work += PollLog();
@@ -647,6 +648,8 @@ std::string_view ShardCounterName(ShardCounter counter) {
        "spaces_grown",
        "recalls",
        "recall_distances",
+       "recall_vectors",
+       "recall_bytes",
        "link_distances",
        "observations_swept",
        "sweep_distances",

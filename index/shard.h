@@ -86,6 +86,8 @@ enum class ShardCounter : uint8_t {
   kSpacesGrown,
   kRecalls,
   kRecallDistances,
+  kRecallVectors,  // compared, in any form (RecallJob::Work)
+  kRecallBytes,    // of these forms
   kLinkDistances,
   kObservationsSwept,  // updated or deleted ones, taken out of the graph
   kSweepDistances,
@@ -178,6 +180,8 @@ class Shard {
   static constexpr size_t kCheckSliceNodes = 128;
   // Observations that are stored in one round once they are logged.
   static constexpr int kMostStoredAtOnce = 64;
+  // The same where those before them are listed meanwhile, which takes some 5 us each.
+  static constexpr size_t kMostListedAtOnce = 16;
 
   Shard(const ShardOptions& options, Clock* clock, ShardPort port, const ShardStorage& storage,
         HugePageArena arena);
@@ -188,6 +192,7 @@ class Shard {
   int ServeRequests();
   bool IsAnswering() const { return answers_under_way_ > 0; }
   uint64_t RecallDistances() const;
+  RecallJob::Work RecallWork() const;
   bool ReserveRecalls(size_t nodes);
   Reply* FreeAnswer();
   int ContinueAnswers(uint64_t limit);
@@ -431,6 +436,9 @@ class Shard {
   bool has_checked_ = false;    // in this round
   std::vector<NodeId> listed_;  // of a get or a scroll
   std::vector<SlotId> batch_;
+  // Observations were listed in the round before, and are in this one.
+  bool lists_ = false;
+  bool listed_now_ = false;
   size_t first_producer_ = 0;  // served first in this round
   int64_t now_ns_ = 0;
   int64_t unix_ns_ = 0;

@@ -16,6 +16,15 @@ uint64_t Shard::RecallDistances() const {
   return distances;
 }
 
+RecallJob::Work Shard::RecallWork() const {
+  RecallJob::Work work;
+  for (const Reply& answer : answers_) {
+    work.vectors += answer.recall.work().vectors;
+    work.bytes += answer.recall.work().bytes;
+  }
+  return work;
+}
+
 bool Shard::ReserveRecalls(size_t nodes) {
   return std::ranges::all_of(answers_,
                              [nodes](Reply& answer) { return answer.recall.Reserve(nodes); });
@@ -41,6 +50,9 @@ int Shard::ContinueAnswers(uint64_t limit) {
   const uint64_t before = RecallDistances();
   work += SearchInTurns(limit);
   counters_[ShardCounter::kRecallDistances].Add(RecallDistances() - before);
+  const RecallJob::Work work_done = RecallWork();
+  counters_[ShardCounter::kRecallVectors].Set(work_done.vectors);
+  counters_[ShardCounter::kRecallBytes].Set(work_done.bytes);
   return work;
 }
 

@@ -37,7 +37,8 @@ int Shard::TakeObservations(Lane lane) {
   for (size_t i = 0; i < port_.producers.size(); ++i) {
     const size_t producer = (first_producer_ + i) % port_.producers.size();
     ShardLink& link = port_.producers[producer];
-    const size_t count = link.lanes[static_cast<size_t>(lane)].PopBatch(batch_);
+    const size_t count = link.lanes[static_cast<size_t>(lane)].PopBatch(
+        std::span(batch_).first(lists_ ? kMostListedAtOnce : batch_.size()));
     // Later than all that was acknowledged when these were sent.
     if (count > 0) unix_ns_ = clock_->WallNs();
     for (size_t n = 0; n < count; ++n) {
@@ -326,7 +327,7 @@ bool Shard::IsLogged(const Forward& forward) const {
 // 5. for those whose records are far enough, in the order in which they were taken.
 int Shard::StoreLogged() {
   int work = 0;
-  while (work < kMostStoredAtOnce) {
+  while (work < (lists_ ? static_cast<int>(kMostListedAtOnce) : kMostStoredAtOnce)) {
     // What was just answered may have ended others behind it.
     first_unlogged_ = std::max(first_unlogged_, ledger_.oldest_ticket());
     if (first_unlogged_ == ledger_.next_ticket()) break;
@@ -433,6 +434,7 @@ StoreOutcome Shard::Store(uint32_t space, const ObserveRequest& request, CommitS
   if (outcome.existed || several_homes || target.has_graph()) QueueForUpkeep(space);
   // Each one that comes has more than itself listed, so what is scanned stays bounded.
   if (target.WantsListing()) target.ListSome();
+  listed_now_ |= target.waiting() > 0;
   KeepToQuota(space, stamp);
   GrowIfFull(space);
   return outcome;

@@ -51,6 +51,7 @@ class SignBlocks {
     return kMembers * (bits / 8 + 2 * sizeof(float));
   }
   size_t block_bytes() const { return BlockBytes(bits_); }
+  size_t bits() const { return bits_; }
 
   // Member `place` becomes the code `row`, as RabitqFormat::Encode writes it.
   void Set(std::byte* block, uint32_t place, const std::byte* row) const;

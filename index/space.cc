@@ -648,7 +648,8 @@ uint64_t Space::resident_bytes() const {
   const uint64_t links = graph_.capacity() * graph_.BottomBytes();
   return vectors + codes + links + nodes_.capacity() * sizeof(Node) +
          stamps_.capacity() * sizeof(Stamps) + has_end_.capacity() * sizeof(uint64_t) +
-         (waiting_ ? waiting_->bytes() : 0) + fresh_.bytes() + ids_.size() * 12 + text_bytes_ + (aged_ ? aged_->bytes() : 0);
+         (waiting_ ? waiting_->bytes() : 0) + fresh_.bytes() + ids_.size() * 12 + text_bytes_ +
+         (aged_ ? aged_->bytes() : 0);
 }
 
 uint64_t Space::HashOf(std::string_view id) const { return HashString(id, options_.hash_seed); }

@@ -310,6 +310,10 @@ class Space {
   // Lists some, 16 at most; about 4 us each. Returns how many.
   size_t ListSome();
   uint64_t waiting() const { return waiting_count_; }
+  // Of a listed node's code, as a recall reads it. Where some are listed.
+  size_t waiting_code_bytes() const {
+    return SignBlocks::BlockBytes(walk_codes()->signs().bits()) / SignBlocks::kMembers;
+  }
   // What is neither linked nor listed. Only on the shard's core.
   FreshList::Snapshot UnlistedNodes() const { return fresh_.TakeSnapshot().After(waiting_count_); }
   // The nearest of the lists of what waits, with about `members` members; returns how many. On the

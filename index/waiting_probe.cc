@@ -47,6 +47,8 @@ void WaitingProbe::Begin(const Space* space, const Space::QueryForms& query, Com
   candidate_count_ = 0;
   compared_ = 0;
   found_count_ = 0;
+  members_ = 0;
+  compared_by_int8_ = 0;
   const auto waiting = static_cast<float>(space->waiting());
   const float members = kMembersPerEf * static_cast<float>(std::max(ef, wanted)) *
                         std::max(1.0F, std::sqrt(waiting / kFewWaiting));
@@ -86,7 +88,9 @@ void WaitingProbe::ScanList(uint32_t list) {
           std::copy(block.nodes.begin(), block.nodes.end(), candidates);
           CompareByInt8({candidates, added}, estimates);
           work_ += added;
+          compared_by_int8_ += added;
         } else {
+          members_ += block.nodes.size();
           added = signs.AppendNearer(block.codes, block.nodes.size(), signs.QueryOf(code),
                                      block.nodes.data(), bound_, estimates, candidates);
           work_ += block.nodes.size() / kMembersPerDistance + 1;
@@ -133,6 +137,7 @@ void WaitingProbe::CompareSome() {
     found_[found_count_++] = {distances[i - compared_], candidates_[i]};
   }
   work_ += end - compared_;
+  compared_by_int8_ += end - compared_;
   compared_ = end;
 }
 

@@ -36,6 +36,9 @@ class WaitingProbe {
   // After the end: what is visible, with distances by int8, in no order; at least `wanted` if so
   // many were found.
   std::span<const Neighbour> found() const { return {found_.data(), found_count_}; }
+  // Members that were looked at by signs, and vectors that were compared by int8.
+  uint64_t members() const { return members_; }
+  uint64_t compared() const { return compared_by_int8_; }
 
  private:
   void ScanList(uint32_t list);
@@ -55,6 +58,8 @@ class WaitingProbe {
   size_t compared_ = 0;
   size_t found_count_ = 0;
   uint64_t work_ = 0;  // in distances
+  uint64_t members_ = 0;
+  uint64_t compared_by_int8_ = 0;
   std::vector<uint32_t> lists_;
   std::vector<float> estimates_;
   std::vector<NodeId> candidates_;

@@ -87,83 +87,70 @@ class Cells {
   std::vector<std::vector<uint32_t>> cells_;
 };
 
-class Grower {
- public:
-  Grower(const VectorSet& real, const GrowthOptions& options, VectorSet* grown)
-      : real_(real), options_(options), grown_(grown) {
-    for (size_t row = 0; row < real.size(); ++row) {
-      const auto [least, most] = std::ranges::minmax(real[row]);
-      least_ = std::min(least_, least);
-      most_ = std::max(most_, most);
-    }
-  }
-
-  // The children of `row`, which is the `turn`th parent.
-  void MakeChildren(uint32_t row, size_t turn, std::span<const Cells::Near> near) {
-    for (size_t at = real_.size() + turn; at < grown_->size(); at += real_.size()) {
-      SplitMix64 random(MixBits(options_.seed) ^ MixBits(at));
-      MakeChild(real_[row], near, &random, grown_->Row(at));
-    }
-  }
-
- private:
-  void MakeChild(std::span<const float> parent, std::span<const Cells::Near> near,
-                 SplitMix64* random, std::span<float> child) {
-    const size_t partner = random->Below(options_.partners);
-    size_t from = partner;
-    while (from == partner) from = random->Below(options_.group);
-    size_t to = partner;
-    while (to == partner || to == from) to = random->Below(options_.group);
-    const std::span<const float> other = real_[near[partner].second];
-    const std::span<const float> a = real_[near[from].second];
-    const std::span<const float> b = real_[near[to].second];
-    float across = 0;
-    for (size_t at = 0; at < child.size(); ++at) across += (b[at] - a[at]) * (b[at] - a[at]);
-    const float reach = Uniform(random);
-    const float t = reach * reach;
-    const float noise = across > 0 ? std::sqrt(t * (1 - t) * near[partner].first / across) : 0;
-    for (size_t at = 0; at < child.size(); ++at) {
-      child[at] = (1 - t) * parent[at] + t * other[at] + noise * (b[at] - a[at]);
-    }
-    for (float& value : child) value = std::clamp(value, least_, most_);
-    if (options_.metric == Metric::kL2) return;
-    if (!NormaliseInPlace(child.data(), child.size())) std::ranges::copy(parent, child.begin());
-    const float norm = std::sqrt(SquaredNorm(parent.data(), parent.size()));
-    if (options_.metric == Metric::kCosine) return;
-    for (float& value : child) value *= norm;
-  }
-
-  const VectorSet& real_;
-  const GrowthOptions options_;
-  VectorSet* grown_;
-  float least_ = 0;
-  float most_ = 0;
-};
-
 }  // namespace
 
-VectorSet GrowSet(const VectorSet& real, size_t size, const GrowthOptions& options) {
-  const size_t near = std::max(options.partners, options.group);
-  CHECK(options.partners >= 1 && options.group >= 3 && real.size() > near && size > real.size(),
+GrownRows::GrownRows(const VectorSet& real, const GrowthOptions& options)
+    : real_(real), options_(options), near_count_(std::max(options.partners, options.group)) {
+  CHECK(options.partners >= 1 && options.group >= 3 && real.size() > near_count_,
         "there is something to grow from");
-  VectorSet grown = VectorSet::Zeros(size, real.dimension());
-  for (size_t row = 0; row < real.size(); ++row)
-    std::ranges::copy(real[row], grown.Row(row).data());
-
+  for (size_t row = 0; row < real.size(); ++row) {
+    const auto [least, most] = std::ranges::minmax(real[row]);
+    least_ = std::min(least_, least);
+    most_ = std::max(most_, most);
+  }
   SplitMix64 random(options.seed);
   const Cells cells(real, &random);
-  const std::vector<uint32_t> parents = Shuffled(real.size(), &random);
-  std::vector<uint32_t> turns(parents.size());
-  for (uint32_t turn = 0; turn < parents.size(); ++turn) turns[parents[turn]] = turn;
-  Grower grower(real, options, &grown);
-  std::vector<Cells::Near> near_rows;
+  parents_ = Shuffled(real.size(), &random);
+  near_.resize(real.size() * near_count_);
+  std::vector<Cells::Near> found;
   for (const std::vector<uint32_t>& cell : cells.cells()) {
     for (const uint32_t row : cell) {
-      if (real.size() + turns[row] >= size) continue;
-      cells.FindNear(row, near, &near_rows);
-      grower.MakeChildren(row, turns[row], near_rows);
+      cells.FindNear(row, near_count_, &found);
+      for (size_t i = 0; i < near_count_; ++i) {
+        near_[row * near_count_ + i] = {found[i].first, found[i].second};
+      }
     }
   }
+}
+
+void GrownRows::Make(size_t number, std::span<float> row) const {
+  if (number < real_.size()) {
+    std::ranges::copy(real_[number], row.begin());
+    return;
+  }
+  SplitMix64 random(MixBits(options_.seed) ^ MixBits(number));
+  const uint32_t parent_row = ParentOf(number);
+  const std::span<const float> parent = real_[parent_row];
+  const std::span<const Near> near = NearOf(parent_row);
+  const size_t partner = random.Below(options_.partners);
+  size_t from = partner;
+  while (from == partner) from = random.Below(options_.group);
+  size_t to = partner;
+  while (to == partner || to == from) to = random.Below(options_.group);
+  const std::span<const float> other = real_[near[partner].row];
+  const std::span<const float> a = real_[near[from].row];
+  const std::span<const float> b = real_[near[to].row];
+  float across = 0;
+  for (size_t at = 0; at < row.size(); ++at) across += (b[at] - a[at]) * (b[at] - a[at]);
+  const float reach = Uniform(&random);
+  const float t = reach * reach;
+  const float noise = across > 0 ? std::sqrt(t * (1 - t) * near[partner].distance / across) : 0;
+  for (size_t at = 0; at < row.size(); ++at) {
+    row[at] =
+        std::clamp((1 - t) * parent[at] + t * other[at] + noise * (b[at] - a[at]), least_, most_);
+  }
+  if (options_.metric == Metric::kL2) return;
+  if (!NormaliseInPlace(row.data(), row.size())) std::ranges::copy(parent, row.begin());
+  if (options_.metric == Metric::kCosine) return;
+  const float norm = std::sqrt(SquaredNorm(parent.data(), parent.size()));
+  for (float& value : row) value *= norm;
+}
+
+VectorSet GrowSet(const VectorSet& real, size_t size, const GrowthOptions& options) {
+  CHECK(size > real.size(), "there is something to grow");
+  const GrownRows rows(real, options);
+  VectorSet grown = VectorSet::Zeros(size, real.dimension());
+  for (size_t row = 0; row < size; ++row) rows.Make(row, grown.Row(row));
   return grown;
 }
 

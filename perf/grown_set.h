@@ -2,6 +2,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
+#include <vector>
 
 #include "perf/vector_set.h"
 #include "src/core/observation.h"
@@ -15,8 +17,7 @@ struct GrowthOptions {
   uint32_t group = 8;     // near rows whose differences it may lie along, at least 3
 };
 
-// A real set made larger: the rows of `real` in their order, then rows like them, up to `size`
-// rows. How they are made:
+// Rows like those of a real set, as many as are wanted. How they are made:
 //
 // 1. Each row goes to the cell of the nearest of some pivots, which are rows. A row's near rows are
 //    the nearest ones in the few cells whose pivots are nearest to it: nearly its nearest.
@@ -59,8 +60,38 @@ struct GrowthOptions {
 // sums of 8 to 32 near rows (0.53 to 0.74 of the nearest grown, so farther off than real rows).
 //
 // Deterministic from the seed on one kind of processor, as distances are rounded alike.
-// Takes the memory of the result, `real` and 40 bytes a real row. size > real.size(),
-// which is more than `partners` and `group`.
+//
+// Thread safety: any thread may make rows.
+class GrownRows {
+ public:
+  // Finds the near rows of each row of `real`, which stays and has more than `partners` and `group`
+  // rows. Takes some 80 bytes a real row.
+  GrownRows(const VectorSet& real, const GrowthOptions& options);
+
+  // Row `number` into `row`: below real.size() the real one.
+  void Make(size_t number, std::span<float> row) const;
+  // The real row that row `number`, which is not one, is made from.
+  uint32_t ParentOf(size_t number) const { return parents_[number % parents_.size()]; }
+
+ private:
+  struct Near {
+    float distance;  // squared
+    uint32_t row;
+  };
+  std::span<const Near> NearOf(uint32_t row) const {
+    return std::span(near_).subspan(row * near_count_, near_count_);
+  }
+
+  const VectorSet& real_;
+  const GrowthOptions options_;
+  size_t near_count_;
+  std::vector<uint32_t> parents_;  // in turn
+  std::vector<Near> near_;         // of each row, the nearest first
+  float least_ = 0;
+  float most_ = 0;
+};
+
+// The rows of `real` in their order, then grown ones, up to `size`, which is more than real has.
 VectorSet GrowSet(const VectorSet& real, size_t size, const GrowthOptions& options);
 
 }  // namespace engram

@@ -49,7 +49,8 @@ bool ShardProducer::Observe(uint64_t number, std::span<const float> vector, size
   return true;
 }
 
-bool ShardProducer::Recall(std::span<const float> query, uint32_t k, int64_t now_ns) {
+bool ShardProducer::Recall(std::span<const float> query, uint32_t k, int64_t now_ns,
+                           uint64_t request_id) {
   const SlotId slot = port_.slab->Acquire(kRequestBodyOffset + query.size_bytes());
   if (slot == kNoSlot) return false;
   auto* request = new (port_.slab->At(slot)) RecallRequest;
@@ -58,6 +59,7 @@ bool ShardProducer::Recall(std::span<const float> query, uint32_t k, int64_t now
   request->k = k;
   request->origin = kOrigin;
   request->received_ns = now_ns;
+  request->request_id = request_id;
   request->space = space_;
   std::memcpy(port_.slab->At(slot) + kRequestBodyOffset, query.data(), query.size_bytes());
   Push(Lane::kRecall, slot);

@@ -36,18 +36,18 @@ class ShardProducer {
   // `payload_bytes` long and says nothing.
   bool Observe(uint64_t number, std::span<const float> vector, size_t payload_bytes,
                int64_t now_ns);
-  bool Recall(std::span<const float> query, uint32_t k, int64_t now_ns);
+  bool Recall(std::span<const float> query, uint32_t k, int64_t now_ns, uint64_t request_id = 0);
 
-  // Takes what was answered. `take_results` gets a slot of hits, which begins with its ResultBatch;
-  // `finish_recall` why a recall was refused, or kNone.
+  // Takes what was answered. `take_results` gets a recall's request id and a slot of hits, which
+  // begins with its ResultBatch; `finish_recall` the id and why it was refused, or kNone.
   template <typename TakeResults, typename FinishRecall>
   void TakeAnswers(TakeResults&& take_results, FinishRecall&& finish_recall) {
     while (const auto done = link().completions.TryPop()) {
       if (done->kind == CompletionKind::kResults) {
-        take_results(link().result_slab->At(done->result_slot));
+        take_results(done->sequence, link().result_slab->At(done->result_slot));
         CHECK(link().result_returns.TryPush(done->result_slot), "there is room");
       } else if (done->kind == CompletionKind::kRecallDone) {
-        finish_recall(done->reason);
+        finish_recall(done->sequence, done->reason);
       } else {
         TakeSettled(*done);
       }
@@ -56,7 +56,7 @@ class ShardProducer {
   }
   // Where nothing is recalled.
   void TakeAnswers() {
-    TakeAnswers([](const std::byte*) {}, [](RefusalReason) {});
+    TakeAnswers([](uint64_t, const std::byte*) {}, [](uint64_t, RefusalReason) {});
   }
 
  private:

@@ -158,8 +158,8 @@ class SteadyState {
         next_recall_ns = std::max(next_recall_ns + recall_ns, now_ns);
       }
       shard_.Poll();
-      producer_.TakeAnswers([this](const std::byte* slot) { TakeHits(slot); },
-                            [this](RefusalReason reason) { FinishRecall(reason); });
+      producer_.TakeAnswers([this](uint64_t, const std::byte* slot) { TakeHits(slot); },
+                            [this](uint64_t, RefusalReason reason) { FinishRecall(reason); });
       if (now_ns >= next_chore_ns) {
         (void)shard_.PrefaultAhead(size_t{64} << 20, size_t{2} << 20);
         place_.PollControl();

@@ -80,6 +80,56 @@ TEST_F(FreshListTest, IsAQueue) {
   }
 }
 
+// A walk over a long list would hold up everything else: what is left is copied ahead.
+TEST_F(FreshListTest, ALongListIsAQueueThatIsNeverWalked) {
+  TestHeap memory(size_t{8} << 20);
+  FreshList list(&memory.heap, &epochs_);
+  SplitMix64 random(2);
+  std::deque<NodeId> model;
+  NodeId next = 0;
+  size_t walked = 0;
+  const auto append = [&](NodeId node) {
+    ASSERT_TRUE(list.Reserve([&](NodeId) { return ++walked > 0; }, [](NodeId) { FAIL(); }));
+    list.Append(node);
+  };
+  const auto compare = [&] {
+    const FreshList::Snapshot snapshot = list.TakeSnapshot();
+    ASSERT_EQ(snapshot.size(), model.size());
+    for (size_t i = 0; i < model.size(); ++i) ASSERT_EQ(snapshot[i], model[i]) << i;
+  };
+  for (; next < 40'000; ++next) {
+    append(next);
+    model.push_back(next);
+  }
+  walked = 0;
+  // Short and long in turns, so that successors begin far from and near to the front.
+  for (int turn = 0; turn < 12; ++turn) {
+    const uint64_t pops_of_8 = turn % 3 == 0 ? 1 : 3 + random.Below(3);
+    for (int step = 0; step < 40'000; ++step) {
+      if (random.Below(8) >= pops_of_8 || model.size() < 20'000) {
+        append(next);
+        model.push_back(next++);
+      } else if (random.Below(4) == 0) {
+        ASSERT_TRUE(list.Reserve([&](NodeId) { return ++walked > 0; }, [](NodeId) { FAIL(); }));
+        list.MoveFirstToEnd();
+        model.push_back(model.front());
+        model.pop_front();
+      } else {
+        list.PopFirst();
+        model.pop_front();
+      }
+      ASSERT_EQ(list.first(), model.front());
+    }
+    compare();
+    list.Reclaim();
+  }
+  EXPECT_EQ(walked, 0u);
+  // Renewed while a successor is half filled.
+  ASSERT_TRUE(list.Renew([](NodeId node) { return node % 2 == 0; }, [](NodeId) {}));
+  std::erase_if(model, [](NodeId node) { return node % 2 != 0; });
+  compare();
+}
+
 TEST_F(FreshListTest, ASnapshotStaysAsItWasWhateverComesAndGoes) {
   for (NodeId node = 0; node < 40; ++node) Append(node);
   const ReaderGuard guard(&epochs_, 0);
