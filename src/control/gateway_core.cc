@@ -231,7 +231,7 @@ RefusalReason GatewayCore::StartRecall(Place* place) {
                                  .dimension = static_cast<uint16_t>(question.vector.size()),
                                  .dtype = VectorDtype::kF32},
                         .vector = std::as_bytes(question.vector).data()};
-  const size_t bytes = SlotBytesFor(view.body);
+  const size_t bytes = SlotBytesFor(view);
   const SpaceRules rules{.metric = space.metric(), .dimension = space.dimension()};
   // All slots or none, and the rings' room looked at beforehand: nobody else fills them.
   RefusalReason reason = RefusalReason::kNone;
