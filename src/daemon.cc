@@ -506,7 +506,8 @@ Result<void> Daemon::StartGrpc(const Config& config) {
   options.cpus = config.control_cpus;
   options.recovering = [this] { return DescribeRecovery(); };
   auto door = gateway_->OpenDoor([runner = gateway_runner_] { runner->WakeIfSleeping(); });
-  auto grpc = GrpcGateway::Start(options, std::move(door), clock_, &appliance_->counters());
+  auto grpc = GrpcGateway::Start(options, std::move(door), clock_, &appliance_->counters(),
+                                 &appliance_->spaces());
   if (!grpc) return std::unexpected(grpc.error());
   grpc_ = *std::move(grpc);
   return {};

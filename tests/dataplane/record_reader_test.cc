@@ -238,6 +238,7 @@ TEST_F(RecordReaderTest, AnotherRecordIsNotTakenForIt) {
     record.space = "space";
     record.stamp = 5;
     record.id = "a";
+    record.attributes = std::as_bytes(std::span(logs_.attributes));
     record.payload = std::as_bytes(std::span(payload));
     record.dtype = VectorDtype::kF32;
     record.dimension = 2;
