@@ -422,6 +422,7 @@ class Client:
         """The answer's frames: (metric, hits) each. last_snapshot is what they named."""
         self.last_request += 1
         flags = payload * WITH_PAYLOAD + with_vector * WITH_VECTOR + snapshot * SNAPSHOT
+        flags |= FILTERED * (fields.get("filter") is not None)
         self.send(frame(RECALL, recall_body(vector, k, **fields), flags=flags,
                         session=self.session, sequence=self.last_request))
         frames = []
