@@ -62,8 +62,9 @@ TEST_F(QuarantineCommandTest, AttributesAreThere) {
   ASSERT_TRUE(AppendAttribute("source", "docs", &attributes));
   ASSERT_TRUE(AppendAttribute(kTagKey, "\xff", &attributes));
   Keep("id", "a payload", attributes);
-  EXPECT_EQ(Dump()["attributes"], nlohmann::json::parse(R"([{"key": "source", "value": "docs"},
-                                                            {"key": "", "value_base64": "/w=="}])"));
+  const auto wanted = nlohmann::json::parse(
+      R"([{"key": "source", "value": "docs"}, {"key": "", "value_base64": "/w=="}])");
+  EXPECT_EQ(Dump()["attributes"], wanted);
   EXPECT_EQ(Dump()["payload"], "a payload");
 }
 

@@ -405,7 +405,8 @@ class FilterUsageTest(unittest.TestCase):
 
     def test_help_names_the_keys_that_every_space_has(self):
         done = daemon.engramctl("recall", "--help")
-        for word in ("tag, who, where_location, memory_type", "filter_keys", "--exclude", "--since"):
+        for word in ("tag, who, where_location, memory_type", "filter_keys", "--exclude",
+                     "--since"):
             self.assertIn(word, " ".join(done.stdout.split()))
 
 
