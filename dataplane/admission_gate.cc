@@ -40,11 +40,12 @@ RefusalReason JudgeVector(VectorFinding finding, Metric metric) {
 size_t SlotBytesFor(const ObservationView& view) {
   if (view.fault != RefusalReason::kNone) return kRequestBodyOffset;
   return kRequestBodyOffset + VectorBytes(view.dtype, view.dimension) + view.id.size() +
-         view.payload.size();
+         view.attributes.size() + view.payload.size();
 }
 
-size_t SlotBytesFor(const RecallBody& recall) {
-  return kRequestBodyOffset + VectorBytes(recall.dtype, recall.dimension);
+size_t SlotBytesFor(const RecallView& recall) {
+  return kRequestBodyOffset + VectorBytes(recall.body.dtype, recall.body.dimension) +
+         recall.filter.size();
 }
 
 RefusalReason AdmitObservation(const ObservationView& view, const SpaceRules& rules,
@@ -59,8 +60,14 @@ RefusalReason AdmitObservation(const ObservationView& view, const SpaceRules& ru
       body += VectorBytes(view.dtype, view.dimension);
     }
     std::memcpy(body, view.id.data(), view.id.size());
+    body += view.id.size();
+    if (!view.attributes.empty()) {
+      if (reason == RefusalReason::kNone) reason = CheckAttributes(view.attributes);
+      std::memcpy(body, view.attributes.data(), view.attributes.size());
+      body += view.attributes.size();
+    }
     if (!view.payload.empty()) {
-      std::memcpy(body + view.id.size(), view.payload.data(), view.payload.size());
+      std::memcpy(body, view.payload.data(), view.payload.size());
     }
   }
   if (reason != RefusalReason::kNone) {
@@ -71,6 +78,7 @@ RefusalReason AdmitObservation(const ObservationView& view, const SpaceRules& ru
   request->op = view.op;
   request->dtype = view.dtype;
   request->id_bytes = static_cast<uint16_t>(view.id.size());
+  request->attribute_bytes = static_cast<uint16_t>(view.attributes.size());
   request->payload_bytes = static_cast<uint32_t>(view.payload.size());
   request->when_ns = view.when_ns;
   request->confidence = view.confidence;
@@ -87,10 +95,15 @@ RefusalReason AdmitRecall(const RecallView& view, const SpaceRules& rules, std::
     return RefusalReason::kBadScale;
   }
   auto* request = new (slot) RecallRequest;
-  const VectorFinding finding =
-      CopyVector(body.dtype, body.dimension, view.vector, slot + kRequestBodyOffset);
+  std::byte* to = slot + kRequestBodyOffset;
+  const VectorFinding finding = CopyVector(body.dtype, body.dimension, view.vector, to);
+  if (!view.filter.empty()) {
+    std::memcpy(to + VectorBytes(body.dtype, body.dimension), view.filter.data(),
+                view.filter.size());
+  }
   request->dtype = body.dtype;
   request->dimension = body.dimension;
+  request->filter_bytes = static_cast<uint16_t>(view.filter.size());
   request->k = body.k;
   request->ef = body.ef;
   request->scale = body.scale;

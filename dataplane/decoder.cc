@@ -1,5 +1,7 @@
 #include "dataplane/decoder.h"
 
+#include "src/core/attributes.h"
+
 namespace engram {
 
 namespace {
@@ -23,6 +25,9 @@ RefusalReason FaultOf(const RecordHeader& record) {
     if (record.dimension != 0) return RefusalReason::kWrongDimension;
   }
   if (record.id_bytes == 0 || record.id_bytes > kMaxIdBytes) return RefusalReason::kBadId;
+  if (record.attribute_bytes > (has_vector ? kMaxAttributesBytes : 0)) {
+    return RefusalReason::kBadAttributes;
+  }
   if (record.payload_bytes > (has_vector ? kMaxPayloadBytes : 0)) {
     return RefusalReason::kPayloadTooLarge;
   }
@@ -47,7 +52,8 @@ RefusalReason ObserveReader::Open(std::span<const std::byte> body, ObserveReader
     // With sound numbers the record's length follows from them. With others it is only skipped.
     if (FaultOf(record) == RefusalReason::kNone &&
         record.record_bytes != RecordBytes(VectorBytes(record.dtype, record.dimension),
-                                           record.id_bytes, record.payload_bytes)) {
+                                           record.id_bytes, record.payload_bytes,
+                                           record.attribute_bytes)) {
       return RefusalReason::kBadFrame;
     }
     rest = rest.subspan(record.record_bytes);
@@ -69,7 +75,8 @@ ObservationView ObserveReader::Next() {
     view.vector = next_ + sizeof(RecordHeader);
     const std::byte* id = view.vector + VectorBytes(record.dtype, record.dimension);
     view.id = {reinterpret_cast<const char*>(id), record.id_bytes};
-    view.payload = {id + record.id_bytes, record.payload_bytes};
+    view.attributes = {id + record.id_bytes, record.attribute_bytes};
+    view.payload = {id + record.id_bytes + record.attribute_bytes, record.payload_bytes};
   }
   next_ += record.record_bytes;
   --remaining_;
@@ -91,7 +98,7 @@ RefusalReason DecodeHello(std::span<const std::byte> body, HelloView* hello) {
   return IsValidSpaceName(hello->space) ? RefusalReason::kNone : RefusalReason::kBadSpaceId;
 }
 
-RefusalReason DecodeRecall(std::span<const std::byte> body, RecallView* recall) {
+RefusalReason DecodeRecall(std::span<const std::byte> body, uint16_t flags, RecallView* recall) {
   if (body.size() < sizeof(RecallBody)) return RefusalReason::kBadFrame;
   recall->body = LoadAs<RecallBody>(body.data());
   const RecallBody& numbers = recall->body;
@@ -99,14 +106,24 @@ RefusalReason DecodeRecall(std::span<const std::byte> body, RecallView* recall) 
   if (numbers.dimension == 0 || numbers.dimension > kMaxDimension) {
     return RefusalReason::kWrongDimension;
   }
-  if (body.size() != sizeof(RecallBody) + VectorBytes(numbers.dtype, numbers.dimension)) {
-    return RefusalReason::kBadFrame;
+  const size_t vector_end = sizeof(RecallBody) + VectorBytes(numbers.dtype, numbers.dimension);
+  if (body.size() < vector_end) return RefusalReason::kBadFrame;
+  std::span<const std::byte> rest = body.subspan(vector_end);
+  recall->filter = {};
+  if ((flags & kFrameFlagFiltered) != 0) {
+    if (rest.size() < sizeof(uint16_t)) return RefusalReason::kBadFrame;
+    const auto filter_bytes = LoadAs<uint16_t>(rest.data());
+    rest = rest.subspan(sizeof(uint16_t));
+    if (rest.size() < filter_bytes) return RefusalReason::kBadFrame;
+    recall->filter = rest.first(filter_bytes);
+    rest = rest.subspan(filter_bytes);
   }
+  if (!rest.empty()) return RefusalReason::kBadFrame;
   if (numbers.k == 0 || numbers.k > kMaxRecallResults || numbers.ef > kMaxEf) {
     return RefusalReason::kBadRecall;
   }
   recall->vector = body.data() + sizeof(RecallBody);
-  return RefusalReason::kNone;
+  return CheckFilter(recall->filter);
 }
 
 RefusalReason DecodeScroll(std::span<const std::byte> body, ScrollBody* scroll) {

@@ -22,6 +22,7 @@ struct ObservationView {
   int64_t when_ns = 0;
   const std::byte* vector = nullptr;  // VectorBytes(dtype, dimension) bytes, when those are valid
   std::string_view id;
+  std::span<const std::byte> attributes;  // of a sound length; else not looked at
   std::span<const std::byte> payload;
   // What is wrong with the record's numbers, if anything; the views above are empty then.
   RefusalReason fault = RefusalReason::kNone;
@@ -51,9 +52,11 @@ RefusalReason DecodeHello(std::span<const std::byte> body, HelloView* hello);
 struct RecallView {
   RecallBody body;
   const std::byte* vector = nullptr;
+  std::span<const std::byte> filter;  // sound (attributes.h); empty: none
 };
-// kBadFrame for a wrong length; kBadDtype, kWrongDimension or kBadRecall for wrong numbers.
-RefusalReason DecodeRecall(std::span<const std::byte> body, RecallView* recall);
+// `flags` are the frame's. kBadFrame for a wrong length; kBadDtype, kWrongDimension or kBadRecall
+// for wrong numbers; kBadFilter.
+RefusalReason DecodeRecall(std::span<const std::byte> body, uint16_t flags, RecallView* recall);
 
 // kBadFrame for a wrong length; kBadRecall for a limit that is out of bounds.
 RefusalReason DecodeScroll(std::span<const std::byte> body, ScrollBody* scroll);

@@ -58,7 +58,9 @@ inline constexpr uint16_t kFrameFlagPingAnswer = 1;   // ping
 inline constexpr uint16_t kFrameFlagWithPayload = 1;  // recall, scroll
 inline constexpr uint16_t kFrameFlagWithVector = 2;   // recall, scroll
 inline constexpr uint16_t kFrameFlagSnapshot = 4;     // recall
+inline constexpr uint16_t kFrameFlagFiltered = 8;     // recall
 inline constexpr uint32_t kFeatureNoSession = 1;      // hello
+inline constexpr uint32_t kFeatureAttributes = 2;     // hello: attributes and filters
 inline constexpr uint8_t kNakFlagConsumed = 1;
 inline constexpr uint8_t kNakFlagClosing = 2;
 
@@ -95,7 +97,7 @@ struct RecordHeader {
   VectorDtype dtype = VectorDtype::kNone;
   uint16_t dimension = 0;
   uint16_t id_bytes = 0;
-  uint16_t zero = 0;
+  uint16_t attribute_bytes = 0;
   uint32_t payload_bytes = 0;
   float scale = 1;
   float confidence = 1;
@@ -118,6 +120,7 @@ struct NakBody {
 };
 static_assert(sizeof(NakBody) == 24);
 
+// The vector follows; in a filtered recall then the filter's length, of two bytes, and the filter.
 struct RecallBody {
   uint32_t k = 0;
   uint32_t ef = 0;
@@ -242,8 +245,9 @@ uint32_t FrameCrc(const FrameHeader& header, std::span<const std::span<const std
 void SealFrame(FrameHeader* header, std::span<const std::span<const std::byte>> parts);
 
 // Size of an observation record with these parts, padding included.
-constexpr size_t RecordBytes(size_t vector_bytes, size_t id_bytes, size_t payload_bytes) {
-  return PadTo8(sizeof(RecordHeader) + vector_bytes + id_bytes + payload_bytes);
+constexpr size_t RecordBytes(size_t vector_bytes, size_t id_bytes, size_t payload_bytes,
+                             size_t attribute_bytes = 0) {
+  return PadTo8(sizeof(RecordHeader) + vector_bytes + id_bytes + attribute_bytes + payload_bytes);
 }
 
 // Looks at the fixed header at the start of a stream's next frame. kNone when it may be followed;

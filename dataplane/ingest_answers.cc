@@ -112,6 +112,7 @@ void IngestCore::FinishHello(Connection& connection, const Completion& completio
   const auto* answer = reinterpret_cast<const HelloRequest*>(port_.slab->At(completion.slot));
   connection.rules = {.metric = answer->metric, .dimension = answer->dimension};
   HelloAckBody body;
+  body.features = connection.features;
   body.dimension = answer->dimension;
   body.metric = answer->metric;
   body.priority = connection.priority;
@@ -126,8 +127,6 @@ void IngestCore::FinishHello(Connection& connection, const Completion& completio
     connection.credit_sequence = answer->last_sequence;
     GrantCredit(connection, answer->last_sequence + answer->credit);
     body.credit = connection.credit_sequence;
-  } else {
-    body.features = kFeatureNoSession;
   }
   if (connection.state == State::kClosing) return;
   SendHelloAck(network_, connection.id, connection.session.value(), connection.settled_sequence,

@@ -12,6 +12,7 @@ namespace engram {
 namespace {
 
 constexpr size_t kCompletionBatch = 256;
+constexpr uint32_t kKnownFeatures = kFeatureNoSession | kFeatureAttributes;
 // Share of each slot size that is kept for those who go first.
 constexpr uint32_t kNormalKeepFreePercent = 20;  // for high priority and recalls
 constexpr uint32_t kHighKeepFreePercent = 10;    // for recalls
@@ -204,6 +205,7 @@ bool IngestCore::TakeHello(Connection& connection, const FrameHeader& header,
     return RefuseAndClose(connection, reason, header.type, 0);
   }
   connection.priority = hello.body.priority;
+  connection.features = hello.body.features & kKnownFeatures;
   connection.space = SpaceName(hello.space);
 
   const SlotId slot = port_.slab->Acquire(kRequestBodyOffset);

@@ -147,6 +147,7 @@ class IngestCore final : public NetworkHandler {
     bool refused_ahead = false;  // a gap or a lack of room was named; silent until next_sequence
     bool paused = false;         // in paused_
     Priority priority = Priority::kNormal;
+    uint32_t features = 0;  // that hello asked for and are known here
     ShardId home;
     SpaceRules rules;
     SpaceName space;

@@ -21,7 +21,7 @@ namespace engram {
 bool IngestCore::TakeRecall(Connection& connection, const FrameHeader& header,
                             std::span<const std::byte> body) {
   RecallView view;
-  RefusalReason reason = DecodeRecall(body, &view);
+  RefusalReason reason = DecodeRecall(body, header.flags, &view);
   if (reason == RefusalReason::kBadFrame) {
     return RefuseAndClose(connection, reason, header.type, header.sequence);
   }
@@ -60,7 +60,7 @@ RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& v
     for (uint16_t p = 0; p < partitions; ++p) request_shards_.push_back(entry->ShardOf(p));
   }
   const size_t partitions = request_shards_.size();
-  const size_t slot_bytes = SlotBytesFor(view.body);
+  const size_t slot_bytes = SlotBytesFor(view);
   RefusalReason reason = AcquireForEach(request_shards_, slot_bytes);
   if (reason != RefusalReason::kNone) return reason;
   std::byte* first = port_.slab->At(request_slots_[0]);

@@ -39,6 +39,9 @@ struct RecordAccess {
   int64_t unwritten_ns = kNanosPerSecond;
 };
 
+// Holds any record.
+inline constexpr size_t kMaxRecordSlotBytes = (kMaxLogRecordBytes + 63) / 64 * 64;
+
 struct RecordReaderOptions {
   // Of all logs; more than there are reads at a time.
   uint32_t max_open_files = 512;
@@ -49,7 +52,8 @@ struct RecordReaderOptions {
   int64_t retry_for_ns = kNanosPerSecond;
   // Memory for records, as many as are read at a time or wait to be handed out. The largest slots
   // hold any record.
-  std::vector<SlotClass> slots = {{2'048, 128}, {8'192, 128}, {32'768, 48}, {83'968, 32}};
+  std::vector<SlotClass> slots = {
+      {2'048, 128}, {8'192, 128}, {32'768, 48}, {kMaxRecordSlotBytes, 32}};
   HugePagePolicy huge_pages = HugePagePolicy::kAuto;
 };
 

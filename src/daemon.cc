@@ -281,6 +281,8 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
   options.space_defaults.durability = config.durability;
   options.space_defaults.ttl_ns = static_cast<int64_t>(config.ttl_s) * kNanosPerSecond;
   options.space_defaults.partitions = static_cast<uint16_t>(config.index.partitions);
+  options.space_defaults.filter_keys =
+      std::make_shared<const std::vector<std::string>>(config.index.filter_keys);
   for (const SpaceConfig& space : config.spaces) {
     SpaceSettings settings;
     settings.metric = space.metric;
@@ -292,6 +294,7 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
     settings.quota_observations = space.quota_observations;
     settings.quota_bytes = space.quota_mib << 20;
     settings.when_full = space.quota_when_full;
+    settings.filter_keys = std::make_shared<const std::vector<std::string>>(space.filter_keys);
     options.spaces.emplace_back(space.name, settings);
   }
   options.shard.traversal = config.index.traversal;
@@ -503,7 +506,8 @@ Result<void> Daemon::StartGrpc(const Config& config) {
   options.cpus = config.control_cpus;
   options.recovering = [this] { return DescribeRecovery(); };
   auto door = gateway_->OpenDoor([runner = gateway_runner_] { runner->WakeIfSleeping(); });
-  auto grpc = GrpcGateway::Start(options, std::move(door), clock_, &appliance_->counters());
+  auto grpc = GrpcGateway::Start(options, std::move(door), clock_, &appliance_->counters(),
+                                 &appliance_->spaces());
   if (!grpc) return std::unexpected(grpc.error());
   grpc_ = *std::move(grpc);
   return {};

@@ -5,13 +5,11 @@
 #include <utility>
 
 #include "src/control/config_schema.h"
+#include "src/core/attributes.h"
 
 namespace engram {
 
 namespace {
-
-constexpr size_t kMaxFilterKeys = 16;
-constexpr size_t kMaxFilterKeyBytes = 64;
 
 bool IsWildcard(const Endpoint& endpoint) {
   return endpoint.host == "0.0.0.0" || endpoint.host == "::";
@@ -25,6 +23,28 @@ bool Clash(const Endpoint& a, const Endpoint& b, bool dual_stack) {
   if (a.host == b.host) return true;
   if (dual_stack && (a.host == "::" || b.host == "::")) return true;
   return IsIpv6(a) == IsIpv6(b) && (IsWildcard(a) || IsWildcard(b));
+}
+
+// What is wrong with a list of filter keys, a fault each.
+std::vector<std::string> FilterKeyFaults(const std::vector<std::string>& keys) {
+  std::vector<std::string> faults;
+  std::set<std::string> seen;
+  for (const std::string& key : keys) {
+    if (!IsValidFilterKey(key)) {
+      faults.push_back(TomlQuoted(key) + " is no key; write 1 to " +
+                       std::to_string(kMaxAttributeKeyBytes) +
+                       " printable ASCII characters without spaces and '='");
+    } else if (IsBuiltInFilterKey(key)) {
+      faults.push_back(TomlQuoted(key) + " is a key of every space; take it out");
+    } else if (!seen.insert(key).second) {
+      faults.push_back(TomlQuoted(key) + " is listed twice; list it once");
+    }
+  }
+  if (keys.size() > kMaxFilterKeys) {
+    faults.push_back(std::to_string(keys.size()) + " keys are more than " +
+                     std::to_string(kMaxFilterKeys) + "; each is kept in memory: list fewer");
+  }
+  return faults;
 }
 
 // How fields fit together; each Check… is one subject.
@@ -131,6 +151,9 @@ class ConfigChecker {
       CheckPartitions("index.max_partitions", index.max_partitions,
                       config_.source.LineOf({"index.max_partitions"}));
     }
+    for (std::string& fault : FilterKeyFaults(index.filter_keys)) {
+      Add({"index.filter_keys"}, std::move(fault));
+    }
   }
 
   std::string SpaceField(size_t space, std::string_view key, int* line) const {
@@ -164,7 +187,11 @@ class ConfigChecker {
         CheckPartitions(field, space.partitions, line);
       }
       CheckQuota(i);
-      CheckFilterKeys(i);
+      // What a space takes over from [index] was said there.
+      if (space.filter_keys == config_.index.filter_keys) continue;
+      for (std::string& fault : FilterKeyFaults(space.filter_keys)) {
+        AddSpaceFault(i, "filter_keys", std::move(fault));
+      }
     }
     if (config_.spaces.size() > config_.limits.max_spaces) {
       Add({"limits.max_spaces"}, std::to_string(config_.limits.max_spaces) + " is fewer than the " +
@@ -186,25 +213,6 @@ class ConfigChecker {
             " partitions that the space may grow to, and with quota_when_full = " +
             "\"evict_oldest\" each keeps one at least; write at least " + std::to_string(most) +
             ", or set index.max_partitions to at most " + std::to_string(space.quota_observations));
-  }
-
-  void CheckFilterKeys(size_t space) {
-    const std::vector<std::string>& keys = config_.spaces[space].filter_keys;
-    std::set<std::string> seen;
-    for (const std::string& key : keys) {
-      if (key.empty() || key.size() > kMaxFilterKeyBytes) {
-        AddSpaceFault(space, "filter_keys",
-                      TomlQuoted(key) + " is no key; write 1 to " +
-                          std::to_string(kMaxFilterKeyBytes) + " bytes");
-      } else if (!seen.insert(key).second) {
-        AddSpaceFault(space, "filter_keys", TomlQuoted(key) + " is listed twice; list it once");
-      }
-    }
-    if (keys.size() > kMaxFilterKeys) {
-      AddSpaceFault(space, "filter_keys",
-                    std::to_string(keys.size()) + " keys are more than " +
-                        std::to_string(kMaxFilterKeys) + "; each is kept in memory: list fewer");
-    }
   }
 
   const Config& config_;

@@ -36,6 +36,8 @@ struct IndexConfig {
   uint32_t partitions = 1;
   uint64_t grow_partition_at = 250'000;  // observations of a space on one shard; 0: never
   uint32_t max_partitions = 0;           // 0: as many as there are shards
+  // Of spaces that do not say otherwise.
+  std::vector<std::string> filter_keys = {kDefaultFilterKeys.begin(), kDefaultFilterKeys.end()};
 };
 
 // [limits].
@@ -69,7 +71,8 @@ struct SpaceConfig {
   uint64_t quota_observations = 0;                   // 0: no bound of its own
   uint64_t quota_mib = 0;                            // 0: no bound of its own
   WhenFull quota_when_full = WhenFull::kRefuse;
-  std::vector<std::string> filter_keys;
+  std::vector<std::string> filter_keys = {kDefaultFilterKeys.begin(),
+                                          kDefaultFilterKeys.end()};  // silent: index.filter_keys
 };
 
 // Where the fields stood, for messages about how they fit together.

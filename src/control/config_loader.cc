@@ -405,6 +405,7 @@ class Reader {
     space.precision = reading_.config.index.precision;
     space.partitions = reading_.config.index.partitions;
     space.ttl_s = reading_.config.ttl_s;
+    space.filter_keys = reading_.config.index.filter_keys;
     const std::vector<SchemaField> fields = FieldsOf(&space);
     for (const auto& [key, node] : table) {
       const auto field = std::ranges::find(fields, key.str(), &SchemaField::key);

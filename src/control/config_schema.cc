@@ -78,6 +78,7 @@ void AddIndexFields(IndexConfig* index, std::vector<SchemaField>* fields) {
        Integer(&index->max_partitions, 1, kMaxCoresOfRole),
        {},
        "as many as there are shards"});
+  add({"index", "filter_keys", NameListField{&index->filter_keys}});
 }
 
 void AddLimitFields(LimitsConfig* limits, std::vector<SchemaField>* fields) {
@@ -180,7 +181,7 @@ std::vector<SchemaField> FieldsOf(SpaceConfig* space) {
   add({"space", "quota_mib", Integer(&space->quota_mib, 0, kMaxMib)});
   add({"space", "quota_when_full",
        Choice(&space->quota_when_full, WhenFull::kRefuse, {"refuse", "evict_oldest"})});
-  add({"space", "filter_keys", NameListField{&space->filter_keys}, "recalls do not filter"});
+  add({"space", "filter_keys", NameListField{&space->filter_keys}});
   return fields;
 }
 

@@ -32,6 +32,7 @@ struct GatewayQuestion {
   int64_t deadline_ns = 0;        // on the monotonic clock; 0: none
   std::span<const float> vector;  // kObserve (upsert), kRecall: 1 to kMaxDimension numbers
   std::string_view id;            // kObserve: 1 to kMaxIdBytes
+  std::string_view attributes;    // kObserve: as in attributes.h; none: empty
   std::string_view payload;       // kObserve: up to kMaxPayloadBytes
   PayloadKind payload_kind = PayloadKind::kOpaque;
   ObservationOp op = ObservationOp::kUpsert;
@@ -39,6 +40,7 @@ struct GatewayQuestion {
   float confidence = 1;
   uint32_t k = 0;                     // kRecall: 1 to kMaxPageResults
   uint32_t ef = 0;                    // kRecall: up to kMaxEf; 0: the shard's default
+  std::string_view filter;            // kRecall: as in attributes.h; none: empty
   std::vector<std::string_view> ids;  // kGet
   uint16_t partition = 0;             // kScroll: where the page begins
   uint64_t cursor = 0;                // kScroll: and there in that partition

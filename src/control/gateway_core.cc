@@ -203,6 +203,7 @@ RefusalReason GatewayCore::StartObserve(Place* place) {
                              .when_ns = question.when_ns,
                              .vector = std::as_bytes(question.vector).data(),
                              .id = question.id,
+                             .attributes = std::as_bytes(std::span(question.attributes)),
                              .payload = std::as_bytes(std::span(question.payload))};
   if (!HasRoom(shard, Lane::kNormal)) return RefusalReason::kQueueFull;
   const SlotId slot = port_.slab->Acquire(SlotBytesFor(view), kKeepFreePercent);
@@ -230,8 +231,9 @@ RefusalReason GatewayCore::StartRecall(Place* place) {
                                  .ef = question.ef,
                                  .dimension = static_cast<uint16_t>(question.vector.size()),
                                  .dtype = VectorDtype::kF32},
-                        .vector = std::as_bytes(question.vector).data()};
-  const size_t bytes = SlotBytesFor(view.body);
+                        .vector = std::as_bytes(question.vector).data(),
+                        .filter = std::as_bytes(std::span(question.filter))};
+  const size_t bytes = SlotBytesFor(view);
   const SpaceRules rules{.metric = space.metric(), .dimension = space.dimension()};
   // All slots or none, and the rings' room looked at beforehand: nobody else fills them.
   RefusalReason reason = RefusalReason::kNone;

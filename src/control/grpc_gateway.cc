@@ -7,6 +7,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <span>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -112,6 +113,7 @@ struct CallContext {
   GatewayDoor door;
   Clock* clock;
   const CounterCatalogue* counters;
+  const SpaceCatalogue* spaces;
   UnreadAnswers unread;
   CallCount calls;
   std::function<std::string()> recovering;
@@ -232,6 +234,10 @@ class UnaryCall : public grpc::ServerUnaryReactor, public GatewayCall {
   virtual void Tell(Response* response) = 0;
   virtual std::string_view vector_field() const { return "vector"; }
   const Request& request() const { return request_; }
+  // Of the question's space.
+  std::span<const std::string> filter_keys() const {
+    return context_->spaces->FilterKeysOf(question.space.view());
+  }
 
   CallContext* const context_;
   int64_t began_ns_ = 0;
@@ -275,7 +281,7 @@ class RememberCall final : public UnaryCall<v1::RememberRequest, v1::RememberRes
 
  private:
   Asked Ask() override {
-    return AskRemember(request(), context_->clock->WallNs(), &text_, &question);
+    return AskRemember(request(), context_->clock->WallNs(), filter_keys(), &text_, &question);
   }
   void Tell(v1::RememberResponse* response) override { TellRemember(question, answer, response); }
   std::string_view vector_field() const override {
@@ -290,12 +296,13 @@ class RecallCall final : public UnaryCall<v1::RecallRequest, v1::RecallResponse>
   using UnaryCall::UnaryCall;
 
  private:
-  Asked Ask() override { return AskRecall(request(), &limits_, &question); }
+  Asked Ask() override { return AskRecall(request(), filter_keys(), &text_, &limits_, &question); }
   void Tell(v1::RecallResponse* response) override {
     TellRecall(question, answer, limits_, context_->clock->MonotonicNs() - began_ns_, response);
   }
   std::string_view vector_field() const override { return "cue.embedding.vector"; }
 
+  CallText text_;
   RecallLimits limits_;
 };
 
@@ -424,11 +431,12 @@ class ThreadsOn {
 class GrpcServer final : public GrpcGateway {
  public:
   GrpcServer(const GrpcOptions& options, GatewayDoor door, Clock* clock,
-             const CounterCatalogue* counters)
+             const CounterCatalogue* counters, const SpaceCatalogue* spaces)
       : endpoint_(options.endpoint),
         context_{.door = std::move(door),
                  .clock = clock,
                  .counters = counters,
+                 .spaces = spaces,
                  .unread = UnreadAnswers(options.unread_bytes, options.unread_small_bytes),
                  .calls = {},
                  .recovering = options.recovering,
@@ -519,8 +527,9 @@ bool GrpcGateway::IsBuilt() { return true; }
 
 Result<std::unique_ptr<GrpcGateway>> GrpcGateway::Start(const GrpcOptions& options,
                                                         GatewayDoor door, Clock* clock,
-                                                        const CounterCatalogue* counters) {
-  auto server = std::make_unique<GrpcServer>(options, std::move(door), clock, counters);
+                                                        const CounterCatalogue* counters,
+                                                        const SpaceCatalogue* spaces) {
+  auto server = std::make_unique<GrpcServer>(options, std::move(door), clock, counters, spaces);
   if (auto listening = server->Listen(options); !listening) {
     return std::unexpected(listening.error());
   }

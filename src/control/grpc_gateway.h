@@ -11,6 +11,7 @@
 #include "src/core/counters.h"
 #include "src/core/network.h"
 #include "src/core/result.h"
+#include "src/core/space_catalogue.h"
 
 namespace engram {
 
@@ -49,10 +50,11 @@ class GrpcGateway {
  public:
   // Whether this program was built with gRPC; without it Start fails with kUnavailable.
   static bool IsBuilt();
-  // `clock` and `counters` (read by Introspect, filled before Start) outlive the gateway. Errors
-  // name listen.grpc and the remedy.
+  // `clock`, `counters` (read by Introspect, filled before Start) and `spaces` outlive the gateway.
+  // Errors name listen.grpc and the remedy.
   static Result<std::unique_ptr<GrpcGateway>> Start(const GrpcOptions& options, GatewayDoor door,
-                                                    Clock* clock, const CounterCatalogue* counters);
+                                                    Clock* clock, const CounterCatalogue* counters,
+                                                    const SpaceCatalogue* spaces);
   virtual ~GrpcGateway() = default;
 
   // With the port that was given.

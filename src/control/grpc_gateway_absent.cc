@@ -7,7 +7,8 @@ namespace engram {
 bool GrpcGateway::IsBuilt() { return false; }
 
 Result<std::unique_ptr<GrpcGateway>> GrpcGateway::Start(const GrpcOptions& options, GatewayDoor,
-                                                        Clock*, const CounterCatalogue*) {
+                                                        Clock*, const CounterCatalogue*,
+                                                        const SpaceCatalogue*) {
   return Fail(ErrorCode::kUnavailable,
               "listen.grpc: " + options.endpoint.ToString() +
                   " cannot be served: this engramd was built without gRPC. Install libgrpc++-dev "

@@ -30,6 +30,8 @@ grpc::StatusCode StatusCodeOf(RefusalReason reason) {
     case RefusalReason::kSnapshotTooOld:
       return grpc::StatusCode::OUT_OF_RANGE;
     case RefusalReason::kBadRecall:
+    case RefusalReason::kBadFilter:
+    case RefusalReason::kUnknownFilterKey:
     case RefusalReason::kBadSpaceId:
       return grpc::StatusCode::INVALID_ARGUMENT;
     default:

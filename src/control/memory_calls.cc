@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "src/control/memory_codec.h"
+#include "src/control/memory_filter.h"
 #include "src/core/check.h"
 #include "src/core/clock.h"
 #include "src/core/vector_dtype.h"
@@ -27,33 +28,6 @@ constexpr uint32_t kDefaultResults = 10;
 constexpr uint32_t kDefaultPage = 100;
 constexpr int kMaxIdsOfCall = 100;
 constexpr int kMaxMetricsOfCall = 1'000;
-constexpr size_t kQuotedBytesMax = 64;  // of a value that an error repeats
-
-std::unexpected<CallError> Invalid(std::string message) {
-  return std::unexpected(CallError{std::move(message)});
-}
-
-// In quotes, cut where it is long. What came as a header may be any bytes; a message is text.
-std::string Quoted(std::string_view text) {
-  std::string quoted = "\"";
-  std::string_view left = text.substr(0, kQuotedBytesMax);
-  // Not within a character of UTF-8.
-  if (left.size() < text.size()) {
-    while (!left.empty() && (static_cast<uint8_t>(text[left.size()]) & 0xC0) == 0x80) {
-      left.remove_suffix(1);
-    }
-  }
-  for (;;) {
-    const size_t good = Utf8Prefix(left);
-    quoted.append(left.substr(0, good));
-    if (good == left.size()) break;
-    std::array<char, 8> hex{};
-    std::snprintf(hex.data(), hex.size(), "\\x%02x", static_cast<uint8_t>(left[good]));
-    quoted.append(hex.data());
-    left.remove_prefix(good + 1);
-  }
-  return quoted.append(text.size() > kQuotedBytesMax ? "...\"" : "\"");
-}
 
 std::string NumberText(double number) {
   if (std::isnan(number)) return "nan";
@@ -98,15 +72,6 @@ std::expected<float, CallError> CheckConfidence(bool has, const v1::Confidence& 
   // Written so that NaN fails.
   if (value >= 0 && value <= 1) return value;
   return Invalid(field + ".value: " + NumberText(value) + "; expected 0 to 1");
-}
-
-std::expected<int64_t, CallError> CheckTime(bool has, const google::protobuf::Timestamp& time,
-                                            int64_t missing, const std::string& field) {
-  if (!has) return missing;
-  if (const auto unix_ns = ToUnixNs(time)) return *unix_ns;
-  return Invalid(field + ": " + std::to_string(time.seconds()) + " s and " +
-                 std::to_string(time.nanos()) +
-                 " ns; expected a time of the years 1678 to 2261, with 0 to 999999999 ns");
 }
 
 Asked CheckFinite(float value, const std::string& field) {
@@ -164,6 +129,7 @@ Asked AskStore(const Item& item, const std::string& field, CallText* text,
     return Invalid(field + ": " + std::to_string(text->payload.size()) +
                    " bytes besides id and embedding; expected up to 65536");
   }
+  question->attributes = text->attributes;
   question->kind = CallKind::kObserve;
   question->op = ObservationOp::kUpsert;
   question->vector = {item.embedding().data(), static_cast<size_t>(item.embedding_size())};
@@ -183,10 +149,12 @@ Asked AskEpisode(const v1::Episode& episode, int64_t now_unix_ns, CallText* text
   question->when_ns = *when;
   question->confidence = *confidence;
   question->payload_kind = PayloadKind::kEpisode;
+  if (auto attributes = AttributesOf(episode, &text->attributes); !attributes) return attributes;
   return AskStore(episode, "episode", text, question);
 }
 
-Asked AskMemory(const v1::Memory& memory, int64_t now_unix_ns, CallText* text,
+Asked AskMemory(const v1::Memory& memory, int64_t now_unix_ns,
+                std::span<const std::string> filter_keys, CallText* text,
                 GatewayQuestion* question) {
   const auto when =
       CheckTime(memory.has_created_at(), memory.created_at(), now_unix_ns, "memory.created_at");
@@ -197,6 +165,9 @@ Asked AskMemory(const v1::Memory& memory, int64_t now_unix_ns, CallText* text,
   question->when_ns = *when;
   question->confidence = *confidence;
   question->payload_kind = PayloadKind::kMemory;
+  if (auto attributes = AttributesOf(memory, filter_keys, &text->attributes); !attributes) {
+    return attributes;
+  }
   return AskStore(memory, "memory", text, question);
 }
 
@@ -225,12 +196,21 @@ std::string_view CueName(const v1::Cue& cue) {
   return "not set";
 }
 
-Asked AskCue(const v1::RecallRequest& request, RecallLimits* limits, GatewayQuestion* question) {
-  const v1::Cue& cue = request.cue();
-  if (!cue.has_embedding()) {
-    return Invalid("cue.cue_type: " + std::string(CueName(cue)) +
-                   "; this appliance recalls by cue.embedding (or by ids or scroll)");
+// What can be recalled by, where that is not what was asked.
+Asked RefuseCue(const v1::Cue& cue) {
+  if (cue.has_context()) {
+    return Invalid(
+        "cue.cue_type: context; a context alone is not served yet: this appliance recalls by "
+        "cue.embedding and filters by the request's context and filter beside it");
   }
+  return Invalid("cue.cue_type: " + std::string(CueName(cue)) +
+                 "; this appliance recalls by cue.embedding (or by ids or scroll)");
+}
+
+Asked AskCue(const v1::RecallRequest& request, std::span<const std::string> filter_keys,
+             CallText* text, RecallLimits* limits, GatewayQuestion* question) {
+  const v1::Cue& cue = request.cue();
+  if (!cue.has_embedding()) return RefuseCue(cue);
   if (auto checked = CheckResults(request.max_results(), "max_results"); !checked) return checked;
   if (auto checked = CheckResults(cue.max_results(), "cue.max_results"); !checked) return checked;
   const auto& vector = cue.embedding().vector();
@@ -248,6 +228,8 @@ Asked AskCue(const v1::RecallRequest& request, RecallLimits* limits, GatewayQues
   if (request.ef_search() > kMaxEf) {
     return Invalid("ef_search: " + std::to_string(request.ef_search()) + "; expected 0 to 10000");
   }
+  if (auto filter = FilterOf(request, filter_keys, &text->filter); !filter) return filter;
+  question->filter = text->filter;
   limits->least_similarity = least;
   limits->has_least_similarity = least != 0;
   limits->least_confidence = *confidence;
@@ -499,27 +481,34 @@ std::expected<SpaceName, CallError> SpaceOfCall(std::string_view request,
   return Invalid(field + ": " + Quoted(name) + "; expected 1 to 64 of [a-z0-9_-]");
 }
 
-Asked AskRemember(const v1::RememberRequest& request, int64_t now_unix_ns, CallText* text,
+Asked AskRemember(const v1::RememberRequest& request, int64_t now_unix_ns,
+                  std::span<const std::string> filter_keys, CallText* text,
                   GatewayQuestion* question) {
   switch (request.memory_type_case()) {
     case v1::RememberRequest::kEpisode:
       return AskEpisode(request.episode(), now_unix_ns, text, question);
     case v1::RememberRequest::kMemory:
-      return AskMemory(request.memory(), now_unix_ns, text, question);
+      return AskMemory(request.memory(), now_unix_ns, filter_keys, text, question);
     case v1::RememberRequest::MEMORY_TYPE_NOT_SET:
       break;
   }
   return Invalid("memory_type: not set; expected memory or episode");
 }
 
-Asked AskRecall(const v1::RecallRequest& request, RecallLimits* limits, GatewayQuestion* question) {
+Asked AskRecall(const v1::RecallRequest& request, std::span<const std::string> filter_keys,
+                CallText* text, RecallLimits* limits, GatewayQuestion* question) {
   const int ways = int{request.has_cue()} + int{request.ids_size() > 0} + int{request.has_scroll()};
+  const bool filters = request.has_filter() || request.has_context();
+  if (filters && !request.has_cue()) {
+    const std::string field = request.has_filter() ? "filter" : "context";
+    return Invalid(field + ": set without a cue; this appliance filters what cue.embedding finds");
+  }
   if (ways == 0) return Invalid("cue: not set; expected cue, ids or scroll");
   if (ways > 1) return Invalid("cue, ids, scroll: more than one is set; expected one of them");
   limits->with_metadata = request.include_metadata();
   question->with_payload = true;
   question->with_vector = request.include_embedding();
-  if (request.has_cue()) return AskCue(request, limits, question);
+  if (request.has_cue()) return AskCue(request, filter_keys, text, limits, question);
   if (request.has_scroll()) return AskScroll(request.scroll(), question);
   return AskIds(request, question);
 }
@@ -649,6 +638,9 @@ std::string RefusalMessage(const GatewayQuestion& question, const GatewayAnswer&
              " compares directions (cosine) and needs one that is not";
     case RefusalReason::kUnknownSpace:
       return space + " holds nothing yet";
+    case RefusalReason::kUnknownFilterKey:
+      return "filter.metadata: " + space +
+             " keeps no such key; list it in filter_keys of the configuration";
     default:
       break;
   }

@@ -3,10 +3,12 @@
 #include <cstdint>
 #include <expected>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 
 #include "engram/v1/service.pb.h"
+#include "src/control/call_faults.h"
 #include "src/control/gateway_call.h"
 #include "src/core/counters.h"
 
@@ -15,16 +17,12 @@
 
 namespace engram {
 
-// Why a request is not taken: INVALID_ARGUMENT.
-struct CallError {
-  std::string message;  // names field, value and what was expected
-};
-using Asked = std::expected<void, CallError>;
-
 // What a question's views point into, where that is not the request.
 struct CallText {
   std::string id;
+  std::string attributes;
   std::string payload;
+  std::string filter;
 };
 
 // What is done to a recall's hits after the index found them.
@@ -41,10 +39,13 @@ std::expected<SpaceName, CallError> SpaceOfCall(std::string_view request,
                                                 std::string_view metadata);
 
 // Each fills in all of `question` but space and deadline. The request, `text` and `question` live
-// as long as the call. `now_unix_ns` is when the request was received.
-Asked AskRemember(const v1::RememberRequest& request, int64_t now_unix_ns, CallText* text,
+// as long as the call. `now_unix_ns` is when the request was received, `filter_keys` are those of
+// the space.
+Asked AskRemember(const v1::RememberRequest& request, int64_t now_unix_ns,
+                  std::span<const std::string> filter_keys, CallText* text,
                   GatewayQuestion* question);
-Asked AskRecall(const v1::RecallRequest& request, RecallLimits* limits, GatewayQuestion* question);
+Asked AskRecall(const v1::RecallRequest& request, std::span<const std::string> filter_keys,
+                CallText* text, RecallLimits* limits, GatewayQuestion* question);
 Asked AskForget(const v1::ForgetRequest& request, GatewayQuestion* question);
 Asked AskIntrospect(const v1::IntrospectRequest& request, GatewayQuestion* question);
 

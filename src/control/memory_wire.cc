@@ -35,7 +35,14 @@ class WireWalk {
   // False once fault() says why. `path` names the message within the request, with a dot behind.
   bool Message(const Descriptor& type, const std::string& path) {
     std::map<int, int> seen;
-    while (const uint32_t tag = input_.ReadTag()) {
+    for (;;) {
+      const int begin = input_.CurrentPosition();
+      const uint32_t tag = input_.ReadTag();
+      // CodedInputStream takes longer ones, a message's own reader does not.
+      if (tag == 0 || input_.CurrentPosition() - begin > kMaxTagBytes) {
+        if (tag == 0 && input_.ConsumedEntireMessage()) return true;
+        return Fail(path + "tag: no number of a field; expected a field as protobuf writes it");
+      }
       const int number = WireFormatLite::GetTagFieldNumber(tag);
       const FieldDescriptor* field = type.FindFieldByNumber(number);
       std::string name = path + (field != nullptr ? field->name() : std::to_string(number));
@@ -50,13 +57,13 @@ class WireWalk {
       if (field->is_repeated() && !packed) name += "[" + std::to_string(seen[number]++) + "]";
       if (!Sized(*field, name)) return false;
     }
-    if (input_.ConsumedEntireMessage()) return true;
-    return Fail(path + "tag: no number of a field; expected a field as protobuf writes it");
   }
 
   std::string fault() && { return std::move(fault_); }
 
  private:
+  static constexpr int kMaxTagBytes = 5;
+
   bool Fail(std::string fault) {
     fault_ = std::move(fault);
     return false;
@@ -76,11 +83,24 @@ class WireWalk {
       return sound;
     }
     if (field.type() == FieldDescriptor::TYPE_STRING) return Text(size, name);
+    if (field.is_packable() && field.type() == FieldDescriptor::TYPE_ENUM) {
+      return Enumerators(size, name);
+    }
     const bool numbers = field.is_packable() && field.type() == FieldDescriptor::TYPE_FLOAT;
     if (numbers && size % 4 != 0) {
       return Fail(name + ": " + std::to_string(size) + " bytes; expected 4 for each number");
     }
     return input_.Skip(size);
+  }
+
+  // Packed: one varint behind the other.
+  bool Enumerators(int size, const std::string& name) {
+    const auto limit = input_.PushLimit(size);
+    uint64_t number = 0;
+    bool sound = true;
+    while (sound && input_.BytesUntilLimit() > 0) sound = input_.ReadVarint64(&number);
+    input_.PopLimit(limit);
+    return sound || Fail(name + ": a number ends before it is whole; expected whole numbers");
   }
 
   bool Text(int size, const std::string& name) {

@@ -129,6 +129,10 @@ SpaceCatalogue::SpaceCatalogue(uint32_t max_spaces, uint16_t shards, uint16_t ma
   if (defaults_.precision == Precision::kUnspecified) defaults_.precision = Precision::kF32;
   if (defaults_.durability == Durability::kUnspecified) defaults_.durability = Durability::kFsync;
   if (defaults_.partitions == 0) defaults_.partitions = 1;
+  if (defaults_.filter_keys == nullptr) {
+    defaults_.filter_keys = std::make_shared<const std::vector<std::string>>(
+        kDefaultFilterKeys.begin(), kDefaultFilterKeys.end());
+  }
   CHECK(defaults_.partitions <= max_partitions, "more partitions than a space may have");
 }
 
@@ -141,6 +145,7 @@ SpaceEntry* SpaceCatalogue::Configure(std::string_view name, const SpaceSettings
   if (full.durability == Durability::kUnspecified) full.durability = defaults_.durability;
   if (full.dimension == 0) full.dimension = defaults_.dimension;
   if (full.partitions == 0) full.partitions = defaults_.partitions;
+  if (full.filter_keys == nullptr) full.filter_keys = defaults_.filter_keys;
   SpaceEntry* entry = AddLocked(name, full);
   if (entry != nullptr) entry->configured_ = true;
   return entry;

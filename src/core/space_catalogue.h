@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -24,13 +25,20 @@ enum class WhenFull : uint8_t {
   kEvictOldest = 2,  // it is taken, and the oldest one ends
 };
 
-// What an operator says of a space beforehand; 0 and kUnspecified leave it open.
+// Attributes that recalls may filter by in a space of which nobody says otherwise, beside those
+// that every space has (attributes.h).
+inline constexpr std::array<std::string_view, 2> kDefaultFilterKeys = {"source", "category"};
+
+// What an operator says of a space beforehand; 0, kUnspecified and nullptr leave it open.
 struct SpaceSettings {
   Metric metric = Metric::kUnspecified;
   Precision precision = Precision::kUnspecified;
   Durability durability = Durability::kUnspecified;
   uint16_t dimension = 0;
   uint16_t partitions = 0;
+  // Beside those that every space has; at most kMaxFilterKeys, each once and IsValidFilterKey.
+  // Shared, so that making a space copies nothing.
+  std::shared_ptr<const std::vector<std::string>> filter_keys = {};
   // Not filled from the defaults of spaces that were not configured.
   int64_t ttl_ns = 0;               // an observation ends when it is so old; 0: never
   uint64_t quota_observations = 0;  // over all partitions; 0: no bound
@@ -63,9 +71,9 @@ static_assert(sizeof(SpaceDefinition) == 8);
 //    logs it and lets go of what it has.
 // 4. The last one to have that on stable storage opens the space again (FinishDrop).
 //
-// Invariants: name, index, TTL, quotas and shards never change. Within a generation neither do
-// metric, precision and durability; dimension goes from 0 to its value once; partitions only grows,
-// by doubling. Birth only rises.
+// Invariants: name, index, TTL, quotas, filter keys and shards never change. Within a generation
+// neither do metric, precision and durability; dimension goes from 0 to its value once; partitions
+// only grows, by doubling. Birth only rises.
 class SpaceEntry {
  public:
   std::string_view name() const { return {name_.data(), name_bytes_}; }
@@ -77,6 +85,8 @@ class SpaceEntry {
   uint64_t quota_observations() const { return quota_observations_; }
   uint64_t quota_bytes() const { return quota_bytes_; }
   WhenFull when_full() const { return when_full_; }
+  // The keys of attributes that are kept for filters, beside those that every space has.
+  std::span<const std::string> filter_keys() const { return *settings_.filter_keys; }
   bool has_quota() const { return use_ != nullptr; }
   bool evicts() const { return has_quota() && when_full_ == WhenFull::kEvictOldest; }
   // Its observations have to be known by age.
@@ -222,8 +232,8 @@ constexpr uint16_t PartitionOf(uint64_t id_hash, uint16_t partitions) {
 class SpaceCatalogue {
  public:
   // `max_partitions` of a space, 1 to `shards`; `defaults` for spaces that were not configured, its
-  // own gaps being filled with cosine, f32, fsync and one partition. `seed` keeps clients from
-  // choosing names that collide.
+  // own gaps being filled with cosine, f32, fsync, one partition and kDefaultFilterKeys. `seed`
+  // keeps clients from choosing names that collide.
   SpaceCatalogue(uint32_t max_spaces, uint16_t shards, uint16_t max_partitions,
                  const SpaceSettings& defaults, uint64_t seed = 0);
 
@@ -236,6 +246,11 @@ class SpaceCatalogue {
   SpaceEntry* Find(std::string_view name) const;
   // The same, also of one that was dropped.
   SpaceEntry* FindAny(std::string_view name) const;
+  // Those of the space, or that it would have if it were made now.
+  std::span<const std::string> FilterKeysOf(std::string_view name) const {
+    const SpaceEntry* entry = FindAny(name);
+    return entry != nullptr ? entry->filter_keys() : std::span(*defaults_.filter_keys);
+  }
   // `index` is below size().
   SpaceEntry* At(uint32_t index) const;
   // Adds it with `metric` (kUnspecified: the default) if it is not there. One that is there stays

@@ -192,13 +192,10 @@ TEST(FieldsNotHonouredTest, NamesThoseThatWereChanged) {
   config.limits.max_sessions = 5;  // honoured
   config.limits.recall_batch = 5;
   config.limits.overload_threshold = 0.95;
-  config.grpc.reset();  // honoured
-  config.spaces.push_back({.name = "films", .dimension = 3, .filter_keys = {}});
-  config.spaces.push_back({.name = "talks", .ttl_s = 5, .filter_keys = {"lang"}});
-  config.spaces.push_back({.name = "notes", .ttl_s = 6, .filter_keys = {}});
+  config.grpc.reset();                                                                  // honoured
+  config.spaces.push_back({.name = "films", .dimension = 3, .filter_keys = {"lang"}});  // honoured
   EXPECT_EQ(FieldsNotHonoured(config),
-            (std::vector<std::string>{"limits.overload_threshold", "limits.recall_batch",
-                                      "space.filter_keys"}));
+            (std::vector<std::string>{"limits.overload_threshold", "limits.recall_batch"}));
 }
 
 }  // namespace

@@ -184,10 +184,21 @@ constexpr Wrong kWrongFiles[] = {
      "engram.toml:3: space.dims: unknown field; here go name, dimension, metric, precision, "
      "partitions, durability, ttl_s, quota_observations, quota_mib, "
      "quota_when_full and filter_keys"},
+    {"IndexFilterKey", "[index]\nfilter_keys = [\"lang\", \"a=b\"]\n[[space]]\nname = \"a\"\n",
+     "engram.toml:2: index.filter_keys: \"a=b\" is no key; write 1 to 64 printable ASCII "
+     "characters without spaces and '='"},
+    {"FilterKeyOfEverySpace", "[[space]]\nname = \"a\"\nfilter_keys = [\"who\"]\n",
+     "engram.toml:3: space.filter_keys: \"who\" is a key of every space; take it out"},
+    {"TooManyFilterKeys",
+     "[index]\nfilter_keys = [\"a\", \"b\", \"c\", \"d\", \"e\", \"f\", \"g\", \"h\", \"i\", "
+     "\"j\", \"k\", \"l\", \"m\", \"n\", \"o\", \"p\", \"q\"]\n",
+     "engram.toml:2: index.filter_keys: 17 keys are more than 16; each is kept in memory: list "
+     "fewer"},
     {"FilterKeyTwice", "[[space]]\nname = \"a\"\nfilter_keys = [\"lang\", \"lang\"]\n",
      "engram.toml:3: space.filter_keys: \"lang\" is listed twice; list it once"},
     {"FilterKeyEmpty", "[[space]]\nname = \"a\"\nfilter_keys = [\"\"]\n",
-     "engram.toml:3: space.filter_keys: \"\" is no key; write 1 to 64 bytes"},
+     "engram.toml:3: space.filter_keys: \"\" is no key; write 1 to 64 printable ASCII "
+     "characters without spaces and '='"},
     {"FilterKeysThatAreNumbers", "[[space]]\nname = \"a\"\nfilter_keys = [1]\n",
      "engram.toml:3: space.filter_keys: [1] is no list of texts; write one like [\"lang\", "
      "\"topic\"]"},
@@ -277,6 +288,7 @@ precision = "bf16"
 traversal = "exact"
 partitions = 2
 grow_partition_at = 0
+filter_keys = ["author"]
 [limits]
 high_priority_ratio = 0.25
 idle_timeout_s = 7
@@ -331,6 +343,7 @@ partitions = 1
   EXPECT_EQ(films.quota_mib, 2'048u);
   EXPECT_EQ(films.quota_when_full, WhenFull::kEvictOldest);
   EXPECT_EQ(films.filter_keys, std::vector<std::string>{"lang"});
+  EXPECT_EQ(read->spaces[1].filter_keys, std::vector<std::string>{"author"}) << "from [index]";
   EXPECT_EQ(read->spaces[1].precision, Precision::kInt8);
   EXPECT_EQ(read->spaces[1].partitions, 1u);
   EXPECT_EQ(read->spaces[1].dimension, 0u);

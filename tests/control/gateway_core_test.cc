@@ -3,14 +3,17 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <set>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "src/core/attributes.h"
 #include "src/core/hash.h"
 #include "tests/control/gateway_rig.h"
 
@@ -51,6 +54,38 @@ TEST(GatewayCoreTest, ARecallMergesThePartitions) {
     EXPECT_EQ(rig.DoWell(rig.Recall({20.1F}, 1000))->answer.hit_count, 60u);
     rig.ExpectIdle();
   }
+}
+
+TEST(GatewayCoreTest, AttributesArriveWithTheirObservation) {
+  GatewayRig rig;
+  std::string attributes;
+  ASSERT_TRUE(AppendAttribute("source", "docs", &attributes));
+  ASSERT_TRUE(AppendAttribute(kTagKey, std::string(255, 't'), &attributes));
+  TestCall* call = rig.Remember("a", {1, 2});
+  call->question.attributes = attributes;
+  rig.DoWell(call);
+  rig.DoWell(rig.Remember("b", {1, 2}));
+  const auto& a = rig.OwnerOf("a").spaces["s"].at("a");
+  EXPECT_EQ(a.attributes, attributes);
+  EXPECT_EQ(a.payload, "about a");
+  EXPECT_EQ(rig.OwnerOf("b").spaces["s"].at("b").attributes, "");
+  rig.ExpectIdle();
+}
+
+TEST(GatewayCoreTest, AFilterGoesToEveryPartition) {
+  GatewayRig rig;
+  for (int i = 0; i < 40; ++i) rig.DoWell(rig.Remember(IdOf(i), {1}));
+  FilterWriter writer;
+  const std::array<std::string_view, 1> values{"docs"};
+  ASSERT_TRUE(writer.Require("source", values));
+  const std::string filter = writer.Bytes();
+  TestCall* call = rig.Recall({1}, 1);
+  call->question.filter = filter;
+  rig.DoWell(call);
+  for (const auto& shard : rig.shards) EXPECT_EQ(shard->last_filter, filter);
+  rig.DoWell(rig.Recall({1}, 1));
+  for (const auto& shard : rig.shards) EXPECT_EQ(shard->last_filter, "");
+  rig.ExpectIdle();
 }
 
 TEST(GatewayCoreTest, ASnapshotIsTheLeastOfThePartitions) {

@@ -26,6 +26,7 @@ class GatewayFakeShard {
  public:
   struct Kept {
     std::vector<float> vector;
+    std::string attributes;
     std::string payload;
     PayloadKind payload_kind = PayloadKind::kOpaque;
     float confidence = 0;
@@ -44,6 +45,7 @@ class GatewayFakeShard {
   std::map<std::string, Space> spaces;           // by name
   std::vector<RequestHeader> seen;               // as they were when answered
   std::optional<CommitStamp> last_snapshot;      // of a recall
+  std::string last_filter;                       // likewise
   FakeLogs* logs = nullptr;                      // where payloads and vectors lie; nullptr: here
   void Publish(CommitStamp complete) { port_.stamps->Publish(port_.shard, complete); }
   size_t held() const { return waiting_.size(); }
@@ -149,7 +151,9 @@ class GatewayFakeShard {
     Kept& kept = space[id];
     kept.vector.resize(request->dimension);
     std::memcpy(kept.vector.data(), body, vector_bytes);
-    kept.payload.assign(text + request->id_bytes, request->payload_bytes);
+    text += request->id_bytes;
+    kept.attributes.assign(text, request->attribute_bytes);
+    kept.payload.assign(text + request->attribute_bytes, request->payload_bytes);
     kept.payload_kind = request->payload_kind;
     kept.confidence = request->confidence;
     kept.when_ns = request->when_ns;
@@ -164,6 +168,8 @@ class GatewayFakeShard {
     const std::byte* body = reinterpret_cast<const std::byte*>(&request) + kRequestBodyOffset;
     std::vector<float> query(request.dimension);
     std::memcpy(query.data(), body, query.size() * sizeof(float));
+    last_filter.assign(reinterpret_cast<const char*>(body) + query.size() * sizeof(float),
+                       request.filter_bytes);
     const Metric metric = port_.catalogue->Find(request.space.view())->metric();
     std::vector<std::pair<float, const Space::value_type*>> near;
     for (const auto& entry : found->second) {

@@ -46,7 +46,8 @@ class Served {
     gateway.huge_pages = HugePagePolicy::kOff;
     core_ = GatewayCore::Create(gateway, &clock_, std::move(port)).value();
     grpc.endpoint = {.host = "127.0.0.1", .port = 0};
-    server_ = GrpcGateway::Start(grpc, core_->OpenDoor([] {}), &clock_, &counters_).value();
+    server_ =
+        GrpcGateway::Start(grpc, core_->OpenDoor([] {}), &clock_, &counters_, &catalogue_).value();
     thread_ = std::jthread([this](const std::stop_token& stop) {
       while (!stop.stop_requested()) {
         {

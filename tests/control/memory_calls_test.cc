@@ -37,6 +37,16 @@ std::vector<std::string> IdsOf(const v1::RecallResponse& response) {
   return ids;
 }
 
+// In a space without filter keys.
+Asked AskRemember(const v1::RememberRequest& request, int64_t now_unix_ns, CallText* text,
+                  GatewayQuestion* question) {
+  return AskRemember(request, now_unix_ns, {}, text, question);
+}
+Asked AskRecall(const v1::RecallRequest& request, RecallLimits* limits, GatewayQuestion* question) {
+  static CallText text;
+  return AskRecall(request, {}, &text, limits, question);
+}
+
 TEST(MemoryCallsTest, TheSpaceOfACall) {
   EXPECT_EQ(SpaceOfCall("", "")->view(), "default");
   EXPECT_EQ(SpaceOfCall("a", "")->view(), "a");

@@ -19,6 +19,7 @@
 #include "src/control/memory_calls.h"
 #include "src/control/memory_codec.h"
 #include "src/control/memory_wire.h"
+#include "src/core/attributes.h"
 #include "src/core/hash.h"
 
 namespace engram {
@@ -49,6 +50,7 @@ std::vector<std::string> RememberSeeds() {
   m->add_embedding(-1);
   m->set_content("content");
   (*m->mutable_metadata())["key"] = "value";
+  (*m->mutable_metadata())["source"] = "docs";
   m->add_tags("tag");
   m->mutable_confidence()->set_category(v1::CONFIDENCE_CATEGORY_HIGH);
   m->mutable_created_at()->set_seconds(-1);
@@ -67,9 +69,14 @@ std::vector<std::string> RememberSeeds() {
   large.mutable_memory()->set_content(std::string(kMaxPayloadBytes - 60, 'c'));
   v1::RememberRequest larger = memory;
   larger.mutable_memory()->set_content(std::string(kMaxPayloadBytes - 30, 'c'));
-  return {episode.SerializeAsString(), memory.SerializeAsString(),  longest.SerializeAsString(),
-          longer.SerializeAsString(),  long_id.SerializeAsString(), large.SerializeAsString(),
-          larger.SerializeAsString()};
+  v1::RememberRequest many_tags = memory;
+  for (int i = 0; i < 61; ++i) many_tags.mutable_memory()->add_tags(std::string(70, 't'));
+  v1::RememberRequest long_place = episode;
+  long_place.mutable_episode()->set_where_location(std::string(256, 'w'));
+  return {
+      episode.SerializeAsString(), memory.SerializeAsString(),    longest.SerializeAsString(),
+      longer.SerializeAsString(),  long_id.SerializeAsString(),   large.SerializeAsString(),
+      larger.SerializeAsString(),  many_tags.SerializeAsString(), long_place.SerializeAsString()};
 }
 
 std::vector<std::string> RecallSeeds() {
@@ -82,6 +89,21 @@ std::vector<std::string> RecallSeeds() {
   cue.set_max_results(1'000);
   cue.set_ef_search(10'000);
   cue.set_snapshot_isolation(true);
+  v1::Filter* filter = cue.mutable_filter();
+  filter->mutable_time_start()->set_seconds(1'700'000'000);
+  filter->add_required_tags("tag");
+  filter->add_excluded_tags("old");
+  filter->add_memory_types(v1::MEMORY_TYPE_SEMANTIC);
+  filter->add_metadata()->set_key("source");
+  filter->mutable_metadata(0)->add_values("docs");
+  cue.mutable_context()->set_location("Köln");
+  cue.mutable_context()->add_participants("Ada");
+  v1::RecallRequest no_cue = cue;
+  no_cue.clear_cue();
+  v1::RecallRequest unknown_key = cue;
+  unknown_key.mutable_filter()->mutable_metadata(0)->set_key("nobody");
+  v1::RecallRequest many_tags = cue;
+  for (int i = 0; i < 13; ++i) many_tags.mutable_filter()->add_required_tags("t");
   v1::RecallRequest bare;
   bare.mutable_cue()->mutable_embedding()->add_vector(1);
   v1::RecallRequest ids;
@@ -91,8 +113,10 @@ std::vector<std::string> RecallSeeds() {
   scroll.mutable_scroll()->set_cursor("ff.123456789abcdef0");
   v1::RecallRequest context;
   context.mutable_cue()->mutable_context()->set_location("Köln");
-  return {cue.SerializeAsString(), bare.SerializeAsString(), ids.SerializeAsString(),
-          scroll.SerializeAsString(), context.SerializeAsString()};
+  return {cue.SerializeAsString(),       bare.SerializeAsString(),
+          ids.SerializeAsString(),       scroll.SerializeAsString(),
+          context.SerializeAsString(),   unknown_key.SerializeAsString(),
+          many_tags.SerializeAsString(), no_cue.SerializeAsString()};
 }
 
 std::vector<std::string> ForgetSeeds() {
@@ -210,6 +234,7 @@ void ExpectAdmittable(const GatewayQuestion& question) {
                              .when_ns = question.when_ns,
                              .vector = std::as_bytes(question.vector).data(),
                              .id = question.id,
+                             .attributes = std::as_bytes(std::span(question.attributes)),
                              .payload = std::as_bytes(std::span(question.payload))};
   alignas(64) static std::byte slot[kMaxSlotBytes];
   ASSERT_LE(SlotBytesFor(view), sizeof(slot));
@@ -264,6 +289,7 @@ void ExpectBounds(const GatewayQuestion& question) {
       ASSERT_NO_FATAL_FAILURE(ExpectVector(question));
       ASSERT_TRUE(question.k >= 1 && question.k <= kMaxPageResults) << question.k;
       ASSERT_LE(question.ef, kMaxEf);
+      ASSERT_EQ(CheckFilter(std::as_bytes(std::span(question.filter))), RefusalReason::kNone);
       break;
     case CallKind::kGet:
       ASSERT_TRUE(!question.ids.empty() && question.ids.size() <= 100);
@@ -286,12 +312,14 @@ void ExpectWords(const std::string& message) {
   ASSERT_LT(message.size(), 700u);
 }
 
+const std::vector<std::string> kFilterKeys{"source", "lang"};
+
 Asked Ask(const v1::RememberRequest& request, CallText* text, GatewayQuestion* question) {
-  return AskRemember(request, 1, text, question);
+  return AskRemember(request, 1, kFilterKeys, text, question);
 }
-Asked Ask(const v1::RecallRequest& request, CallText*, GatewayQuestion* question) {
+Asked Ask(const v1::RecallRequest& request, CallText* text, GatewayQuestion* question) {
   RecallLimits limits;
-  Asked asked = AskRecall(request, &limits, question);
+  Asked asked = AskRecall(request, kFilterKeys, text, &limits, question);
   if (asked) {
     EXPECT_TRUE(std::isfinite(limits.least_similarity));
     EXPECT_TRUE(limits.least_confidence >= 0 && limits.least_confidence <= 1);
@@ -365,17 +393,19 @@ Tally TryMany(const std::vector<std::string>& seeds) {
 
 TEST(MemoryMutationsTest, Remember) {
   const Tally tally = TryMany<v1::RememberRequest>(RememberSeeds());
-  for (const char* field : {"memory_space_id", "episode.id", "episode.embedding",
-                            "memory.embedding", "episode.encoding_confidence.value",
-                            "episode.consolidation_state", "memory.confidence.value"}) {
+  for (const char* field :
+       {"memory_space_id", "episode.id", "episode.embedding", "memory.embedding",
+        "episode.encoding_confidence.value", "episode.consolidation_state",
+        "memory.confidence.value", "episode.where_location", "memory.tags[57]"}) {
     EXPECT_TRUE(tally.fields.contains(field)) << field;
   }
 }
 
 TEST(MemoryMutationsTest, Recall) {
   const Tally tally = TryMany<v1::RecallRequest>(RecallSeeds());
-  for (const char* field : {"cue.cue_type", "max_results", "ef_search", "cue.embedding.vector",
-                            "cue", "cue, ids, scroll", "scroll.cursor"}) {
+  for (const char* field :
+       {"cue.cue_type", "max_results", "ef_search", "cue.embedding.vector", "cue",
+        "cue, ids, scroll", "scroll.cursor", "filter", "filter.metadata[0].key"}) {
     EXPECT_TRUE(tally.fields.contains(field)) << field;
   }
 }

@@ -71,10 +71,20 @@ TEST(MemoryWireTest, WhatIsCutOrMisshapenIsNamed) {
             "auto_link: ends before it is whole; expected a field as protobuf writes it");
   EXPECT_EQ(FaultOf(Sized(0x1a, std::string_view("\xa5\x01\0\0", 4))),
             "episode.decay_rate: ends before it is whole; expected a field as protobuf writes it");
+  EXPECT_EQ(FaultOf(std::string_view("\x8a\x80\x80\x80\x80\x00\x00", 7)),
+            "tag: no number of a field; expected a field as protobuf writes it")
+      << "a tag of 6 bytes";
   EXPECT_EQ(FaultOf("\xff\xff\xff"),
             "tag: no number of a field; expected a field as protobuf writes it");
   EXPECT_EQ(FaultOf(Sized(0x1a, std::string_view("\0", 1))),
             "episode.tag: no number of a field; expected a field as protobuf writes it");
+  // memory_types of a recall's filter, packed.
+  const auto fault_of_types = [](std::string_view numbers) {
+    return WireFault(*v1::RecallRequest::descriptor(), "\xca" + Sized(0x06, Sized(0x32, numbers)));
+  };
+  EXPECT_EQ(fault_of_types("\x01\x02\xff\x01"), "");
+  EXPECT_EQ(fault_of_types("\x01\xff"),
+            "filter.memory_types: a number ends before it is whole; expected whole numbers");
   EXPECT_EQ(FaultOf("\x0c"),
             "memory_space_id: ends before it is whole; expected a field as "
             "protobuf writes it");

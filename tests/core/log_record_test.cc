@@ -51,6 +51,7 @@ void ExpectSame(const LogRecord& read, const LogRecord& wrote) {
   EXPECT_EQ(read.space, wrote.space);
   EXPECT_EQ(read.id, wrote.id);
   EXPECT_TRUE(std::ranges::equal(read.vector, wrote.vector));
+  EXPECT_TRUE(std::ranges::equal(read.attributes, wrote.attributes));
   EXPECT_TRUE(std::ranges::equal(read.payload, wrote.payload));
 }
 
@@ -76,6 +77,7 @@ struct Sample {
   std::string id = "an id";
   Bytes vector = Fill(3 * 4, 1);
   Bytes payload = Fill(21, 2);
+  std::string attributes = {};
   LogRecord Get() const {
     LogRecord record;
     record.kind = LogRecordKind::kUpsert;
@@ -92,6 +94,7 @@ struct Sample {
     record.space = space;
     record.vector = vector;
     record.id = id;
+    record.attributes = std::as_bytes(std::span(attributes));
     record.payload = payload;
     return record;
   }
@@ -141,6 +144,48 @@ TEST(LogRecordTest, LengthsFromNothingToTheGreatest) {
     }
   }
   EXPECT_EQ(LogRecordBytes(64, 4'096 * 4, 256, 65'536, 4'096), kMaxLogRecordBytes);
+}
+
+std::string AttributesOf(size_t count, size_t value_bytes) {
+  std::string bytes;
+  for (size_t i = 0; i < count; ++i) {
+    EXPECT_TRUE(AppendAttribute("k", std::string(value_bytes, 'v'), &bytes));
+  }
+  return bytes;
+}
+
+TEST(LogRecordTest, AttributesComeBackBetweenIdAndPayload) {
+  Sample sample;
+  for (const size_t payload : {size_t{0}, size_t{1}, size_t{8}, kMaxPayloadBytes}) {
+    for (const std::string& attributes :
+         {std::string(), AttributesOf(1, 0), AttributesOf(3, 5), AttributesOf(15, 255)}) {
+      sample.payload = Fill(payload, payload);
+      sample.attributes = attributes;
+      ExpectRoundTrip(sample.Get());
+    }
+  }
+  sample.attributes = AttributesOf(15, 255);
+  sample.attributes += AttributesOf(1, kMaxAttributesBytes - sample.attributes.size() - 3);
+  ASSERT_EQ(sample.attributes.size(), kMaxAttributesBytes);
+  ExpectRoundTrip(sample.Get());
+  sample.attributes = AttributesOf(1, 3);
+  sample.payload = Fill(21, 2);
+  const Bytes bytes = Write(sample.Get());
+  EXPECT_EQ(std::to_integer<size_t>(bytes[62]), sample.attributes.size());
+  EXPECT_EQ(std::memcmp(bytes.data() + 85, "\x01\x03kvvv", 6), 0);
+  EXPECT_TRUE(std::equal(sample.payload.begin(), sample.payload.end(), bytes.begin() + 91));
+}
+
+// The CRC is right, and no writer of ours wrote them.
+TEST(LogRecordTest, UnsoundAttributesAreRefused) {
+  using namespace std::string_literals;
+  Sample sample;
+  for (const std::string& attributes : {"\x01"s, "\x01\x02kv"s, "\0\0"s, "\x41\0"s}) {
+    sample.attributes = attributes;
+    const Bytes bytes = Write(sample.Get());
+    LogRecord record;
+    EXPECT_EQ(ParseLogRecord(bytes, kAddress, &record, nullptr), LogRecordFault::kBadField);
+  }
 }
 
 // What FORMAT.md says of the header, byte for byte: files outlive this code.
@@ -222,6 +267,8 @@ TEST(LogRecordTest, FlippedBitsOfTheGreatestRecordAreFound) {
   sample.space.assign(kMaxSpaceNameBytes, 's');
   sample.id.assign(kMaxIdBytes, 'i');
   sample.payload = Fill(kMaxPayloadBytes, 1);
+  sample.attributes = AttributesOf(15, 255);
+  sample.attributes += AttributesOf(1, kMaxAttributesBytes - sample.attributes.size() - 3);
   sample.vector = Fill(kMaxDimension * 4, 2);
   LogRecord record = sample.Get();
   record.dimension = kMaxDimension;

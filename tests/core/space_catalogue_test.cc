@@ -4,9 +4,12 @@
 
 #include <atomic>
 #include <cmath>
+#include <memory>
 #include <set>
+#include <span>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace engram {
@@ -182,6 +185,41 @@ TEST(SpaceCatalogueTest, GapsOfTheDefaultsAreCosineF32AndOnePartition) {
   EXPECT_EQ(entry->precision(), Precision::kF32);
   EXPECT_EQ(entry->dimension(), 0);
   EXPECT_EQ(entry->partitions(), 1);
+}
+
+std::vector<std::string> KeysOf(std::span<const std::string> keys) {
+  return {keys.begin(), keys.end()};
+}
+std::shared_ptr<const std::vector<std::string>> Keys(std::vector<std::string> keys) {
+  return std::make_shared<const std::vector<std::string>>(std::move(keys));
+}
+
+TEST(SpaceCatalogueTest, FilterKeysAreThoseOfTheSpaceOrTheDefault) {
+  const std::vector<std::string> usual{"source", "category"};
+  SpaceCatalogue silent(4, 1, 1, SpaceSettings());
+  EXPECT_EQ(KeysOf(silent.FilterKeysOf("docs")), usual);
+  EXPECT_EQ(KeysOf(silent.Configure("docs", {})->filter_keys()), usual);
+
+  SpaceSettings defaults;
+  defaults.filter_keys = Keys({"author"});
+  SpaceCatalogue catalogue(4, 1, 1, defaults);
+  SpaceSettings own;
+  own.filter_keys = Keys({"lang", "topic"});
+  SpaceSettings none;
+  none.filter_keys = Keys({});
+  SpaceEntry* films = catalogue.Configure("films", own);
+  EXPECT_EQ(KeysOf(films->filter_keys()), (std::vector<std::string>{"lang", "topic"}));
+  EXPECT_TRUE(catalogue.Configure("plain", none)->filter_keys().empty());
+  SpaceEntry* made = catalogue.FindOrAdd("made", Metric::kL2);
+  EXPECT_EQ(KeysOf(made->filter_keys()), std::vector<std::string>{"author"});
+  EXPECT_EQ(KeysOf(catalogue.FilterKeysOf("films")), KeysOf(films->filter_keys()));
+  EXPECT_EQ(KeysOf(catalogue.FilterKeysOf("nobody")), std::vector<std::string>{"author"});
+  // A drop changes none of it.
+  catalogue.EndIncarnation(films, 1'000);
+  catalogue.EndIncarnation(made, 1'000);
+  EXPECT_EQ(KeysOf(films->filter_keys()), (std::vector<std::string>{"lang", "topic"}));
+  EXPECT_EQ(KeysOf(catalogue.FindOrAdd("made", Metric::kCosine)->filter_keys()),
+            std::vector<std::string>{"author"});
 }
 
 TEST(SpaceCatalogueTest, PartitionsLiveWhereTheRankingSays) {

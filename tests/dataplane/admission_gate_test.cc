@@ -9,6 +9,7 @@
 #include <new>
 #include <string>
 
+#include "src/core/attributes.h"
 #include "tests/dataplane/wire.h"
 
 namespace engram {
@@ -65,10 +66,11 @@ Admission Admit(const WireRecord& record, const SpaceRules& rules) {
 }
 
 RefusalReason AdmitQuery(const WireRecall& recall, const SpaceRules& rules) {
-  const WireBytes body = RecallBodyOf(recall);
+  const uint16_t flags = recall.filter.empty() ? 0 : 8;
+  const WireBytes body = RecallBodyOf(recall, flags);
   RecallView view;
-  EXPECT_EQ(DecodeRecall(body, &view), RefusalReason::kNone);
-  Slot slot(SlotBytesFor(view.body));
+  EXPECT_EQ(DecodeRecall(body, flags, &view), RefusalReason::kNone);
+  Slot slot(SlotBytesFor(view));
   return AdmitRecall(view, rules, slot.get());
 }
 
@@ -97,6 +99,32 @@ TEST(AdmissionGateTest, SlotHoldsWhatCame) {
   const WireBytes expected =
       WireWriter().Raw(record.vector).Text("the-id").Text("the-payload").Take();
   EXPECT_EQ(admission.body, expected);
+}
+
+TEST(AdmissionGateTest, AttributesLieBetweenIdAndPayload) {
+  const std::array<float, 1> vector{1};
+  WireRecord record = F32Record("id", vector, "payload");
+  ASSERT_TRUE(AppendAttribute("source", "docs", &record.attributes));
+  ASSERT_TRUE(AppendAttribute(kTagKey, "red", &record.attributes));
+  const Admission admission = Admit(record, {});
+  ASSERT_EQ(admission.reason, RefusalReason::kNone);
+  EXPECT_EQ(admission.request.attribute_bytes, record.attributes.size());
+  EXPECT_EQ(admission.request.payload_bytes, 7u);
+  EXPECT_EQ(
+      admission.body,
+      WireWriter().Raw(record.vector).Text("id").Text(record.attributes).Text("payload").Take());
+}
+
+TEST(AdmissionGateTest, UnsoundAttributesMayNotEnter) {
+  const std::array<float, 2> vector{1, kNan};
+  WireRecord record = F32Record("id", std::span(vector).first(1), "payload");
+  record.attributes = "no attributes";
+  EXPECT_EQ(Admit(record, {}).reason, RefusalReason::kBadAttributes);
+  EXPECT_EQ(Admit(record, {}).request.attribute_bytes, 0);
+  // The vector comes first.
+  record = F32Record("id", vector, "payload");
+  record.attributes = "no attributes";
+  EXPECT_EQ(Admit(record, {}).reason, RefusalReason::kNotFinite);
 }
 
 TEST(AdmissionGateTest, DeleteNeedsNoVector) {
@@ -267,18 +295,26 @@ TEST(AdmissionGateTest, SmallestAndGreatestFit) {
 
   std::vector<float> vector(4096);
   for (size_t i = 0; i < vector.size(); ++i) vector[i] = static_cast<float>(i) - 2000;
-  const WireRecord record = F32Record(std::string(256, 'i'), vector, std::string(65'536, 'p'));
+  WireRecord record = F32Record(std::string(256, 'i'), vector, std::string(65'536, 'p'));
+  while (AppendAttribute("k", std::string(255, 'v'), &record.attributes)) {
+  }
+  const size_t left = kMaxAttributesBytes - record.attributes.size();
+  ASSERT_TRUE(AppendAttribute("k", std::string(left - 3, 'v'), &record.attributes));
   const WireBytes body = ObserveBodyOf(std::span(&record, 1));
   ObserveReader reader;
   ASSERT_EQ(ObserveReader::Open(body, &reader), RefusalReason::kNone);
   const ObservationView view = reader.Next();
   EXPECT_LE(SlotBytesFor(view), kMaxSlotBytes);
-  EXPECT_EQ(SlotBytesFor(view), kRequestBodyOffset + 16'384 + 256 + 65'536);
+  EXPECT_EQ(SlotBytesFor(view), kRequestBodyOffset + 16'384 + 256 + 4'096 + 65'536);
   EXPECT_EQ(kMaxSlotBytes % 64, 0u);
   const Admission greatest = Admit(record, {.metric = Metric::kCosine, .dimension = 4096});
   ASSERT_EQ(greatest.reason, RefusalReason::kNone);
-  EXPECT_EQ(greatest.body,
-            WireWriter().Raw(record.vector).Text(record.id).Text(record.payload).Take());
+  EXPECT_EQ(greatest.body, WireWriter()
+                               .Raw(record.vector)
+                               .Text(record.id)
+                               .Text(record.attributes)
+                               .Text(record.payload)
+                               .Take());
 }
 
 TEST(AdmissionGateTest, RecallSlotHoldsWhatCame) {
@@ -286,10 +322,14 @@ TEST(AdmissionGateTest, RecallSlotHoldsWhatCame) {
   WireRecall wire = F32Recall(vector);
   wire.k = 7;
   wire.ef = 99;
-  const WireBytes body = RecallBodyOf(wire);
+  FilterWriter filter;
+  filter.SetTimes({.end_ns = 5});
+  wire.filter = filter.Bytes();
+  const uint16_t flags = 8;
+  const WireBytes body = RecallBodyOf(wire, flags);
   RecallView view;
-  ASSERT_EQ(DecodeRecall(body, &view), RefusalReason::kNone);
-  Slot slot(SlotBytesFor(view.body));
+  ASSERT_EQ(DecodeRecall(body, flags, &view), RefusalReason::kNone);
+  Slot slot(SlotBytesFor(view));
   ASSERT_EQ(AdmitRecall(view, {.metric = Metric::kCosine, .dimension = 3}, slot.get()),
             RefusalReason::kNone);
   EXPECT_EQ(slot.recall().header.kind, RequestKind::kRecall);
@@ -298,7 +338,9 @@ TEST(AdmissionGateTest, RecallSlotHoldsWhatCame) {
   EXPECT_EQ(slot.recall().k, 7u);
   EXPECT_EQ(slot.recall().ef, 99u);
   EXPECT_EQ(slot.recall().scale, 1.0F);
-  EXPECT_EQ(slot.Body(12), wire.vector);
+  EXPECT_EQ(slot.recall().filter_bytes, 16);
+  EXPECT_EQ(SlotBytesFor(view), kRequestBodyOffset + 12 + 16);
+  EXPECT_EQ(slot.Body(28), WireWriter().Raw(wire.vector).Text(wire.filter).Take());
 }
 
 }  // namespace

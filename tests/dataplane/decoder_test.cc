@@ -7,6 +7,7 @@
 #include <random>
 #include <span>
 
+#include "src/core/attributes.h"
 #include "tests/dataplane/wire.h"
 
 namespace engram {
@@ -41,6 +42,7 @@ constexpr size_t kOpAt = 4;
 constexpr size_t kDtypeAt = 5;
 constexpr size_t kDimensionAt = 6;
 constexpr size_t kIdBytesAt = 8;
+constexpr size_t kAttributeBytesAt = 10;
 constexpr size_t kPayloadBytesAt = 12;
 constexpr size_t kBodyStart = 4;
 
@@ -66,6 +68,7 @@ RefusalReason FaultWith(size_t offset, size_t bytes, uint64_t value, const WireR
 TEST(ObserveReaderTest, ReadsWhatWasWritten) {
   const std::array<float, 3> vector{1, -2, 3};
   WireRecord upsert = F32Record("first", vector, "payload");
+  upsert.attributes = "attributes";  // the decoder does not look into them
   upsert.confidence = 0.5F;
   upsert.when_ns = -77;
   const std::vector<WireRecord> records{upsert, DeleteRecord("second")};
@@ -80,12 +83,14 @@ TEST(ObserveReaderTest, ReadsWhatWasWritten) {
   EXPECT_EQ(first.confidence, 0.5F);
   EXPECT_EQ(first.when_ns, -77);
   EXPECT_EQ(first.id, "first");
+  EXPECT_EQ(WireText(first.attributes), "attributes");
   EXPECT_EQ(WireText(first.payload), "payload");
   EXPECT_TRUE(std::ranges::equal(std::span(first.vector, sizeof(vector)),
                                  std::as_bytes(std::span(vector))));
   const ObservationView second = reader.Next();
   EXPECT_EQ(second.op, ObservationOp::kDelete);
   EXPECT_EQ(second.id, "second");
+  EXPECT_TRUE(second.attributes.empty());
   EXPECT_TRUE(second.payload.empty());
   EXPECT_EQ(second.fault, RefusalReason::kNone);
   EXPECT_EQ(reader.remaining(), 0);
@@ -113,6 +118,8 @@ TEST(ObserveReaderTest, RandomRecordsComeBack) {
       for (std::byte& byte : record.vector) byte = static_cast<std::byte>(random());
       record.payload.assign(random() % 3 == 0 ? 0 : random() % 50, '\0');
       for (char& c : record.payload) c = static_cast<char>(random());
+      record.attributes.assign(random() % 2 == 0 ? 0 : random() % 100, '\0');
+      for (char& c : record.attributes) c = static_cast<char>(random());
     }
     const Exact body(ObserveBodyOf(records));
     ObserveReader reader;
@@ -128,6 +135,7 @@ TEST(ObserveReaderTest, RandomRecordsComeBack) {
       EXPECT_EQ(view.confidence, record.confidence);
       EXPECT_EQ(view.when_ns, record.when_ns);
       EXPECT_EQ(view.id, record.id);
+      EXPECT_EQ(WireText(view.attributes), record.attributes);
       EXPECT_EQ(WireText(view.payload), record.payload);
       EXPECT_EQ(WireText(std::span(view.vector, record.vector.size())), WireText(record.vector));
     }
@@ -183,15 +191,17 @@ TEST(ObserveReaderTest, RecordBytesMustFit) {
 }
 
 TEST(ObserveReaderTest, PartLengthsMustFitTheRecord) {
-  // Example(): 32 + 8 + 3 + 5 = 48 bytes, no padding.
+  // Example(): 32 + 8 + 3 + 5 = 48 bytes, no padding; nor with 8 bytes of attributes.
   struct Field {
     size_t offset;
     size_t bytes;
     uint64_t right;
   };
-  for (const Field& field :
-       {Field{kDimensionAt, 2, 2}, Field{kIdBytesAt, 2, 3}, Field{kPayloadBytesAt, 4, 5}}) {
-    WireBytes body = ObserveBodyOf(std::vector<WireRecord>{Example()});
+  for (const Field& field : {Field{kDimensionAt, 2, 2}, Field{kIdBytesAt, 2, 3},
+                             Field{kAttributeBytesAt, 2, 8}, Field{kPayloadBytesAt, 4, 5}}) {
+    WireRecord record = Example();
+    record.attributes.assign(8, 'a');
+    WireBytes body = ObserveBodyOf(std::vector<WireRecord>{record});
     for (const uint64_t wrong : {field.right - 1, field.right + 1, field.right + 8}) {
       SetWireNumber(body, kBodyStart + field.offset, field.bytes, wrong);
       // A little less only becomes padding; anything more does not fit.
@@ -220,7 +230,11 @@ TEST(ObserveReaderTest, EachFaultIsNamedAndSkipped) {
   for (const uint64_t payload : {65'537ull, 0x7FFFFFFFull, 0xFFFFFFFFull}) {
     EXPECT_EQ(FaultWith(kPayloadBytesAt, 4, payload, record), RefusalReason::kPayloadTooLarge);
   }
+  for (const uint64_t attributes : {4'097, 65'535}) {
+    EXPECT_EQ(FaultWith(kAttributeBytesAt, 2, attributes, record), RefusalReason::kBadAttributes);
+  }
   const WireRecord gone = DeleteRecord("eightid8");
+  EXPECT_EQ(FaultWith(kAttributeBytesAt, 2, 1, gone), RefusalReason::kBadAttributes);
   EXPECT_EQ(FaultWith(kDtypeAt, 1, 1, gone), RefusalReason::kBadDtype);
   EXPECT_EQ(FaultWith(kDimensionAt, 2, 1, gone), RefusalReason::kWrongDimension);
   EXPECT_EQ(FaultWith(kPayloadBytesAt, 4, 1, gone), RefusalReason::kPayloadTooLarge);
@@ -236,6 +250,7 @@ TEST(ObserveReaderTest, AFaultyViewIsEmpty) {
   const ObservationView view = reader.Next();
   EXPECT_EQ(view.vector, nullptr);
   EXPECT_TRUE(view.id.empty());
+  EXPECT_TRUE(view.attributes.empty());
   EXPECT_TRUE(view.payload.empty());
 }
 
@@ -243,6 +258,7 @@ TEST(ObserveReaderTest, LargestPartsAreSound) {
   WireRecord record = Example(256, 65'536);
   record.dimension = 4096;
   record.vector.assign(4096 * 4, std::byte{1});
+  record.attributes.assign(4096, 'a');
   EXPECT_EQ(OpenBody(ObserveBodyOf(std::vector<WireRecord>{record})), RefusalReason::kNone);
 }
 
@@ -311,7 +327,7 @@ TEST(DecodeRecallTest, ReadsEachField) {
   wire.ef = 10'000;
   const Exact body(RecallBodyOf(wire));
   RecallView recall;
-  ASSERT_EQ(DecodeRecall(body.get(), &recall), RefusalReason::kNone);
+  ASSERT_EQ(DecodeRecall(body.get(), 0, &recall), RefusalReason::kNone);
   EXPECT_EQ(recall.body.k, 1000u);
   EXPECT_EQ(recall.body.ef, 10'000u);
   EXPECT_EQ(recall.body.dimension, 3);
@@ -323,7 +339,7 @@ TEST(DecodeRecallTest, FaultsAreNamed) {
   const auto decode = [](const WireBytes& body) {
     const Exact exact(body);
     RecallView recall;
-    return DecodeRecall(exact.get(), &recall);
+    return DecodeRecall(exact.get(), 0, &recall);
   };
   const std::array<float, 3> vector{1, 2, 3};
   const WireBytes sound = RecallBodyOf(F32Recall(vector));
@@ -356,6 +372,71 @@ TEST(DecodeRecallTest, FaultsAreNamed) {
     SetWireNumber(body, c.offset, c.bytes, c.value);
     EXPECT_EQ(decode(body), c.reason) << c.offset << " " << c.value;
   }
+}
+
+// Two clauses, as they come from a client.
+std::string SomeFilter() {
+  FilterWriter writer;
+  const std::array<std::string_view, 2> any{"docs", "mail"};
+  const std::array<std::string_view, 1> none{"old"};
+  EXPECT_TRUE(writer.Require("source", any));
+  EXPECT_TRUE(writer.Exclude(kTagKey, none));
+  writer.SetTimes({.begin_ns = -7});
+  return writer.Bytes();
+}
+constexpr uint16_t kFiltered = 8;
+
+TEST(DecodeRecallTest, AFilterFollowsTheVector) {
+  const std::array<float, 3> vector{1, 2, 3};
+  WireRecall wire = F32Recall(vector);
+  for (const std::string& filter : {SomeFilter(), std::string()}) {
+    wire.filter = filter;
+    const Exact body(RecallBodyOf(wire, kFiltered));
+    RecallView recall;
+    ASSERT_EQ(DecodeRecall(body.get(), kFiltered, &recall), RefusalReason::kNone);
+    EXPECT_EQ(WireText(recall.filter), filter);
+    EXPECT_TRUE(std::ranges::equal(std::span(recall.vector, sizeof(vector)),
+                                   std::as_bytes(std::span(vector))));
+    // Only the flag says that there is one.
+    EXPECT_EQ(DecodeRecall(body.get(), 0, &recall), RefusalReason::kBadFrame);
+  }
+  const Exact plain(RecallBodyOf(F32Recall(vector)));
+  RecallView recall;
+  recall.filter = plain.get();
+  EXPECT_EQ(DecodeRecall(plain.get(), kFiltered, &recall), RefusalReason::kBadFrame);
+  EXPECT_EQ(DecodeRecall(plain.get(), 0, &recall), RefusalReason::kNone);
+  EXPECT_TRUE(recall.filter.empty());
+}
+
+TEST(DecodeRecallTest, FaultsOfAFilterAreNamed) {
+  const std::array<float, 3> vector{1, 2, 3};
+  WireRecall wire = F32Recall(vector);
+  wire.filter = SomeFilter();
+  const auto decode = [](const WireBytes& body) {
+    const Exact exact(body);
+    RecallView recall;
+    return DecodeRecall(exact.get(), kFiltered, &recall);
+  };
+  const WireBytes sound = RecallBodyOf(wire, kFiltered);
+  const size_t length_at = sound.size() - wire.filter.size() - 2;
+  for (size_t bytes = 0; bytes < sound.size(); ++bytes) {
+    EXPECT_EQ(decode(WireBytes(sound.begin(), sound.begin() + static_cast<ptrdiff_t>(bytes))),
+              RefusalReason::kBadFrame);
+  }
+  for (const uint64_t length :
+       {size_t{0}, wire.filter.size() - 1, wire.filter.size() + 1, size_t{0xFFFF}}) {
+    WireBytes body = sound;
+    SetWireNumber(body, length_at, 2, length);
+    EXPECT_EQ(decode(body), RefusalReason::kBadFrame) << length;
+  }
+  // The frame is sound; what it says is not.
+  wire.filter.pop_back();
+  EXPECT_EQ(decode(RecallBodyOf(wire, kFiltered)), RefusalReason::kBadFilter);
+  wire.filter.assign(4'097, '\0');
+  EXPECT_EQ(decode(RecallBodyOf(wire, kFiltered)), RefusalReason::kBadFilter);
+  wire.filter = SomeFilter();
+  wire.k = 0;
+  EXPECT_EQ(decode(RecallBodyOf(wire, kFiltered)), RefusalReason::kBadRecall);
 }
 
 TEST(DecodeScrollTest, ReadsEachFieldAndNamesFaults) {

@@ -34,7 +34,8 @@ class FakeLogs {
   RecordAccess::DiskFactory Factory();
   RecordAccess Access() { return {Factory(), &pins, 0}; }
 
-  // Writes a record with this content; returns the hit that refers to it. `in_file` false: it is
+  // Writes a record with this content, and attributes before its payload; returns the hit that
+  // refers to it. `in_file` false: it is
   // not written yet.
   std::vector<std::byte> Put(uint16_t log, uint32_t segment, uint32_t offset, const std::string& id,
                              const std::string& payload, CommitStamp stamp,
@@ -43,6 +44,7 @@ class FakeLogs {
     record.space = "space";
     record.stamp = stamp;
     record.id = id;
+    record.attributes = std::as_bytes(std::span(attributes));
     record.payload = std::as_bytes(std::span(payload));
     record.dtype = VectorDtype::kF32;
     record.dimension = static_cast<uint16_t>(vector.size());
@@ -79,6 +81,7 @@ class FakeLogs {
     while (!reads.empty()) End(0);
   }
 
+  const std::string attributes = "\x06\x04sourcedocs";  // that records have
   ReadPins pins{1};
   std::map<std::string, std::vector<std::byte>> files;  // by folder and name
   std::vector<Read> reads;                              // under way

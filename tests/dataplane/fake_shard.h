@@ -33,6 +33,7 @@ class FakeShard {
     uint16_t dimension = 0;
     std::string id = {};
     std::string payload = {};
+    std::string attributes = {};
   };
   struct Session {
     std::string space = {};
@@ -98,6 +99,8 @@ class FakeShard {
   const std::map<std::string, Space>& spaces() const { return spaces_; }
   const std::vector<Detached>& detached() const { return detached_; }
   const std::vector<RecallRequest>& recalls() const { return recalls_; }
+  // Of the recalls, by the same index.
+  const std::vector<std::string>& filters() const { return filters_; }
   const std::vector<ScrollRequest>& scrolls() const { return scrolls_; }
   size_t taken_of(RequestKind kind) const { return taken_[static_cast<size_t>(kind)]; }
   // Taken and not answered yet, of all lanes.
@@ -288,13 +291,16 @@ class FakeShard {
     }
     request->space_dimension = space.dimension;
     session->last_sequence = request->sequence;
+    const char* attributes = body + request->id_bytes;
+    const char* payload = attributes + request->attribute_bytes;
     session->settled.push_back(
         {.sequence = request->sequence,
          .reason = reason,
          .op = request->op,
          .dimension = request->dimension,
          .id = id,
-         .payload = skip ? "" : std::string(body + request->id_bytes, request->payload_bytes)});
+         .payload = skip ? "" : std::string(payload, request->payload_bytes),
+         .attributes = skip ? "" : std::string(attributes, request->attribute_bytes)});
   }
 
   bool AnswerRecall(Waiting* waiting) {
@@ -304,6 +310,9 @@ class FakeShard {
       return false;
     }
     recalls_.push_back(request);
+    filters_.emplace_back(reinterpret_cast<const char*>(At(*waiting)) + kRequestBodyOffset +
+                              VectorBytes(request.dtype, request.dimension),
+                          request.filter_bytes);
     Complete(waiting->producer, {.kind = CompletionKind::kRecallDone,
                                  .reason = recall_refusal,
                                  .slot = waiting->slot,
@@ -423,6 +432,7 @@ class FakeShard {
   std::map<std::string, Space> spaces_;
   std::vector<Detached> detached_;
   std::vector<RecallRequest> recalls_;
+  std::vector<std::string> filters_;
   std::vector<ScrollRequest> scrolls_;
   uint32_t next_slot_ = 100;
   uint64_t commands_ = 0;

@@ -77,7 +77,9 @@ TEST(FrameFormatTest, TypesAndFlagsHaveTheirNumbers) {
   EXPECT_EQ(kFrameFlagWithPayload, 1);
   EXPECT_EQ(kFrameFlagWithVector, 2);
   EXPECT_EQ(kFrameFlagSnapshot, 4);
+  EXPECT_EQ(kFrameFlagFiltered, 8);
   EXPECT_EQ(kFeatureNoSession, 1u);
+  EXPECT_EQ(kFeatureAttributes, 2u);
   EXPECT_EQ(kNakFlagConsumed, 1);
   EXPECT_EQ(kNakFlagClosing, 2);
   EXPECT_EQ(kMaxFrameBodyBytes, 1'048'576u);
@@ -116,6 +118,7 @@ TEST(FrameFormatTest, BodiesLieAsThePageSays) {
                       .dtype = VectorDtype::kInt8,
                       .dimension = 0x0506,
                       .id_bytes = 0x0708,
+                      .attribute_bytes = 0x0D0E,
                       .payload_bytes = 0x090A0B0C,
                       .scale = 0.5F,
                       .confidence = 0.25F,
@@ -126,7 +129,7 @@ TEST(FrameFormatTest, BodiesLieAsThePageSays) {
                                  .U8(4)
                                  .U16(0x0506)
                                  .U16(0x0708)
-                                 .U16(0)
+                                 .U16(0x0D0E)
                                  .U32(0x090A0B0C)
                                  .F32(0.5F)
                                  .F32(0.25F)

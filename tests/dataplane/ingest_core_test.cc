@@ -33,13 +33,23 @@ TEST_F(IngestCoreTest, HelloMakesASession) {
   EXPECT_EQ(h().shard().sessions().begin()->second.space, "docs");
 }
 
+TEST_F(IngestCoreTest, AttributesAreGrantedToWhoAsksForThem) {
+  for (const uint32_t features : {0u, 1u, 2u, 3u}) {
+    TestClient& client = NewClient();
+    client.Send(HelloBytes({.features = features}));
+    const auto acks = client.Await(kWireHelloAck);
+    ASSERT_EQ(acks.size(), 1u);
+    EXPECT_EQ(WireNumber(acks[0].body, 0, 4), features);
+  }
+}
+
 TEST_F(IngestCoreTest, HelloWithoutASessionOnlyAsks) {
   TestClient& client = NewClient();
   client.Send(HelloBytes({.features = 0xFFFFFFFF, .priority = 1}));
   const auto acks = client.Await(kWireHelloAck);
   ASSERT_EQ(acks.size(), 1u);
   EXPECT_EQ(acks[0].session, 0u);
-  EXPECT_EQ(WireNumber(acks[0].body, 0, 4), 1u);  // unknown features are not granted
+  EXPECT_EQ(WireNumber(acks[0].body, 0, 4), 3u);  // unknown features are not granted
   EXPECT_EQ(WireNumber(acks[0].body, 7, 1), 1u);
   EXPECT_TRUE(h().shard().sessions().empty());
   client.Send(Observations(0, 1));

@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "src/core/attributes.h"
 #include "tests/dataplane/ingest_rig.h"
 
 namespace engram {
@@ -33,6 +34,47 @@ TEST_F(IngestObserveTest, ObservationsArriveInOrderWithTheirContents) {
   }
   EXPECT_EQ(h().counted(IngestCounter::kObservationsAccepted), 11u);
   EXPECT_EQ(h().core().receive_to_ring().Count(), 11u);
+}
+
+TEST_F(IngestObserveTest, AttributesArriveWithTheirObservation) {
+  TestClient& client = Greeted({.features = 2});
+  std::vector<WireRecord> records{RecordOf(1), RecordOf(2), RecordOf(3)};
+  ASSERT_TRUE(AppendAttribute("source", "docs", &records[0].attributes));
+  ASSERT_TRUE(AppendAttribute(kTagKey, "red", &records[0].attributes));
+  while (AppendAttribute("k", std::string(255, 'v'), &records[2].attributes)) {
+  }
+  client.Send(ObserveBytes(client.session(), 1, records));
+  EXPECT_EQ(LastAcked(client), 3u);
+  const auto& settled = SessionOf(client).settled;
+  ASSERT_EQ(settled.size(), 3u);
+  for (size_t i = 0; i < settled.size(); ++i) {
+    EXPECT_EQ(settled[i].reason, RefusalReason::kNone);
+    EXPECT_EQ(settled[i].id, records[i].id);
+    EXPECT_EQ(settled[i].attributes, records[i].attributes);
+    EXPECT_EQ(settled[i].payload, records[i].payload);
+  }
+}
+
+TEST_F(IngestObserveTest, BadAttributesConsumeTheirNumber) {
+  TestClient& client = Greeted({.features = 2});
+  std::vector<WireRecord> records{RecordOf(1), RecordOf(2), RecordOf(3), RecordOf(4)};
+  records[1].attributes = "\x01";
+  for (int i = 0; i < 65; ++i) records[2].attributes += std::string("\x01\x01kv");
+  client.Send(ObserveBytes(client.session(), 1, records));
+  const auto naks = client.Await(kWireNak);
+  ASSERT_EQ(naks.size(), 2u);
+  for (size_t i = 0; i < 2; ++i) {
+    const WireNak nak = ParseNak(naks[i]);
+    EXPECT_EQ(nak.reason, CodeOf(RefusalReason::kBadAttributes));
+    EXPECT_EQ(naks[i].sequence, i + 2);
+    EXPECT_TRUE(nak.consumed);
+    EXPECT_FALSE(nak.closing);
+    EXPECT_EQ(nak.expected, i + 3);
+  }
+  EXPECT_EQ(LastAcked(client), 4u);
+  const auto& settled = SessionOf(client).settled;
+  ASSERT_EQ(settled.size(), 4u);
+  EXPECT_EQ(settled[3].payload, "p4");
 }
 
 TEST_F(IngestObserveTest, AcksAreCumulativeAndCoalesced) {

@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "src/core/attributes.h"
 #include "tests/dataplane/ingest_rig.h"
 
 namespace engram {
@@ -76,6 +78,44 @@ TEST_F(IngestRecallTest, ARefusedRecallIsAnsweredWithItsId) {
   client.Send(RecallBytes(7, F32Recall(kVector)));
   EXPECT_EQ(OnlyNak(client).reason, CodeOf(RefusalReason::kUnknownSpace));
   EXPECT_EQ(client.Of(kWireNak)[0].sequence, 7u);
+}
+
+TEST_F(IngestRecallTest, AFilterArrivesBehindTheVector) {
+  TestClient& client = Greeted({.features = 2});
+  WireRecall recall = F32Recall(kVector);
+  FilterWriter writer;
+  const std::array<std::string_view, 2> sources{"docs", "mail"};
+  ASSERT_TRUE(writer.Require("source", sources));
+  recall.filter = writer.Bytes();
+  client.Send(RecallBytes(1, recall, 8));
+  client.Send(RecallBytes(2, recall, 0));
+  recall.filter.clear();
+  client.Send(RecallBytes(3, recall, 8));
+  EXPECT_EQ(client.Await(kWireResult).size(), 3u);
+  EXPECT_EQ(h().shard().filters(), (std::vector<std::string>{writer.Bytes(), "", ""}));
+}
+
+TEST_F(IngestRecallTest, ABadFilterIsRefusedAndNothingElse) {
+  TestClient& client = Greeted({.features = 2});
+  WireRecall recall = F32Recall(kVector);
+  recall.filter = "too short";
+  client.Send(RecallBytes(9, recall, 8));
+  const WireNak nak = OnlyNak(client);
+  EXPECT_EQ(nak.reason, CodeOf(RefusalReason::kBadFilter));
+  EXPECT_EQ(nak.refused_type, kWireRecall);
+  EXPECT_FALSE(nak.closing);
+  EXPECT_EQ(h().shard().taken_of(RequestKind::kRecall), 0u);
+  // A key that the space does not keep is the shard's to refuse.
+  client.Forget();
+  h().shard().recall_refusal = RefusalReason::kUnknownFilterKey;
+  FilterWriter writer;
+  const std::array<std::string_view, 1> any{"x"};
+  ASSERT_TRUE(writer.Require("nobody-keeps-this", any));
+  recall.filter = writer.Bytes();
+  client.Send(RecallBytes(10, recall, 8));
+  EXPECT_EQ(OnlyNak(client).reason, CodeOf(RefusalReason::kUnknownFilterKey));
+  EXPECT_NE(OnlyNak(client).text.find("filter_keys"), std::string::npos);
+  ExpectServes(client);
 }
 
 TEST_F(IngestRecallTest, TooManyRecallsPauseReading) {

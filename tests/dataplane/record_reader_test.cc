@@ -27,7 +27,7 @@ constexpr int64_t kRetryForNs = 10 * kNanosPerMilli;
 
 class RecordReaderTest : public testing::Test {
  protected:
-  RecordReaderTest() { Make(16, {{1'024, 4}, {83'968, 4}}); }
+  RecordReaderTest() { Make(16, {{1'024, 4}, {kMaxRecordSlotBytes, 4}}); }
 
   void Make(uint32_t max_open_files, const std::vector<SlotClass>& slots) {
     reader_.reset();
@@ -238,6 +238,7 @@ TEST_F(RecordReaderTest, AnotherRecordIsNotTakenForIt) {
     record.space = "space";
     record.stamp = 5;
     record.id = "a";
+    record.attributes = std::as_bytes(std::span(logs_.attributes));
     record.payload = std::as_bytes(std::span(payload));
     record.dtype = VectorDtype::kF32;
     record.dimension = 2;
@@ -289,7 +290,7 @@ TEST_F(RecordReaderTest, WhatWasRestoredHasAnOlderRecord) {
 }
 
 TEST_F(RecordReaderTest, FilesStayOpenWithinABound) {
-  Make(10, {{1'024, 4}, {83'968, 4}});
+  Make(10, {{1'024, 4}, {kMaxRecordSlotBytes, 4}});
   logs_.ends_at_once = true;
   std::vector<std::vector<std::byte>> hits;
   for (uint32_t s = 1; s <= 30; ++s) hits.push_back(logs_.Put(0, s, 4'096, "a", "p", 5));

@@ -151,6 +151,7 @@ struct WireRecord {
   WireBytes vector = {};
   std::string id = {};
   std::string payload = {};
+  std::string attributes = {};
 };
 inline WireRecord F32Record(std::string id, std::span<const float> vector,
                             std::string payload = {}) {
@@ -166,13 +167,15 @@ inline WireRecord DeleteRecord(std::string id) {
   return {.op = 2, .dtype = 0, .vector = {}, .id = std::move(id), .payload = {}};
 }
 inline WireBytes RecordBytesOf(const WireRecord& record) {
-  const size_t used = 32 + record.vector.size() + record.id.size() + record.payload.size();
+  const size_t used = 32 + record.vector.size() + record.id.size() + record.attributes.size() +
+                      record.payload.size();
   const size_t padded = (used + 7) / 8 * 8;
   WireWriter out;
   out.U32(padded).U8(record.op).U8(record.dtype).U16(record.dimension);
-  out.U16(record.id.size()).U16(0).U32(record.payload.size());
+  out.U16(record.id.size()).U16(record.attributes.size()).U32(record.payload.size());
   out.F32(record.scale).F32(record.confidence).U64(static_cast<uint64_t>(record.when_ns));
-  out.Raw(record.vector).Text(record.id).Text(record.payload).Zeros(padded - used);
+  out.Raw(record.vector).Text(record.id).Text(record.attributes).Text(record.payload);
+  out.Zeros(padded - used);
   return out.Take();
 }
 inline WireBytes ObserveBodyOf(std::span<const WireRecord> records) {
@@ -194,20 +197,25 @@ struct WireRecall {
   uint8_t dtype = 1;
   float scale = 1;
   WireBytes vector = {};
+  std::string filter = {};
 };
 inline WireRecall F32Recall(std::span<const float> vector) {
   const auto bytes = std::as_bytes(vector);
   return {.dimension = static_cast<uint16_t>(vector.size()),
           .vector = WireBytes(bytes.begin(), bytes.end())};
 }
-inline WireBytes RecallBodyOf(const WireRecall& recall) {
+// With flag 8 (filtered) there is a filter, maybe an empty one.
+inline WireBytes RecallBodyOf(const WireRecall& recall, uint16_t flags = 0) {
   WireWriter body;
   body.U32(recall.k).U32(recall.ef).U16(recall.dimension).U8(recall.dtype).U8(0);
-  return body.F32(recall.scale).Raw(recall.vector).Take();
+  body.F32(recall.scale).Raw(recall.vector);
+  if ((flags & 8) != 0) body.U16(recall.filter.size()).Text(recall.filter);
+  return body.Take();
 }
-// `flags`: 1 with payload, 2 with vector, 4 at a snapshot.
+// `flags`: 1 with payload, 2 with vector, 4 at a snapshot, 8 filtered.
 inline WireBytes RecallBytes(uint64_t request_id, const WireRecall& recall, uint16_t flags = 0) {
-  return MakeFrame(kWireRecall, {.flags = flags, .sequence = request_id}, RecallBodyOf(recall));
+  return MakeFrame(kWireRecall, {.flags = flags, .sequence = request_id},
+                   RecallBodyOf(recall, flags));
 }
 inline WireBytes IntrospectBytes(uint64_t request_id, uint8_t what) {
   return MakeFrame(kWireIntrospect, {.sequence = request_id}, WireWriter().U8(what).Take());

@@ -7,6 +7,7 @@
 
 #include <array>
 
+#include "src/core/attributes.h"
 #include "src/core/clock.h"
 #include "tests/engramctl/scripted_peer.h"
 
@@ -186,13 +187,14 @@ TEST_F(EngramClientTest, HelloSaysWhatIsAskedAndKeepsTheAnswer) {
   EXPECT_EQ(connection_.hello().credit, 100u);
   EXPECT_EQ(connection_.hello().max_frame_bytes, 5'000u);
   EXPECT_EQ(connection_.hello().max_recalls, 8u);
+  EXPECT_FALSE(connection_.hello().attributes) << "a server that does not know them";
 
   const auto frame = peer_.NextFrame();
   ASSERT_TRUE(frame.has_value());
   EXPECT_EQ(frame->header.type, FrameType::kHello);
   EXPECT_EQ(frame->header.session, 9u);
   const auto body = LoadAs<HelloBody>(frame->body.data());
-  EXPECT_EQ(body.features, 0u);
+  EXPECT_EQ(body.features, kFeatureAttributes);
   EXPECT_EQ(body.dimension, 2);
   EXPECT_EQ(body.metric, Metric::kL2);
   EXPECT_EQ(body.priority, Priority::kHigh);
@@ -382,6 +384,30 @@ TEST_F(EngramClientTest, RecallCarriesItsFields) {
   EXPECT_EQ(body.dimension, 2);
   EXPECT_EQ(body.dtype, VectorDtype::kF32);
   EXPECT_EQ(frame->body.size(), sizeof(RecallBody) + 8);
+}
+
+TEST_F(EngramClientTest, AFilterFollowsTheVector) {
+  peer_.features = kFeatureAttributes | kFeatureNoSession;
+  Greet();
+  EXPECT_TRUE(connection_.hello().attributes);
+  RecallStream stream(&connection_);
+  FilterWriter writer;
+  writer.SetTimes({.begin_ns = 5});
+  const std::string filter = writer.Bytes();
+  stream.Send({.vector = vector_, .filter = filter});
+  stream.Send({.vector = vector_});
+  ASSERT_TRUE(connection_.Flush().has_value());
+  const auto frame = peer_.NextFrame();
+  ASSERT_TRUE(frame.has_value());
+  EXPECT_EQ(frame->header.flags, kFrameFlagFiltered);
+  const size_t vector_end = sizeof(RecallBody) + sizeof(vector_);
+  ASSERT_EQ(frame->body.size(), vector_end + 2 + filter.size());
+  EXPECT_EQ(LoadAs<uint16_t>(frame->body.data() + vector_end), filter.size());
+  EXPECT_EQ(std::memcmp(frame->body.data() + vector_end + 2, filter.data(), filter.size()), 0);
+  const auto plain = peer_.NextFrame();
+  ASSERT_TRUE(plain.has_value());
+  EXPECT_EQ(plain->header.flags, 0);
+  EXPECT_EQ(plain->body.size(), vector_end);
 }
 
 TEST_F(EngramClientTest, RecallAsksForVectorsAndASnapshotByFlags) {

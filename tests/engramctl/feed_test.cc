@@ -28,6 +28,7 @@ class FeedTest : public testing::Test {
           observation->id = id_;
           observation->dimension = 2;
           observation->vector = std::as_bytes(std::span<const float>(vector_));
+          observation->attributes = attributes_;
           observation->payload = payload_;
         },
         FeedOptions{.batch = batch, .stall_timeout_ns = kStallNs});
@@ -73,6 +74,7 @@ class FeedTest : public testing::Test {
   SimulatedClock clock_;
   ScriptedPeer peer_;
   std::string id_;
+  std::string attributes_;
   std::string payload_;
   std::array<float, 2> vector_ = {};
   std::optional<Feed> feed_;
@@ -97,6 +99,24 @@ TEST_F(FeedTest, RecordsArriveWholeAndNumberedAfterTheSessionsLast) {
   }
 }
 
+TEST_F(FeedTest, AttributesTravelWhereTheServerTakesThem) {
+  for (const uint32_t features : {uint32_t{0}, kFeatureAttributes}) {
+    peer_ = ScriptedPeer();
+    peer_.features = features;
+    Start(0, 1'000);
+    attributes_ = "attributes";
+    payload_ = "words";
+    feed_->Offer(5);
+    Step();
+    const auto records = peer_.TakeRecords();
+    ASSERT_EQ(records.size(), 5u);
+    for (const PeerRecord& record : records) {
+      EXPECT_EQ(record.attributes, features == 0 ? "" : "attributes");
+      EXPECT_EQ(record.payload, "words");
+    }
+  }
+}
+
 TEST_F(FeedTest, FramesHoldABatchEach) {
   Start(0, 1'000, /*batch=*/4);
   feed_->Offer(10);
@@ -117,6 +137,21 @@ TEST_F(FeedTest, FramesStayWithinTheServersBound) {
     starts.push_back(frame->header.sequence);
   }
   EXPECT_EQ(starts, (std::vector<uint64_t>{1, 4, 7}));
+}
+
+TEST_F(FeedTest, AttributesCountForTheBound) {
+  // 48 bytes, and 48 of attributes.
+  peer_.features = kFeatureAttributes;
+  attributes_.assign(48, 'a');
+  Start(0, 1'000, /*batch=*/4, /*max_frame_bytes=*/200);
+  feed_->Offer(4);
+  Step();
+  std::vector<uint64_t> starts;
+  while (const auto frame = peer_.NextFrame()) {
+    EXPECT_LE(frame->body.size(), 200u);
+    starts.push_back(frame->header.sequence);
+  }
+  EXPECT_EQ(starts, (std::vector<uint64_t>{1, 3}));
 }
 
 TEST_F(FeedTest, AnObservationThatFitsInNoFrameIsAnError) {

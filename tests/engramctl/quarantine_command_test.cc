@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "index/log/replay_guard.h"
+#include "src/core/attributes.h"
 #include "src/core/log_record.h"
 #include "tests/support/scratch_directory.h"
 #include "tools/engramctl/commands.h"
@@ -21,7 +22,7 @@ constexpr LogAddress kAddress = MakeLogAddress(3, MakeLogPosition(0x2a, 0x1f40))
 
 class QuarantineCommandTest : public testing::Test {
  protected:
-  void Keep(const std::string& id, const std::string& payload) {
+  void Keep(const std::string& id, const std::string& payload, const std::string& attributes = {}) {
     const std::vector<float> vector = {1, 2, 3};
     LogRecord record;
     record.dtype = VectorDtype::kF32;
@@ -31,6 +32,7 @@ class QuarantineCommandTest : public testing::Test {
     record.space = "s";
     record.vector = std::as_bytes(std::span(vector));
     record.id = id;
+    record.attributes = std::as_bytes(std::span(attributes));
     record.payload = std::as_bytes(std::span(payload));
     QuarantinedRecord kept{.address = kAddress,
                            .stamp = record.stamp,
@@ -54,6 +56,17 @@ class QuarantineCommandTest : public testing::Test {
 
   ScratchDirectory folder_;
 };
+
+TEST_F(QuarantineCommandTest, AttributesAreThere) {
+  std::string attributes;
+  ASSERT_TRUE(AppendAttribute("source", "docs", &attributes));
+  ASSERT_TRUE(AppendAttribute(kTagKey, "\xff", &attributes));
+  Keep("id", "a payload", attributes);
+  const auto wanted = nlohmann::json::parse(
+      R"([{"key": "source", "value": "docs"}, {"key": "", "value_base64": "/w=="}])");
+  EXPECT_EQ(Dump()["attributes"], wanted);
+  EXPECT_EQ(Dump()["payload"], "a payload");
+}
 
 TEST_F(QuarantineCommandTest, TextIsText) {
   Keep("an id with \xc3\xa4", "a \"payload\"");

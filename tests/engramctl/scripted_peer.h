@@ -35,6 +35,7 @@ struct PeerRecord {
   RecordHeader header;
   Bytes vector;
   std::string id;
+  std::string attributes;
   std::string payload;
 };
 
@@ -44,6 +45,7 @@ struct PeerRecord {
 class ScriptedPeer {
  public:
   static constexpr uint64_t kSession = 77;
+  uint32_t features = 0;  // that it grants
 
   ScriptedPeer() {
     int fds[2];
@@ -79,6 +81,7 @@ class ScriptedPeer {
   void SendHelloAck(uint64_t last_sequence, uint64_t credit,
                     uint32_t max_frame_bytes = kMaxFrameBodyBytes, uint32_t max_recalls = 4) {
     HelloAckBody body;
+    body.features = features;
     body.dimension = 2;
     body.metric = Metric::kCosine;
     body.credit = credit;
@@ -138,14 +141,17 @@ class ScriptedPeer {
       record.sequence = frame.header.sequence + i;
       record.header = LoadAs<RecordHeader>(frame.body.data() + at);
       const size_t vector_bytes = VectorBytes(record.header.dtype, record.header.dimension);
-      CHECK(record.header.record_bytes ==
-                RecordBytes(vector_bytes, record.header.id_bytes, record.header.payload_bytes),
+      CHECK(record.header.record_bytes == RecordBytes(vector_bytes, record.header.id_bytes,
+                                                      record.header.payload_bytes,
+                                                      record.header.attribute_bytes),
             "a record's length is that of its parts, padded");
       const std::byte* part = frame.body.data() + at + sizeof(RecordHeader);
       record.vector.assign(part, part + vector_bytes);
       part += vector_bytes;
       record.id.assign(reinterpret_cast<const char*>(part), record.header.id_bytes);
       part += record.header.id_bytes;
+      record.attributes.assign(reinterpret_cast<const char*>(part), record.header.attribute_bytes);
+      part += record.header.attribute_bytes;
       record.payload.assign(reinterpret_cast<const char*>(part), record.header.payload_bytes);
       at += record.header.record_bytes;
       records.push_back(std::move(record));

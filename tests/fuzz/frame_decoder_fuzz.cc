@@ -26,6 +26,7 @@
 #include "dataplane/decoder.h"
 #include "dataplane/frame_assembler.h"
 #include "dataplane/frame_format.h"
+#include "src/core/attributes.h"
 #include "src/core/check.h"
 #include "src/core/hash.h"
 #include "tests/dataplane/wire.h"
@@ -81,8 +82,10 @@ void ReadSlot(const std::byte* slot) {
   for (const float number : numbers) CHECK(number - number == 0, "a number is not finite");
   at += VectorBytes(request->dtype, request->dimension);
   const std::string text(reinterpret_cast<const char*>(at),
-                         request->id_bytes + request->payload_bytes);
+                         request->id_bytes + request->attribute_bytes + request->payload_bytes);
   CHECK(request->id_bytes > 0 && request->id_bytes <= kMaxIdBytes, "an id of no allowed length");
+  CHECK(CheckAttributes({at + request->id_bytes, request->attribute_bytes}) == RefusalReason::kNone,
+        "unsound attributes came in");
   CHECK(request->confidence >= 0 && request->confidence <= 1, "a confidence beyond 0 to 1");
 }
 
@@ -128,10 +131,15 @@ void DecodeFrame(const WireBytes& frame) {
     }
     case FrameType::kRecall: {
       RecallView recall;
-      if (DecodeRecall(body, &recall) != RefusalReason::kNone) break;
+      if (DecodeRecall(body, header.flags, &recall) != RefusalReason::kNone) break;
       for (const SpaceRules& rules : kRules) {
-        const Slot slot(SlotBytesFor(recall.body));
-        (void)AdmitRecall(recall, rules, slot.get());
+        const Slot slot(SlotBytesFor(recall));
+        if (AdmitRecall(recall, rules, slot.get()) != RefusalReason::kNone) continue;
+        const auto* request = reinterpret_cast<const RecallRequest*>(slot.get());
+        const std::byte* filter =
+            slot.get() + kRequestBodyOffset + VectorBytes(request->dtype, request->dimension);
+        CHECK(CheckFilter({filter, request->filter_bytes}) == RefusalReason::kNone,
+              "an unsound filter came in");
       }
       break;
     }
@@ -187,6 +195,26 @@ Frames Assemble(std::span<const std::byte> stream, size_t most_piece, uint64_t s
   return result;
 }
 
+std::string SomeAttributes(SplitMix64& random) {
+  std::string bytes;
+  for (size_t i = random.Below(4); i > 0; --i) {
+    AppendAttribute(std::string(random.Below(7), 'k'), std::string(random.Below(9), 'v'), &bytes);
+  }
+  return bytes;
+}
+
+WireBytes SoundRecall(SplitMix64& random, std::span<const float> vector) {
+  WireRecall recall = F32Recall(vector);
+  if (random.Below(2) == 0) return RecallBytes(random.Next(), recall);
+  FilterWriter writer;
+  writer.SetTimes({.begin_ns = static_cast<int64_t>(random.Below(9))});
+  const std::vector<std::string_view> values(random.Below(4), "value");
+  writer.Require("source", values);
+  writer.Exclude(kTagKey, values);
+  recall.filter = writer.Bytes();
+  return RecallBytes(random.Next(), recall, 8);
+}
+
 // A sound frame of any type.
 WireBytes SoundFrame(SplitMix64& random) {
   const std::array<float, 3> vector{1, 2, 3};
@@ -194,7 +222,7 @@ WireBytes SoundFrame(SplitMix64& random) {
     case 0:
       return HelloBytes({.dimension = 3, .space = "a-space"});
     case 1:
-      return RecallBytes(random.Next(), F32Recall(vector));
+      return SoundRecall(random, vector);
     case 2:
       return IntrospectBytes(1, 1);
     default: {
@@ -211,6 +239,7 @@ WireBytes SoundFrame(SplitMix64& random) {
           record.dtype = static_cast<uint8_t>(element_bytes == 1 ? 4 : 2 + random.Below(2));
           record.vector.resize(record.dimension * element_bytes);
         }
+        if (record.op == 1) record.attributes = SomeAttributes(random);
         records.push_back(record);
       }
       return ObserveBytes(7, 1, records);
@@ -239,8 +268,8 @@ void Repair(std::span<std::byte> stream) {
 void WriteEdge(std::span<std::byte> stream, SplitMix64& random) {
   if (stream.size() < 36) return;
   // Offsets in a first observe frame whose numbers are lengths or counts.
-  constexpr std::array<std::array<size_t, 2>, 8> kFields{
-      {{8, 4}, {32, 2}, {36, 4}, {40, 1}, {41, 1}, {42, 2}, {44, 2}, {48, 4}}};
+  constexpr std::array<std::array<size_t, 2>, 9> kFields{
+      {{8, 4}, {32, 2}, {36, 4}, {40, 1}, {41, 1}, {42, 2}, {44, 2}, {46, 2}, {48, 4}}};
   const auto& field = kFields[random.Below(kFields.size())];
   size_t offset = field[0];
   if (random.Below(3) == 0) offset = random.Below(stream.size());

@@ -14,8 +14,10 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "src/core/attributes.h"
 #include "src/core/check.h"
 #include "tests/dataplane/fake_shard.h"
 #include "tests/dataplane/ingest_harness.h"
@@ -120,7 +122,7 @@ class Machine {
 
   WireBytes Hello(Place* place) {
     const uint8_t choice = program_->Byte();
-    return HelloBytes({.features = choice & 1u,
+    return HelloBytes({.features = (choice & 1u) | (choice & 2u),
                        .dimension = static_cast<uint16_t>((choice >> 1) & 1 ? 2 : 0),
                        .metric = static_cast<uint8_t>((choice >> 2) & 3),
                        .priority = static_cast<uint8_t>((choice >> 4) & 1),
@@ -137,10 +139,19 @@ class Machine {
           1, (choice & 4) != 0 ? std::numeric_limits<float>::infinity() : 2, 3};
       records.push_back(F32Record("id", std::span(vector).first((choice & 8) != 0 ? 3 : 2),
                                   std::string(payload_bytes, 'p')));
+      records.back().attributes = Attributes();
     }
     const Sequence first = place->next + (choice >> 4) - ((choice >> 4) > 7 ? 16 : 0);
     if (first == place->next) place->next += records.size();
     return ObserveBytes(place->session, first, records);
+  }
+  // None, sound ones, or whatever.
+  std::string Attributes() {
+    const uint8_t choice = program_->Byte();
+    if ((choice & 3) == 0) return WireText(program_->Bytes(choice >> 2));
+    std::string attributes;
+    if ((choice & 3) == 1) AppendAttribute("key", std::string(choice, 'v'), &attributes);
+    return attributes;
   }
   WireBytes Recall() {
     const uint8_t choice = program_->Byte();
@@ -148,7 +159,16 @@ class Machine {
     const std::array<float, 3> query{value, value, value};
     WireRecall recall = F32Recall(std::span(query).first((choice & 2) != 0 ? 3 : 2));
     if ((choice & 12) == 12) recall.k = 0;
-    return RecallBytes(choice, recall, choice >> 5);
+    auto flags = static_cast<uint16_t>(choice >> 5);
+    if ((choice & 16) != 0) {
+      flags |= 8;
+      FilterWriter writer;
+      const std::array<std::string_view, 1> values{"value"};
+      writer.Exclude("key", values);
+      const uint8_t filter = program_->Byte();
+      recall.filter = (filter & 1) != 0 ? writer.Bytes() : WireText(program_->Bytes(filter >> 1));
+    }
+    return RecallBytes(choice, recall, flags);
   }
   // Of an operator's tools.
   WireBytes Question() {

@@ -142,7 +142,7 @@ class ShardRig {
     RecordReaderOptions reading{.max_open_files = 48,
                                 .retry_ns = kNanosPerMilli,
                                 .retry_for_ns = 100 * kNanosPerMilli,
-                                .slots = {{4'096, 16}, {83'968, 16}},
+                                .slots = {{4'096, 16}, {kMaxRecordSlotBytes, 16}},
                                 .huge_pages = HugePagePolicy::kOff};
     auto reader = RecordReader::Create(reading, &clock, world.records);
     CHECK(reader.has_value(), "the test's reader");

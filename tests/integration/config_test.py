@@ -67,7 +67,7 @@ class ConfigCommandTest(unittest.TestCase):
             self.assertEqual(daemon.engramctl(*arguments).returncode, 2, arguments)
 
     def test_show_is_a_file_that_check_takes(self):
-        text = ('[listen]\ngrpc = ""\n[index]\nalpha = 1.2\n'
+        text = ('[listen]\ngrpc = ""\n[index]\nalpha = 1.2\n[limits]\nrecall_batch = 20\n'
                 '[[space]]\nname = "films"\ndimension = 768\nquota_mib = 5\n'
                 'filter_keys = ["lang"]\n')
         first = self.run_on(text, "show")
@@ -82,7 +82,9 @@ class ConfigCommandTest(unittest.TestCase):
         self.assertEqual(checked.returncode, 0, checked.stderr)
         self.assertEqual(tomllib.loads(self.run_on(first.stdout, "show").stdout), shown)
         as_json = json.loads(self.run_on(text, "show", "--json").stdout)
-        self.assertEqual(as_json["not_honoured_yet"], ["space.filter_keys"])
+        self.assertEqual(as_json["not_honoured_yet"], ["limits.recall_batch"])
+        self.assertEqual(as_json["index"]["filter_keys"], ["source", "category"])
+        self.assertEqual(as_json["space"][0]["filter_keys"], ["lang"])
         for section, fields in shown.items():
             if section == "space":
                 continue

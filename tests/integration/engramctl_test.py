@@ -385,5 +385,30 @@ class UnfinishedLoadTest(unittest.TestCase):
         self.assertNotIn("to go on", said)
 
 
+class FilterUsageTest(unittest.TestCase):
+    """What is asked for needs no daemon."""
+
+    def recall(self, *arguments):
+        return daemon.engramctl("recall", "--text", "x", "--encoder", "y", *arguments)
+
+    def test_what_is_no_filter_is_named_with_its_remedy(self):
+        for arguments, text in (
+                (("--filter", "source"), "is no KEY=VALUE; write one like source=docs or tag=red"),
+                (("--filter", "!=x"), "is no KEY=VALUE"),
+                (("--exclude", "tag="), "names no tag"),
+                (("--since", "yesterday"), "is no time of the years 1678 to 2261; write one like"),
+                (("--until", "2024-02-30"), "is no time")):
+            with self.subTest(arguments):
+                done = self.recall(*arguments)
+                self.assertEqual((done.returncode, done.stdout), (2, ""))
+                self.assertIn(text, done.stderr)
+
+    def test_help_names_the_keys_that_every_space_has(self):
+        done = daemon.engramctl("recall", "--help")
+        for word in ("tag, who, where_location, memory_type", "filter_keys", "--exclude",
+                     "--since"):
+            self.assertIn(word, " ".join(done.stdout.split()))
+
+
 if __name__ == "__main__":
     daemon.main()

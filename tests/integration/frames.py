@@ -23,7 +23,7 @@ MAX_FRAME_BYTES = 1_048_576
 (RECALL, RESULT, PING, CLOSE, INTROSPECT, INTROSPECTION) = (7, 8, 9, 10, 11, 12)
 (COMMAND, COMMAND_DONE) = (13, 14)
 (SCROLL, SCROLLED, CHECK, CHECKED) = (15, 16, 17, 18)
-NO_SESSION = 1
+NO_SESSION, ATTRIBUTES = 1, 2  # features of hello
 COSINE, INNER_PRODUCT, L2 = 1, 2, 3
 UPSERT, DELETE = 1, 2
 COMPACT, DROP, REBUILD = 1, 2, 3
@@ -31,7 +31,8 @@ F32, F16, BF16, INT8 = 1, 2, 3, 4
 SPACES, STATUS = 1, 2
 CONSUMED, CLOSED = 1, 2  # flags of nak
 PAYLOAD_LEFT_OUT = 1     # flag of a hit
-WITH_PAYLOAD, WITH_VECTOR, SNAPSHOT = 1, 2, 4  # flags of recall
+WITH_PAYLOAD, WITH_VECTOR, SNAPSHOT, FILTERED = 1, 2, 4, 8  # flags of recall
+FROM_START, TO_END = -2 ** 63, 2 ** 63 - 1  # no bounds of a filter's times
 
 # Refusals that the tests ask for, by the codes of the table that FORMAT.md names.
 REASONS = {
@@ -40,7 +41,8 @@ REASONS = {
     "connection_limit": 13, "shutting_down": 14, "recovering": 16, "wrong_dimension": 20,
     "not_finite": 21,
     "zero_vector": 22, "bad_dtype": 23, "bad_id": 24, "payload_too_large": 25, "bad_scale": 26,
-    "bad_confidence": 27, "bad_operation": 28, "sequence_gap": 60, "session_expired": 61,
+    "bad_confidence": 27, "bad_operation": 28, "bad_attributes": 29, "bad_filter": 77,
+    "unknown_filter_key": 78, "sequence_gap": 60, "session_expired": 61,
     "fenced": 62, "bad_space_id": 65, "metric_mismatch": 66, "dimension_mismatch": 67,
     "unknown_space": 68, "bad_recall": 69, "no_session": 70, "session_space_mismatch": 71,
     "busy": 72, "merges_full": 73, "quota_observations": 47, "quota_memory": 48,
@@ -150,8 +152,22 @@ def padded(data):
     return data + bytes(-len(data) % 8)
 
 
+def attributes(*pairs):
+    """The bytes of (key, value) pairs; a tag has the key b""."""
+    return b"".join(bytes((len(key), len(value))) + key + value for key, value in pairs)
+
+
+def recall_filter(*clauses, begin_ns=FROM_START, end_ns=TO_END):
+    """The bytes of a filter of (key, values) and, for none of them, (key, values, True)."""
+    body = struct.pack("<qq", begin_ns, end_ns)
+    for key, values, *excludes in clauses:
+        body += bytes((any(excludes), len(key), len(values), 0)) + key
+        body += b"".join(bytes((len(value),)) + value for value in values)
+    return body
+
+
 def record(identity, vector=None, *, op=UPSERT, dtype=F32, scale=0.0, payload=b"", confidence=1.0,
-           when_ns=0, dimension=None, raw_vector=None):
+           when_ns=0, dimension=None, raw_vector=None, attributes=b""):
     """One observation. raw_vector and dimension are given only to send something odd."""
     if op == DELETE:
         dtype = dimension = 0
@@ -159,17 +175,19 @@ def record(identity, vector=None, *, op=UPSERT, dtype=F32, scale=0.0, payload=b"
     else:
         data = encode_vector(vector, dtype) if raw_vector is None else raw_vector
         dimension = len(vector) if dimension is None else dimension
-    rest = padded(data + identity + payload)
-    return struct.pack("<IBBHHHIffq", 32 + len(rest), op, dtype, dimension, len(identity), 0,
-                       len(payload), scale, confidence, when_ns) + rest
+    rest = padded(data + identity + attributes + payload)
+    return struct.pack("<IBBHHHIffq", 32 + len(rest), op, dtype, dimension, len(identity),
+                       len(attributes), len(payload), scale, confidence, when_ns) + rest
 
 
 def observe_body(records):
     return struct.pack("<HH", len(records), 0) + b"".join(records)
 
 
-def recall_body(vector, k=10, *, ef=0, dtype=F32, scale=0.0):
-    return struct.pack("<IIHBxf", k, ef, len(vector), dtype, scale) + encode_vector(vector, dtype)
+def recall_body(vector, k=10, *, ef=0, dtype=F32, scale=0.0, filter=None):
+    """With a filter the frame needs the flag FILTERED."""
+    body = struct.pack("<IIHBxf", k, ef, len(vector), dtype, scale) + encode_vector(vector, dtype)
+    return body if filter is None else body + struct.pack("<H", len(filter)) + filter
 
 
 # --- Decoding -----------------------------------------------------------------------------------
@@ -404,6 +422,7 @@ class Client:
         """The answer's frames: (metric, hits) each. last_snapshot is what they named."""
         self.last_request += 1
         flags = payload * WITH_PAYLOAD + with_vector * WITH_VECTOR + snapshot * SNAPSHOT
+        flags |= FILTERED * (fields.get("filter") is not None)
         self.send(frame(RECALL, recall_body(vector, k, **fields), flags=flags,
                         session=self.session, sequence=self.last_request))
         frames = []

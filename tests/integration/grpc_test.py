@@ -541,6 +541,8 @@ class Errors(GrpcCase):
                 (f'episode.embedding: all 3 values are 0; the space "{self.space}" compares '
                  "directions (cosine) and needs one that is not", episode(embedding=[0, 0, 0])),
                 ("episode.id: 257 bytes; expected 1 to 256", episode(id="x" * 257)),
+                ("episode.who[1]: 256 bytes; expected up to 255, as recalls filter by it",
+                 episode(who=["Ada", "x" * 256])),
                 ("episode: 65540 bytes besides id and embedding; expected up to 65536",
                  episode(what="x" * 65536)),
                 ("episode.encoding_confidence.value: 1.5; expected 0 to 1",
@@ -568,7 +570,15 @@ class Errors(GrpcCase):
                 ("cue, ids, scroll: more than one is set; expected one of them",
                  {"cue": cue, "ids": ["a"]}),
                 ("cue.cue_type: not set" + served, {"cue": m.Cue(id="x")}),
-                ("cue.cue_type: context" + served, {"cue": m.Cue(context=m.ContextCue())}),
+                ("cue.cue_type: context; a context alone is not served yet: this appliance recalls "
+                 "by cue.embedding and filters by the request's context and filter beside it",
+                 {"cue": m.Cue(context=m.ContextCue())}),
+                ("filter: set without a cue; this appliance filters what cue.embedding finds",
+                 {"filter": m.Filter(required_tags=["x"])}),
+                ('filter.metadata[0].key: "color"; the space filters by who, where_location, '
+                 "memory_type, source, category; list it in filter_keys of the configuration",
+                 {"cue": cue, "filter": m.Filter(metadata=[
+                     m.MetadataCondition(key="color", values=["red"])])}),
                 ("cue.cue_type: temporal" + served, {"cue": m.Cue(temporal=m.TemporalCue())}),
                 ("cue.cue_type: semantic" + served,
                  {"cue": m.Cue(semantic=m.SemanticCue(query="x"))}),

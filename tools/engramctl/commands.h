@@ -38,6 +38,7 @@ struct LoadOptions {
   uint64_t count = UINT64_MAX;             // of the file's rows
   uint32_t connections = 1;
   std::string texts;  // path of the payloads, one a row; empty: none
+  std::vector<std::string> attributes = {"source", "category"};  // columns of a .tsv; or "none"
   std::string id_prefix;
   bool wait_linked = false;
   uint64_t retry_for_s = 0;  // connect again for so long without progress; 0: not at all
@@ -47,6 +48,14 @@ struct LoadOptions {
   std::vector<std::string> sessions;
 };
 int RunLoad(const ServerOptions& server, const LoadOptions& options);
+
+// What a recall leaves of what it finds; see recall_filter.h.
+struct FilterOptions {
+  std::vector<std::string> conditions;  // KEY=VALUE, !KEY=VALUE
+  std::vector<std::string> exclusions;  // KEY=VALUE
+  std::string since;                    // a time; empty: no bound
+  std::string until;
+};
 
 struct RecallOptions {
   // Either queries and ground truth,
@@ -64,6 +73,7 @@ struct RecallOptions {
   std::string space;
   uint32_t k = 10;
   uint32_t ef = 0;  // 0: the server's default
+  FilterOptions filter;
   bool at_snapshot = false;
   bool with_vector = false;
 };

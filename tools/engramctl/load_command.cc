@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "src/core/attributes.h"
 #include "src/core/clock.h"
 #include "src/core/latency_histogram.h"
 #include "tools/clients/cpp/feed.h"
@@ -54,11 +55,12 @@ VectorDtype DtypeOf(ElementType type) {
 class RowSource {
  public:
   RowSource(const VectorFile& file, VectorDtype dtype, const std::vector<TextRow>& texts,
-            std::string id_prefix)
+            const std::vector<TextColumn>& columns, std::string id_prefix)
       : file_(file),
         dtype_(dtype),
         as_in_file_(file.type() != ElementType::kU8 && DtypeOf(file.type()) == dtype),
         texts_(texts),
+        columns_(columns),
         id_prefix_(std::move(id_prefix)),
         numbers_(file.dimension()) {}
 
@@ -68,7 +70,13 @@ class RowSource {
     observation->dtype = dtype_;
     observation->dimension = file_.dimension();
     observation->when_ns = clock_.WallNs();
-    if (!texts_.empty()) observation->payload = texts_[row].text;
+    if (!texts_.empty()) {
+      observation->payload = texts_[row].text;
+      attributes_.clear();
+      // Their lengths were checked.
+      for (const TextColumn& column : columns_) AddColumn(column, texts_[row]);
+      observation->attributes = attributes_;
+    }
     if (as_in_file_) {
       observation->vector = file_.RowBytes(row);
       return;
@@ -83,13 +91,20 @@ class RowSource {
   }
 
  private:
+  void AddColumn(const TextColumn& column, const TextRow& row) {
+    const std::string& value = row.*column.value;
+    if (!value.empty()) AppendAttribute(column.name, value, &attributes_);
+  }
+
   const VectorFile& file_;
   const VectorDtype dtype_;
   const bool as_in_file_;
-  const std::vector<TextRow>& texts_;  // empty, or one a row
+  const std::vector<TextRow>& texts_;       // empty, or one a row
+  const std::vector<TextColumn>& columns_;  // that travel as attributes
   const std::string id_prefix_;
   SystemClock clock_;
   std::string id_;
+  std::string attributes_;
   std::vector<float> numbers_;
   std::vector<std::byte> encoded_;
 };
@@ -317,8 +332,32 @@ void PrintForPeople(const LoadTotals& totals, double seconds, std::optional<doub
 struct LoadInput {
   VectorFile file;
   std::vector<TextRow> texts;
+  std::vector<TextColumn> columns;  // that recalls may filter by
   VectorDtype dtype;
 };
+
+// The columns that --attributes names, all of whose values fit an attribute.
+Result<std::vector<TextColumn>> ColumnsOf(const LoadOptions& options,
+                                          const std::vector<TextRow>& texts) {
+  std::vector<TextColumn> columns;
+  if (!HasTextColumns(options.texts)) return columns;
+  for (const std::string& name : options.attributes) {
+    if (const auto column = FindTextColumn(name)) columns.push_back(*column);
+  }
+  for (const TextColumn& column : columns) {
+    const auto too_long = std::ranges::find_if(texts, [&](const TextRow& row) {
+      return (row.*column.value).size() > kMaxAttributeValueBytes;
+    });
+    if (too_long == texts.end()) continue;
+    return Fail(ErrorCode::kInvalidArgument,
+                options.texts + ": line " + std::to_string(too_long - texts.begin() + 1) + ": " +
+                    std::string(column.name) + " has " +
+                    std::to_string(((*too_long).*column.value).size()) +
+                    " bytes, and recalls filter by at most 255; name other columns by "
+                    "--attributes, or none");
+  }
+  return columns;
+}
 
 Result<LoadInput> OpenInput(const LoadOptions& options) {
   Result<VectorFile> file = VectorFile::Open(options.data, options.count);
@@ -343,9 +382,11 @@ Result<LoadInput> OpenInput(const LoadOptions& options) {
                       std::to_string(file->rows()) + " vectors; give one a row, or --count");
     }
   }
+  Result<std::vector<TextColumn>> columns = ColumnsOf(options, texts);
+  if (!columns) return std::unexpected(columns.error());
   const VectorDtype dtype =
       options.dtype == VectorDtype::kNone ? DtypeOf(file->type()) : options.dtype;
-  return LoadInput{*std::move(file), std::move(texts), dtype};
+  return LoadInput{*std::move(file), std::move(texts), *std::move(columns), dtype};
 }
 
 // Connects and says hello; within --retry-for, again and again until it works. On failure says why
@@ -448,7 +489,7 @@ int ReportUnfinished(const Error& error, const LoadTotals& totals) {
 int RunLoad(const ServerOptions& server, const LoadOptions& options) {
   const Result<LoadInput> input = OpenInput(options);
   if (!input) return ReportError(input.error());
-  RowSource source(input->file, input->dtype, input->texts, options.id_prefix);
+  RowSource source(input->file, input->dtype, input->texts, input->columns, options.id_prefix);
   RowDealing dealing = {.rows = input->file.rows(), .batch = options.batch, .connections = 1};
   dealing.connections =
       static_cast<uint32_t>(std::min<uint64_t>(options.connections, dealing.Batches()));
@@ -461,6 +502,9 @@ int RunLoad(const ServerOptions& server, const LoadOptions& options) {
   const auto opened = OpenFeeds(server, options, hello, dealing, source);
   if (!opened) return opened.error();
   const std::vector<std::unique_ptr<ResumingFeed>>& feeds = *opened;
+  if (!input->columns.empty() && !feeds[0]->feed().connection().hello().attributes) {
+    Say("this engramd does not know attributes: recalls will not filter by what is loaded");
+  }
 
   SystemClock clock;
   const auto seconds_since = [&](int64_t start_ns) {

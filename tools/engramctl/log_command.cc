@@ -22,6 +22,7 @@
 #include "index/log/log_verifier.h"
 #include "index/log/vault_verifier.h"
 #include "src/checkpoint_manifest.h"
+#include "src/core/attributes.h"
 #include "src/core/clock.h"
 #include "src/core/commit_stamp.h"
 #include "src/core/crc32c.h"
@@ -249,6 +250,17 @@ std::string PayloadText(const LogRecord& record) {
   return Escaped({reinterpret_cast<const char*>(shown.data()), shown.size()});
 }
 
+// KEY=VALUE each, as `recall --filter` takes them.
+std::vector<std::string> AttributeTexts(const LogRecord& record) {
+  std::vector<std::string> texts;
+  Attribute attribute;
+  for (AttributeReader reader(record.attributes); reader.Next(&attribute);) {
+    texts.push_back((attribute.key == kTagKey ? "tag" : Escaped(attribute.key)) + "=" +
+                    Escaped(attribute.value));
+  }
+  return texts;
+}
+
 std::vector<float> Numbers(const LogRecord& record) {
   std::vector<float> numbers(record.dimension);
   DecodeVector(record.dtype, record.dimension, record.scale, record.vector.data(), numbers.data());
@@ -277,6 +289,7 @@ void PrintText(const FoundLog& folder, const LogEntry& entry, bool vectors) {
   if (record.dtype != VectorDtype::kNone) {
     line += " " + std::string(DtypeName(record.dtype)) + "x" + std::to_string(record.dimension);
   }
+  for (const std::string& attribute : AttributeTexts(record)) line += " " + attribute;
   if (!record.payload.empty()) {
     line += " " + std::to_string(record.payload.size()) + " bytes \"" + PayloadText(record) + "\"";
   }
@@ -315,6 +328,7 @@ void PrintJson(const FoundLog& folder, const LogEntry& entry, bool vectors) {
     json["confidence"] = Rounded(record.confidence, 6);
     if (vectors) json["vector"] = Numbers(record);
   }
+  if (!record.attributes.empty()) json["attributes"] = AttributeTexts(record);
   json["payload_bytes"] = record.payload.size();
   if (!record.payload.empty()) json["payload_begins"] = PayloadText(record);
   std::printf("%s\n", JsonLine(json).c_str());

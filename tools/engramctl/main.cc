@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "tools/engramctl/commands.h"
+#include "tools/engramctl/recall_filter.h"
 
 namespace engram {
 
@@ -96,6 +97,12 @@ CLI::App* AddLoad(CLI::App& app, ServerOptions& server, LoadOptions& options) {
           "How vectors travel; default: as in the file, unsigned bytes as f32")
       ->check(CLI::IsMember({"f32", "f16", "bf16", "int8"}));
   load->add_option("--texts", options.texts, ".tsv or .tsv.gz (or lines): payload of each row");
+  load->add_option("--attributes", options.attributes,
+                   "Columns of a .tsv of texts that recalls may filter by; or none")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->check(CLI::IsMember({"source", "category", "key", "none"}))
+      ->capture_default_str();
   load->add_option("--id-prefix", options.id_prefix, "Goes before the row number in ids");
   load->add_option_function<std::string>(
           "--priority",
@@ -129,6 +136,40 @@ CLI::App* AddLoad(CLI::App& app, ServerOptions& server, LoadOptions& options) {
   return load;
 }
 
+// Says what is wrong with an option's text.
+template <typename Parse>
+CLI::Validator ParsesBy(const Parse& parse, const char* name) {
+  return CLI::Validator(
+      [parse](const std::string& text) {
+        const auto parsed = parse(text);
+        return parsed ? std::string() : parsed.error().message;
+      },
+      name);
+}
+
+void AddFilterOptions(CLI::App* recall, FilterOptions& options) {
+  const auto condition = [](std::string_view text) {
+    return CheckCondition(text.starts_with('!') ? text.substr(1) : text);
+  };
+  recall
+      ->add_option("--filter", options.conditions,
+                   "KEY=VALUE: only what has that; a key given twice: any of its values. Keys are "
+                   "tag, who, where_location, memory_type, and the space's filter_keys (source and "
+                   "category unless configured). !KEY=VALUE: only what has not")
+      ->allow_extra_args(false)
+      ->check(ParsesBy(condition, "KEY=VALUE"));
+  recall->add_option("--exclude", options.exclusions, "KEY=VALUE, as --filter '!KEY=VALUE'")
+      ->allow_extra_args(false)
+      ->check(ParsesBy(CheckCondition, "KEY=VALUE"));
+  recall
+      ->add_option("--since", options.since,
+                   "Only what is from then on: 2024-05-01T12:30:00Z, 2024-05-01, or seconds since "
+                   "1970")
+      ->check(ParsesBy(ParseTime, "TIME"));
+  recall->add_option("--until", options.until, "Only what is before then")
+      ->check(ParsesBy(ParseTime, "TIME"));
+}
+
 CLI::App* AddRecall(CLI::App& app, ServerOptions& server, RecallOptions& options) {
   CLI::App* recall = app.add_subcommand(
       "recall", "Measure recall@k and speed of queries, or find the neighbours of a phrase");
@@ -149,6 +190,7 @@ CLI::App* AddRecall(CLI::App& app, ServerOptions& server, RecallOptions& options
       ->capture_default_str();
   recall->add_option("--ef", options.ef, "Candidates kept while searching; default: the server's")
       ->check(CLI::Range(1u, kMaxEf));
+  AddFilterOptions(recall, options.filter);
   recall->add_flag("--snapshot", options.at_snapshot,
                    "Recall what lived at one moment in all partitions of the space");
   recall->add_flag("--with-vector", options.with_vector, "Have the vectors returned too");

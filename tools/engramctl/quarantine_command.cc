@@ -5,9 +5,11 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "index/log/replay_guard.h"
+#include "src/core/attributes.h"
 #include "src/core/disk.h"
 #include "src/core/log_files.h"
 #include "src/core/vector_dtype.h"
@@ -30,6 +32,18 @@ void SetText(const char* name, std::string_view bytes, nlohmann::json* json) {
   } else {
     (*json)[std::string(name) + "_base64"] = Base64(bytes);
   }
+}
+
+nlohmann::json AttributesJson(const LogRecord& record) {
+  nlohmann::json list = nlohmann::json::array();
+  Attribute attribute;
+  for (AttributeReader reader(record.attributes); reader.Next(&attribute);) {
+    nlohmann::json entry;
+    SetText("key", attribute.key, &entry);
+    SetText("value", attribute.value, &entry);
+    list.push_back(std::move(entry));
+  }
+  return list;
 }
 
 // Where it lies in the log, whose it is, and, with `whole`, all that it holds.
@@ -55,6 +69,7 @@ nlohmann::json Describe(const std::string& file, const QuarantinedRecord& kept, 
   if (!whole) return json;
   json["when_ns"] = record.when_ns;
   json["confidence"] = record.confidence;
+  if (!record.attributes.empty()) json["attributes"] = AttributesJson(record);
   SetText("payload", {reinterpret_cast<const char*>(record.payload.data()), record.payload.size()},
           &json);
   if (record.payload_kind != PayloadKind::kOpaque) {

@@ -13,6 +13,7 @@
 #include "src/core/latency_histogram.h"
 #include "tools/engramctl/commands.h"
 #include "tools/engramctl/progress_bar.h"
+#include "tools/engramctl/recall_filter.h"
 #include "tools/engramctl/recall_quality.h"
 #include "tools/engramctl/table.h"
 #include "tools/engramctl/text_encoder.h"
@@ -46,10 +47,12 @@ int64_t RowOfId(std::string_view id, std::string_view prefix) {
 // Sends queries, `concurrency` at a time, and takes the time of each.
 class QueryRunner {
  public:
-  QueryRunner(Connection* connection, const VectorFile& queries, const RecallOptions& options)
+  QueryRunner(Connection* connection, const VectorFile& queries, const RecallOptions& options,
+              std::string filter)
       : stream_(connection),
         queries_(queries),
         options_(options),
+        filter_(std::move(filter)),
         concurrency_(std::min(options.concurrency, connection->hello().max_recalls)),
         vector_(queries.dimension()) {}
 
@@ -87,7 +90,8 @@ class QueryRunner {
                                            .k = options_.k,
                                            .ef = options_.ef,
                                            .with_vector = options_.with_vector,
-                                           .at_snapshot = options_.at_snapshot});
+                                           .at_snapshot = options_.at_snapshot,
+                                           .filter = filter_});
     sent_[request] = {query, at_ns};
   }
 
@@ -112,10 +116,22 @@ class QueryRunner {
   RecallStream stream_;
   const VectorFile& queries_;
   const RecallOptions& options_;
+  const std::string filter_;
   const uint32_t concurrency_;
   std::vector<float> vector_;
   std::map<uint64_t, Sent> sent_;  // by request id
 };
+
+// The filter that was asked for; an error where the server does not know filters.
+Result<std::string> FilterFor(const Connection& connection, const RecallOptions& options) {
+  Result<std::string> filter = FilterBytes(options.filter);
+  if (filter && !filter->empty() && !connection.hello().attributes) {
+    return Fail(ErrorCode::kInvalidArgument,
+                "this engramd does not know filters; update it, or recall without --filter, "
+                "--exclude, --since and --until");
+  }
+  return filter;
+}
 
 struct QualityInput {
   VectorFile queries;
@@ -252,7 +268,9 @@ int RunRecallQuality(const ServerOptions& server, const RecallOptions& options) 
   auto connection = OpenConnection(server, hello);
   if (!connection) return connection.error();
 
-  QueryRunner runner(&*connection, input->queries, options);
+  Result<std::string> filter = FilterFor(*connection, options);
+  if (!filter) return ReportError(filter.error());
+  QueryRunner runner(&*connection, input->queries, options, *std::move(filter));
   if (options.warmup > 0) {
     RecallRun unused;
     if (auto ran = runner.Run(options.warmup, unused); !ran)
@@ -278,13 +296,16 @@ int RunRecallText(const ServerOptions& server, const RecallOptions& options) {
   }
   auto connection = OpenReader(server, options.space);
   if (!connection) return connection.error();
+  const Result<std::string> filter = FilterFor(*connection, options);
+  if (!filter) return ReportError(filter.error());
   RecallStream stream(&*connection);
   stream.Send({.vector = vector,
                .k = options.k,
                .ef = options.ef,
                .with_payload = true,
                .with_vector = options.with_vector,
-               .at_snapshot = options.at_snapshot});
+               .at_snapshot = options.at_snapshot,
+               .filter = *filter});
   const Result<RecallAnswer> answer = stream.AwaitAnswer(kAnswerTimeoutNs);
   if (!answer) return ReportError(answer.error());
   if (answer->refusal) {

@@ -30,9 +30,7 @@ std::unexpected<Error> FailLine(const std::string& path, size_t line, const std:
 class RowReader {
  public:
   RowReader(const std::string& path, const TextLimits& limits)
-      : path_(path),
-        limits_(limits),
-        has_columns_(path.ends_with(".tsv") || path.ends_with(".tsv.gz")) {}
+      : path_(path), limits_(limits), has_columns_(HasTextColumns(path)) {}
 
   Result<void> Add(std::string_view chunk) {
     while (!chunk.empty()) {
@@ -123,6 +121,19 @@ std::unexpected<Error> FailStream(const std::string& path, gzFile file) {
 }
 
 }  // namespace
+
+std::optional<TextColumn> FindTextColumn(std::string_view name) {
+  for (const TextColumn& column :
+       {TextColumn{"source", &TextRow::source}, TextColumn{"category", &TextRow::category},
+        TextColumn{"key", &TextRow::key}}) {
+    if (column.name == name) return column;
+  }
+  return std::nullopt;
+}
+
+bool HasTextColumns(std::string_view path) {
+  return path.ends_with(".tsv") || path.ends_with(".tsv.gz");
+}
 
 Result<std::vector<TextRow>> ReadTexts(const std::string& path, const TextLimits& limits) {
   errno = 0;

@@ -2,7 +2,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "src/core/result.h"
@@ -17,6 +19,17 @@ struct TextRow {
   std::string key;       // a name inside the source, such as a package name
   std::string text;
 };
+
+// A column that recalls may filter by: its name and where it is.
+struct TextColumn {
+  std::string_view name;
+  std::string TextRow::* value;
+};
+// Of source, category and key; another name is none of them (nothing is returned).
+std::optional<TextColumn> FindTextColumn(std::string_view name);
+
+// Whether ReadTexts takes a file of that name for one with columns.
+bool HasTextColumns(std::string_view path);
 
 // What ReadTexts accepts at most: a small gzip file can hold a great deal.
 struct TextLimits {

@@ -16,6 +16,7 @@
 #include <memory>
 #include <system_error>
 
+#include "src/core/attributes.h"
 #include "src/core/check.h"
 #include "src/core/clock.h"
 #include "tools/clients/cpp/client_support.h"
@@ -307,7 +308,7 @@ Result<void> Connection::SendHello(const HelloOptions& options) {
                 "a space's name has at most 64 characters and a dimension is at most 4096");
   }
   HelloBody body;
-  body.features = options.no_session ? kFeatureNoSession : 0;
+  body.features = kFeatureAttributes | (options.no_session ? kFeatureNoSession : 0);
   body.dimension = static_cast<uint16_t>(options.dimension);
   body.metric = options.metric;
   body.priority = options.priority;
@@ -368,6 +369,7 @@ Result<bool> Connection::TakeHelloAnswer(const Frame& frame) {
   hello_.credit = answer.credit;
   hello_.max_frame_bytes = std::min(answer.max_frame_bytes, kMaxFrameBodyBytes);
   hello_.max_recalls = std::max<uint32_t>(answer.max_recalls, 1);
+  hello_.attributes = (answer.features & kFeatureAttributes) != 0;
   return true;
 }
 
@@ -592,6 +594,8 @@ Result<void> AddHits(std::span<const std::byte> body, uint32_t k, RecallAnswer& 
 uint64_t RecallStream::Send(const RecallQuery& query) {
   CHECK(HasRoom(), "no more recalls are sent than the server takes at once");
   CHECK(query.vector.size() <= kMaxDimension, "a vector has at most 4096 numbers");
+  CHECK(query.filter.empty() || connection_->hello().attributes, "the server knows filters");
+  CHECK(query.filter.size() <= kMaxFilterBytes, "a filter has at most 4096 bytes");
   const uint64_t request = next_request_++;
   RecallBody body;
   body.k = query.k;
@@ -600,10 +604,16 @@ uint64_t RecallStream::Send(const RecallQuery& query) {
   body.dtype = VectorDtype::kF32;
   const int flags = (query.with_payload ? kFrameFlagWithPayload : 0) |
                     (query.with_vector ? kFrameFlagWithVector : 0) |
-                    (query.at_snapshot ? kFrameFlagSnapshot : 0);
+                    (query.at_snapshot ? kFrameFlagSnapshot : 0) |
+                    (query.filter.empty() ? 0 : kFrameFlagFiltered);
   connection_->BeginFrame(FrameType::kRecall, static_cast<uint16_t>(flags), request);
   connection_->Append(BytesOf(body));
   connection_->Append(std::as_bytes(query.vector));
+  if (!query.filter.empty()) {
+    const auto filter_bytes = static_cast<uint16_t>(query.filter.size());
+    connection_->Append(BytesOf(filter_bytes));
+    connection_->Append(BytesOf(query.filter));
+  }
   connection_->EndFrame();
   Pending& pending = pending_[request];
   pending.k = query.k;

@@ -58,6 +58,7 @@ struct HelloAnswer {
   uint64_t credit = 0;
   uint32_t max_frame_bytes = kMaxFrameBodyBytes;
   uint32_t max_recalls = 1;
+  bool attributes = false;  // it takes attributes and filters
 };
 
 // A checked frame. `body` stays valid until the connection's next Receive.
@@ -197,6 +198,8 @@ struct RecallQuery {
   bool with_payload = false;
   bool with_vector = false;
   bool at_snapshot = false;  // what lived at one stamp in all of the space's partitions
+  // As FilterWriter writes it; empty: none. Only where hello granted attributes.
+  std::string_view filter = {};
 };
 
 struct RecallHit {

@@ -245,8 +245,10 @@ Result<bool> Feed::WriteFrame(int64_t now_ns) {
   for (; index < next_ + allowed; ++index) {
     Observation observation;
     source_(index, &observation);
+    if (!connection_.hello().attributes) observation.attributes = {};
     const size_t record_bytes =
-        RecordBytes(observation.vector.size(), observation.id.size(), observation.payload.size());
+        RecordBytes(observation.vector.size(), observation.id.size(), observation.payload.size(),
+                    observation.attributes.size());
     const size_t start = connection_.BodyBytes();
     if (start + record_bytes > body_bytes_max) {
       if (index > next_) break;
@@ -261,16 +263,19 @@ Result<bool> Feed::WriteFrame(int64_t now_ns) {
     header.dtype = observation.dtype;
     header.dimension = static_cast<uint16_t>(observation.dimension);
     header.id_bytes = static_cast<uint16_t>(observation.id.size());
+    header.attribute_bytes = static_cast<uint16_t>(observation.attributes.size());
     header.payload_bytes = static_cast<uint32_t>(observation.payload.size());
     header.scale = observation.scale;
     header.confidence = observation.confidence;
     header.when_ns = observation.when_ns;
     CHECK(observation.id.size() <= UINT16_MAX && observation.dimension <= UINT16_MAX &&
+              observation.attributes.size() <= UINT16_MAX &&
               observation.vector.size() == VectorBytes(header.dtype, observation.dimension),
           "an observation's fields fit in its record");
     connection_.Append(BytesOf(header));
     connection_.Append(observation.vector);
     connection_.Append(BytesOf(observation.id));
+    connection_.Append(BytesOf(observation.attributes));
     connection_.Append(BytesOf(observation.payload));
     connection_.AppendZeros(start + record_bytes - connection_.BodyBytes());
     ++body.count;

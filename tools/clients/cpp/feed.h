@@ -27,6 +27,8 @@ struct Observation {
   int64_t when_ns = 0;
   std::span<const std::byte> vector;  // VectorBytes(dtype, dimension)
   std::string_view id;
+  // As AppendAttribute writes them. They stay behind where the server did not grant them in hello.
+  std::string_view attributes;
   std::string_view payload;
 };
 
