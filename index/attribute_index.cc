@@ -297,12 +297,18 @@ size_t AttributeIndex::AttributeBytes(NodeId node) const {
 void AttributeIndex::WriteAttributes(NodeId node, std::byte* to) const {
   const SetId set = SetOf(node);
   if (set == kNoAttributes) return;
+  std::array<uint32_t, kMaxAttributes> terms;
+  size_t count = 0;
+  for (const Member& member : sets_[set].all()) terms[count++] = member.term;
+  std::ranges::sort(std::span(terms).first(count), {}, [this](uint32_t term) {
+    return std::pair(terms_[term].key, ValueOf(terms_[term]));
+  });
   const auto put = [&to](std::string_view text) {
     if (!text.empty()) std::memcpy(to, text.data(), text.size());
     to += text.size();
   };
-  for (const Member& member : sets_[set].all()) {
-    const Term& term = terms_[member.term];
+  for (const uint32_t id : std::span(terms).first(count)) {
+    const Term& term = terms_[id];
     *to++ = static_cast<std::byte>(keys_[term.key].size());
     *to++ = static_cast<std::byte>(term.value_bytes);
     put(keys_[term.key]);

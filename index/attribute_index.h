@@ -87,7 +87,8 @@ class AttributeIndex {
     const Page* const page = pages_[node / kPageNodes];
     if (page != nullptr) __builtin_prefetch(&page->set[node % kPageNodes]);
   }
-  // What the node has, as it would be given to Add: its bytes, and these. The order is the index's.
+  // What the node has, as it would be given to Add: its bytes, and these, by keys as they were
+  // declared and then by values.
   size_t AttributeBytes(NodeId node) const;
   void WriteAttributes(NodeId node, std::byte* to) const;
 

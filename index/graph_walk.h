@@ -201,6 +201,19 @@ class GraphWalk : public GraphWalkSteps {
     return complete();
   }
 
+  // Places of the list that a complete walk ended with, `ef` of them of live nodes, the others of
+  // those that are not: it has seen about so many of the nearest. SIZE_MAX after step 3.
+  size_t seen() const { return in_beam_ ? SIZE_MAX : scratch_->list_.size(); }
+  // A complete walk goes on with a larger ef, at most kMaxListEf, for `k` results. Not after
+  // step 3.
+  void Widen(uint32_t k, uint32_t ef) {
+    k_ = k;
+    ef_ = ef;
+    scratch_->list_.Begin(ef_);
+    Offer(0);
+    if (state_ != State::kBeam) ExpandNext(/*alone=*/false);
+  }
+
   // Writes the nearest min(k, out.size()) live nodes that were found, nearest first, equal
   // distances by lower node; returns how many. Once, after Turn or Step said true.
   size_t TakeResults(std::span<Neighbour> out) {
@@ -244,7 +257,10 @@ class GraphWalk : public GraphWalkSteps {
       descending_ = false;
       BeginOnLevel0();
     }
-    if (state_ == State::kBeam) return;
+    if (state_ != State::kBeam) ExpandNext(alone);
+  }
+
+  void ExpandNext(bool alone) {
     if (!HasRoomForAnExpansion()) return HandOver(scratch_->list_.keys());
     WalkKey nearest;
     WalkKey runner_up;

@@ -17,6 +17,7 @@ namespace {
 constexpr size_t kScanAhead = 4;
 constexpr size_t kScannedAtOnce = 64;
 constexpr uint64_t kProbedInTurn = 128;
+constexpr uint64_t kPickedInTurn = 128;
 // Rows of int8, and rows as they are kept, that are asked for in a turn and compared in the next.
 constexpr size_t kRefinedAtOnce = 8;
 constexpr size_t kComparedAtOnce = 4;
@@ -48,6 +49,7 @@ RecallJob::RecallJob(ArenaHeap* heap, const LogWriter* log, Core core)
   forms_ = {.code = code_query_, .exact = exact_query_, .walk = walk_query_};
   if (core_ == Core::kOfShard) {
     probe_.emplace();
+    filtering_ = std::make_unique<Filtering>();
     forms_.signs = walk_query_ + Space::kMaxRowBytes;
     forms_.signs_before = forms_.signs + Space::kMaxCodeBytes;
     forms_.signs_are_far = &signs_are_far_;
@@ -59,6 +61,7 @@ RecallJob::RecallJob(ArenaHeap* heap, const LogWriter* log, Core core)
 // 1.
 RefusalReason RecallJob::Begin(const Space& space, const RecallRequest& request,
                                const std::byte* vector, uint32_t default_ef) {
+  CHECK(request.filter_bytes == 0 || filtering_ != nullptr, "filters are the shard core's");
   codes_ = space.recall_codes();
   const RefusalReason reason =
       space.PrepareQuery(request.dtype, request.dimension, request.scale, vector, &codes_, forms_);
@@ -86,8 +89,10 @@ RefusalReason RecallJob::Begin(const Space& space, const RecallRequest& request,
   hits_.clear();
   scored_ = true;
   BeginEmit(request.with_payload, request.with_vector, request.max_payload_bytes);
+  walk_ef_ = ef_;
+  filter_ = nullptr;
   phase_ = Phase::kScan;
-  return RefusalReason::kNone;
+  return request.filter_bytes == 0 ? RefusalReason::kNone : BeginFilter(request, vector);
 }
 
 // The list of fresh nodes and the stamp must be of one moment: what was stored between the two
@@ -110,6 +115,8 @@ bool RecallJob::Search(uint32_t max_distances) {
       Turn();
     } else if (search_.Step(limit - distances())) {
       EndSearch();
+    } else if (IsOverBudget()) {
+      BeginPick();
     }
   } while (phase_ != Phase::kReady && distances() < limit);
   return phase_ == Phase::kReady;
@@ -118,6 +125,9 @@ bool RecallJob::Search(uint32_t max_distances) {
 bool RecallJob::Turn() {
   CHECK(phase_ != Phase::kIdle, "a recall was begun");
   switch (phase_) {
+    case Phase::kPick:
+      PickSlice(kPickedInTurn);
+      break;
     case Phase::kScan:
       ScanSlice();
       if (scanned_ == fresh_.size()) EndScan();
@@ -126,7 +136,11 @@ bool RecallJob::Turn() {
       ProbeSlice(kProbedInTurn);
       break;
     case Phase::kSearch:
-      if (search_.Turn()) EndSearch();
+      if (search_.Turn()) {
+        EndSearch();
+      } else if (IsOverBudget()) {
+        BeginPick();
+      }
       break;
     case Phase::kRefine:
       RefineSlice();
@@ -151,6 +165,7 @@ void RecallJob::ScanSlice() {
     if (scanned_ + kScanAhead < fresh_.size()) target.Prefetch(fresh_[scanned_ + kScanAhead]);
     const NodeId node = fresh_[scanned_];
     if (!space_->IsVisible(node, snapshot_)) continue;
+    if (filter_ != nullptr && !filter_->Matches(node)) continue;
     Offer(target.DistanceTo(node), node);
   }
 }
@@ -169,7 +184,7 @@ void RecallJob::EndScan() {
     BeginSearch();
     return;
   }
-  probe_->Begin(space_, forms_, snapshot_, ef_, kept_);
+  probe_->Begin(space_, forms_, snapshot_, ef_, kept_, filter_);
   phase_ = Phase::kProbe;
 }
 
@@ -189,23 +204,29 @@ void RecallJob::BeginSearch() {
     Merge();
     return;
   }
-  search_ = GraphWalk<IsVisible>(IsVisible{space_, snapshot_});
+  search_ = GraphWalk<IsVisible>(IsVisible{space_, snapshot_, filter_});
+  if (filter_ != nullptr) filtering_->walk_began = distances();
   if (by_exact_) {
-    search_.Begin(space_->ExactTargetFor(exact_query_), kept_, ef_, &scratch_);
+    search_.Begin(space_->ExactTargetFor(exact_query_), kept_, walk_ef_, &scratch_);
   } else if (codes_ == nullptr) {
-    search_.Begin(space_->TargetFor(code_query_), kept_, ef_, &scratch_);
+    search_.Begin(space_->TargetFor(code_query_), kept_, walk_ef_, &scratch_);
   } else {
-    search_.Begin(space_->WalkTargetFor(codes_, walk_query_), ef_, ef_, &scratch_);
+    search_.Begin(space_->WalkTargetFor(codes_, walk_query_), walk_ef_, walk_ef_, &scratch_);
   }
   phase_ = Phase::kSearch;
 }
 
 void RecallJob::EndSearch() {
-  found_count_ = search_.TakeResults(std::span(found_).first(codes_ == nullptr ? kept_ : ef_));
+  if (filter_ != nullptr && WidenWalk()) return;
+  found_count_ = search_.TakeResults(std::span(found_).first(codes_ == nullptr ? kept_ : walk_ef_));
   if (codes_ == nullptr) {
     Merge();
-    return;
+  } else {
+    BeginRefining();
   }
+}
+
+void RecallJob::BeginRefining() {
   refined_ = 0;
   compared_again_.Begin(kept_);
   AskToRefine();
