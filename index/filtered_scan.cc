@@ -73,7 +73,7 @@ size_t FilteredNodes::KeepMatching(std::span<const NodeId> nodes, bool are_in_ti
   const bool asks_clauses = filter_->has_clauses() && source_ != Source::kAttributes;
   const bool asks_time = filter_->has_times() && !are_in_time;
   if (asks_clauses || asks_time) {
-    for (const NodeId node : nodes) filter_->Prefetch(node);
+    filter_->Prefetch(nodes);
   }
   size_t count = 0;
   for (const NodeId node : nodes) {

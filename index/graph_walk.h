@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -201,13 +202,21 @@ class GraphWalk : public GraphWalkSteps {
     return complete();
   }
 
-  // Places of the list that a complete walk ended with, `ef` of them of live nodes, the others of
-  // those that are not: it has seen about so many of the nearest. SIZE_MAX after step 3.
-  size_t seen() const { return in_beam_ ? SIZE_MAX : scratch_->list_.size(); }
-  // A complete walk goes on with a larger ef, at most kMaxListEf, for `k` results. Not after
-  // step 3.
-  void Widen(uint32_t k, uint32_t ef) {
-    k_ = k;
+  // Of a complete walk that needed no step 3: all nodes that were evaluated, with their distances,
+  // and the distance up to which it has looked about it, HUGE_VALF where that is everywhere.
+  bool is_in_list() const { return !in_beam_; }
+  std::span<const NodeId> evaluated() const {
+    return {scratch_->memory_->nodes.data(), scratch_->slots_};
+  }
+  std::span<const float> distances() const {
+    return {scratch_->memory_->distances.data(), scratch_->slots_};
+  }
+  float reach() const {
+    const WalkKey farthest = scratch_->list_.bound();
+    return farthest == kNoKey ? HUGE_VALF : scratch_->memory_->distances[SlotOf(farthest)];
+  }
+  // Such a walk goes on with a larger ef, at most kMaxListEf.
+  void Widen(uint32_t ef) {
     ef_ = ef;
     scratch_->list_.Begin(ef_);
     Offer(0);

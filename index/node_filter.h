@@ -41,10 +41,17 @@ class NodeFilter {
   bool Matches(NodeId node) const {
     return (!has_clauses() || MeetsClauses(node)) && (!has_times() || IsInTime(node));
   }
-  // Asks for what Matches reads.
-  void Prefetch(NodeId node) const {
-    if (has_clauses()) space_->attributes().PrefetchSet(node);
-    if (has_times()) space_->PrefetchWhen(node);
+  // Asks for what Matches reads of these nodes.
+  void Prefetch(std::span<const NodeId> nodes) const {
+    const AttributeIndex& attributes = space_->attributes();
+    if (has_times()) {
+      for (const NodeId node : nodes) space_->PrefetchWhen(node);
+    }
+    if (!has_clauses() || attributes.nodes() == 0) return;
+    for (const NodeId node : nodes) attributes.PrefetchSet(node);
+    if (attributes.sets() <= kVerdicts) return;
+    for (const NodeId node : nodes) attributes.PrefetchRecord(attributes.SetOf(node));
+    for (const NodeId node : nodes) attributes.PrefetchMembers(attributes.SetOf(node));
   }
 
  private:

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstring>
 
+#include "index/nearest_selection.h"
 #include "src/core/check.h"
 #include "src/core/log_record.h"
 #include "src/core/spsc_ring.h"
@@ -50,6 +51,8 @@ RecallJob::RecallJob(ArenaHeap* heap, const LogWriter* log, Core core)
   if (core_ == Core::kOfShard) {
     probe_.emplace();
     filtering_ = std::make_unique<Filtering>();
+    filtering_->estimates.resize(kMaxWalkSlots + kSelectionSlack);
+    filtering_->candidates.resize(kMaxWalkSlots + kSelectionSlack);
     forms_.signs = walk_query_ + Space::kMaxRowBytes;
     forms_.signs_before = forms_.signs + Space::kMaxCodeBytes;
     forms_.signs_are_far = &signs_are_far_;
@@ -62,7 +65,12 @@ RecallJob::RecallJob(ArenaHeap* heap, const LogWriter* log, Core core)
 RefusalReason RecallJob::Begin(const Space& space, const RecallRequest& request,
                                const std::byte* vector, uint32_t default_ef) {
   CHECK(request.filter_bytes == 0 || filtering_ != nullptr, "filters are the shard core's");
+  filter_ = nullptr;
   codes_ = space.recall_codes();
+  if (request.filter_bytes != 0) {
+    const RefusalReason sound = BeginFilter(space, request, vector);
+    if (sound != RefusalReason::kNone) return sound;
+  }
   const RefusalReason reason =
       space.PrepareQuery(request.dtype, request.dimension, request.scale, vector, &codes_, forms_);
   if (reason != RefusalReason::kNone) return reason;
@@ -90,9 +98,9 @@ RefusalReason RecallJob::Begin(const Space& space, const RecallRequest& request,
   scored_ = true;
   BeginEmit(request.with_payload, request.with_vector, request.max_payload_bytes);
   walk_ef_ = ef_;
-  filter_ = nullptr;
   phase_ = Phase::kScan;
-  return request.filter_bytes == 0 ? RefusalReason::kNone : BeginFilter(request, vector);
+  if (filter_ != nullptr) PlanFilter();
+  return RefusalReason::kNone;
 }
 
 // The list of fresh nodes and the stamp must be of one moment: what was stored between the two
@@ -204,7 +212,9 @@ void RecallJob::BeginSearch() {
     Merge();
     return;
   }
-  search_ = GraphWalk<IsVisible>(IsVisible{space_, snapshot_, filter_});
+  filters_in_walk_ = filter_ != nullptr && ef_ > GraphWalk<IsVisible>::kMaxListEf;
+  search_ =
+      GraphWalk<IsVisible>(IsVisible{space_, snapshot_, filters_in_walk_ ? filter_ : nullptr});
   if (filter_ != nullptr) filtering_->walk_began = distances();
   if (by_exact_) {
     search_.Begin(space_->ExactTargetFor(exact_query_), kept_, walk_ef_, &scratch_);
@@ -217,8 +227,15 @@ void RecallJob::BeginSearch() {
 }
 
 void RecallJob::EndSearch() {
-  if (filter_ != nullptr && WidenWalk()) return;
+  if (filter_ != nullptr && !filters_in_walk_) {
+    EndFilteredSearch();
+    return;
+  }
   found_count_ = search_.TakeResults(std::span(found_).first(codes_ == nullptr ? kept_ : walk_ef_));
+  EndFinding();
+}
+
+void RecallJob::EndFinding() {
   if (codes_ == nullptr) {
     Merge();
   } else {

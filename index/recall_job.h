@@ -40,9 +40,9 @@ namespace engram {
 // A get or a scroll is step 6 alone.
 //
 // With a filter (recall_job_filter.cc), on the shard's core alone, what does not match it is left
-// out of steps 2 and 3: the graph is walked through it, for fewer results the rarer they are. Where
-// so few match that to compare them all costs no more, and where a walk has cost as much, that is
-// done in place of both (FilteredScan).
+// out of step 2, and of what step 3 has come upon; the walk goes farther where too few of what is
+// about the query match. Where so few match at all that to compare them costs no more, and where a
+// walk has cost as much, that is done in place of both (FilteredScan).
 //
 // Thread safety: one core's alone. On another core than the shard's, from inside the space's epochs
 // from Begin to the last batch. Takes memory from its heap only, and only when a space has grown
@@ -100,6 +100,10 @@ class RecallJob {
     FilteredScan scan;
     uint64_t walk_began = 0;  // distances, then
     uint64_t walk_budget = 0;
+    double share = 1;  // of what is visible that matches, as far as is known
+    // Of walks: what was evaluated, and of that the nearest.
+    std::vector<float> estimates;
+    std::vector<NodeId> candidates;
   };
 
   // The nearest of those that were compared again so far, and by how much what they were known by
@@ -122,7 +126,8 @@ class RecallJob {
   };
 
   void TakeSnapshot(CommitStamp wanted);
-  RefusalReason BeginFilter(const RecallRequest& request, const std::byte* vector);
+  RefusalReason BeginFilter(const Space& space, const RecallRequest& request,
+                            const std::byte* vector);
   void PlanFilter();
   double EstimateShare() const;
   void BeginPick();
@@ -130,7 +135,10 @@ class RecallJob {
   bool IsOverBudget() const {
     return filter_ != nullptr && distances() - filtering_->walk_began > filtering_->walk_budget;
   }
-  bool WidenWalk();
+  void EndFinding();
+  void EndFilteredSearch();
+  size_t TakeMatching(size_t wanted, float reach, size_t* within_reach);
+  bool WidenWalk(size_t within_reach);
   void BeginRefining();
   void ScanSlice();
   void EndScan();
@@ -183,7 +191,8 @@ class RecallJob {
   CommitStamp snapshot_ = kNoStamp;
   uint32_t k_ = 0;
   uint32_t ef_ = 0;
-  uint32_t walk_ef_ = 0;                // of the graph: ef, or less with a filter
+  uint32_t walk_ef_ = 0;  // of the graph: ef, or more with a filter
+  bool filters_in_walk_ = false;
   const NodeFilter* filter_ = nullptr;  // nullptr: there is none
   uint32_t kept_ = 0;  // of the scan and of the search: k, or more where they are compared again
   bool by_exact_ = false;  // scanned and walked by the vectors as they are kept

@@ -69,6 +69,8 @@ struct ShardOptions {
   // partitions; 0: never. It also grows where unlinked_limit_bytes is reached.
   uint64_t grow_partition_at = 250'000;
   uint32_t graph_from = SpaceOptions::kGraphFrom;
+  // Keys that recalls may filter by in every space, beside those that each has.
+  std::vector<std::string> filter_keys = {};
   // Observations that may be under way to the shards that own them.
   uint32_t max_forwards = 8'192;
   // Secret; draws session ids and hash seeds. The same seed gives the same run.
@@ -243,6 +245,7 @@ class Shard {
   RefusalReason Judge(uint32_t space, const ObserveRequest& request, bool in_credit);
   RefusalReason JudgeLogRoom(uint32_t space, const ObserveRequest& request) const;
   size_t RecordBytes(uint32_t space, const ObserveRequest& request) const;
+  static size_t AttributeRoom(const ObserveRequest& request);
   static size_t PendingBytes(const ObserveRequest& request);
   void Append(uint32_t space, RefusalReason skip_reason, CommitStamp stamp,
               ObserveRequest* request);

@@ -225,19 +225,7 @@ class Bench {
     CHECK(reason == RefusalReason::kNone, "a recall was refused");
     while (!job_.Search(kSliceDistances)) {
     }
-    CHECK(job_.EmitBatch(slot_), "all hits fit one slot");
-    ResultBatch batch;
-    std::memcpy(&batch, slot_.data(), sizeof(batch));
-    const std::byte* from = slot_.data() + sizeof(batch);
-    std::vector<int64_t> rows;
-    for (uint16_t i = 0; i < batch.count; ++i) {
-      HitHeader header;
-      std::memcpy(&header, from, sizeof(header));
-      const auto* id = reinterpret_cast<const char*>(from + sizeof(header));
-      rows.push_back(std::stoll(std::string(id, header.id_bytes)));
-      from += header.hit_bytes;
-    }
-    return rows;
+    return Emit();
   }
 
   // Median of a recall's processor time, in us.
@@ -319,11 +307,35 @@ class Bench {
         }
       }
     }
-    if (!space_.has_exact()) return;
-    const SearchTarget exact = space_.ExactTargetFor(forms.exact);
-    for (NeighbourKey& key : nearest.keys())
-      key = KeyOf(exact.DistanceTo(NodeOf(key)), NodeOf(key));
-    std::ranges::sort(nearest.keys());
+    const std::span<NeighbourKey> keys = nearest.keys();
+    if (space_.has_exact()) {
+      const SearchTarget exact = space_.ExactTargetFor(forms.exact);
+      for (NeighbourKey& key : keys) key = KeyOf(exact.DistanceTo(NodeOf(key)), NodeOf(key));
+    }
+    std::ranges::sort(keys);
+    std::array<NodeId, kNearest> answer;
+    const size_t count = std::min<size_t>(keys.size(), kNearest);
+    for (size_t i = 0; i < count; ++i) answer[i] = NodeOf(keys[i]);
+    job_.BeginListing(space_, std::span(answer).first(count), false, false);
+    Emit();
+  }
+
+  // The rows of the hits.
+  std::vector<int64_t> Emit() {
+    CHECK(job_.EmitBatch(std::span(slot_).first(job_.NextBatchBytes(slot_.size()))),
+          "all hits fit one slot");
+    ResultBatch batch;
+    std::memcpy(&batch, slot_.data(), sizeof(batch));
+    const std::byte* from = slot_.data() + sizeof(batch);
+    std::vector<int64_t> rows;
+    for (uint16_t i = 0; i < batch.count; ++i) {
+      HitHeader header;
+      std::memcpy(&header, from, sizeof(header));
+      const auto* id = reinterpret_cast<const char*>(from + sizeof(header));
+      rows.push_back(std::stoll(std::string(id, header.id_bytes)));
+      from += header.hit_bytes;
+    }
+    return rows;
   }
 
   struct Forms {
