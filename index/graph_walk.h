@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -201,6 +202,27 @@ class GraphWalk : public GraphWalkSteps {
     return complete();
   }
 
+  // Of a complete walk that needed no step 3: all nodes that were evaluated, with their distances,
+  // and the distance up to which it has looked about it, HUGE_VALF where that is everywhere.
+  bool is_in_list() const { return !in_beam_; }
+  std::span<const NodeId> evaluated() const {
+    return {scratch_->memory_->nodes.data(), scratch_->slots_};
+  }
+  std::span<const float> distances() const {
+    return {scratch_->memory_->distances.data(), scratch_->slots_};
+  }
+  float reach() const {
+    const WalkKey farthest = scratch_->list_.bound();
+    return farthest == kNoKey ? HUGE_VALF : scratch_->memory_->distances[SlotOf(farthest)];
+  }
+  // Such a walk goes on with a larger ef, at most kMaxListEf.
+  void Widen(uint32_t ef) {
+    ef_ = ef;
+    scratch_->list_.Begin(ef_);
+    Offer(0);
+    if (state_ != State::kBeam) ExpandNext(/*alone=*/false);
+  }
+
   // Writes the nearest min(k, out.size()) live nodes that were found, nearest first, equal
   // distances by lower node; returns how many. Once, after Turn or Step said true.
   size_t TakeResults(std::span<Neighbour> out) {
@@ -244,7 +266,10 @@ class GraphWalk : public GraphWalkSteps {
       descending_ = false;
       BeginOnLevel0();
     }
-    if (state_ == State::kBeam) return;
+    if (state_ != State::kBeam) ExpandNext(alone);
+  }
+
+  void ExpandNext(bool alone) {
     if (!HasRoomForAnExpansion()) return HandOver(scratch_->list_.keys());
     WalkKey nearest;
     WalkKey runner_up;

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstring>
 
+#include "index/nearest_selection.h"
 #include "src/core/check.h"
 #include "src/core/log_record.h"
 #include "src/core/spsc_ring.h"
@@ -17,6 +18,7 @@ namespace {
 constexpr size_t kScanAhead = 4;
 constexpr size_t kScannedAtOnce = 64;
 constexpr uint64_t kProbedInTurn = 128;
+constexpr uint64_t kPickedInTurn = 128;
 // Rows of int8, and rows as they are kept, that are asked for in a turn and compared in the next.
 constexpr size_t kRefinedAtOnce = 8;
 constexpr size_t kComparedAtOnce = 4;
@@ -48,6 +50,9 @@ RecallJob::RecallJob(ArenaHeap* heap, const LogWriter* log, Core core)
   forms_ = {.code = code_query_, .exact = exact_query_, .walk = walk_query_};
   if (core_ == Core::kOfShard) {
     probe_.emplace();
+    filtering_ = std::make_unique<Filtering>();
+    filtering_->estimates.resize(kMaxWalkSlots + kSelectionSlack);
+    filtering_->candidates.resize(kMaxWalkSlots + kSelectionSlack);
     forms_.signs = walk_query_ + Space::kMaxRowBytes;
     forms_.signs_before = forms_.signs + Space::kMaxCodeBytes;
     forms_.signs_are_far = &signs_are_far_;
@@ -59,7 +64,13 @@ RecallJob::RecallJob(ArenaHeap* heap, const LogWriter* log, Core core)
 // 1.
 RefusalReason RecallJob::Begin(const Space& space, const RecallRequest& request,
                                const std::byte* vector, uint32_t default_ef) {
+  CHECK(request.filter_bytes == 0 || filtering_ != nullptr, "filters are the shard core's");
+  filter_ = nullptr;
   codes_ = space.recall_codes();
+  if (request.filter_bytes != 0) {
+    const RefusalReason sound = BeginFilter(space, request, vector);
+    if (sound != RefusalReason::kNone) return sound;
+  }
   const RefusalReason reason =
       space.PrepareQuery(request.dtype, request.dimension, request.scale, vector, &codes_, forms_);
   if (reason != RefusalReason::kNone) return reason;
@@ -86,7 +97,9 @@ RefusalReason RecallJob::Begin(const Space& space, const RecallRequest& request,
   hits_.clear();
   scored_ = true;
   BeginEmit(request.with_payload, request.with_vector, request.max_payload_bytes);
+  walk_ef_ = ef_;
   phase_ = Phase::kScan;
+  if (filter_ != nullptr) PlanFilter();
   return RefusalReason::kNone;
 }
 
@@ -110,6 +123,8 @@ bool RecallJob::Search(uint32_t max_distances) {
       Turn();
     } else if (search_.Step(limit - distances())) {
       EndSearch();
+    } else if (IsOverBudget()) {
+      BeginPick();
     }
   } while (phase_ != Phase::kReady && distances() < limit);
   return phase_ == Phase::kReady;
@@ -118,6 +133,9 @@ bool RecallJob::Search(uint32_t max_distances) {
 bool RecallJob::Turn() {
   CHECK(phase_ != Phase::kIdle, "a recall was begun");
   switch (phase_) {
+    case Phase::kPick:
+      PickSlice(kPickedInTurn);
+      break;
     case Phase::kScan:
       ScanSlice();
       if (scanned_ == fresh_.size()) EndScan();
@@ -126,7 +144,11 @@ bool RecallJob::Turn() {
       ProbeSlice(kProbedInTurn);
       break;
     case Phase::kSearch:
-      if (search_.Turn()) EndSearch();
+      if (search_.Turn()) {
+        EndSearch();
+      } else if (IsOverBudget()) {
+        BeginPick();
+      }
       break;
     case Phase::kRefine:
       RefineSlice();
@@ -152,6 +174,7 @@ void RecallJob::ScanSlice() {
     if (scanned_ + kScanAhead < fresh_.size()) target.Prefetch(fresh_[scanned_ + kScanAhead]);
     const NodeId node = fresh_[scanned_];
     if (!space_->IsVisible(node, snapshot_)) continue;
+    if (filter_ != nullptr && !filter_->Matches(node)) continue;
     Offer(target.DistanceTo(node), node);
   }
 }
@@ -170,7 +193,7 @@ void RecallJob::EndScan() {
     BeginSearch();
     return;
   }
-  probe_->Begin(space_, forms_, snapshot_, ef_, kept_);
+  probe_->Begin(space_, forms_, snapshot_, ef_, kept_, filter_);
   phase_ = Phase::kProbe;
 }
 
@@ -198,19 +221,37 @@ void RecallJob::BeginSearch() {
     Merge();
     return;
   }
-  search_ = GraphWalk<IsVisible>(IsVisible{space_, snapshot_});
-  walked_from_ = distances();
-  search_.Begin(WalkTarget(), codes_ == nullptr ? kept_ : ef_, ef_, &scratch_);
+  filters_in_walk_ = filter_ != nullptr && ef_ > GraphWalk<IsVisible>::kMaxListEf;
+  search_ =
+      GraphWalk<IsVisible>(IsVisible{space_, snapshot_, filters_in_walk_ ? filter_ : nullptr});
+  walk_began_ = distances();
+  search_.Begin(WalkTarget(), codes_ == nullptr ? kept_ : walk_ef_, walk_ef_, &scratch_);
   phase_ = Phase::kSearch;
 }
 
 void RecallJob::EndSearch() {
-  AddWork(distances() - walked_from_, WalkTarget().vectors->row_bytes());
-  found_count_ = search_.TakeResults(std::span(found_).first(codes_ == nullptr ? kept_ : ef_));
-  if (codes_ == nullptr) {
-    Merge();
+  if (filter_ != nullptr && !filters_in_walk_) {
+    EndFilteredSearch();
     return;
   }
+  found_count_ = search_.TakeResults(std::span(found_).first(codes_ == nullptr ? kept_ : walk_ef_));
+  EndFinding();
+}
+
+void RecallJob::CountWalk() {
+  AddWork(distances() - walk_began_, WalkTarget().vectors->row_bytes());
+}
+
+void RecallJob::EndFinding() {
+  CountWalk();
+  if (codes_ == nullptr) {
+    Merge();
+  } else {
+    BeginRefining();
+  }
+}
+
+void RecallJob::BeginRefining() {
   refined_ = 0;
   compared_again_.Begin(kept_);
   AskToRefine();

@@ -2,14 +2,17 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <vector>
 
+#include "index/filtered_scan.h"
 #include "index/fresh_list.h"
 #include "index/graph_walk.h"
 #include "index/hnsw_search.h"
 #include "index/log/log_writer.h"
+#include "index/node_filter.h"
 #include "index/space.h"
 #include "index/waiting_probe.h"
 #include "src/core/arena_heap.h"
@@ -36,6 +39,11 @@ namespace engram {
 //    memory: they may not be on the disk yet, and are read here.
 // A get or a scroll is step 6 alone.
 //
+// With a filter (recall_job_filter.cc), on the shard's core alone, what does not match it is left
+// out of step 2, and of what step 3 has come upon; the walk goes farther where too few of what is
+// about the query match. Where so few match at all that to compare them costs no more, and where a
+// walk has cost as much, that is done in place of both (FilteredScan).
+//
 // Thread safety: one core's alone. On another core than the shard's, from inside the space's epochs
 // from Begin to the last batch. Takes memory from its heap only, and only when a space has grown
 // since the last recall.
@@ -50,7 +58,8 @@ class RecallJob {
   // that a recall is not refused for lack of memory. False when the heap is spent.
   bool Reserve(size_t nodes) { return scratch_.Reserve(nodes); }
 
-  // kNone, or why the recall cannot be done. `vector` as received. ef 0 takes `default_ef`.
+  // kNone, or why the recall cannot be done. `vector` as received, with the filter behind it; a
+  // request with a filter is for Core::kOfShard alone. ef 0 takes `default_ef`.
   RefusalReason Begin(const Space& space, const RecallRequest& request, const std::byte* vector,
                       uint32_t default_ef);
   // Steps 2 to 5, until about `max_distances` distances have been evaluated. True when the hits are
@@ -83,9 +92,25 @@ class RecallJob {
   struct IsVisible {
     const Space* space;
     CommitStamp snapshot;
-    bool operator()(NodeId node) const { return space->IsVisibleInGraph(node, snapshot); }
+    const NodeFilter* filter = nullptr;  // nullptr: all are wanted
+    bool operator()(NodeId node) const {
+      return space->IsVisibleInGraph(node, snapshot) &&
+             (filter == nullptr || filter->Matches(node));
+    }
   };
-  enum class Phase : uint8_t { kIdle, kScan, kProbe, kSearch, kRefine, kCompare, kReady };
+  enum class Phase : uint8_t { kIdle, kPick, kScan, kProbe, kSearch, kRefine, kCompare, kReady };
+
+  // Of recalls with a filter.
+  struct Filtering {
+    NodeFilter filter;
+    FilteredNodes nodes;
+    FilteredScan scan;
+    uint64_t walk_budget = 0;
+    double share = 1;  // of what is visible that matches, as far as is known
+    // Of walks: what was evaluated, and of that the nearest.
+    std::vector<float> estimates;
+    std::vector<NodeId> candidates;
+  };
 
   // The nearest of those that were compared again so far, and by how much what they were known by
   // was wrong.
@@ -107,6 +132,20 @@ class RecallJob {
   };
 
   void TakeSnapshot(CommitStamp wanted);
+  RefusalReason BeginFilter(const Space& space, const RecallRequest& request,
+                            const std::byte* vector);
+  void PlanFilter();
+  double EstimateShare() const;
+  void BeginPick();
+  void PickSlice(uint64_t max_distances);
+  bool IsOverBudget() const {
+    return filter_ != nullptr && distances() - walk_began_ > filtering_->walk_budget;
+  }
+  void EndFinding();
+  void EndFilteredSearch();
+  size_t TakeMatching(size_t wanted, float reach, size_t* within_reach);
+  bool WidenWalk(size_t within_reach);
+  void BeginRefining();
   void ScanSlice();
   void EndScan();
   void ProbeSlice(uint64_t max_distances);
@@ -114,6 +153,7 @@ class RecallJob {
   // What the graph is walked with.
   SearchTarget WalkTarget() const;
   void BeginSearch();
+  void CountWalk();
   void EndSearch();
   void AskToRefine() const;
   void RefineSlice();
@@ -149,7 +189,8 @@ class RecallJob {
   std::byte* walk_query_ = nullptr;   // likewise
   Space::QueryForms forms_{};
   bool signs_are_far_ = false;
-  std::optional<WaitingProbe> probe_;  // on the shard's core
+  std::optional<WaitingProbe> probe_;     // on the shard's core
+  std::unique_ptr<Filtering> filtering_;  // on the shard's core
   std::vector<NeighbourKey> nearest_storage_;
   KeyHeap<FarthestFirst> nearest_;  // of those scanned so far
   std::vector<Neighbour> found_;    // by the graph
@@ -163,6 +204,9 @@ class RecallJob {
   CommitStamp snapshot_ = kNoStamp;
   uint32_t k_ = 0;
   uint32_t ef_ = 0;
+  uint32_t walk_ef_ = 0;  // of the graph: ef, or more with a filter
+  bool filters_in_walk_ = false;
+  const NodeFilter* filter_ = nullptr;  // nullptr: there is none
   uint32_t kept_ = 0;  // of the scan and of the search: k, or more where they are compared again
   bool by_exact_ = false;  // scanned and walked by the vectors as they are kept
   bool scored_ = false;
@@ -170,7 +214,7 @@ class RecallJob {
   bool with_vector_ = false;
   Work work_;
   size_t scanned_ = 0;
-  uint64_t walked_from_ = 0;  // distances before the walk
+  uint64_t walk_began_ = 0;  // distances, then
   size_t found_count_ = 0;
   size_t refined_ = 0;
   size_t compared_ = 0;

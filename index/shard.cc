@@ -352,7 +352,8 @@ SpaceOptions Shard::OptionsOf(const SpaceEntry& entry) const {
           .hash_seed = MixBits(hash_seed_ + entry.index()),
           .graph_from = options_.graph_from,
           .ends_by_age = entry.ends_by_age(),
-          .homes = port_.catalogue->shards()};
+          .homes = port_.catalogue->shards(),
+          .filter_keys = {entry.filter_keys().begin(), entry.filter_keys().end()}};
 }
 
 RefusalReason Shard::AttachSession(size_t producer, uint32_t space, HelloRequest* hello) {

@@ -346,6 +346,7 @@ bool Shard::HandOn() {
   CheckpointLoading& loading = recovery_->loading;
   const Space& apart = *loading.apart;
   std::vector<float> vector(apart.dimension());
+  std::vector<std::byte> attributes;
   for (int n = 0; n < kHandedOnPerPoll && loading.next_node < apart.node_count();
        ++n, ++loading.next_node) {
     // A hidden one is two records.
@@ -368,6 +369,9 @@ bool Shard::HandOn() {
     record.confidence = content->stored.confidence;
     record.when_ns = content->stored.when_ns;
     record.vector = std::as_bytes(std::span(vector));
+    attributes.resize(apart.attributes().AttributeBytes(node));
+    apart.attributes().WriteAttributes(node, attributes.data());
+    record.attributes = attributes;
     // Its length alone where it lies in a log.
     record.payload = {content->stored.payload.data(), content->stored.payload_bytes};
     ForwardReplayed(RequestOf(record, content->stored.origin, content->stored.record_bytes),

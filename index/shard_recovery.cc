@@ -324,7 +324,8 @@ void Shard::RestoreSession(SessionId id, uint32_t space, Sequence sequence, Comm
 ObserveRequest* Shard::RequestOf(const LogRecord& record, LogAddress address,
                                  uint32_t record_bytes) {
   const size_t payload_bytes = record_bytes == 0 ? record.payload.size() : 0;
-  const size_t body_bytes = record.vector.size() + record.id.size() + payload_bytes;
+  const size_t body_bytes =
+      record.vector.size() + record.id.size() + record.attributes.size() + payload_bytes;
   void* memory =
       std::aligned_alloc(kCacheLineBytes, (kRequestBodyOffset + body_bytes + kCacheLineBytes - 1) /
                                               kCacheLineBytes * kCacheLineBytes);
@@ -334,6 +335,7 @@ ObserveRequest* Shard::RequestOf(const LogRecord& record, LogAddress address,
   request->dtype = record.dtype;
   request->dimension = record.dimension;
   request->id_bytes = static_cast<uint16_t>(record.id.size());
+  request->attribute_bytes = static_cast<uint16_t>(record.attributes.size());
   request->payload_kind = record.payload_kind;
   request->payload_bytes = static_cast<uint32_t>(record.payload.size());
   request->when_ns = record.when_ns;
@@ -348,6 +350,7 @@ ObserveRequest* Shard::RequestOf(const LogRecord& record, LogAddress address,
   };
   append(record.vector.data(), record.vector.size());
   append(record.id.data(), record.id.size());
+  append(record.attributes.data(), record.attributes.size());
   append(record.payload.data(), payload_bytes);
   return request;
 }

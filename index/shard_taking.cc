@@ -251,12 +251,20 @@ RefusalReason Shard::Judge(uint32_t space, const ObserveRequest& request, bool i
   return RefusalReason::kNone;
 }
 
+// A bound of what attributes take: their bytes, and what the index has for each.
+size_t Shard::AttributeRoom(const ObserveRequest& request) {
+  constexpr size_t kIndexedBytes = 192;
+  constexpr size_t kLeastBytes = 3;
+  const size_t count = (request.attribute_bytes + kLeastBytes - 1) / kLeastBytes;
+  return request.attribute_bytes + std::min(count, kMaxAttributes) * kIndexedBytes;
+}
+
 // A bound of what it takes in memory.
 size_t Shard::PendingBytes(const ObserveRequest& request) {
   if (request.op == ObservationOp::kSkip) return 0;
   constexpr size_t kLinksAndMore = 1'024;
   return kLinksAndMore + 5 * size_t{request.dimension} + request.id_bytes +
-         (request.record_bytes == 0 ? request.payload_bytes : 0);
+         (request.record_bytes == 0 ? request.payload_bytes : 0) + AttributeRoom(request);
 }
 
 RefusalReason Shard::JudgeLogRoom(uint32_t space, const ObserveRequest& request) const {
@@ -269,7 +277,7 @@ RefusalReason Shard::JudgeLogRoom(uint32_t space, const ObserveRequest& request)
 size_t Shard::RecordBytes(uint32_t space, const ObserveRequest& request) const {
   return LogRecordBytes(entries_[space]->name().size(),
                         VectorBytes(request.dtype, request.dimension), request.id_bytes,
-                        request.payload_bytes);
+                        request.payload_bytes, request.attribute_bytes);
 }
 
 // 3. What the space is goes before its first observation in this log, and again when it has grown.
@@ -311,6 +319,7 @@ void Shard::Append(uint32_t space, RefusalReason skip_reason, CommitStamp stamp,
     record.confidence = observation.confidence;
     record.vector = {observation.vector, VectorBytes(request->dtype, request->dimension)};
     record.id = observation.id;
+    record.attributes = observation.attributes;
     record.payload = observation.payload;
   }
   request->address = log_->Append(record, urgent);
@@ -381,8 +390,9 @@ void Shard::BeginStoring(uint64_t ticket) {
 ObservationRef Shard::ObservationIn(const ObserveRequest& request) {
   const auto* vector = reinterpret_cast<const std::byte*>(&request) + kRequestBodyOffset;
   const std::byte* id = vector + VectorBytes(request.dtype, request.dimension);
+  const std::byte* attributes = id + request.id_bytes;
   return {.id = {reinterpret_cast<const char*>(id), request.id_bytes},
-          .payload = {id + request.id_bytes, request.payload_bytes},
+          .payload = {attributes + request.attribute_bytes, request.payload_bytes},
           .payload_kind = request.payload_kind,
           .dtype = request.dtype,
           .dimension = request.dimension,
@@ -391,7 +401,8 @@ ObservationRef Shard::ObservationIn(const ObserveRequest& request) {
           .when_ns = request.when_ns,
           .confidence = request.confidence,
           .origin = request.address,
-          .record_bytes = request.record_bytes};
+          .record_bytes = request.record_bytes,
+          .attributes = {attributes, request.attribute_bytes}};
 }
 
 // In this shard. A refusal changes nothing.

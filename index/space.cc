@@ -33,7 +33,9 @@ Space::Space(std::string name, const SpaceOptions& options, ArenaHeap* heap, Rea
       has_end_(heap),
       fresh_(heap, epochs),
       graph_(heap, options.build),
-      ids_(heap) {
+      ids_(heap),
+      attributes_(heap, options.filter_keys, options.hash_seed),
+      times_(heap) {
   if (options.dimension != 0) FixDimension(options.dimension);
   if (options.ends_by_age) aged_.emplace(heap, options.homes);
 }
@@ -109,8 +111,8 @@ StoreOutcome Space::Upsert(const ObservationRef& observation, CommitStamp stamp,
     memory_short_ = true;
     return {.reason = RefusalReason::kMemoryFull};
   }
-  if (!WriteText(&nodes_[node], observation) || !ReserveFresh() ||
-      (old == kNoNode && !ids_.Insert(hash, node))) {
+  if (!WriteText(&nodes_[node], observation) || !FileNode(node, observation.attributes) ||
+      !ReserveFresh() || (old == kNoNode && !ids_.Insert(hash, node))) {
     FreeNode(node);
     memory_short_ = true;
     return {.reason = RefusalReason::kMemoryFull};
@@ -175,7 +177,7 @@ StoreOutcome Space::Suppress(std::string_view id, CommitStamp stamp, bool severa
   if (later != kNoStamp) return {.later = later};
 
   const NodeId node = TakeNode();
-  if (node == kNoNode || !CopyText(node, old)) {
+  if (node == kNoNode || !CopyText(node, old) || !FileAs(node, old)) {
     if (node != kNoNode) FreeNode(node);
     memory_short_ = true;
     return {.reason = RefusalReason::kMemoryFull};
@@ -285,7 +287,8 @@ NodeId Space::StoreLate(const ObservationRef& observation, bool is_upsert, const
   if (dimension() == 0) return kNoNode;
   const NodeId node = TakeNode();
   if (node == kNoNode) return kNoNode;
-  if (!WriteText(&nodes_[node], observation) || !ReserveFresh()) {
+  if (!WriteText(&nodes_[node], observation) || !FileNode(node, observation.attributes) ||
+      !ReserveFresh()) {
     FreeNode(node);
     return kNoNode;
   }
@@ -468,6 +471,7 @@ void Space::NoteLinking(NodeId node) {
 
 void Space::FreeNode(NodeId node) {
   if (aged_) aged_->Remove(node);
+  Unfile(node);
   FreeText(&nodes_[node]);
   nodes_[node].state = NodeState::kFree;
   nodes_[node].next = first_free_;
@@ -649,7 +653,7 @@ uint64_t Space::resident_bytes() const {
   return vectors + codes + links + nodes_.capacity() * sizeof(Node) +
          stamps_.capacity() * sizeof(Stamps) + has_end_.capacity() * sizeof(uint64_t) +
          (waiting_ ? waiting_->bytes() : 0) + fresh_.bytes() + ids_.size() * 12 + text_bytes_ +
-         (aged_ ? aged_->bytes() : 0);
+         (aged_ ? aged_->bytes() : 0) + attributes_.bytes() + times_.bytes();
 }
 
 uint64_t Space::HashOf(std::string_view id) const { return HashString(id, options_.hash_seed); }

@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "index/attribute_index.h"
 #include "index/batch_linker.h"
 #include "index/chunked_array.h"
 #include "index/code_learning.h"
@@ -24,6 +25,7 @@
 #include "index/id_map.h"
 #include "index/inverted_lists.h"
 #include "index/learning_schedule.h"
+#include "index/time_index.h"
 #include "index/vector_format.h"
 #include "index/vector_store.h"
 #include "index/walk_codes.h"
@@ -52,6 +54,7 @@ struct ObservationRef {
   float confidence = 1;
   LogAddress origin = kNoLogAddress;  // where its record lies
   uint32_t record_bytes = 0;          // there; 0: in no log, so the space keeps the payload
+  std::span<const std::byte> attributes = {};  // that CheckAttributes has passed
 };
 
 // What a space keeps of an observation beside its vector.
@@ -96,6 +99,8 @@ struct SpaceOptions {
   uint32_t list_from = kListFrom;    // more unlinked nodes than this are listed, not scanned
   bool ends_by_age = false;          // EndOldest will be called
   uint16_t homes = 1;                // with ends_by_age: shards that stamps come from
+  // Keys that recalls may filter by, beside those that every space has; kMaxFilterKeys at most.
+  std::vector<std::string> filter_keys = {};
 };
 
 // The observations of one memory space in one shard: vectors, ids, payloads, and the graph over
@@ -298,6 +303,25 @@ class Space {
 
   bool IsLinked(NodeId node) const { return nodes_[node].state == NodeState::kLinked; }
 
+  // Filtered recalls (space_filters.cc). What is live or hidden is filed by its attributes and its
+  // time, and what has ended until its place is given back, as a recall of an earlier snapshot may
+  // see it.
+  // kNone, kBadFilter or kUnknownFilterKey. Good until the space changes.
+  RefusalReason CompileFilter(std::span<const std::byte> filter, CompiledFilter* compiled) const {
+    return attributes_.Compile(filter, compiled);
+  }
+  const AttributeIndex& attributes() const { return attributes_; }
+  const TimeIndex& times() const { return times_; }
+  int64_t WhenOf(NodeId node) const { return nodes_[node].when_ns; }
+  void PrefetchWhen(NodeId node) const { __builtin_prefetch(&nodes_[node].when_ns); }
+  // As IsVisible, of any node, for the memory of a bit where the snapshot is of now.
+  bool IsVisibleHere(NodeId node, CommitStamp snapshot) const {
+    const bool is_now = latest_stamp_.load(std::memory_order_relaxed) <= snapshot;
+    return (is_now && !HasEnd(node)) || IsVisible(node, snapshot);
+  }
+  // Has a code in walk_codes().
+  bool HasWalkCode(NodeId node) const { return graph_.IsLinked(node) || graph_.IsDoomed(node); }
+
   // Upkeep, by the shard's linker and sweep between other work.
   // Waiting in lists (space_waiting.cc), where the space is walked with codes and more have come
   // than a scan should bear: what came first among those that are not linked is listed, and found
@@ -419,7 +443,8 @@ class Space {
   uint64_t resident_bytes() const;
   // Of this what is in use, by what lives, is hidden, or has ended and is not given back yet.
   uint64_t held_bytes() const {
-    return (live_ + hidden_ + retired_ + tombstones_) * NodeBytes() + text_bytes_;
+    return (live_ + hidden_ + retired_ + tombstones_) * NodeBytes() + text_bytes_ +
+           attributes_.bytes();
   }
 
  private:
@@ -604,6 +629,10 @@ class Space {
   bool WantsDrop() const;
   void DropEnded();
   bool WriteText(Node* node, const ObservationRef& observation);
+  bool FileNode(NodeId node, std::span<const std::byte> attributes);
+  bool FileAs(NodeId node, NodeId other);
+  bool FileByTime(NodeId node);
+  void Unfile(NodeId node);
   bool CopyText(NodeId node, NodeId from);
   static size_t TextBytes(const Node& node);
   void FreeText(Node* node);
@@ -636,6 +665,7 @@ class Space {
   using StateCounts = std::array<uint64_t, static_cast<size_t>(NodeState::kCount)>;
   Result<void> CompareCounts(const StateCounts& by_state) const;
   Result<void> CheckCounts() const;
+  Result<void> CheckFiled(NodeId node) const;
   uint64_t ChangesMark() const;
   std::unexpected<Error> Unsound(const std::string& what, uint64_t node) const;
 
@@ -668,6 +698,8 @@ class Space {
 
   // The shard's alone.
   IdMap ids_;
+  AttributeIndex attributes_;
+  TimeIndex times_;
   NodeId first_free_ = kNoNode;
   uint64_t nodes_taken_ = 0;  // ever
   // Retired nodes in the graph; those that a sweep may take once the horizon has passed sweep_end_

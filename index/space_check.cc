@@ -28,6 +28,7 @@ Result<void> Space::CheckNode(NodeId node) const {
                 (has_content && aged_->StampOf(node) != ContentStamp(node)))) {
     return Unsound("queue by age and node disagree", node);
   }
+  if (Result<void> sound = CheckFiled(node); !sound) return sound;
   if (stored.state == NodeState::kHidden) {
     if (FindId(HashOf(IdOf(node)), IdOf(node)) != node) return Unsound("hidden id is lost", node);
     if (Load(stamps_[node].begin) != Load(stamps_[node].end)) {
@@ -142,6 +143,9 @@ Result<void> Space::CheckInvariants() const {
     if (Result<void> sound = CheckNode(node); !sound) return sound;
   }
   if (Result<void> sound = CheckCounts(); !sound) return sound;
+  if (Result<void> sound = attributes_.CheckInvariants(); !sound) return sound;
+  const auto when_of = [this](NodeId node) { return WhenOf(node); };
+  if (Result<void> sound = times_.CheckInvariants(when_of); !sound) return sound;
   return graph_.CheckInvariants();
 }
 

@@ -42,18 +42,19 @@ bool Space::HasContent(std::string_view id) const {
   return node != kNoNode && nodes_[node].state != NodeState::kTombstone;
 }
 
-// The text of what has ended counts by its share.
+// The texts and attributes of what has ended count by their share.
 uint64_t Space::content_bytes() const {
   const uint64_t contents = live_ + hidden_;
   const uint64_t texts = contents + retired_ + tombstones_;
-  return contents * NodeBytes() + (texts == 0 ? 0 : text_bytes_ * contents / texts);
+  const uint64_t bytes = text_bytes_ + attributes_.bytes();
+  return contents * NodeBytes() + (texts == 0 ? 0 : bytes * contents / texts);
 }
 
 // All that grows with each node, but its text.
 uint64_t Space::NodeBytes() const {
   constexpr uint64_t kIdEntryBytes = 12;
   const uint64_t rows = (codes_ ? codes_->row_bytes() : 0) + (exact_ ? exact_->row_bytes() : 0);
-  return rows + graph_.BottomBytes() + sizeof(Node) + sizeof(Stamps) + sizeof(NodeId) +
+  return rows + graph_.BottomBytes() + sizeof(Node) + sizeof(Stamps) + 2 * sizeof(NodeId) +
          kIdEntryBytes;
 }
 

@@ -196,7 +196,10 @@ bool Space::Reclaim(size_t max_nodes) {
 
 bool Space::Dismantle(size_t max_nodes) {
   const uint32_t count = node_count();
-  for (; max_nodes > 0 && dismantled_ < count; --max_nodes) FreeText(&nodes_[dismantled_++]);
+  for (; max_nodes > 0 && dismantled_ < count; --max_nodes) {
+    attributes_.Remove(dismantled_);
+    FreeText(&nodes_[dismantled_++]);
+  }
   if (dismantled_ < count) return false;
   node_count_.store(0, std::memory_order_relaxed);
   return true;

@@ -35,11 +35,12 @@ WaitingProbe::WaitingProbe()
       found_(kMaxKept) {}
 
 void WaitingProbe::Begin(const Space* space, const Space::QueryForms& query, CommitStamp snapshot,
-                         uint32_t ef, uint32_t wanted) {
+                         uint32_t ef, uint32_t wanted, const NodeFilter* filter) {
   space_ = space;
   query_ = query;
   is_far_ = *query.signs_are_far;
   snapshot_ = snapshot;
+  filter_ = filter;
   kept_ = std::max({ef, wanted, kLeastKept});
   CHECK(kept_ <= kMaxKept, "as many as a recall may want");
   bound_ = HUGE_VALF;
@@ -95,10 +96,11 @@ void WaitingProbe::ScanList(uint32_t list) {
                                      block.nodes.data(), bound_, estimates, candidates);
           work_ += block.nodes.size() / kMembersPerDistance + 1;
         }
-        // Now, lest what has ended takes the places of what lives beside it.
+        // Now, lest what has ended, or is not asked for, takes the places of what is beside it.
         size_t visible = 0;
         for (size_t i = 0; i < added; ++i) {
           if (!space_->IsVisible(candidates[i], snapshot_)) continue;
+          if (filter_ != nullptr && !filter_->Matches(candidates[i])) continue;
           candidates[visible] = candidates[i];
           estimates[visible++] = estimates[i];
         }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "index/hnsw_search.h"
+#include "index/node_filter.h"
 #include "index/space.h"
 #include "src/core/commit_stamp.h"
 #include "src/core/ids.h"
@@ -27,9 +28,9 @@ class WaitingProbe {
   WaitingProbe();
 
   // `query`: as Space::PrepareQuery wrote it, with signs; stays until the end. `wanted`: how many
-  // are to be found. Begins anew.
+  // are to be found. Begins anew. `filter`: what is found matches it; nullptr: all does.
   void Begin(const Space* space, const Space::QueryForms& query, CommitStamp snapshot, uint32_t ef,
-             uint32_t wanted);
+             uint32_t wanted, const NodeFilter* filter = nullptr);
   // Until about `max_distances` distances' work is done; what it took is added to `distances`. True
   // at the end.
   bool Step(uint64_t max_distances, uint64_t* distances);
@@ -50,6 +51,7 @@ class WaitingProbe {
   Space::QueryForms query_{};
   bool is_far_ = false;  // signs do not tell what is near the query
   CommitStamp snapshot_ = kNoStamp;
+  const NodeFilter* filter_ = nullptr;
   uint32_t kept_ = 0;  // candidates by signs
   float bound_ = 0;    // beyond which none is kept
   size_t list_count_ = 0;

@@ -72,8 +72,9 @@ std::optional<std::span<const std::byte>> OpenShardExtent(std::span<const std::b
                                                           ExtentHeader* header) {
   if (extent.size() < sizeof(*header)) return std::nullopt;
   std::memcpy(header, extent.data(), sizeof(*header));
-  if (header->magic != kExtentMagic || header->version != kExtentVersion ||
-      header->bytes != extent.size() || header->crc != CrcOf(extent)) {
+  if (header->magic != kExtentMagic || header->version < kOldestExtentVersion ||
+      header->version > kExtentVersion || header->bytes != extent.size() ||
+      header->crc != CrcOf(extent)) {
     return std::nullopt;
   }
   return extent.subspan(sizeof(*header));

@@ -14,7 +14,9 @@ namespace engram {
 // is copied in and out, so nothing need be aligned.
 
 inline constexpr uint32_t kExtentMagic = 0x31584345;  // the bytes E C X 1
-inline constexpr uint16_t kExtentVersion = 2;
+inline constexpr uint16_t kExtentVersion = 3;
+inline constexpr uint16_t kOldestExtentVersion = 2;  // that is read
+inline constexpr uint16_t kVersionWithAttributes = 3;
 inline constexpr size_t kMaxExtentBytes = size_t{256} << 10;
 // Places of nodes that one extent may pass over or fill.
 inline constexpr uint32_t kMaxExtentSlots = 4'096;
@@ -69,6 +71,7 @@ enum class SavedState : uint8_t {
   kSuppressed = 5,  // ended by a suppress during the save: live until that is replayed
 };
 inline constexpr uint8_t kSavedWasHidden = 1;
+inline constexpr uint8_t kSavedAttributes = 2;
 
 // The lists of one node of the graph, in the body of kLinks. Then, padded, link_words of 4 bytes:
 // for each level from 0 up the number of places and these.
@@ -82,7 +85,7 @@ struct SavedLinks {
 static_assert(sizeof(SavedLinks) == 16);
 
 // One node in the body of kNodes. Then, each padded: code row, exact row, id and, where it lies in
-// no log, payload.
+// no log, payload; with kSavedAttributes the bytes of the attributes (u16), and these.
 struct SavedNode {
   uint64_t begin;    // stamp
   uint64_t end;      // stamp; kOpenStamp while it lives

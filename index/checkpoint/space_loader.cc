@@ -47,10 +47,11 @@ Result<ExtentHeader> CheckExtent(std::span<const std::byte> bytes, uint64_t offs
   constexpr size_t kBehindCrc = kExtentCrcOffset + sizeof(header.crc);
   const uint32_t crc = Crc32c(extent.subspan(kBehindCrc), Crc32c(extent.first(kExtentCrcOffset)));
   if (crc != header.crc) return CorruptAt(offset, "checksum is wrong");
-  if (header.version != kExtentVersion) {
+  if (header.version < kOldestExtentVersion || header.version > kExtentVersion) {
     return Fail(ErrorCode::kInvalidArgument,
                 "saved space: format version " + std::to_string(header.version) +
-                    ", this build reads version " + std::to_string(kExtentVersion));
+                    ", this build reads versions " + std::to_string(kOldestExtentVersion) + " to " +
+                    std::to_string(kExtentVersion));
   }
   if (header.zero != 0) return CorruptAt(offset, "header's padding is not zero");
   return header;
@@ -356,8 +357,9 @@ Result<void> SpaceLoader::TakeNodes(const ExtentHeader& header, std::span<const 
     if (extent.size() - at < sizeof(saved)) return Corrupt("a node is cut off");
     std::memcpy(&saved, extent.data() + at, sizeof(saved));
     if (saved.saved_bytes > extent.size() - at) return Corrupt("a node is cut off");
-    if (Result<void> sound = CheckRecord(saved, header); !sound) return sound;
-    if (Result<void> taken = TakeNode(saved, extent.data() + at + sizeof(saved)); !taken) {
+    const std::byte* const body = extent.data() + at + sizeof(saved);
+    if (Result<void> sound = CheckRecord(saved, header, body); !sound) return sound;
+    if (Result<void> taken = TakeNode(saved, body); !taken) {
       return taken;
     }
     next_slot_ = saved.node + 1;
@@ -405,8 +407,28 @@ size_t SpaceLoader::RowBytes(const SavedNode& saved) const {
   return saved.state == SavedState::kTombstone ? 0 : saved_.code_row_bytes + saved_.exact_row_bytes;
 }
 
+// Of what follows the text: its length, and what it has room for.
+Result<std::span<const std::byte>> SpaceLoader::AttributesIn(const SavedNode& saved,
+                                                             const std::byte* body) const {
+  const size_t before = RowBytes(saved) + PadTo8(saved.text_bytes());
+  const size_t all = saved.saved_bytes - sizeof(saved);
+  uint16_t bytes = 0;
+  if (before + sizeof(bytes) > all) return Corrupt("attributes of a node are cut off");
+  std::memcpy(&bytes, body + before, sizeof(bytes));
+  const size_t end = before + sizeof(bytes) + bytes;
+  if (bytes == 0 || before + PadTo8(sizeof(bytes) + bytes) != all) {
+    return Corrupt("length of a node");
+  }
+  const std::span<const std::byte> attributes(body + before + sizeof(bytes), bytes);
+  if (CheckAttributes(attributes) != RefusalReason::kNone || !IsZero(body + end, all - end)) {
+    return Corrupt("attributes of a node");
+  }
+  return attributes;
+}
+
 // All of its numbers, and so that its parts are as long as it is.
-Result<void> SpaceLoader::CheckRecord(const SavedNode& saved, const ExtentHeader& header) const {
+Result<void> SpaceLoader::CheckRecord(const SavedNode& saved, const ExtentHeader& header,
+                                      const std::byte* body) const {
   if (saved.node < next_slot_ || saved.node - header.first >= header.slots) {
     return Corrupt("a node's place");
   }
@@ -417,8 +439,16 @@ Result<void> SpaceLoader::CheckRecord(const SavedNode& saved, const ExtentHeader
 
   if (saved.payload_kind > PayloadKind::kMemory) return Corrupt("kind of payload");
   if (Result<void> sound = CheckOrigin(saved); !sound) return sound;
-  const size_t bytes = sizeof(saved) + RowBytes(saved) + PadTo8(saved.text_bytes());
-  if (saved.saved_bytes != bytes) return Corrupt("length of a node");
+  if ((saved.flags & kSavedAttributes) != 0) {
+    if (header.version < kVersionWithAttributes || saved.saved_bytes < sizeof(saved)) {
+      return Corrupt("flags of a node");
+    }
+    if (const auto attributes = AttributesIn(saved, body); !attributes) {
+      return std::unexpected(attributes.error());
+    }
+  } else if (saved.saved_bytes != sizeof(saved) + RowBytes(saved) + PadTo8(saved.text_bytes())) {
+    return Corrupt("length of a node");
+  }
   if (Result<void> sound = CheckKind(saved); !sound) return sound;
   return CheckStamps(saved);
 }
@@ -439,7 +469,8 @@ Result<void> SpaceLoader::CheckOrigin(const SavedNode& saved) const {
 
 Result<void> SpaceLoader::CheckKind(const SavedNode& saved) const {
   const bool was_hidden = (saved.flags & kSavedWasHidden) != 0;
-  if ((saved.flags & ~kSavedWasHidden) != 0) return Corrupt("flags of a node");
+  const bool has_attributes = (saved.flags & kSavedAttributes) != 0;
+  if ((saved.flags & ~(kSavedWasHidden | kSavedAttributes)) != 0) return Corrupt("flags of a node");
   bool fits = false;
   switch (saved.state) {
     case SavedState::kLive:
@@ -450,11 +481,11 @@ Result<void> SpaceLoader::CheckKind(const SavedNode& saved) const {
       fits = was_hidden;
       break;
     case SavedState::kTombstone:
-      fits = !was_hidden && saved.payload_bytes == 0 && saved.record_words == 0;
+      fits = !was_hidden && !has_attributes && saved.payload_bytes == 0 && saved.record_words == 0;
       break;
     case SavedState::kRetired:
-      fits =
-          !was_hidden && saved.id_bytes == 0 && saved.payload_bytes == 0 && saved.record_words == 0;
+      fits = !was_hidden && !has_attributes && saved.id_bytes == 0 && saved.payload_bytes == 0 &&
+             saved.record_words == 0;
       break;
   }
   if (!fits) return Corrupt("state and flags of a node");
@@ -529,6 +560,11 @@ Result<void> SpaceLoader::TakeNode(const SavedNode& saved, const std::byte* body
     return {};
   }
   if (!LoadText(saved, text)) return MemoryFull();
+  if (saved.state != SavedState::kTombstone) {
+    std::span<const std::byte> attributes;
+    if ((saved.flags & kSavedAttributes) != 0) attributes = *AttributesIn(saved, body);
+    if (!space_->FileNode(node, attributes)) return MemoryFull();
+  }
   Space::NodeState& state = space_->nodes_[node].state;
   if (is_open) {
     state = in_graph ? Space::NodeState::kLinked : Space::NodeState::kUnlinked;

@@ -94,7 +94,10 @@ class SpaceLoader {
   Result<void> TakeNodes(const ExtentHeader& header, std::span<const std::byte> extent);
   Result<void> CheckSlots(const ExtentHeader& header) const;
   Result<void> TakeEnd(const ExtentHeader& header, std::span<const std::byte> body);
-  Result<void> CheckRecord(const SavedNode& saved, const ExtentHeader& header) const;
+  Result<void> CheckRecord(const SavedNode& saved, const ExtentHeader& header,
+                           const std::byte* body) const;
+  Result<std::span<const std::byte>> AttributesIn(const SavedNode& saved,
+                                                  const std::byte* body) const;
   Result<void> CheckOrigin(const SavedNode& saved) const;
   Result<void> CheckKind(const SavedNode& saved) const;
   Result<void> CheckStamps(const SavedNode& saved) const;

@@ -22,7 +22,8 @@ constexpr size_t kPrefetchAhead = 4;
 constexpr size_t kMaxRowsBytes =
     kMaxDimension * sizeof(float) + kMaxDimension + sizeof(Int8Trailer) + 2 * kCacheLineBytes;
 static_assert(sizeof(ExtentHeader) + sizeof(SavedNode) + kMaxRowsBytes +
-                      PadTo8(kMaxIdBytes + kMaxPayloadBytes) <=
+                      PadTo8(kMaxIdBytes + kMaxPayloadBytes) +
+                      PadTo8(sizeof(uint16_t) + kMaxAttributesBytes) <=
                   kMaxExtentBytes,
               "every node fits in an extent");
 constexpr size_t kMaxLinkWords =
@@ -307,8 +308,8 @@ bool SpaceSaver::DescribeNode(NodeId node, SavedNode* saved) const {
   saved->end = Space::Load(space.stamps_[node].end);
   saved->content = saved->begin;
   if (saved->state != SavedState::kRetired) DescribeText(node, saved);
-  saved->saved_bytes =
-      static_cast<uint32_t>(sizeof(SavedNode) + RowBytes(*saved) + PadTo8(saved->text_bytes()));
+  saved->saved_bytes = static_cast<uint32_t>(sizeof(SavedNode) + RowBytes(*saved) +
+                                             PadTo8(saved->text_bytes()) + AttributeRoom(*saved));
   return true;
 }
 
@@ -324,6 +325,14 @@ void SpaceSaver::DescribeText(NodeId node, SavedNode* saved) const {
   saved->record_words = stored.record_words;
   saved->payload_kind = stored.payload_kind;
   if (stored.was_hidden) saved->flags |= kSavedWasHidden;
+  if (space_->attributes_.SetOf(node) != AttributeIndex::kNoAttributes) {
+    saved->flags |= kSavedAttributes;
+  }
+}
+
+size_t SpaceSaver::AttributeRoom(const SavedNode& saved) const {
+  if ((saved.flags & kSavedAttributes) == 0) return 0;
+  return PadTo8(sizeof(uint16_t) + space_->attributes_.AttributeBytes(saved.node));
 }
 
 size_t SpaceSaver::RowBytes(const SavedNode& saved) const {
@@ -340,7 +349,13 @@ void SpaceSaver::PutNode(const SavedNode& saved, std::byte* to) const {
     if (space.exact_) to = PutPadded(space.exact_->Row(saved.node), space.exact_->row_bytes(), to);
   }
   // The payload lies behind the id.
-  PutPadded(space.nodes_[saved.node].text, saved.text_bytes(), to);
+  to = PutPadded(space.nodes_[saved.node].text, saved.text_bytes(), to);
+  if ((saved.flags & kSavedAttributes) == 0) return;
+  const auto bytes = static_cast<uint16_t>(space.attributes_.AttributeBytes(saved.node));
+  const size_t room = AttributeRoom(saved);
+  std::memcpy(to, &bytes, sizeof(bytes));
+  space.attributes_.WriteAttributes(saved.node, to + sizeof(bytes));
+  std::memset(to + sizeof(bytes) + bytes, 0, room - sizeof(bytes) - bytes);
 }
 
 }  // namespace engram

@@ -87,6 +87,7 @@ class SpaceSaver {
   bool DescribeNode(NodeId node, SavedNode* saved) const;
   void DescribeText(NodeId node, SavedNode* saved) const;
   size_t RowBytes(const SavedNode& saved) const;
+  size_t AttributeRoom(const SavedNode& saved) const;
   void PutNode(const SavedNode& saved, std::byte* to) const;
 
   // By node: see Space::Save.

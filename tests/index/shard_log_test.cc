@@ -107,6 +107,51 @@ TEST_F(ShardLogTest, AClockThatWasSetBackDoesNotMakeUpdatesOld) {
   }
 }
 
+// Half of them are forwarded to the shard that owns them; their records lie in the log of the home.
+TEST_F(ShardLogTest, AttributesAreFilteredByWhateverTheNumberOfShards) {
+  const auto ids_of = [this](const std::string& filter, size_t shards) {
+    std::vector<std::string> ids;
+    for (size_t shard = 0; shard < shards; ++shard) {
+      const RigAnswer answer =
+          rig_.shards->Recall(kSpace, {1, 2}, {.k = 50, .ef = 50, .filter = filter}, shard);
+      EXPECT_EQ(answer.reason, kNone);
+      for (const Hit& hit : answer.hits) ids.push_back(hit.id);
+    }
+    std::ranges::sort(ids);
+    return ids;
+  };
+  const std::string_view odd = "odd";
+  FilterWriter writer;
+  ASSERT_TRUE(writer.Require(kTagKey, {&odd, 1}));
+  FilterWriter others;
+  ASSERT_TRUE(others.Exclude(kTagKey, {&odd, 1}));
+  Start(SmallSetup(2, 2));
+  RigSession session = OpenAt(1);
+  std::vector<std::string> wanted;
+  std::vector<std::string> unwanted;
+  for (int i = 10; i < 20; ++i) {
+    Observation observation = Upsert("id" + std::to_string(i), "x");
+    if (i % 2 == 1) {
+      ASSERT_TRUE(AppendAttribute(kTagKey, odd, &observation.attributes));
+    }
+    RefusalReason reason = RefusalReason::kLogBusy;
+    for (int n = 0; n < 1'000 && reason == RefusalReason::kLogBusy; ++n) {
+      reason = rig_.shards->Observe(&session, observation).reason;
+    }
+    ASSERT_EQ(reason, kNone);
+    (i % 2 == 1 ? wanted : unwanted).push_back(observation.id);
+  }
+  EXPECT_EQ(ids_of(writer.Bytes(), 2), wanted);
+  EXPECT_EQ(ids_of(others.Bytes(), 2), unwanted);
+  for (const uint16_t shards : {2, 1}) {
+    rig_.CutPower();
+    Start(SmallSetup(shards, shards));
+    EXPECT_EQ(ids_of(writer.Bytes(), shards), wanted) << shards;
+    EXPECT_EQ(ids_of(others.Bytes(), shards), unwanted) << shards;
+    for (const std::string& id : wanted) EXPECT_EQ(PayloadsOf(id), Payloads{"x"}) << id;
+  }
+}
+
 // What a session took lies in several logs once the number of shards has changed.
 TEST_F(ShardLogTest, ASessionIsResumedWhateverTheNumberOfShards) {
   Start(SmallSetup(2));

@@ -53,6 +53,7 @@ struct Observation {
   std::vector<float> vector{};
   std::string payload{};
   RefusalReason skip_reason = RefusalReason::kNone;
+  std::string attributes{};
 };
 
 // Shards and the partitions of each space.
@@ -205,7 +206,7 @@ class ShardRig {
     const size_t vector_bytes = observation.vector.size() * sizeof(float);
     const SlotId slot =
         Take(session.producer, kRequestBodyOffset + vector_bytes + observation.id.size() +
-                                   observation.payload.size());
+                                   observation.attributes.size() + observation.payload.size());
     std::byte* bytes = ports_[session.producer].slab->At(slot);
     auto* request = new (bytes) ObserveRequest;
     request->op = observation.op;
@@ -213,6 +214,7 @@ class ShardRig {
     if (observation.op == ObservationOp::kUpsert) request->dtype = VectorDtype::kF32;
     request->dimension = static_cast<uint16_t>(observation.vector.size());
     request->id_bytes = static_cast<uint16_t>(observation.id.size());
+    request->attribute_bytes = static_cast<uint16_t>(observation.attributes.size());
     request->payload_bytes = static_cast<uint32_t>(observation.payload.size());
     request->session_slot = session.slot;
     request->session = session.id;
@@ -224,6 +226,7 @@ class ShardRig {
     to = std::copy_n(reinterpret_cast<const std::byte*>(observation.vector.data()), vector_bytes,
                      to);
     to = std::ranges::copy(BytesOf(observation.id), to).out;
+    to = std::ranges::copy(BytesOf(observation.attributes), to).out;
     std::ranges::copy(BytesOf(observation.payload), to);
     Push(session.producer, session.lane, slot, session.shard);
     return slot;
@@ -252,9 +255,11 @@ class ShardRig {
 
   uint64_t PushRecall(size_t producer, const std::string& space, const std::vector<float>& query,
                       const RecallParams& params = {}, size_t at_shard = 0) {
-    const SlotId slot = Take(producer, kRequestBodyOffset + query.size() * sizeof(float));
+    const size_t query_bytes = query.size() * sizeof(float);
+    const SlotId slot = Take(producer, kRequestBodyOffset + query_bytes + params.filter.size());
     std::byte* bytes = ports_[producer].slab->At(slot);
     auto* request = new (bytes) RecallRequest;
+    request->filter_bytes = static_cast<uint16_t>(params.filter.size());
     request->dtype = VectorDtype::kF32;
     request->with_payload = params.with_payload;
     request->with_vector = params.with_vector;
@@ -265,7 +270,8 @@ class ShardRig {
     request->snapshot = params.snapshot;
     request->origin = 1;
     request->request_id = ++last_request_id_;
-    std::memcpy(bytes + kRequestBodyOffset, query.data(), query.size() * sizeof(float));
+    std::memcpy(bytes + kRequestBodyOffset, query.data(), query_bytes);
+    std::ranges::copy(BytesOf(params.filter), bytes + kRequestBodyOffset + query_bytes);
     if (records != nullptr) answers[last_request_id_].pins = records->EnterPins();
     Push(producer, Lane::kRecall, slot, at_shard);
     return last_request_id_;

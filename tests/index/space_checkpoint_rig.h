@@ -51,12 +51,29 @@ struct CheckpointRig {
     observation.vector = reinterpret_cast<const std::byte*>(vector.data());
     observation.when_ns = static_cast<int64_t>(stamp) * 7;
     observation.confidence = 0.25F;
+    const std::string attributes = with_attributes ? AttributesAt(stamp) : "";
+    observation.attributes = BytesOf(attributes);
     if (in_log) {
       observation.origin = stamp * 8;
       observation.record_bytes = static_cast<uint32_t>(
           LogRecordBytes(space.name().size(), vector.size_bytes(), id.size(), payload.size()));
     }
     return space.Upsert(observation, stamp, several_homes);
+  }
+  // Some have none, some are alike.
+  static std::string AttributesAt(CommitStamp stamp) {
+    std::string attributes;
+    const auto add = [&attributes](std::string_view key, CommitStamp value) {
+      EXPECT_TRUE(AppendAttribute(key, std::to_string(value), &attributes));
+    };
+    if (stamp % 3 != 0) add("", stamp % 5);
+    if (stamp % 4 == 0) add("who", stamp);
+    return attributes;
+  }
+  std::string AttributesOf(NodeId node) const {
+    std::string attributes(space.attributes().AttributeBytes(node), '\0');
+    space.attributes().WriteAttributes(node, reinterpret_cast<std::byte*>(attributes.data()));
+    return attributes;
   }
   // Nobody asks for the past: what has ended may be taken out.
   void Settle() {
@@ -68,7 +85,8 @@ struct CheckpointRig {
     return {reinterpret_cast<const char*>(payload.data()), payload.size()};
   }
 
-  bool in_log = false;  // what is upserted
+  bool in_log = false;          // what is upserted
+  bool with_attributes = true;  // likewise
   ReaderEpochs epochs{1};
   Space space;
   SpaceUpkeep upkeep;

@@ -328,7 +328,61 @@ TEST(SpaceCheckpointTest, AnotherFormatVersionIsNamed) {
   const Result<void> result = Load(bytes, &loaded.space);
   ASSERT_FALSE(result.has_value());
   EXPECT_EQ(result.error().code, ErrorCode::kInvalidArgument);
-  EXPECT_NE(result.error().message.find("version 3"), std::string::npos);
+  EXPECT_NE(result.error().message.find("versions 2 to 3"), std::string::npos);
+}
+
+// In as many ways as they can be there.
+TEST(SpaceCheckpointTest, AttributesComeBackWithTheirObservations) {
+  TestHeap memory(size_t{32} << 20);
+  const SpaceOptions options = OptionsOf(kL2Form, 3, 5);
+  CheckpointRig rig(options, &memory);
+  for (CommitStamp stamp = 1; stamp <= 300; ++stamp) {
+    const std::vector<float> vector = {static_cast<float>(stamp), 1, 2};
+    rig.Upsert("id" + std::to_string(stamp), vector, stamp, "payload");
+  }
+  rig.space.Suppress("id8", 301, false);
+  rig.space.Suppress("id16", 302, false);
+  rig.space.Restore("id16", 303);
+  rig.space.Delete("id20", 304, false);
+  const Bytes saved = Save(&rig, &memory);
+  CheckpointRig loaded(options, &memory);
+  ASSERT_NO_FATAL_FAILURE(LoadAll(saved, &loaded.space));
+  EXPECT_EQ(loaded.space.Restore("id8", 305).existed, true);
+  for (CommitStamp stamp = 1; stamp <= 300; ++stamp) {
+    const NodeId node = loaded.space.FindLive("id" + std::to_string(stamp));
+    ASSERT_EQ(node == kNoNode, stamp == 20);
+    if (node == kNoNode) continue;
+    EXPECT_EQ(loaded.AttributesOf(node), CheckpointRig::AttributesAt(stamp)) << stamp;
+    EXPECT_TRUE(loaded.space.times().Has(node, static_cast<int64_t>(stamp) * 7)) << stamp;
+  }
+}
+
+TEST(SpaceCheckpointTest, TheVersionBeforeAttributesIsReadAndHasNone) {
+  TestHeap memory(size_t{32} << 20);
+  const SpaceOptions options = OptionsOf(kL2Form, 3, 5);
+  for (const bool with_attributes : {false, true}) {
+    CheckpointRig rig(options, &memory);
+    rig.with_attributes = with_attributes;
+    for (CommitStamp stamp = 1; stamp <= 200; ++stamp) {
+      const std::vector<float> vector = {static_cast<float>(stamp), 1, 2};
+      rig.Upsert("id" + std::to_string(stamp), vector, stamp, "payload");
+    }
+    Bytes saved = Save(&rig, &memory);
+    for (const size_t start : ExtentStarts(saved)) {
+      const std::span<std::byte> rest = std::span(saved).subspan(start);
+      saved[start + 4] = std::byte{kOldestExtentVersion};
+      FixCrc(rest.first(*PeekExtent(rest)));
+    }
+    CheckpointRig loaded(options, &memory);
+    const Result<void> read = Load(saved, &loaded.space);
+    EXPECT_EQ(read.has_value(), !with_attributes);
+    if (with_attributes) {
+      EXPECT_EQ(read.error().code, ErrorCode::kCorrupt);
+    } else {
+      EXPECT_EQ(loaded.space.live(), 200u);
+      EXPECT_EQ(loaded.space.attributes().nodes(), 0u);
+    }
+  }
 }
 
 TEST(SpaceCheckpointTest, FullMemoryIsAnError) {

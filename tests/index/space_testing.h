@@ -199,6 +199,7 @@ struct RecallParams {
   VectorDtype dtype = VectorDtype::kF32;
   uint32_t slice = UINT32_MAX;           // distances
   size_t slot_bytes = kResultSlotBytes;  // the largest slot
+  std::string filter = {};
 };
 
 struct RecallAnswer {
@@ -211,7 +212,8 @@ struct RecallAnswer {
 inline RecallAnswer RunRecall(const Space& space, RecallJob* job, std::span<const float> query,
                               const RecallParams& params) {
   RecallAnswer answer;
-  const std::vector<std::byte> vector = EncodeVector(params.dtype, query);
+  std::vector<std::byte> vector = EncodeVector(params.dtype, query);
+  for (const char byte : params.filter) vector.push_back(static_cast<std::byte>(byte));
   RecallRequest request;
   request.dtype = params.dtype;
   request.with_payload = params.with_payload;
@@ -222,6 +224,7 @@ inline RecallAnswer RunRecall(const Space& space, RecallJob* job, std::span<cons
   request.k = params.k;
   request.ef = params.ef;
   request.scale = kQuarterScale;
+  request.filter_bytes = static_cast<uint16_t>(params.filter.size());
   answer.reason = job->Begin(space, request, vector.data(), /*default_ef=*/64);
   if (answer.reason != RefusalReason::kNone) return answer;
   do {

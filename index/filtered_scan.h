@@ -1,0 +1,116 @@
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "index/attribute_index.h"
+#include "index/hnsw_search.h"
+#include "index/nearest_selection.h"
+#include "index/node_filter.h"
+#include "index/space.h"
+#include "index/time_index.h"
+#include "src/core/commit_stamp.h"
+#include "src/core/ids.h"
+
+namespace engram {
+
+// The nodes of a space that a filter matches and a snapshot sees, one after the other, in slices:
+// by the rarest clause or by time, whichever names fewer, and where neither does, all nodes.
+//
+// Thread safety: the shard core's alone; the space does not change between Begin and the end.
+class FilteredNodes {
+ public:
+  // Gathered in one call at most.
+  static constexpr size_t kAtOnce = 64;
+
+  void Begin(const Space* space, const NodeFilter* filter, CommitStamp snapshot);
+  // How many they are at most, and whether an index names them.
+  uint64_t most() const { return most_; }
+  bool is_indexed() const { return source_ != Source::kAll; }
+  // The next ones, maybe none. False when those before were the last. What was looked at for them
+  // is added to *looked_at.
+  bool Next(std::span<const NodeId>* nodes, uint64_t* looked_at);
+
+ private:
+  enum class Source : uint8_t { kAttributes, kTimes, kAll };
+
+  bool NextBlock(bool* are_in_time);
+  bool NextOfAll();
+  size_t KeepMatching(std::span<const NodeId> nodes, bool are_in_time);
+
+  const Space* space_ = nullptr;
+  const NodeFilter* filter_ = nullptr;
+  CommitStamp snapshot_ = kNoStamp;
+  Source source_ = Source::kAll;
+  uint64_t most_ = 0;
+  AttributeIndex::Candidates by_attributes_;
+  TimeIndex::Candidates by_time_;
+  NodeId next_ = 0;  // of all
+  std::span<const NodeId> block_;
+  bool block_in_time_ = false;
+  std::array<NodeId, kAtOnce> all_;
+  std::array<NodeId, kAtOnce> matching_;
+};
+
+// The nearest of these nodes, all of them compared, in slices. Where there are many, and the space
+// is walked with codes, what is in the graph is compared by these first.
+//
+// Thread safety: as FilteredNodes. Takes memory at construction only.
+class FilteredScan {
+ public:
+  struct Query {
+    SearchTarget rows{};                  // what every node has
+    std::optional<SearchTarget> codes{};  // what those in the graph have besides
+    uint32_t picked = 1;                  // by codes, at least
+  };
+
+  FilteredScan();
+
+  // `nodes` were begun.
+  void Begin(const Space* space, FilteredNodes* nodes, const Query& query);
+  // Until about `max_distances` distances' work is done; what it took is added to *distances. True
+  // at the end.
+  bool Step(uint64_t max_distances, uint64_t* distances);
+  // Those that the last Step has compared by their rows, in no order, without the far ones where
+  // `bound` of it said so.
+  std::span<const Neighbour> compared() const { return {compared_.data(), compared_count_}; }
+  // After the end: the nearest of those that were compared by codes, with estimates, nearest first;
+  // `picked` of them or a few more, and at most found.size(). Returns how many.
+  size_t TakePicked(std::span<Neighbour> found);
+
+ private:
+  static constexpr size_t kMostCompared = 512;
+  // Some that were asked for, and are compared in the next step.
+  struct Chunk {
+    size_t count = 0;
+    std::array<NodeId, FilteredNodes::kAtOnce> nodes;
+    std::array<const std::byte*, FilteredNodes::kAtOnce> rows;
+  };
+
+  void CompareChunk(Chunk* chunk, const SearchTarget& target, float* distances);
+  void CompareCodes();
+  void CompareRows();
+  void TakeChunk(std::span<const NodeId> nodes);
+  void AddTo(Chunk* chunk, const SearchTarget& target, NodeId node);
+  void Keep(size_t least, size_t most);
+
+  const Space* space_ = nullptr;
+  FilteredNodes* nodes_ = nullptr;
+  Query query_;
+  bool all_have_codes_ = false;
+  bool has_more_ = false;
+  Chunk by_codes_;
+  Chunk by_rows_;
+  size_t candidate_count_ = 0;
+  float bound_ = 0;
+  size_t compared_count_ = 0;
+  std::vector<float> estimates_;
+  std::vector<NodeId> candidates_;
+  std::vector<Neighbour> compared_;
+};
+
+}  // namespace engram
