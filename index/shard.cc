@@ -351,6 +351,7 @@ SpaceOptions Shard::OptionsOf(const SpaceEntry& entry) const {
           .build = options_.build,
           .hash_seed = MixBits(hash_seed_ + entry.index()),
           .graph_from = options_.graph_from,
+          .list_from = options_.list_from,
           .ends_by_age = entry.ends_by_age(),
           .homes = port_.catalogue->shards()};
 }

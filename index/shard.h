@@ -69,6 +69,7 @@ struct ShardOptions {
   // partitions; 0: never. It also grows where unlinked_limit_bytes is reached.
   uint64_t grow_partition_at = 250'000;
   uint32_t graph_from = SpaceOptions::kGraphFrom;
+  uint32_t list_from = SpaceOptions::kListFrom;
   // Observations that may be under way to the shards that own them.
   uint32_t max_forwards = 8'192;
   // Secret; draws session ids and hash seeds. The same seed gives the same run.
