@@ -61,18 +61,20 @@ class Program {
                                                                : 65 + random_.Below(30))),
         rig_(DrawOptions(), kClients, 256, 16,
              {.shards = shards_,
-              .partitions = static_cast<uint16_t>(1 + random_.Below(shards_)),
+              .partitions =
+                  static_cast<uint16_t>(random_.Below(2) == 0 ? 1 : 1 + random_.Below(shards_)),
               .max_partitions = shards_}),
         entry_(rig_.MakeSpace(kSpace, random_.Below(3) == 0 ? Metric::kCosine : Metric::kL2)),
-        parts_(shards_) {
-    ids_.resize(40 + random_.Below(200));
+        parts_(shards_),
+        theme_(static_cast<Theme>(random_.Below(3))) {
+    ids_.resize((theme_ == Theme::kClouds ? 200 : 40) + random_.Below(200));
     for (size_t c = 0; c < kClients; ++c) {
       clients_[c].home = c == 0 ? entry_->ShardOf(0).value() : random_.Below(shards_);
     }
   }
 
   void Run() {
-    const uint64_t steps = 500 + random_.Below(500);
+    const uint64_t steps = 1'000 + random_.Below(2'000);
     for (uint64_t step = 0; step < steps; ++step) {
       ASSERT_NO_FATAL_FAILURE(Step()) << "step " << step;
     }
@@ -83,6 +85,7 @@ class Program {
   static constexpr size_t kClients = 3;
   static constexpr size_t kMostRecalls = 6;
   static constexpr size_t kNoId = SIZE_MAX;
+  enum class Theme : uint8_t { kSteady, kShifts, kClouds };
 
   struct Version {
     std::vector<float> vector;  // empty: a delete
@@ -131,37 +134,39 @@ class Program {
   std::vector<float> DrawVector() {
     std::vector<float> vector = LatentVector(++drawn_, dimension_, shift_);
     if (cloud_ == 0) return vector;
-    const std::vector<float> centre = LatentVector(place_, dimension_);
+    const std::vector<float> centre = LatentVector(5, dimension_);
     for (uint32_t i = 0; i < dimension_; ++i) vector[i] = centre[i] + cloud_ * vector[i];
     return vector;
   }
+  // What comes next: a flood or little, elsewhere, or so near each other that codes are of no use.
   void MoveOn() {
-    constexpr float kShifts[] = {0, 1, -1, 20};
-    constexpr float kClouds[] = {0, 0, 0.3F, 0.1F};
-    shift_ = kShifts[random_.Below(4)];
-    cloud_ = kClouds[random_.Below(4)];
-    place_ = random_.Below(3);
+    is_flood_ = random_.Below(3) > 0;
+    if (theme_ == Theme::kShifts) {
+      constexpr float kShifts[] = {0, 1, -1, 20};
+      shift_ = kShifts[random_.Below(4)];
+    } else if (theme_ == Theme::kClouds) {
+      cloud_ = random_.Below(6) == 0 ? 0 : 0.05F;
+    }
   }
 
   void Step() {
-    const uint64_t what = random_.Below(100);
+    const uint64_t what = random_.Below(400);
     if (what < 1) {
       MoveOn();
-    } else if (what < 15) {
-      const uint64_t burst = random_.Below(4) == 0 ? 60 : 4;
+    } else if (what < 60) {
+      const uint64_t most = is_flood_ && random_.Below(3) == 0 ? 60 : 4;
       const size_t client = random_.Below(kClients);
-      for (uint64_t i = random_.Below(burst); i-- > 0;) Send(client, random_.Below(ids_.size()));
-    } else if (what < 20) {
+      for (uint64_t i = random_.Below(most); i-- > 0;) Send(client, random_.Below(ids_.size()));
+    } else if (what < 80) {
       RecallOf(random_.Below(ids_.size()));
     } else {
-      const uint64_t polls = random_.Below(3) == 0 ? 30 : 3;
-      for (uint64_t i = random_.Below(polls) + 1; i-- > 0;) {
+      const uint64_t most = is_flood_ ? 5 : 40;
+      for (uint64_t i = 1 + random_.Below(most); i-- > 0;) {
         ASSERT_NO_FATAL_FAILURE(PollOne(random_.Below(shards_)));
-        // Seldom is there so little time for recalls.
-        if (IsChangingCodes() && random_.Below(3) == 0) {
-          RecallOf(random_.Below(ids_.size()));
-          return;
-        }
+        // There is seldom much time for recalls then.
+        if (!IsReplacingCodes() || random_.Below(2) == 0) continue;
+        RecallOf(AnyWaiting());
+        return;
       }
     }
   }
@@ -208,6 +213,7 @@ class Program {
     ASSERT_NO_FATAL_FAILURE(TakeHits());
   }
   void TakeAnswers() {
+    std::vector<size_t> acked_now;
     for (const auto& [producer, completion] : rig_.completions) {
       Client& client = clients_[producer];
       client.session.credit_sequence =
@@ -221,9 +227,12 @@ class Program {
       Id& acked = ids_[id];
       acked.versions[acked.acked].stamp = StampOf(id, acked.acked);
       ++acked.acked;
-      if (random_.Below(4) == 0) RecallOf(id);
+      acked_now.push_back(id);
     }
     rig_.completions.clear();
+    for (const size_t id : acked_now) {
+      if (random_.Below(4) == 0) RecallOf(id);
+    }
   }
   // Of a version that lives; kNoStamp: it does not, or no longer.
   CommitStamp StampOf(size_t id, size_t version) const {
@@ -334,7 +343,8 @@ class Program {
     if (!has_stayed && recall.snapshot == kNoStamp) return;
     ASSERT_FALSE(order.empty()) << Describe(recall.id);
     ASSERT_EQ(order[0].second, recall.id)
-        << "version " << version << " was acknowledged and is not seen" << Describe(recall.id);
+        << "version " << version << " was acknowledged and is not seen"
+        << (recall.snapshot == kNoStamp ? "" : " at a snapshot") << Describe(recall.id);
     ASSERT_NEAR(merged[recall.id].score, entry_->metric() == Metric::kL2 ? 0 : 1, 1e-4);
   }
   // Known (design record 9): the first update of an id that has another partition by now ends the
@@ -388,13 +398,33 @@ class Program {
 
   // ---- What the programs come to ----
 
-  bool IsChangingCodes() const {
+  bool IsReplacingCodes() const {
     return std::ranges::any_of(rig_.shards, [](const auto& shard) {
       const Space* part = shard->FindSpace(kSpace);
-      return part != nullptr && part->has_graph() &&
-             (SpaceTestPeer::IsRecoding(*part) || SpaceTestPeer::IsEncoding(*part) ||
-              SpaceTestPeer::IsReleasing(*part));
+      return part != nullptr &&
+             (SpaceTestPeer::IsRecoding(*part) || SpaceTestPeer::IsReleasing(*part));
     });
+  }
+  static bool IsWaiting(const Space& part, NodeId node) {
+    const FreshList::Snapshot fresh = part.FreshNodes();
+    for (uint64_t i = 0; i < part.waiting(); ++i) {
+      if (fresh[i] == node) return true;
+    }
+    return false;
+  }
+  // Where codes are replaced, if there is one; else any id.
+  size_t AnyWaiting() {
+    const size_t first = random_.Below(ids_.size());
+    for (size_t i = 0; i < ids_.size(); ++i) {
+      const size_t id = (first + i) % ids_.size();
+      for (const auto& shard : rig_.shards) {
+        const Space* part = shard->FindSpace(kSpace);
+        if (part == nullptr || !SpaceTestPeer::IsRecoding(*part)) continue;
+        const NodeId node = part->FindLive(NameOf(id));
+        if (node != kNoNode && IsWaiting(*part, node)) return id;
+      }
+    }
+    return first;
   }
   void Look(size_t shard) {
     const Space* part = rig_.shards[shard]->FindSpace(kSpace);
@@ -433,10 +463,7 @@ class Program {
         ++seen_->of_linked;
         continue;
       }
-      const FreshList::Snapshot fresh = part->FreshNodes();
-      uint64_t place = 0;
-      while (place < part->waiting() && fresh[place] != node) ++place;
-      const bool node_waits = place < part->waiting();
+      const bool node_waits = IsWaiting(*part, node);
       ++(node_waits ? seen_->of_waiting : seen_->of_fresh);
       seen_->of_waiting_recoding += static_cast<uint64_t>(node_waits) & recodes;
     }
@@ -493,9 +520,10 @@ class Program {
   std::vector<UnderWay> under_way_;
   std::vector<Part> parts_;  // by shard
   uint64_t drawn_ = 1'000;
+  const Theme theme_;
+  bool is_flood_ = true;
   float shift_ = 0;
   float cloud_ = 0;  // 0: none
-  uint64_t place_ = 0;
 };
 
 TEST(ShardVisibilityProgramsTest, WhatIsAcknowledgedIsSeenInEveryTier) {
@@ -522,7 +550,8 @@ TEST(ShardVisibilityProgramsTest, WhatIsAcknowledgedIsSeenInEveryTier) {
                      {"codes withdrawn while some wait", seen.waiting_withdrawn},
                      {"grown", seen.grown}},
                     !seeds.alone && seeds.count >= 60);
-  std::printf("moving %llu\n", static_cast<unsigned long long>(seen.moving));
+  // Else hardly anything was looked at.
+  EXPECT_LE(seen.moving, seen.recalls / 100);
 }
 
 }  // namespace
