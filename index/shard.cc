@@ -146,6 +146,7 @@ int Shard::Poll() {
 int Shard::Round() {
   first_producer_ = (first_producer_ + 1) % port_.producers.size();
   lists_ = std::exchange(listed_now_, false);
+  list_beside_ = kMostListedBeside;
   if (!IsAnswering()) RenewStale();
   int work = TakeResultReturns();
   work += PollLog();
