@@ -146,6 +146,7 @@ int Shard::Poll() {
 int Shard::Round() {
   first_producer_ = (first_producer_ + 1) % port_.producers.size();
   lists_ = std::exchange(listed_now_, false);
+  list_beside_ = kMostListedBeside;
   if (!IsAnswering()) RenewStale();
   int work = TakeResultReturns();
   work += PollLog();
@@ -351,6 +352,7 @@ SpaceOptions Shard::OptionsOf(const SpaceEntry& entry) const {
           .build = options_.build,
           .hash_seed = MixBits(hash_seed_ + entry.index()),
           .graph_from = options_.graph_from,
+          .list_from = options_.list_from,
           .ends_by_age = entry.ends_by_age(),
           .homes = port_.catalogue->shards(),
           .filter_keys = {entry.filter_keys().begin(), entry.filter_keys().end()}};

@@ -69,6 +69,7 @@ struct ShardOptions {
   // partitions; 0: never. It also grows where unlinked_limit_bytes is reached.
   uint64_t grow_partition_at = 250'000;
   uint32_t graph_from = SpaceOptions::kGraphFrom;
+  uint32_t list_from = SpaceOptions::kListFrom;
   // Observations that may be under way to the shards that own them.
   uint32_t max_forwards = 8'192;
   // Secret; draws session ids and hash seeds. The same seed gives the same run.
@@ -180,8 +181,11 @@ class Shard {
   static constexpr size_t kCheckSliceNodes = 128;
   // Observations that are stored in one round once they are logged.
   static constexpr int kMostStoredAtOnce = 64;
-  // The same where those before them are listed meanwhile, which takes some 5 us each.
+  // The same where those before them are listed meanwhile, which takes some 5 us each; and what is
+  // taken of a lane then, of all producers, and of all other shards.
   static constexpr size_t kMostListedAtOnce = 16;
+  // That a round lists beyond one for each that it stores.
+  static constexpr size_t kMostListedBeside = 16;
 
   Shard(const ShardOptions& options, Clock* clock, ShardPort port, const ShardStorage& storage,
         HugePageArena arena);
@@ -440,6 +444,8 @@ class Shard {
   // Observations were listed in the round before, and are in this one.
   bool lists_ = false;
   bool listed_now_ = false;
+  size_t list_beside_ = 0;     // so many may still be, see kMostListedBeside
+  size_t first_peer_ = 0;      // served first in this round
   size_t first_producer_ = 0;  // served first in this round
   int64_t now_ns_ = 0;
   int64_t unix_ns_ = 0;

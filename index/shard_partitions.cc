@@ -37,6 +37,7 @@
 // lose in p once both are handed on.
 
 #include <algorithm>
+#include <climits>
 #include <utility>
 
 #include "index/shard.h"
@@ -243,10 +244,13 @@ int Shard::SendWaiting() {
 
 int Shard::TakePeerRequests() {
   int work = 0;
-  for (size_t s = 0; s < port_.peers.size(); ++s) {
+  const int most = lists_ ? static_cast<int>(kMostListedAtOnce) : INT_MAX;
+  first_peer_ = (first_peer_ + 1) % port_.peers.size();
+  for (size_t i = 0; i < port_.peers.size(); ++i) {
+    const size_t s = (first_peer_ + i) % port_.peers.size();
     const ShardId home(static_cast<uint16_t>(s));
     if (home == port_.shard) continue;
-    for (size_t n = 0; n < kPeerBatch; ++n) {
+    for (size_t n = 0; n < kPeerBatch && work < most; ++n) {
       if (!held_[s]) held_[s] = port_.peers[s].requests_in.TryPop();
       if (!held_[s] || !TakePeerRequest(home, *held_[s])) break;
       held_[s].reset();

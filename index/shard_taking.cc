@@ -34,11 +34,13 @@ constexpr size_t kSpacePayloadBytes = sizeof(SpaceDefinition) + sizeof(CommitSta
 
 int Shard::TakeObservations(Lane lane) {
   int work = 0;
-  for (size_t i = 0; i < port_.producers.size(); ++i) {
+  size_t left = lists_ ? kMostListedAtOnce : SIZE_MAX;
+  for (size_t i = 0; i < port_.producers.size() && left > 0; ++i) {
     const size_t producer = (first_producer_ + i) % port_.producers.size();
     ShardLink& link = port_.producers[producer];
     const size_t count = link.lanes[static_cast<size_t>(lane)].PopBatch(
-        std::span(batch_).first(lists_ ? kMostListedAtOnce : batch_.size()));
+        std::span(batch_).first(std::min(left, batch_.size())));
+    left -= count;
     // Later than all that was acknowledged when these were sent.
     if (count > 0) unix_ns_ = clock_->WallNs();
     for (size_t n = 0; n < count; ++n) {
@@ -443,8 +445,11 @@ StoreOutcome Shard::Store(uint32_t space, const ObserveRequest& request, CommitS
   }
   counters_[ShardCounter::kObservationsStored].Add(1);
   if (outcome.existed || several_homes || target.has_graph()) QueueForUpkeep(space);
-  // Each one that comes has more than itself listed, so what is scanned stays bounded.
-  if (target.WantsListing()) target.ListSome();
+  // Each one that comes has another listed, so what is scanned stays bounded; and some more are,
+  // so that what has gathered before there were lists becomes less.
+  if (target.WantsListing()) {
+    list_beside_ -= std::max<size_t>(target.ListSome(1 + list_beside_), 1) - 1;
+  }
   listed_now_ |= target.waiting() > 0;
   KeepToQuota(space, stamp);
   GrowIfFull(space);

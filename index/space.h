@@ -331,8 +331,8 @@ class Space {
   bool HasWaitingLists() const {
     return waiting_.has_value() && codes_step_ != CodesStep::kReleasing && walk_codes() != nullptr;
   }
-  // Lists some, 16 at most; about 4 us each. Returns how many.
-  size_t ListSome();
+  // Lists some, `most` and 16 at most; about 4 us each. Returns how many.
+  size_t ListSome(size_t most = InvertedLists::kMostAtOnce);
   uint64_t waiting() const { return waiting_count_; }
   // Of a listed node's code, as a recall reads it. Where some are listed.
   size_t waiting_code_bytes() const {

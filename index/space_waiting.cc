@@ -18,9 +18,9 @@ bool Space::WantsListing() const {
 
 // Whatever became of a node meanwhile, it is listed until it leaves the list of fresh nodes: a
 // recall of an earlier snapshot may look for it.
-size_t Space::ListSome() {
+size_t Space::ListSome(size_t most) {
   const FreshList::Snapshot unlisted = UnlistedNodes();
-  const size_t count = std::min<size_t>(unlisted.size(), InvertedLists::kMostAtOnce);
+  const size_t count = std::min<size_t>({unlisted.size(), most, InvertedLists::kMostAtOnce});
   WalkCodes* const codes = walk_codes_.load(std::memory_order_relaxed);
   if (count == 0 || !waiting_->Reserve(node_count())) return 0;
   std::array<InvertedLists::Row, InvertedLists::kMostAtOnce> rows;
