@@ -266,7 +266,6 @@ Result<Runbook> LoadRunbook(const std::string& path, std::string_view part) {
 Runbook ScaledTo(const Runbook& runbook, uint64_t count) {
   Runbook scaled = runbook;
   const uint64_t ids = runbook.ids();
-  if (count >= ids) return scaled;
   const auto scale = [&](RunbookRange* range) {
     range->first = range->first * count / ids;
     range->end = range->end * count / ids;

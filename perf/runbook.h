@@ -52,10 +52,10 @@ Result<Runbook> ParseRunbook(std::string_view text, const std::string& file,
 // The same of a file. Errors: kNotFound besides.
 Result<Runbook> LoadRunbook(const std::string& path, std::string_view part = {});
 
-// The runbook for `count` vectors: each end of a range is moved in proportion and rounded down, so
-// that ranges that touched, lay within each other or apart still do. Steps whose ranges become
-// empty stay. Where the two ranges of a replace come out unequal both get the shorter length. A
-// runbook of `count` ids or fewer stays as it is.
+// The runbook for `count` vectors, fewer or more than it was written for, up to 2^32 - 1: each end
+// of a range is moved in proportion and rounded down, so that ranges that touched, lay within each
+// other or apart still do. Steps whose ranges become empty stay. Where the two ranges of a replace
+// come out unequal both get the shorter length.
 Runbook ScaledTo(const Runbook& runbook, uint64_t count);
 
 }  // namespace engram

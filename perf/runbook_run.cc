@@ -115,15 +115,19 @@ class Run {
   }
 
   void FindAll() {
-    std::vector<int64_t> tags;
+    const uint32_t wider = std::min(options_.ef * RunbookFigures::kWider, kMaxEf);
     for (const Mutation& put : live_.InOrder()) {
-      Recall(index_, *judged_.base, static_cast<size_t>(put.row), options_.k, options_.ef, &tags);
       ++figures_.live;
-      figures_.found += static_cast<size_t>(Finds(put, tags));
+      const bool found = Finds(put, options_.ef);
+      figures_.found += static_cast<size_t>(found);
+      figures_.found_wider += static_cast<size_t>(found || Finds(put, wider));
     }
   }
 
-  bool Finds(const Mutation& put, const std::vector<int64_t>& tags) const {
+  // Whether it is found with its own vector.
+  bool Finds(const Mutation& put, uint32_t ef) {
+    std::vector<int64_t> tags;
+    Recall(index_, *judged_.base, static_cast<size_t>(put.row), options_.k, ef, &tags);
     if (std::ranges::find(tags, int64_t{put.tag}) != tags.end()) return true;
     const std::span<const float> vector = (*judged_.base)[static_cast<size_t>(put.row)];
     const double own = ExactScore(options_.metric, vector, vector);

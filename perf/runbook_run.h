@@ -66,9 +66,12 @@ struct RunbookFigures {
   uint64_t dead_hits = 0;                       // answers that did not live
   double rest_seconds = 0;                      // behind the last step
   // At the end, after a rest: of what lives, how many are found when they are asked for: as one of
-  // the k, or where k others are as near.
+  // the k, or where k others are as near; and how many at latest when they are asked for again with
+  // kWider times the ef.
+  static constexpr uint32_t kWider = 8;
   size_t live = 0;
   size_t found = 0;
+  size_t found_wider = 0;
 
   double AverageRecall() const;
   const SearchFigures* Worst() const;

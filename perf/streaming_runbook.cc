@@ -14,7 +14,8 @@
 //    it does in its slices between observations and recalls. With --rest it gets the time to bring
 //    all that to its end behind each step, and this counts for the step. At --fresh searches evenly
 //    spread a second shard is built of what lives, comes to rest, and answers the same queries.
-//    At the end, after a rest, each that lives is asked for with its own vector.
+//    At the end, after a rest, each that lives is asked for with its own vector, and those that are
+//    not found once more with eight times the ef: what is not found then is hardly reachable.
 // 4. The same by hnswlib in its replace-deleted mode, but for the fresh one.
 // 5. A table, or one line of JSON.
 //
@@ -68,7 +69,7 @@ void AddOptions(CLI::App* app, Options* options) {
   app->remove_option(app->get_option("--rounds"));
   app->add_option("--runbook", options->runbook, "YAML, as of big-ann-benchmarks")->required();
   app->add_option("--part", options->part, "Of the runbook; default: its first one");
-  app->add_option("--count", options->count, "Vectors that its ranges are scaled to, at most")
+  app->add_option("--count", options->count, "Vectors that its ranges are scaled to")
       ->check(CLI::Range(100u, UINT32_MAX))
       ->capture_default_str();
   app->add_option("--order", options->order, "Of the vectors")
@@ -143,9 +144,8 @@ std::vector<Ran> RunAll(const Options& options, const JudgedRunbook& judged) {
   return ran;
 }
 
-double ShareFound(const RunbookFigures& figures) {
-  return figures.live == 0 ? 1
-                           : static_cast<double>(figures.found) / static_cast<double>(figures.live);
+double Share(size_t part, size_t of) {
+  return of == 0 ? 1 : static_cast<double>(part) / static_cast<double>(of);
 }
 double AverageUs(const RunbookFigures& figures) {
   double sum = 0;
@@ -170,6 +170,7 @@ void Print(const std::vector<Ran>& ran) {
                {"recall us", kRight},
                {"p99", kRight},
                {"find themselves", kRight},
+               {"with 8 ef", kRight},
                {"dead hits", kRight}});
   for (const auto& [name, figures] : ran) {
     const SearchFigures* const worst = figures.Worst();
@@ -180,7 +181,8 @@ void Print(const std::vector<Ran>& ran) {
                   where != nullptr ? std::to_string(where->step) : "-",
                   ShownRate(figures.inserts.PerSecond()), ShownRate(figures.replaces.PerSecond()),
                   ShownRate(figures.deletes.PerSecond()), Shown(AverageUs(figures), "%.0f"),
-                  Shown(P99Us(figures), "%.0f"), Shown(ShareFound(figures), "%.6f"),
+                  Shown(P99Us(figures), "%.0f"), Shown(Share(figures.found, figures.live), "%.5f"),
+                  Shown(Share(figures.found_wider, figures.live), "%.5f"),
                   WithThousands(figures.dead_hits)});
   }
   table.Print();
@@ -215,6 +217,7 @@ Json JsonOf(const RunbookFigures& figures) {
                {"recall_us_p99", FourDigits(P99Us(figures))},
                {"live", figures.live},
                {"find_themselves", figures.found},
+               {"find_themselves_wider", figures.found_wider},
                {"dead_hits", figures.dead_hits}};
   for (const SearchFigures& search : figures.searches) json["searches"].push_back(JsonOf(search));
   return json;
