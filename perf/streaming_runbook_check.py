@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""streaming_runbook in a short form: it runs inserts, deletes and replaces on the shard and on
-hnswlib, what they find is what lives, and its JSON has the keys that are read elsewhere. No speed
-is judged.
+"""streaming_runbook and streaming_schedule in a short form: they run on the shard and on hnswlib,
+what these find is what lives, and the JSON has the keys that are read elsewhere. No speed is
+judged.
 
-STREAMING_RUNBOOK names the program.
+STREAMING_RUNBOOK and STREAMING_SCHEDULE name the programs.
 """
 
 import array
@@ -172,6 +172,27 @@ class StreamingRunbookTest(unittest.TestCase):
                 self.assertEqual(done.stdout, "")
         self.assertEqual(self.run_it("--part", "no_such").returncode, 1)
         self.assertEqual(self.run_it("--order", "no_such").returncode, 2)
+
+    def test_recalls_go_on_while_vectors_come_by_the_clock(self):
+        done = subprocess.run(
+            [os.environ["STREAMING_SCHEDULE"], "--data", self.base, "--queries", self.queries,
+             "--count", "6000", "--rate", "12000", "--recalls-per-s", "2000", "--json"],
+            capture_output=True, text=True, timeout=200, check=False)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        found = json.loads(done.stdout)
+        self.assertEqual((found["vectors"], found["scheduled_s"]), (6000, 0.5))
+        for name in ("engram", "hnswlib"):
+            index = found[name]
+            self.assertGreaterEqual(index["seconds"], 0.49, "open loop: none comes before it is due")
+            self.assertEqual([stage["stage"] for stage in index["stages"]],
+                             ["50 %", "80 %", "100 %", "after a rest"])
+            for stage, least in zip(index["stages"], (3000, 4800, 6000, 6000)):
+                self.assertGreaterEqual(stage["vectors_from"], least)
+                self.assertGreater(stage["recall_at_10"], 0.97)
+                self.assertGreaterEqual(stage["recall_us_p99"], stage["recall_us_p50"])
+            self.assertGreater(index["stages"][0]["vectors_to"],
+                               index["stages"][0]["vectors_from"], "inserts went on meanwhile")
+        self.assertEqual(found["engram"]["stages"][3]["unlinked"], 0)
 
 
 if __name__ == "__main__":
