@@ -29,37 +29,57 @@ bool ShardProducer::Observe(uint64_t number, std::span<const float> vector, size
   const SlotId slot =
       port_.slab->Acquire(kRequestBodyOffset + vector_bytes + kIdBytes + payload_bytes);
   if (slot == kNoSlot) return false;
-  auto* request = new (port_.slab->At(slot)) ObserveRequest;
+  ObserveRequest* const request = NextObservation(slot, now_ns);
   request->dtype = VectorDtype::kF32;
   request->dimension = static_cast<uint16_t>(vector.size());
-  request->id_bytes = kIdBytes;
   request->payload_bytes = static_cast<uint32_t>(payload_bytes);
-  request->session_slot = session_slot_;
-  request->session = session_;
-  request->sequence = ++sent_;
-  request->origin = kOrigin;
-  request->received_ns = now_ns;
   std::byte* body = port_.slab->At(slot) + kRequestBodyOffset;
   std::memcpy(body, vector.data(), vector_bytes);
-  std::array<char, 24> id;
-  std::snprintf(id.data(), id.size(), "%016llu", static_cast<unsigned long long>(number));
-  std::memcpy(body + vector_bytes, id.data(), kIdBytes);
+  WriteId(number, body + vector_bytes);
   std::memset(body + vector_bytes + kIdBytes, 'p', payload_bytes);
   Push(Lane::kNormal, slot);
   return true;
 }
 
+bool ShardProducer::Delete(uint64_t number, int64_t now_ns) {
+  const SlotId slot = port_.slab->Acquire(kRequestBodyOffset + kIdBytes);
+  if (slot == kNoSlot) return false;
+  NextObservation(slot, now_ns)->op = ObservationOp::kDelete;
+  WriteId(number, port_.slab->At(slot) + kRequestBodyOffset);
+  Push(Lane::kNormal, slot);
+  return true;
+}
+
+// The session's next one, but for what it brings.
+ObserveRequest* ShardProducer::NextObservation(SlotId slot, int64_t now_ns) {
+  auto* request = new (port_.slab->At(slot)) ObserveRequest;
+  request->id_bytes = kIdBytes;
+  request->session_slot = session_slot_;
+  request->session = session_;
+  request->sequence = ++sent_;
+  request->origin = kOrigin;
+  request->received_ns = now_ns;
+  return request;
+}
+
+void ShardProducer::WriteId(uint64_t number, std::byte* to) {
+  std::array<char, 24> id;
+  std::snprintf(id.data(), id.size(), "%016llu", static_cast<unsigned long long>(number));
+  std::memcpy(to, id.data(), kIdBytes);
+}
+
 bool ShardProducer::Recall(std::span<const float> query, uint32_t k, int64_t now_ns,
-                           uint64_t request_id) {
+                           const RecallOptions& options) {
   const SlotId slot = port_.slab->Acquire(kRequestBodyOffset + query.size_bytes());
   if (slot == kNoSlot) return false;
   auto* request = new (port_.slab->At(slot)) RecallRequest;
   request->dtype = VectorDtype::kF32;
   request->dimension = static_cast<uint16_t>(query.size());
   request->k = k;
+  request->ef = options.ef;
   request->origin = kOrigin;
   request->received_ns = now_ns;
-  request->request_id = request_id;
+  request->request_id = options.request_id;
   request->space = space_;
   std::memcpy(port_.slab->At(slot) + kRequestBodyOffset, query.data(), query.size_bytes());
   Push(Lane::kRecall, slot);

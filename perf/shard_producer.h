@@ -36,7 +36,17 @@ class ShardProducer {
   // `payload_bytes` long and says nothing.
   bool Observe(uint64_t number, std::span<const float> vector, size_t payload_bytes,
                int64_t now_ns);
-  bool Recall(std::span<const float> query, uint32_t k, int64_t now_ns, uint64_t request_id = 0);
+  struct RecallOptions {
+    uint32_t ef = 0;  // 0: the shard's default
+    uint64_t request_id = 0;
+  };
+  bool Recall(std::span<const float> query, uint32_t k, int64_t now_ns,
+              const RecallOptions& options);
+  bool Recall(std::span<const float> query, uint32_t k, int64_t now_ns) {
+    return Recall(query, k, now_ns, RecallOptions());
+  }
+  // Likewise; counts as an observation.
+  bool Delete(uint64_t number, int64_t now_ns);
 
   // Takes what was answered. `take_results` gets a recall's request id and a slot of hits, which
   // begins with its ResultBatch; `finish_recall` the id and why it was refused, or kNone.
@@ -63,6 +73,8 @@ class ShardProducer {
   static constexpr Origin kOrigin = 1;
 
   ProducerLink& link() { return port_.shards[0]; }
+  ObserveRequest* NextObservation(SlotId slot, int64_t now_ns);
+  static void WriteId(uint64_t number, std::byte* to);
   void Push(Lane lane, SlotId slot);
   void TakeSettled(const Completion& done);
 

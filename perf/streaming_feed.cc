@@ -229,7 +229,7 @@ bool StreamingFeed::SendRecall(int64_t due_ns, const Schedule& schedule) {
   }
   const std::span<const float> query =
       asks_for_own ? std::span<const float>(row_) : queries_[asked.recall.query];
-  if (!producer_->Recall(query, options_.k, due_ns, id)) return false;
+  if (!producer_->Recall(query, options_.k, due_ns, {.request_id = id})) return false;
   under_way_.emplace(id, std::move(asked));
   ++recalls_sent_;
   return true;
