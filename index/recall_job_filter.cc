@@ -33,7 +33,6 @@ constexpr uint64_t kLeastByCodes = 400;
 constexpr uint32_t kLeastPicked = 128;
 // Nodes that a filter is tried on, where clauses do not tell alone how many match.
 constexpr uint32_t kSampled = 128;
-constexpr uint64_t kSampledFrom = 1'000;
 
 }  // namespace
 
@@ -88,7 +87,8 @@ void RecallJob::PlanFilter() {
   const double per_node = codes_ != nullptr ? 1.0 : kDistancesPerRow;
   const double scan = most * kDistancesPerLook + share * total * per_node;
   const double seen = std::clamp<double>(kSeenPerK * k_ / share, ef_, std::max(ef_, kMostSeen));
-  const double walk = static_cast<double>(fresh_.size() + space_->waiting() / 8) +
+  const double walk = static_cast<double>(fresh_.size()) +
+                      static_cast<double>(space_->waiting()) / 8 +
                       (space_->has_linked() ? kDistancesBesides + kDistancesPerPlace * seen : 0);
   filtering_->share = share;
   filtering_->walk_budget = static_cast<uint64_t>(scan);
