@@ -402,23 +402,34 @@ void AttributeIndex::Candidates::Begin(const AttributeIndex* index, const Compil
   set_reader_ = PostingLists::Reader();
   node_reader_ = PostingLists::Reader();
   sets_ = {};
+  AskForSets();
 }
 
-// The next block of sets. False when there are no more.
-bool AttributeIndex::Candidates::NextSets() {
+// The next block, while the one before is gone through.
+void AttributeIndex::Candidates::AskForSets() {
   const CompiledFilter::Clause& rarest = filter_->clauses[filter_->rarest];
-  for (;;) {
-    sets_ = set_reader_.Next();
-    if (!sets_.empty()) break;
-    if (next_term_ == rarest.count) return false;
-    const uint32_t term = filter_->TermsOf(rarest)[next_term_++];
+  std::span<const SetId> next = set_reader_.Next();
+  while (next.empty() && next_term_ < rarest.count) {
+    ahead_term_ = next_term_++;
+    const uint32_t term = filter_->TermsOf(rarest)[ahead_term_];
     set_reader_ = index_->lists_.Read(index_->terms_[term].sets);
+    next = set_reader_.Next();
   }
-  if (sets_.size() == 1) return true;
-  for (const SetId set : sets_) __builtin_prefetch(&index_->sets_[set]);
-  for (const SetId set : sets_) {
-    if (index_->sets_[set].count > 1) __builtin_prefetch(index_->sets_[set].members);
+  ahead_count_ = next.size();
+  for (size_t i = 0; i < ahead_count_; ++i) {
+    ahead_[i] = next[i];
+    index_->PrefetchRecord(next[i]);
   }
+}
+
+// False when there are no more.
+bool AttributeIndex::Candidates::NextSets() {
+  if (ahead_count_ == 0) return false;
+  std::copy_n(ahead_.begin(), ahead_count_, block_.begin());
+  sets_ = std::span(block_).first(ahead_count_);
+  term_ = ahead_term_;
+  AskForSets();
+  for (const SetId set : sets_) index_->PrefetchMembers(set);
   return true;
 }
 
@@ -426,7 +437,7 @@ bool AttributeIndex::Candidates::NextSets() {
 bool AttributeIndex::Candidates::IsCandidate(SetId set) const {
   const CompiledFilter::Clause& rarest = filter_->clauses[filter_->rarest];
   if (filter_->clause_count == 1 && rarest.count == 1) return true;
-  const auto earlier = filter_->TermsOf(rarest).first(next_term_ - 1);
+  const auto earlier = filter_->TermsOf(rarest).first(term_);
   for (const Member& member : index_->sets_[set].all()) {
     if (std::ranges::binary_search(earlier, member.term)) return false;
   }

@@ -113,6 +113,7 @@ class AttributeIndex {
     bool Next(std::span<const NodeId>* nodes);
 
    private:
+    void AskForSets();
     bool NextSets();
     bool IsCandidate(SetId set) const;
 
@@ -120,7 +121,13 @@ class AttributeIndex {
     const CompiledFilter* filter_ = nullptr;
     size_t next_term_ = 0;  // of the rarest clause
     PostingLists::Reader set_reader_;
-    std::span<const uint32_t> sets_;  // that are left of a block
+    // Of the block of sets that was asked for, and of the one that is gone through.
+    std::array<SetId, PostingLists::kInBlock> ahead_;
+    std::array<SetId, PostingLists::kInBlock> block_;
+    size_t ahead_count_ = 0;
+    size_t ahead_term_ = 0;        // whose sets these are, of the rarest clause
+    size_t term_ = 0;              // likewise
+    std::span<const SetId> sets_;  // that are left of the block
     PostingLists::Reader node_reader_;
     std::array<NodeId, PostingLists::kInBlock> single_;  // nodes that have a set of their own
   };

@@ -112,7 +112,8 @@ void FilteredScan::Begin(const Space* space, FilteredNodes* nodes, const Query& 
   query_ = query;
   all_have_codes_ = query.codes.has_value() && space->FreshNodes().size() == 0;
   has_more_ = true;
-  by_codes_.count = by_rows_.count = 0;
+  for (Chunk& chunk : by_codes_) chunk.count = 0;
+  for (Chunk& chunk : by_rows_) chunk.count = 0;
   candidate_count_ = 0;
   compared_count_ = 0;
   bound_ = HUGE_VALF;
@@ -131,9 +132,9 @@ void FilteredScan::AddTo(Chunk* chunk, const SearchTarget& target, NodeId node) 
 void FilteredScan::TakeChunk(std::span<const NodeId> nodes) {
   for (const NodeId node : nodes) {
     if (query_.codes && (all_have_codes_ || space_->HasWalkCode(node))) {
-      AddTo(&by_codes_, *query_.codes, node);
+      AddTo(&by_codes_[taking_], *query_.codes, node);
     } else {
-      AddTo(&by_rows_, query_.rows, node);
+      AddTo(&by_rows_[taking_], query_.rows, node);
     }
   }
 }
@@ -152,30 +153,30 @@ void FilteredScan::CompareChunk(Chunk* chunk, const SearchTarget& target, float*
   }
 }
 
-void FilteredScan::CompareCodes() {
+void FilteredScan::CompareCodes(Chunk* chunk) {
   std::array<float, FilteredNodes::kAtOnce> distances;
-  CompareChunk(&by_codes_, *query_.codes, distances.data());
+  CompareChunk(chunk, *query_.codes, distances.data());
   const size_t wanted = query_.picked;
   if (candidate_count_ + FilteredNodes::kAtOnce > 2 * wanted + FilteredNodes::kAtOnce) {
     Keep(wanted, wanted + wanted / 3);
   }
   size_t count = candidate_count_;
-  for (size_t i = 0; i < by_codes_.count; ++i) {
+  for (size_t i = 0; i < chunk->count; ++i) {
     estimates_[count] = distances[i];
-    candidates_[count] = by_codes_.nodes[i];
+    candidates_[count] = chunk->nodes[i];
     count += static_cast<size_t>(distances[i] < bound_);
   }
   candidate_count_ = count;
-  by_codes_.count = 0;
+  chunk->count = 0;
 }
 
-void FilteredScan::CompareRows() {
+void FilteredScan::CompareRows(Chunk* chunk) {
   std::array<float, FilteredNodes::kAtOnce> distances;
-  CompareChunk(&by_rows_, query_.rows, distances.data());
-  for (size_t i = 0; i < by_rows_.count; ++i) {
-    compared_[compared_count_++] = {distances[i], by_rows_.nodes[i]};
+  CompareChunk(chunk, query_.rows, distances.data());
+  for (size_t i = 0; i < chunk->count; ++i) {
+    compared_[compared_count_++] = {distances[i], chunk->nodes[i]};
   }
-  by_rows_.count = 0;
+  chunk->count = 0;
 }
 
 bool FilteredScan::Step(uint64_t max_distances, uint64_t* distances) {
@@ -184,16 +185,23 @@ bool FilteredScan::Step(uint64_t max_distances, uint64_t* distances) {
   uint64_t work = 0;
   while (work + looked_at / kLookedAtPerDistance < max_distances &&
          compared_count_ + FilteredNodes::kAtOnce <= kMostCompared) {
-    work += by_codes_.count + by_rows_.count;
-    if (by_codes_.count > 0) CompareCodes();
-    if (by_rows_.count > 0) CompareRows();
-    if (!has_more_) break;
     std::span<const NodeId> nodes;
-    has_more_ = nodes_->Next(&nodes, &looked_at);
+    if (has_more_) has_more_ = nodes_->Next(&nodes, &looked_at);
     TakeChunk(nodes);
+    taking_ = 1 - taking_;
+    Chunk* const codes = &by_codes_[taking_];
+    Chunk* const rows = &by_rows_[taking_];
+    work += codes->count + rows->count;
+    if (codes->count > 0) CompareCodes(codes);
+    if (rows->count > 0) CompareRows(rows);
+    const size_t others = by_codes_[1 - taking_].count + by_rows_[1 - taking_].count;
+    if (!has_more_ && others == 0) {
+      *distances += work + looked_at / kLookedAtPerDistance;
+      return true;
+    }
   }
   *distances += work + looked_at / kLookedAtPerDistance;
-  return !has_more_ && by_codes_.count == 0 && by_rows_.count == 0;
+  return false;
 }
 
 // The nearest `least` to `most`.

@@ -84,7 +84,7 @@ class FilteredScan {
 
  private:
   static constexpr size_t kMostCompared = 512;
-  // Some that were asked for, and are compared in the next step.
+  // Some that were asked for, and are compared once others have been asked for.
   struct Chunk {
     size_t count = 0;
     std::array<NodeId, FilteredNodes::kAtOnce> nodes;
@@ -92,8 +92,8 @@ class FilteredScan {
   };
 
   void CompareChunk(Chunk* chunk, const SearchTarget& target, float* distances);
-  void CompareCodes();
-  void CompareRows();
+  void CompareCodes(Chunk* chunk);
+  void CompareRows(Chunk* chunk);
   void TakeChunk(std::span<const NodeId> nodes);
   void AddTo(Chunk* chunk, const SearchTarget& target, NodeId node);
   void Keep(size_t least, size_t most);
@@ -103,8 +103,9 @@ class FilteredScan {
   Query query_;
   bool all_have_codes_ = false;
   bool has_more_ = false;
-  Chunk by_codes_;
-  Chunk by_rows_;
+  std::array<Chunk, 2> by_codes_;
+  std::array<Chunk, 2> by_rows_;
+  size_t taking_ = 0;  // those of these that are asked for now
   size_t candidate_count_ = 0;
   float bound_ = 0;
   size_t compared_count_ = 0;

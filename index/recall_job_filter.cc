@@ -24,13 +24,15 @@ constexpr double kDistancesBesides = 1'500;
 constexpr double kWithinReachPerK = 0.9;
 constexpr double kLeastWithinReachPerK = 0.5;
 constexpr double kWidenBy = 1.1;
-constexpr double kMatchingPerK = 2.5;
+// Of a walk's list, for each of k that is expected to match, and what it has room for in any case.
+constexpr double kSeenPerK = 1.5;
+constexpr uint32_t kMostSeen = 256;
+constexpr double kMatchingPerK = 1.8;
 // Of fewer nodes it does not pay to compare codes first.
 constexpr uint64_t kLeastByCodes = 400;
 constexpr uint32_t kLeastPicked = 128;
 // Nodes that a filter is tried on, where clauses do not tell alone how many match.
 constexpr uint32_t kSampled = 128;
-constexpr uint64_t kSampledFrom = 1'000;
 
 }  // namespace
 
@@ -84,12 +86,17 @@ void RecallJob::PlanFilter() {
   if (!is_known) share = std::min(share, EstimateShare());
   const double per_node = codes_ != nullptr ? 1.0 : kDistancesPerRow;
   const double scan = most * kDistancesPerLook + share * total * per_node;
-  const double seen = std::max<double>(ef_, kWithinReachPerK * k_ / share);
-  const double walk = static_cast<double>(fresh_.size() + space_->waiting() / 8) +
+  const double seen = std::clamp<double>(kSeenPerK * k_ / share, ef_, std::max(ef_, kMostSeen));
+  const double walk = static_cast<double>(fresh_.size()) +
+                      static_cast<double>(space_->waiting()) / 8 +
                       (space_->has_linked() ? kDistancesBesides + kDistancesPerPlace * seen : 0);
   filtering_->share = share;
   filtering_->walk_budget = static_cast<uint64_t>(scan);
-  if (scan <= walk) BeginPick();
+  if (scan <= walk) {
+    BeginPick();
+  } else {
+    walk_ef_ = static_cast<uint32_t>(seen);
+  }
 }
 
 // All that match, in place of what has been found so far.
