@@ -530,7 +530,7 @@ class Program {
 
 TEST(ShardVisibilityProgramsTest, WhatIsAcknowledgedIsSeenInEveryTier) {
   Seen seen;
-  const Seeds seeds = Seeds::FromPrefix("SHARD_VISIBILITY", UsualSeeds(60, 6));
+  const Seeds seeds = Seeds::FromPrefix("SHARD_VISIBILITY", UsualSeeds(40, 4));
   seeds.ForEach([&](uint64_t seed) { Program(seed, &seen).Run(); });
   ExpectAllHappened({{"recalls", seen.recalls},
                      {"of what is fresh", seen.of_fresh},
@@ -551,7 +551,7 @@ TEST(ShardVisibilityProgramsTest, WhatIsAcknowledgedIsSeenInEveryTier) {
                      {"codes withdrawn", seen.withdrawn},
                      {"codes withdrawn while some wait", seen.waiting_withdrawn},
                      {"grown", seen.grown}},
-                    !seeds.alone && seeds.count >= 60);
+                    !seeds.alone && seeds.count >= 40);
   // Else hardly anything was looked at.
   EXPECT_LE(seen.moving, seen.recalls / 100);
 }
