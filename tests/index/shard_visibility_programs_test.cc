@@ -69,9 +69,6 @@ class Program {
         parts_(shards_),
         theme_(static_cast<Theme>(random_.Below(3))) {
     ids_.resize((theme_ == Theme::kClouds ? 200 : 40) + random_.Below(200));
-    for (size_t c = 0; c < kClients; ++c) {
-      clients_[c].home = c == 0 ? entry_->ShardOf(0).value() : random_.Below(shards_);
-    }
   }
 
   void Run() {
@@ -101,7 +98,6 @@ class Program {
   };
   struct Client {
     RigSession session;
-    size_t home = 0;
     bool is_open = false;
     std::map<Sequence, size_t> sent;  // the ids of what is under way
   };
@@ -174,14 +170,15 @@ class Program {
 
   // ---- Observations ----
 
-  // A space of one partition has one home.
-  bool MaySend(size_t client) const { return client == 0 || entry_->partitions() > 1; }
   void Send(size_t which, size_t id) {
     Client& client = clients_[which];
     Id& observed = ids_[id];
-    if (!MaySend(which) || (!observed.is_at_rest() && observed.client != which)) return;
+    if (!observed.is_at_rest() && observed.client != which) return;
     if (!client.is_open) {
-      client.session = rig_.Open(which, 100 + which, kSpace, {.shard = client.home});
+      // A home holds a part, as the snapshots that recalls ask for are of those that do.
+      const auto part = static_cast<uint16_t>(random_.Below(entry_->partitions()));
+      const size_t home = entry_->ShardOf(part).value();
+      client.session = rig_.Open(which, 100 + which, kSpace, {.shard = home});
       client.is_open = true;
       TakeAnswers();
     }
@@ -209,7 +206,7 @@ class Program {
   void PollOne(size_t shard) {
     rig_.clock.AdvanceNs(static_cast<int64_t>(50'000 + random_.Below(20'000)));
     rig_.PollShard(shard);
-    Look(shard);
+    ASSERT_NO_FATAL_FAILURE(Look(shard));
     TakeAnswers();
     ASSERT_NO_FATAL_FAILURE(TakeHits());
   }
@@ -437,6 +434,10 @@ class Program {
       seen_->waiting_withdrawn += static_cast<uint64_t>(codes == nullptr && last.waited);
     }
     last = {.codes = codes, .waited = part->waiting() > 0};
+    // While lists are so few that all are looked in, wrong codes are not seen from outside.
+    if (SpaceTestPeer::IsRecoding(*part) || (codes != nullptr && random_.Below(500) == 0)) {
+      ASSERT_EQ(SpaceTestPeer::CodesViolation(*part), "");
+    }
   }
   void Count(const UnderWay& recall) {
     ++seen_->recalls;
@@ -529,7 +530,7 @@ class Program {
 
 TEST(ShardVisibilityProgramsTest, WhatIsAcknowledgedIsSeenInEveryTier) {
   Seen seen;
-  const Seeds seeds = Seeds::FromPrefix("SHARD_VISIBILITY", UsualSeeds(60, 6));
+  const Seeds seeds = Seeds::FromPrefix("SHARD_VISIBILITY", UsualSeeds(40, 4));
   seeds.ForEach([&](uint64_t seed) { Program(seed, &seen).Run(); });
   ExpectAllHappened({{"recalls", seen.recalls},
                      {"of what is fresh", seen.of_fresh},
@@ -550,7 +551,7 @@ TEST(ShardVisibilityProgramsTest, WhatIsAcknowledgedIsSeenInEveryTier) {
                      {"codes withdrawn", seen.withdrawn},
                      {"codes withdrawn while some wait", seen.waiting_withdrawn},
                      {"grown", seen.grown}},
-                    !seeds.alone && seeds.count >= 60);
+                    !seeds.alone && seeds.count >= 40);
   // Else hardly anything was looked at.
   EXPECT_LE(seen.moving, seen.recalls / 100);
 }
