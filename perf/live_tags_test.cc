@@ -143,7 +143,7 @@ TEST(ClusteredOrderTest, StretchesGetClustersAndKeepTheirLengths) {
     at_home +=
         std::ranges::max_element(clouds, {}, &std::pair<const uint32_t, size_t>::second)->second;
   }
-  EXPECT_GE(at_home, 340u) << "of 350 that fit";
+  EXPECT_GE(at_home, 320u) << "of 350 that fit; 310 where lengths are not kept";
   EXPECT_EQ(InOrder(rows, order)[17][3], rows[order[17]][3]);
 }
 
