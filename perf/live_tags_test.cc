@@ -130,7 +130,7 @@ TEST(LiveTruthsTest, DeadTagsAreNoHitsAndTiesAre) {
 TEST(ClusteredOrderTest, StretchesGetClustersAndKeepTheirLengths) {
   VectorSet rows = RandomRows(400, 3);
   for (size_t row = 0; row < rows.size(); ++row) rows.Row(row)[row % 4] += 100;
-  const std::vector<size_t> starts = {0, 90, 190, 310};
+  const std::vector<size_t> starts = {0, 60, 160, 310};
   const std::vector<uint32_t> order = ClusteredOrder(rows, starts, 5);
   std::vector<uint32_t> sorted = order;
   std::ranges::sort(sorted);
@@ -143,7 +143,7 @@ TEST(ClusteredOrderTest, StretchesGetClustersAndKeepTheirLengths) {
     at_home +=
         std::ranges::max_element(clouds, {}, &std::pair<const uint32_t, size_t>::second)->second;
   }
-  EXPECT_GE(at_home, 360u) << "of 380 that fit; rows in no order have 120";
+  EXPECT_GE(at_home, 320u) << "of 350 that fit; 310 where lengths are not kept";
   EXPECT_EQ(InOrder(rows, order)[17][3], rows[order[17]][3]);
 }
 

@@ -183,7 +183,7 @@ class StreamingRunbookTest(unittest.TestCase):
         self.assertEqual((found["vectors"], found["scheduled_s"]), (6000, 0.5))
         for name in ("engram", "hnswlib"):
             index = found[name]
-            self.assertGreaterEqual(index["seconds"], 0.49, "open loop: none comes before it is due")
+            self.assertGreaterEqual(index["seconds"], 0.49, "none comes before it is due")
             self.assertEqual([stage["stage"] for stage in index["stages"]],
                              ["50 %", "80 %", "100 %", "after a rest"])
             for stage, least in zip(index["stages"], (3000, 4800, 6000, 6000)):
