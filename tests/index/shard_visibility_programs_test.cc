@@ -530,7 +530,7 @@ class Program {
 
 TEST(ShardVisibilityProgramsTest, WhatIsAcknowledgedIsSeenInEveryTier) {
   Seen seen;
-  const Seeds seeds = Seeds::FromPrefix("SHARD_VISIBILITY", UsualSeeds(40, 4));
+  const Seeds seeds = Seeds::FromPrefix("SHARD_VISIBILITY", UsualSeeds(40, 10));
   seeds.ForEach([&](uint64_t seed) { Program(seed, &seen).Run(); });
   ExpectAllHappened({{"recalls", seen.recalls},
                      {"of what is fresh", seen.of_fresh},

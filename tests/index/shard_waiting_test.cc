@@ -116,7 +116,7 @@ class WaitingRig : public ShardRig {
 
 // Would catch a shard that holds back what lists could bear, and a probe that looks at all.
 TEST(ShardWaitingTest, ABacklogFarBeyondAScanIsTakenAndFoundWithLittleWork) {
-  constexpr uint64_t kAll = kSanitized ? 6'000 : 20'000;
+  constexpr uint64_t kAll = 20'000;
   constexpr uint32_t kEf = 16;
   WaitingRig rig(WaitingOptions(1'000'000));
   ASSERT_NO_FATAL_FAILURE(rig.BeginLinked());
@@ -385,7 +385,7 @@ TEST(ShardWaitingTest, NothingIsAllocatedByMalloc) {
 // acknowledged is found, what keeps to its credit is taken.
 TEST(ShardWaitingTest, WhatWaitsWhenCodesAreWithdrawnIsScanned) {
   constexpr uint64_t kSpread = 2'000;
-  constexpr uint64_t kAll = kSpread + (kSanitized ? 1'500 : 2'500);
+  constexpr uint64_t kAll = kSpread + 2'500;
   WaitingRig rig(WaitingOptions(1'000'000));
   ASSERT_NO_FATAL_FAILURE(rig.BeginLinked(kSpread));
   const auto draw = [](uint64_t number) {
