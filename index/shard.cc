@@ -528,7 +528,10 @@ void Shard::StepSweep(uint32_t distances) {
   counters_[ShardCounter::kSweepDistances].Add(sweep_.distances() - before);
 }
 
+// What waited before there were codes is listed meanwhile, though nothing arrives.
 void Shard::StepLink(uint32_t distances) {
+  Space& space = *spaces_[linking_space_];
+  if (list_beside_ > 0 && space.WantsListing()) list_beside_ -= space.ListSome(list_beside_);
   const uint64_t before = linker_.distances();
   if (linker_.Step(distances)) FinishLink();
   counters_[ShardCounter::kLinkDistances].Add(linker_.distances() - before);

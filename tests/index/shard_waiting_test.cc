@@ -278,20 +278,41 @@ TEST(ShardWaitingTest, ARoundThatListsTakesFewHoweverManySend) {
   EXPECT_EQ(rig.counter(ShardCounter::kObservationsStored), rig.sent);
 }
 
-// What has gathered before there were codes is listed while more comes, a little in each round.
-TEST(ShardWaitingTest, WhatHasGatheredIsListedInShortRounds) {
-  constexpr uint64_t kGathered = 2'000;
+constexpr uint64_t kGathered = 2'000;
+ShardOptions GatheringOptions() {
   ShardOptions options = WaitingOptions(1'000'000);
   options.unlinked_limit_bytes *= 10;
-  WaitingRig rig(options);
-  while (rig.sent < kGathered) {
-    rig.SendMany(Spread, kGathered);
-    rig.Poll();
+  return options;
+}
+// Many wait, and there are codes since a moment ago.
+void Gather(WaitingRig* rig) {
+  while (rig->sent < kGathered) {
+    rig->SendMany(Spread, kGathered);
+    rig->Poll();
   }
-  while (!rig.space().HasWaitingLists()) ASSERT_GT(rig.Poll(), 0);
-  ASSERT_EQ(rig.space().waiting(), 0u);
+  while (!rig->space().HasWaitingLists()) ASSERT_GT(rig->Poll(), 0);
+  ASSERT_EQ(rig->space().waiting(), 0u);
+  ASSERT_GT(rig->space().unlinked_count(), 10 * kListFrom);
+}
+
+// Recalls would scan it until it is linked.
+TEST(ShardWaitingTest, WhatHasGatheredIsListedAlsoWhereNothingComes) {
+  WaitingRig rig(GatheringOptions());
+  ASSERT_NO_FATAL_FAILURE(Gather(&rig));
+  const uint64_t before = rig.space().linked();
+  while (rig.space().unlinked_count() - rig.space().waiting() > kListFrom) {
+    ASSERT_GT(rig.Poll(), 0);
+  }
+  EXPECT_GT(rig.space().waiting(), kGathered / 4);
+  EXPECT_LT(rig.space().linked(), before + kGathered / 2) << "listing keeps ahead of linking";
+  EXPECT_EQ(rig.CountMissed(100, Spread, 200), 0u);
+}
+
+// What has gathered before there were codes is listed while more comes, a little in each round.
+TEST(ShardWaitingTest, WhatHasGatheredIsListedInShortRounds) {
+  WaitingRig rig(GatheringOptions());
+  ASSERT_NO_FATAL_FAILURE(Gather(&rig));
   const auto unlisted = [&] { return rig.space().unlinked_count() - rig.space().waiting(); };
-  ASSERT_GT(unlisted(), 10 * kListFrom);
   rig.TakeCompletions();
   int polls = 0;
   for (; unlisted() > kListFrom + 1; ++polls) {
