@@ -83,6 +83,7 @@ void AddOptions(CLI::App* app, Options* options) {
   app->add_option("--rows", options->rows, "Of the set; rows beyond are like them")
       ->check(CLI::Range(kNearest, UINT32_MAX));
   app->add_option("--preload", options->preload, "Rows that are linked before")
+      ->check(CLI::Range(SpaceOptions::kGraphFrom + 1, UINT32_MAX))
       ->capture_default_str();
   app->add_option("--ef", options->ef)->check(CLI::PositiveNumber)->capture_default_str();
   app->add_option("--dir", options->dir, "Where the log lies; default: no log");

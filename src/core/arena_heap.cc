@@ -8,39 +8,24 @@
 
 namespace engram {
 
-namespace {
-
-// Classes are sizes: multiples of 8 up to a cache line, whole lines up to kFewLinesBytes, then
-// steps of a power of two.
-constexpr size_t kSmallStep = 8;
-constexpr size_t kSmallClasses = kCacheLineBytes / kSmallStep + 1;
-constexpr size_t kFewLinesBytes = 1'024;
-constexpr size_t kLineClasses = kFewLinesBytes / kCacheLineBytes - 1;
-constexpr size_t kSteps = 16;
-constexpr size_t kFirstExponent = 10;  // of kFewLinesBytes
-
-constexpr size_t DivideUp(size_t bytes, size_t step) { return (bytes + step - 1) / step; }
-
-}  // namespace
-
+// Class c stands for the size (4 + c % 4) << (c / 4 + 3): 32, 40, 48, 56, 64, 80, 96, 112, 128, ...
+// A block of 64 bytes and more starts at a cache line, so the rest of its last line is lost to
+// others: it is made part of the block, which leaves the classes 80, 96, 112, 160 and 224 unused.
 size_t ArenaHeap::ClassOf(size_t bytes) {
   CHECK(bytes <= kMaxBytes, "block size out of range");
   bytes = std::max(bytes, kMinBytes);
-  if (bytes <= kCacheLineBytes) return DivideUp(bytes, kSmallStep);
-  if (bytes <= kFewLinesBytes) return kSmallClasses + DivideUp(bytes, kCacheLineBytes) - 2;
+  if (bytes > kCacheLineBytes) {
+    bytes = (bytes + kCacheLineBytes - 1) / kCacheLineBytes * kCacheLineBytes;
+  }
   const size_t exponent = static_cast<size_t>(std::bit_width(bytes - 1)) - 1;  // floor(log2)
-  // kSteps + 1 to 2 * kSteps of them.
-  const size_t steps = DivideUp(bytes, (size_t{1} << exponent) / kSteps);
-  return kSmallClasses + kLineClasses + (exponent - kFirstExponent) * kSteps + steps - kSteps - 1;
+  // With 2^e < bytes <= 2^(e+1), the step is a quarter of 2^e.
+  const size_t quarter = size_t{1} << (exponent - 2);
+  const size_t steps = (bytes + quarter - 1) / quarter;  // 5..8 quarters, or 4 exactly at 2^e
+  return (exponent - 5) * 4 + (steps - 4);
 }
 
 size_t ArenaHeap::SizeOfClass(size_t size_class) {
-  if (size_class < kSmallClasses) return size_class * kSmallStep;
-  size_class -= kSmallClasses;
-  if (size_class < kLineClasses) return (size_class + 2) * kCacheLineBytes;
-  size_class -= kLineClasses;
-  const size_t exponent = kFirstExponent + size_class / kSteps;
-  return (size_t{1} << exponent) / kSteps * (kSteps + 1 + size_class % kSteps);
+  return (4 + size_class % 4) << (size_class / 4 + 3);
 }
 
 std::byte* ArenaHeap::Allocate(size_t bytes) {

@@ -8,9 +8,9 @@
 
 namespace engram {
 
-// Blocks of any size out of one arena, without malloc: sizes are rounded up to 8 bytes, from 64 on
-// to whole cache lines, and beyond 1 KiB to one of 16 steps a power of two (at most 6.25 % more
-// than asked). Freed blocks wait in a list of their size. Constant time.
+// Blocks of any size out of one arena, without malloc: sizes are rounded up to one of four steps a
+// power of two (at most 25 % more than asked), from 64 bytes on also to whole cache lines (at most
+// one line more). Freed blocks wait in a list of their size. Constant time.
 //
 // Thread safety: the owner core's alone; readers of other cores may read blocks, which never move.
 // Invariants: a block is either handed out or in exactly one free list; blocks of 64 bytes and more
@@ -48,8 +48,8 @@ class ArenaHeap {
   struct FreeBlock {
     FreeBlock* next;
   };
-  static constexpr size_t kMinBytes = 16;
-  static constexpr size_t kClasses = 536;
+  static constexpr size_t kMinBytes = 32;
+  static constexpr size_t kClasses = 160;
   static constexpr size_t kMaxBytes = size_t{1} << 42;
   static size_t ClassOf(size_t bytes);
   static size_t SizeOfClass(size_t size_class);

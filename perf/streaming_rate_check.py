@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""streaming_rate in a short form: it runs, its JSON has the keys that are read elsewhere, all that was
+due was taken and linked, and what was stored is found at once. No speed is judged.
+
+STREAMING_RATE names the program.
+"""
+
+import array
+import json
+import os
+import pathlib
+import random
+import subprocess
+import tempfile
+import unittest
+
+DIMENSION = 72
+KEYS = {"seconds", "accepted_per_s", "accepted", "due", "linked", "backlog", "memory_bytes", "recalls",
+        "recall_at_10", "found_own", "recall_p50_us", "recall_p99_us", "visible_p50_us",
+        "visible_p99_us", "vectors_a_recall", "bytes_a_recall"}
+
+
+def write_fvecs(path, count, seed):
+    """Rows of normal numbers as a TEXMEX file."""
+    numbers = random.Random(seed)
+    with open(path, "wb") as file:
+        for _ in range(count):
+            file.write(DIMENSION.to_bytes(4, "little"))
+            file.write(array.array("f", [numbers.gauss(0, 1) for _ in range(DIMENSION)]).tobytes())
+
+
+class StreamingRateTest(unittest.TestCase):
+
+    @classmethod
+    def setUpClass(cls):
+        if len(os.sched_getaffinity(0)) < 2:
+            raise unittest.SkipTest("the shard and its client need a processor each")
+        cls.folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(cls.folder.cleanup)
+        root = pathlib.Path(cls.folder.name)
+        cls.base = root / "base.fvecs"
+        cls.queries = root / "query.fvecs"
+        write_fvecs(cls.base, 2_000, 1)
+        write_fvecs(cls.queries, 100, 2)
+
+    def measure(self, *arguments):
+        done = subprocess.run(
+            [os.environ["STREAMING_RATE"], "--data", self.base, "--queries", self.queries,
+             "--preload", "5000", "--json", *arguments],
+            capture_output=True, text=True, timeout=200, check=False)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def test_by_the_clock(self):
+        phases = self.measure("--rate", "4000", "--recalls-per-s", "100", "--seconds", "1.5",
+                              "--turn-s", "0.3", "--samples", "40")[0]
+        self.assertEqual(set(phases), {"loaded", "drained", "idle", "at_rest", "idle_alone"})
+        for name in ("loaded", "drained", "idle"):
+            self.assertEqual(set(phases[name]), KEYS, name)
+        loaded = phases["loaded"]
+        self.assertGreater(loaded["accepted"], 3_000)
+        self.assertLessEqual(loaded["accepted"], loaded["due"])
+        self.assertEqual(phases["drained"]["backlog"], 0)
+        self.assertGreater(loaded["recall_at_10"], 0.9)
+        self.assertEqual(loaded["found_own"], 1)
+        self.assertGreater(loaded["vectors_a_recall"], 100)
+
+    def test_what_recalls_cost(self):
+        turns = self.measure("--lost-to", "50", "--turn-s", "0.3")
+        self.assertEqual(len(turns), 3)
+        for turn in turns:
+            self.assertGreater(turn["accepted_per_s"], 0)
+            self.assertGreater(turn["accepted_per_s_with_recalls"], 0)
+            self.assertGreater(turn["core_time_alone"], 0)
+
+
+if __name__ == "__main__":
+    unittest.main()
