@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""streaming_rate in a short form: it runs, its JSON has the keys that are read elsewhere, all that was
-due was taken and linked, and what was stored is found at once. No speed is judged.
+"""streaming_rate in a short form: it runs, its JSON has the keys that are read elsewhere, all that
+was due was taken and linked, and what was stored is found at once. No speed is judged.
 
 STREAMING_RATE names the program.
 """
@@ -15,8 +15,8 @@ import tempfile
 import unittest
 
 DIMENSION = 72
-KEYS = {"seconds", "accepted_per_s", "accepted", "due", "linked", "backlog", "memory_bytes", "recalls",
-        "recall_at_10", "found_own", "recall_p50_us", "recall_p99_us", "visible_p50_us",
+KEYS = {"seconds", "accepted_per_s", "accepted", "due", "linked", "backlog", "memory_bytes",
+        "recalls", "recall_at_10", "found_own", "recall_p50_us", "recall_p99_us", "visible_p50_us",
         "visible_p99_us", "vectors_a_recall", "bytes_a_recall"}
 
 
