@@ -56,7 +56,9 @@ class StreamedHnswlib final : public StreamedIndex {
 
   void Poll() override {}
   void Rest() override {}
-  Waiting waiting() const override { return {.unlinked = 0, .retired = vacant_.size()}; }
+  Waiting waiting() const override {
+    return {.unlinked = 0, .retired = vacant_.size(), .linked_ever = 0};
+  }
 
  private:
   // As addPoint(vector, tag, true) of release 0.7 with allow_replace_deleted; a tag that lives is

@@ -39,6 +39,7 @@ class StreamedIndex {
   struct Waiting {
     uint64_t unlinked = 0;
     uint64_t retired = 0;
+    uint64_t linked_ever = 0;  // by the background work
   };
   virtual Waiting waiting() const { return {}; }
   // Stops the clock of an index that has one, while this thread does something else.

@@ -122,7 +122,9 @@ class StreamedShard final : public StreamedIndex {
 
   Waiting waiting() const override {
     const Space& space = *shard_->FindSpace(kSpace);
-    return {.unlinked = space.live() - space.linked(), .retired = space.retired()};
+    return {.unlinked = space.live() - space.linked(),
+            .retired = space.retired(),
+            .linked_ever = shard_->counter(ShardCounter::kObservationsLinked).Read()};
   }
   void StopClock() override { clock_.Stop(); }
   void StartClock() override { clock_.Start(); }

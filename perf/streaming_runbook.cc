@@ -198,7 +198,8 @@ Json JsonOf(const SearchFigures& search) {
           {"recall_us", FourDigits(search.recall_us)},
           {"fresh_recall_us", OrNull(search.fresh_us)},
           {"unlinked", search.waiting.unlinked},
-          {"retired", search.waiting.retired}};
+          {"retired", search.waiting.retired},
+          {"linked_ever", search.waiting.linked_ever}};
 }
 
 Json JsonOf(const RunbookFigures& figures) {
