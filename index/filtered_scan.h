@@ -105,7 +105,7 @@ class FilteredScan {
   bool has_more_ = false;
   std::array<Chunk, 2> by_codes_;
   std::array<Chunk, 2> by_rows_;
-  size_t taking_ = 0;  // those of these that are asked for now
+  size_t taking_ = 0;  // of each two, the one that fills; the other was asked for
   size_t candidate_count_ = 0;
   float bound_ = 0;
   size_t compared_count_ = 0;

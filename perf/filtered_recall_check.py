@@ -5,39 +5,18 @@ and filters of all kinds find what matches. No speed is judged.
 FILTERED_RECALL_BENCH names the program.
 """
 
-import array
 import json
 import os
 import pathlib
-import random
 import subprocess
 import tempfile
 import unittest
 
+from check_vectors import latent_rows, write_fvecs
+
 DIMENSION = 32
 LATENT = 8
 ROWS = 8_000
-BASIS = [[random.Random(i * 1_000 + j).gauss(0, 1) for j in range(DIMENSION)]
-         for i in range(LATENT)]
-
-
-def write_fvecs(path, rows):
-    """Rows of numbers as a TEXMEX file."""
-    with open(path, "wb") as file:
-        for row in rows:
-            file.write(len(row).to_bytes(4, "little"))
-            file.write(array.array("f", row).tobytes())
-
-
-def latent_rows(count, seed):
-    """Of many dimensions and few degrees of freedom."""
-    numbers = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        weights = [numbers.gauss(0, 1) for _ in range(LATENT)]
-        rows.append([sum(w * direction[j] for w, direction in zip(weights, BASIS))
-                     + numbers.gauss(0, 0.05) for j in range(DIMENSION)])
-    return rows
 
 
 class FilteredRecallTest(unittest.TestCase):
@@ -51,9 +30,9 @@ class FilteredRecallTest(unittest.TestCase):
         cls.base = root / "base.fvecs"
         cls.queries = root / "query.fvecs"
         cls.categories = root / "base.tsv"
-        rows = latent_rows(ROWS, 1)
+        rows = latent_rows(ROWS, DIMENSION, LATENT, 1)
         write_fvecs(cls.base, rows)
-        write_fvecs(cls.queries, latent_rows(40, 2))
+        write_fvecs(cls.queries, latent_rows(40, DIMENSION, LATENT, 2))
         # What goes with what a row is: on which side of zero its first numbers are.
         lines = [f"{number}\tlatent\t{sum(2 ** bit for bit in range(3) if row[bit] > 0)}\tx\n"
                  for number, row in enumerate(rows)]

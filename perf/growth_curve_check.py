@@ -5,41 +5,18 @@ grows is like what it grows from, and both indexes find what is there. No speed 
 GROWTH_CURVE names the program.
 """
 
-import array
 import json
 import os
 import pathlib
-import random
 import subprocess
 import tempfile
 import unittest
 
+from check_vectors import latent_rows, write_fvecs
+
 DIMENSION = 48
 LATENT = 8
 ROWS = 6_000
-
-
-def write_fvecs(path, rows):
-    """Rows of numbers as a TEXMEX file."""
-    with open(path, "wb") as file:
-        for row in rows:
-            file.write(len(row).to_bytes(4, "little"))
-            file.write(array.array("f", row).tobytes())
-
-
-def latent_rows(count, seed):
-    """Of many dimensions and few degrees of freedom, with a little noise in all."""
-    basis_numbers = random.Random(99)
-    basis = [[basis_numbers.gauss(0, 1) for _ in range(DIMENSION)] for _ in range(LATENT)]
-    numbers = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        row = [numbers.gauss(0, 0.05) for _ in range(DIMENSION)]
-        for direction in basis:
-            weight = numbers.gauss(0, 1)
-            row = [value + weight * part for value, part in zip(row, direction)]
-        rows.append(row)
-    return rows
 
 
 class GrowthCurveTest(unittest.TestCase):
@@ -52,8 +29,8 @@ class GrowthCurveTest(unittest.TestCase):
         root.mkdir()
         cls.base = root / "base.fvecs"
         cls.queries = root / "query.fvecs"
-        write_fvecs(cls.base, latent_rows(ROWS, 1))
-        write_fvecs(cls.queries, latent_rows(200, 2))
+        write_fvecs(cls.base, latent_rows(ROWS, DIMENSION, LATENT, 1))
+        write_fvecs(cls.queries, latent_rows(200, DIMENSION, LATENT, 2))
 
     def measure(self, *arguments):
         return subprocess.run(

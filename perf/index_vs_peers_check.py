@@ -9,11 +9,12 @@ import array
 import json
 import os
 import pathlib
-import random
 import subprocess
 import tempfile
 import unittest
 import xml.etree.ElementTree
+
+from check_vectors import normal_rows, write_fvecs
 
 DIMENSION = 24
 # More than a space keeps without a graph.
@@ -22,19 +23,6 @@ QUERIES = 100
 RATIOS = ("linked_inserts_over_hnswlib", "linked_inserts_over_hnswlib_chunk_median",
           "linked_inserts_over_hnswlib_last_tenth", "recalls_over_hnswlib_at_090",
           "recalls_over_hnswlib_at_095", "recalls_over_hnswlib_least")
-
-
-def write_fvecs(path, rows):
-    """Rows of numbers as a TEXMEX file."""
-    with open(path, "wb") as file:
-        for row in rows:
-            file.write(len(row).to_bytes(4, "little"))
-            file.write(array.array("f", row).tobytes())
-
-
-def normal_rows(count, seed):
-    numbers = random.Random(seed)
-    return [[numbers.gauss(0, 1) for _ in range(DIMENSION)] for _ in range(count)]
 
 
 class IndexVsPeersTest(unittest.TestCase):
@@ -47,8 +35,8 @@ class IndexVsPeersTest(unittest.TestCase):
         cls.base = cls.root / "normal" / "base.fvecs"
         cls.base.parent.mkdir()
         cls.queries = cls.root / "normal" / "query.fvecs"
-        write_fvecs(cls.base, normal_rows(ROWS, 1))
-        write_fvecs(cls.queries, normal_rows(QUERIES, 2))
+        write_fvecs(cls.base, normal_rows(ROWS, DIMENSION, 1))
+        write_fvecs(cls.queries, normal_rows(QUERIES, DIMENSION, 2))
 
     def compare(self, *arguments, queries=None):
         return subprocess.run(

@@ -1,7 +1,9 @@
 #pragma once
 
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <span>
 #include <string_view>
 #include <utility>
@@ -47,6 +49,23 @@ class ShardProducer {
   }
   // Likewise; counts as an observation.
   bool Delete(uint64_t number, int64_t now_ns);
+
+  // The numbers of a slot of hits, nearest first.
+  template <typename Visit>
+  static void ForEachHit(const std::byte* slot, Visit&& visit) {
+    ResultBatch batch;
+    std::memcpy(&batch, slot, sizeof(batch));
+    const std::byte* from = slot + sizeof(batch);
+    for (uint16_t i = 0; i < batch.count; ++i) {
+      HitHeader header;
+      std::memcpy(&header, from, sizeof(header));
+      const auto* id = reinterpret_cast<const char*>(from + HitIdOffset(header));
+      uint64_t number = 0;
+      std::from_chars(id, id + header.id_bytes, number);
+      visit(number);
+      from += header.hit_bytes;
+    }
+  }
 
   // Takes what was answered. `take_results` gets a recall's request id and a slot of hits, which
   // begins with its ResultBatch; `finish_recall` the id and why it was refused, or kNone.

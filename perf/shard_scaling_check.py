@@ -5,27 +5,18 @@ are read elsewhere, and shards find together what one index finds. No speed is j
 SHARD_SCALING_BENCH names the program.
 """
 
-import array
 import json
 import os
 import pathlib
-import random
 import subprocess
 import tempfile
 import unittest
 
+from check_vectors import normal_rows, write_fvecs
+
 DIMENSION = 32
 ROWS = 5_000
 MOST = 3
-
-
-def write_fvecs(path, count, seed):
-    """Rows of normal numbers as a TEXMEX file."""
-    numbers = random.Random(seed)
-    with open(path, "wb") as file:
-        for _ in range(count):
-            file.write(DIMENSION.to_bytes(4, "little"))
-            file.write(array.array("f", [numbers.gauss(0, 1) for _ in range(DIMENSION)]).tobytes())
 
 
 class ShardScalingTest(unittest.TestCase):
@@ -38,8 +29,8 @@ class ShardScalingTest(unittest.TestCase):
         root.mkdir()
         cls.base = root / "base.fvecs"
         cls.queries = root / "query.fvecs"
-        write_fvecs(cls.base, MOST * ROWS, 1)
-        write_fvecs(cls.queries, 100, 2)
+        write_fvecs(cls.base, normal_rows(MOST * ROWS, DIMENSION, 1))
+        write_fvecs(cls.queries, normal_rows(100, DIMENSION, 2))
 
     def measure(self, *arguments):
         return subprocess.run(

@@ -1,7 +1,5 @@
 #include "perf/streamed_shard.h"
 
-#include <charconv>
-#include <cstring>
 #include <optional>
 #include <string_view>
 #include <utility>
@@ -142,18 +140,8 @@ class StreamedShard final : public StreamedIndex {
   }
 
   void TakeHits(const std::byte* slot) {
-    ResultBatch batch;
-    std::memcpy(&batch, slot, sizeof(batch));
-    const std::byte* from = slot + sizeof(batch);
-    for (uint16_t i = 0; i < batch.count; ++i) {
-      HitHeader header;
-      std::memcpy(&header, from, sizeof(header));
-      const auto* id = reinterpret_cast<const char*>(from + HitIdOffset(header));
-      int64_t tag = -1;
-      std::from_chars(id, id + header.id_bytes, tag);
-      hits_.push_back(tag);
-      from += header.hit_bytes;
-    }
+    ShardProducer::ForEachHit(
+        slot, [this](uint64_t number) { hits_.push_back(static_cast<int64_t>(number)); });
   }
 
   MovableClock clock_;

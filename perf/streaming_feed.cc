@@ -1,6 +1,5 @@
 #include "perf/streaming_feed.h"
 
-#include <charconv>
 #include <cstring>
 #include <optional>
 #include <utility>
@@ -256,18 +255,8 @@ void StreamingFeed::TakeAnswers(FeedPhase* phase) {
 }
 
 void StreamingFeed::TakeHits(uint64_t id, const std::byte* slot) {
-  ResultBatch batch;
-  std::memcpy(&batch, slot, sizeof(batch));
-  const std::byte* from = slot + sizeof(batch);
-  for (uint16_t i = 0; i < batch.count; ++i) {
-    HitHeader header;
-    std::memcpy(&header, from, sizeof(header));
-    const auto* text = reinterpret_cast<const char*>(from + sizeof(header));
-    uint64_t number = 0;
-    std::from_chars(text, text + header.id_bytes, number);
-    under_way_.at(id).recall.hits.push_back(number);
-    from += header.hit_bytes;
-  }
+  std::vector<uint64_t>* const hits = &under_way_.at(id).recall.hits;
+  ShardProducer::ForEachHit(slot, [hits](uint64_t number) { hits->push_back(number); });
 }
 
 }  // namespace engram

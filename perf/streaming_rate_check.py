@@ -5,28 +5,19 @@ was due was taken and linked, and what was stored is found at once. No speed is 
 STREAMING_RATE names the program.
 """
 
-import array
 import json
 import os
 import pathlib
-import random
 import subprocess
 import tempfile
 import unittest
+
+from check_vectors import normal_rows, write_fvecs
 
 DIMENSION = 72
 KEYS = {"seconds", "accepted_per_s", "accepted", "due", "linked", "backlog", "memory_bytes",
         "recalls", "recall_at_10", "found_own", "recall_p50_us", "recall_p99_us", "visible_p50_us",
         "visible_p99_us", "vectors_a_recall", "bytes_a_recall"}
-
-
-def write_fvecs(path, count, seed):
-    """Rows of normal numbers as a TEXMEX file."""
-    numbers = random.Random(seed)
-    with open(path, "wb") as file:
-        for _ in range(count):
-            file.write(DIMENSION.to_bytes(4, "little"))
-            file.write(array.array("f", [numbers.gauss(0, 1) for _ in range(DIMENSION)]).tobytes())
 
 
 class StreamingRateTest(unittest.TestCase):
@@ -40,8 +31,8 @@ class StreamingRateTest(unittest.TestCase):
         root = pathlib.Path(cls.folder.name)
         cls.base = root / "base.fvecs"
         cls.queries = root / "query.fvecs"
-        write_fvecs(cls.base, 2_000, 1)
-        write_fvecs(cls.queries, 100, 2)
+        write_fvecs(cls.base, normal_rows(2_000, DIMENSION, 1))
+        write_fvecs(cls.queries, normal_rows(100, DIMENSION, 2))
 
     def measure(self, *arguments):
         done = subprocess.run(

@@ -6,14 +6,14 @@ judged.
 STREAMING_RUNBOOK and STREAMING_SCHEDULE name the programs.
 """
 
-import array
 import json
 import os
 import pathlib
-import random
 import subprocess
 import tempfile
 import unittest
+
+from check_vectors import latent_rows, write_fvecs
 
 DIMENSION = 32
 LATENT = 6
@@ -60,29 +60,6 @@ latent:
 """
 
 
-def write_fvecs(path, rows):
-    """Rows of numbers as a TEXMEX file."""
-    with open(path, "wb") as file:
-        for row in rows:
-            file.write(len(row).to_bytes(4, "little"))
-            file.write(array.array("f", row).tobytes())
-
-
-def latent_rows(count, seed):
-    """Of many dimensions and few degrees of freedom, with a little noise in all."""
-    basis_numbers = random.Random(99)
-    basis = [[basis_numbers.gauss(0, 1) for _ in range(DIMENSION)] for _ in range(LATENT)]
-    numbers = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        row = [numbers.gauss(0, 0.05) for _ in range(DIMENSION)]
-        for direction in basis:
-            weight = numbers.gauss(0, 1)
-            row = [value + weight * part for value, part in zip(row, direction)]
-        rows.append(row)
-    return rows
-
-
 class StreamingRunbookTest(unittest.TestCase):
 
     @classmethod
@@ -94,8 +71,8 @@ class StreamingRunbookTest(unittest.TestCase):
         cls.base = root / "base.fvecs"
         cls.queries = root / "query.fvecs"
         cls.runbook = root / "short_runbook.yaml"
-        write_fvecs(cls.base, latent_rows(ROWS, 1))
-        write_fvecs(cls.queries, latent_rows(200, 2))
+        write_fvecs(cls.base, latent_rows(ROWS, DIMENSION, LATENT, 1))
+        write_fvecs(cls.queries, latent_rows(200, DIMENSION, LATENT, 2))
         cls.runbook.write_text(RUNBOOK)
 
     def run_it(self, *arguments):

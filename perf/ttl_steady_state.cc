@@ -16,11 +16,9 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -206,18 +204,8 @@ class SteadyState {
   }
 
   void TakeHits(const std::byte* slot) {
-    ResultBatch batch;
-    std::memcpy(&batch, slot, sizeof(batch));
-    const std::byte* from = slot + sizeof(batch);
-    for (uint16_t i = 0; i < batch.count; ++i) {
-      HitHeader header;
-      std::memcpy(&header, from, sizeof(header));
-      const auto* id = reinterpret_cast<const char*>(from + sizeof(header));
-      uint64_t number = 0;
-      std::from_chars(id, id + header.id_bytes, number);
-      asked_.back().hits.push_back(number);
-      from += header.hit_bytes;
-    }
+    ShardProducer::ForEachHit(slot,
+                              [this](uint64_t number) { asked_.back().hits.push_back(number); });
   }
   // Nothing is updated, and numbers expire in their order: so the last ones live.
   void FinishRecall(RefusalReason reason) {

@@ -5,27 +5,18 @@ expires keeps up with what comes, and what lives is found. No speed is judged.
 TTL_STEADY_STATE names the program.
 """
 
-import array
 import json
 import os
 import pathlib
-import random
 import subprocess
 import tempfile
 import unittest
 
+from check_vectors import normal_rows, write_fvecs
+
 DIMENSION = 24
 KEYS = {"accepted_per_s", "expired_per_s", "swept_per_s", "recall_at_10", "recall_us", "live",
         "backlog", "retired", "space_mib", "resident_mib", "disk_mib", "checkpoints"}
-
-
-def write_fvecs(path, count, seed):
-    """Rows of normal numbers as a TEXMEX file."""
-    numbers = random.Random(seed)
-    with open(path, "wb") as file:
-        for _ in range(count):
-            file.write(DIMENSION.to_bytes(4, "little"))
-            file.write(array.array("f", [numbers.gauss(0, 1) for _ in range(DIMENSION)]).tobytes())
 
 
 class TtlSteadyStateTest(unittest.TestCase):
@@ -33,8 +24,8 @@ class TtlSteadyStateTest(unittest.TestCase):
     def test_short_form(self):
         with tempfile.TemporaryDirectory() as folder:
             root = pathlib.Path(folder)
-            write_fvecs(root / "base.fvecs", 20_000, 1)
-            write_fvecs(root / "query.fvecs", 100, 2)
+            write_fvecs(root / "base.fvecs", normal_rows(20_000, DIMENSION, 1))
+            write_fvecs(root / "query.fvecs", normal_rows(100, DIMENSION, 2))
             done = subprocess.run(
                 [os.environ["TTL_STEADY_STATE"], "--data", root / "base.fvecs",
                  "--queries", root / "query.fvecs", "--seconds", "6", "--ttl-s", "1",

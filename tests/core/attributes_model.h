@@ -2,7 +2,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -14,6 +17,20 @@
 // for the bounds: what the tests and the fuzzer compare the product's with.
 
 namespace engram {
+
+// The bytes in memory of exactly their size, so that ASan sees a read beyond them.
+class Exact {
+ public:
+  explicit Exact(std::string_view bytes)
+      : size_(bytes.size()), bytes_(std::make_unique<std::byte[]>(bytes.size())) {
+    if (size_ > 0) std::memcpy(bytes_.get(), bytes.data(), size_);
+  }
+  std::span<const std::byte> get() const { return {bytes_.get(), size_}; }
+
+ private:
+  size_t size_;
+  std::unique_ptr<std::byte[]> bytes_;
+};
 
 using ModelAttributes = std::vector<std::pair<std::string, std::string>>;
 

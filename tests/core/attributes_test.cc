@@ -18,20 +18,6 @@
 namespace engram {
 namespace {
 
-// The bytes in memory of exactly their size, so that ASan sees a read beyond them.
-class Exact {
- public:
-  explicit Exact(std::string_view bytes)
-      : size_(bytes.size()), bytes_(std::make_unique<std::byte[]>(bytes.size())) {
-    if (size_ > 0) std::memcpy(bytes_.get(), bytes.data(), size_);
-  }
-  std::span<const std::byte> get() const { return {bytes_.get(), size_}; }
-
- private:
-  size_t size_;
-  std::unique_ptr<std::byte[]> bytes_;
-};
-
 // Both say the same of the bytes: whether they are sound, and what they say.
 void ExpectAttributesAgree(const std::string& bytes) {
   const Exact exact(bytes);

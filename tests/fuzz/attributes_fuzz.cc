@@ -26,19 +26,6 @@ namespace {
 
 constexpr size_t kAtMost = 4'352;  // beyond what is allowed
 
-class Exact {
- public:
-  explicit Exact(std::string_view bytes)
-      : size_(bytes.size()), bytes_(std::make_unique<std::byte[]>(bytes.size())) {
-    if (size_ > 0) std::memcpy(bytes_.get(), bytes.data(), size_);
-  }
-  std::span<const std::byte> get() const { return {bytes_.get(), size_}; }
-
- private:
-  size_t size_;
-  std::unique_ptr<std::byte[]> bytes_;
-};
-
 void TakeAttributes(const std::string& bytes) {
   const Exact exact(bytes);
   const auto model = ParseModelAttributes(bytes);
