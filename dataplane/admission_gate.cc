@@ -88,7 +88,7 @@ RefusalReason AdmitObservation(const ObservationView& view, const SpaceRules& ru
 
 RefusalReason AdmitRecall(const RecallView& view, const SpaceRules& rules, std::byte* slot) {
   const RecallBody& body = view.body;
-  if (rules.dimension != 0 && body.dimension != rules.dimension) {
+  if (rules.dimension != 0 && body.dimension != 0 && body.dimension != rules.dimension) {
     return RefusalReason::kWrongDimension;
   }
   if (body.dtype == VectorDtype::kInt8 && !IsSoundScale(body.scale)) {
@@ -96,7 +96,9 @@ RefusalReason AdmitRecall(const RecallView& view, const SpaceRules& rules, std::
   }
   auto* request = new (slot) RecallRequest;
   std::byte* to = slot + kRequestBodyOffset;
-  const VectorFinding finding = CopyVector(body.dtype, body.dimension, view.vector, to);
+  const VectorFinding finding = body.dimension == 0
+                                    ? VectorFinding::kOrdinary
+                                    : CopyVector(body.dtype, body.dimension, view.vector, to);
   if (!view.filter.empty()) {
     std::memcpy(to + VectorBytes(body.dtype, body.dimension), view.filter.data(),
                 view.filter.size());
@@ -107,6 +109,9 @@ RefusalReason AdmitRecall(const RecallView& view, const SpaceRules& rules, std::
   request->k = body.k;
   request->ef = body.ef;
   request->scale = body.scale;
+  request->has_bound = view.has_bound;
+  request->bound = view.bound;
+  request->metric = rules.metric;
   return JudgeVector(finding, rules.metric);
 }
 

@@ -1,5 +1,7 @@
 #include "dataplane/decoder.h"
 
+#include <cmath>
+
 #include "src/core/attributes.h"
 
 namespace engram {
@@ -102,14 +104,23 @@ RefusalReason DecodeRecall(std::span<const std::byte> body, uint16_t flags, Reca
   if (body.size() < sizeof(RecallBody)) return RefusalReason::kBadFrame;
   recall->body = LoadAs<RecallBody>(body.data());
   const RecallBody& numbers = recall->body;
-  if (!IsVectorDtype(numbers.dtype)) return RefusalReason::kBadDtype;
-  if (numbers.dimension == 0 || numbers.dimension > kMaxDimension) {
+  // Without a vector it is the latest that the filter matches.
+  const bool is_newest = numbers.dimension == 0 && numbers.dtype == VectorDtype::kNone &&
+                         (flags & kFrameFlagFiltered) != 0;
+  if (!is_newest && !IsVectorDtype(numbers.dtype)) return RefusalReason::kBadDtype;
+  if ((numbers.dimension == 0 && !is_newest) || numbers.dimension > kMaxDimension) {
     return RefusalReason::kWrongDimension;
   }
   const size_t vector_end = sizeof(RecallBody) + VectorBytes(numbers.dtype, numbers.dimension);
   if (body.size() < vector_end) return RefusalReason::kBadFrame;
   std::span<const std::byte> rest = body.subspan(vector_end);
   recall->filter = {};
+  recall->has_bound = (flags & kFrameFlagBounded) != 0;
+  if (recall->has_bound) {
+    if (rest.size() < sizeof(float)) return RefusalReason::kBadFrame;
+    recall->bound = LoadAs<float>(rest.data());
+    rest = rest.subspan(sizeof(float));
+  }
   if ((flags & kFrameFlagFiltered) != 0) {
     if (rest.size() < sizeof(uint16_t)) return RefusalReason::kBadFrame;
     const auto filter_bytes = LoadAs<uint16_t>(rest.data());
@@ -119,7 +130,12 @@ RefusalReason DecodeRecall(std::span<const std::byte> body, uint16_t flags, Reca
     rest = rest.subspan(filter_bytes);
   }
   if (!rest.empty()) return RefusalReason::kBadFrame;
-  if (numbers.k == 0 || numbers.k > kMaxRecallResults || numbers.ef > kMaxEf) {
+  if (numbers.k == 0 || numbers.k > kMaxRecallResults || numbers.ef > kMaxEf ||
+      (recall->has_bound && std::isnan(recall->bound))) {
+    return RefusalReason::kBadRecall;
+  }
+  if (is_newest &&
+      (recall->filter.empty() || recall->has_bound || (flags & kFrameFlagAcross) != 0)) {
     return RefusalReason::kBadRecall;
   }
   recall->vector = body.data() + sizeof(RecallBody);

@@ -53,9 +53,11 @@ struct RecallView {
   RecallBody body;
   const std::byte* vector = nullptr;
   std::span<const std::byte> filter;  // sound (attributes.h); empty: none
+  bool has_bound = false;
+  float bound = 0;
 };
 // `flags` are the frame's. kBadFrame for a wrong length; kBadDtype, kWrongDimension or kBadRecall
-// for wrong numbers; kBadFilter.
+// for wrong numbers, or a bound that is none; kBadFilter.
 RefusalReason DecodeRecall(std::span<const std::byte> body, uint16_t flags, RecallView* recall);
 
 // kBadFrame for a wrong length; kBadRecall for a limit that is out of bounds.

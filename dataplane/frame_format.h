@@ -59,8 +59,11 @@ inline constexpr uint16_t kFrameFlagWithPayload = 1;  // recall, scroll
 inline constexpr uint16_t kFrameFlagWithVector = 2;   // recall, scroll
 inline constexpr uint16_t kFrameFlagSnapshot = 4;     // recall
 inline constexpr uint16_t kFrameFlagFiltered = 8;     // recall
+inline constexpr uint16_t kFrameFlagBounded = 16;     // recall
+inline constexpr uint16_t kFrameFlagAcross = 32;      // recall: of all spaces
 inline constexpr uint32_t kFeatureNoSession = 1;      // hello
 inline constexpr uint32_t kFeatureAttributes = 2;     // hello: attributes and filters
+inline constexpr uint32_t kFeatureWideRecalls = 4;    // hello: bounds, all spaces, no vector
 inline constexpr uint8_t kNakFlagConsumed = 1;
 inline constexpr uint8_t kNakFlagClosing = 2;
 
@@ -120,7 +123,8 @@ struct NakBody {
 };
 static_assert(sizeof(NakBody) == 24);
 
-// The vector follows; in a filtered recall then the filter's length, of two bytes, and the filter.
+// The vector follows; where there is a bound then a float, and in a filtered recall the filter's
+// length, of two bytes, and the filter.
 struct RecallBody {
   uint32_t k = 0;
   uint32_t ef = 0;

@@ -71,7 +71,8 @@ void HitWindow::WriteFirst(std::byte* to, RecordReader* reader) {
   const HitHeader header = FinalHeader(entry, reader);
   const size_t vector_bytes = header.vector_dimension * sizeof(float);
   const std::byte* id = entry.hit + HitIdOffset(from);
-  const std::byte* payload = id + from.id_bytes;
+  const size_t name_bytes = size_t{from.id_bytes} + from.space_bytes;
+  const std::byte* payload = id + name_bytes;
   std::byte* const end = to + header.hit_bytes;
   std::memcpy(to, &header, sizeof(header));
   to += sizeof(header);
@@ -86,8 +87,8 @@ void HitWindow::WriteFirst(std::byte* to, RecordReader* reader) {
     std::memcpy(to, entry.hit + sizeof(header), vector_bytes);
   }
   to += vector_bytes;
-  std::memcpy(to, id, header.id_bytes);
-  to += header.id_bytes;
+  std::memcpy(to, id, name_bytes);
+  to += name_bytes;
   if (header.payload_bytes > 0) std::memcpy(to, payload, header.payload_bytes);
   to += header.payload_bytes;
   std::memset(to, 0, static_cast<size_t>(end - to));

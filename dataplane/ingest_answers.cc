@@ -186,7 +186,7 @@ void IngestCore::ForwardRecords(Connection& connection, ShardId shard,
                                 const Completion& completion) {
   const std::byte* slot = port_.shards[shard.value()].result_slab->At(completion.result_slot);
   const auto batch = LoadAs<ResultBatch>(slot);
-  if (batch.last) --connection.introspections_in_flight;
+  if (batch.is_last()) --connection.introspections_in_flight;
   SendIntrospection(network_, connection.id, connection.session.value(), completion.sequence,
                     {.count = batch.count}, connection.introspections_in_flight > 0,
                     {slot + sizeof(ResultBatch), batch.body_bytes});

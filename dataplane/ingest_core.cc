@@ -12,7 +12,7 @@ namespace engram {
 namespace {
 
 constexpr size_t kCompletionBatch = 256;
-constexpr uint32_t kKnownFeatures = kFeatureNoSession | kFeatureAttributes;
+constexpr uint32_t kKnownFeatures = kFeatureNoSession | kFeatureAttributes | kFeatureWideRecalls;
 // Share of each slot size that is kept for those who go first.
 constexpr uint32_t kNormalKeepFreePercent = 20;  // for high priority and recalls
 constexpr uint32_t kHighKeepFreePercent = 10;    // for recalls
@@ -33,7 +33,8 @@ Result<std::unique_ptr<IngestCore>> IngestCore::Create(const IngestOptions& opti
     if (!reader) return std::unexpected(reader.error());
     records = *std::move(reader);
   }
-  auto merger = RecallMerger::Create(options.max_merges, port.catalogue->max_partitions(),
+  // Recalls of all spaces ask all shards.
+  auto merger = RecallMerger::Create(options.max_merges, static_cast<uint16_t>(port.shards.size()),
                                      kMaxRecallPayloadBytes, options.huge_pages, records.get());
   if (!merger) return std::unexpected(merger.error());
   return std::unique_ptr<IngestCore>(new IngestCore(options, clock, network, std::move(port),

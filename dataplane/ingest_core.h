@@ -39,6 +39,8 @@ struct IngestOptions {
   int64_t answer_timeout_ns = 300 * kNanosPerSecond;
   int64_t drain_timeout_ns = 5 * kNanosPerSecond;  // to settle and say close
   uint32_t max_recalls = 16;                       // of a connection, under way
+  uint32_t recall_batch = 10;                      // hits of a result frame at most; of a long
+                                                   // recall, those that come first
   uint32_t max_merges = 1'024;                     // recalls of all that are merged or read
   size_t partial_frame_bytes = size_t{32} << 20;   // of all unfinished frames
   size_t send_pause_bytes = size_t{1} << 20;       // unread answers at which reading pauses
@@ -182,7 +184,8 @@ class IngestCore final : public NetworkHandler {
     uint64_t request_id = 0;
     CommitStamp snapshot = kNoStamp;
     ReadPins::Epoch pins = 0;  // inside these; 0: it reads no records
-    int64_t sendable_ns = 0;   // since when all partitions have answered
+    bool is_sendable = false;  // in sendable_
+    int64_t sendable_ns = 0;   // since then
     bool is_scroll = false;
     uint16_t partition = 0;  // that is scrolled
     uint64_t cursor = 0;     // where it goes on there; 0: that was all of it
@@ -245,6 +248,7 @@ class IngestCore final : public NetworkHandler {
   void FinishScroll(Connection& connection, RefusalReason reason, const MergedRecall& scroll);
   void FinishCheck(Connection& connection, const Completion& completion);
   void TakePartition(ShardId shard, const Completion& completion);
+  void MakeSendable(RecallMerger::MergeId merge);
   int SendMerged();
   void EndMerge(RecallMerger::MergeId merge);
   bool SendMerge(Connection& connection, RecallMerger::MergeId merge, bool is_first);
@@ -275,7 +279,7 @@ class IngestCore final : public NetworkHandler {
 
   SpaceEntry* EntryOf(Connection& connection);
   ShardId HomeFor(const HelloRequest& request, SpaceEntry* entry) const;
-  CommitStamp SnapshotOver(std::span<const ShardId> shards) const;
+  CommitStamp LatestSnapshot() const;
   uint16_t shards() const { return static_cast<uint16_t>(port_.shards.size()); }
   Connection* Find(ConnectionId id);
   Connection* FindOrigin(Origin origin) {
@@ -313,7 +317,7 @@ class IngestCore final : public NetworkHandler {
   std::unique_ptr<RecordReader> records_;  // nullptr: the shards have no logs
   std::unique_ptr<RecallMerger> merger_;
   std::vector<MergedRecall> merged_;             // by merge
-  std::vector<RecallMerger::MergeId> sendable_;  // merges that all partitions have answered
+  std::vector<RecallMerger::MergeId> sendable_;  // merges of which some can be sent
   uint64_t send_round_ = 0;                      // of SendMerged
   uint32_t connections_used_ = 0;                // highest index ever + 1
   uint32_t open_connections_ = 0;

@@ -1,13 +1,15 @@
 // Recalls of an ingress core (see ingest_core.h): to the partitions of a space, and back as one
 // answer.
 //
-// 1. PushRecall gives every partition a slot with the recall, or none.
+// 1. PushRecall gives every partition, or every shard where all spaces are recalled, a slot with
+// the
+//    recall, or none.
 // 2. The one partition of a space that has no more answers with the connection's origin, and its
 //    batches are forwarded as they come (ForwardHits), where ids are asked for.
 // 3. Several answer with the origin of a merge (TakePartition), which copies their batches; so does
 //    one where the answer names a snapshot, or where payload or vector lie in a log.
 // 4. When all have answered, SendMerged sends the merge as fast as the client reads, and as records
-//    are read.
+//    are read; of a long recall, what comes first, once all have said which of it they have.
 
 #include "dataplane/ingest_core.h"
 
@@ -46,14 +48,21 @@ bool IngestCore::TakeRecall(Connection& connection, const FrameHeader& header,
 RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& view,
                                      const FrameHeader& header) {
   const bool with_vector = (header.flags & kFrameFlagWithVector) != 0;
-  if (with_vector && view.body.k > kMaxRecallNumbers / view.body.dimension) {
+  const uint32_t dimension =
+      std::max<uint32_t>({view.body.dimension, connection.rules.dimension, 1});
+  if (with_vector && view.body.k > kMaxRecallNumbers / dimension) {
     return RefusalReason::kBadRecall;
   }
   // Reading pauses at the limit, but what has been received goes on to come.
   if (connection.recalls_in_flight >= options_.max_recalls) return RefusalReason::kMergesFull;
   const SpaceEntry* entry = EntryOf(connection);
+  const bool across = (header.flags & kFrameFlagAcross) != 0;
+  // Its metric is the one that is recalled by.
+  if (across && entry == nullptr) return RefusalReason::kUnknownSpace;
   request_shards_.clear();
-  if (entry == nullptr) {
+  if (across) {
+    for (uint16_t s = 0; s < shards(); ++s) request_shards_.push_back(ShardId(s));
+  } else if (entry == nullptr) {
     request_shards_.push_back(port_.catalogue->FirstShard(connection.space.view()));
   } else {
     const uint16_t partitions = entry->partitions();
@@ -65,19 +74,23 @@ RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& v
   if (reason != RefusalReason::kNone) return reason;
   std::byte* first = port_.slab->At(request_slots_[0]);
   reason = AdmitRecall(view, connection.rules, first);
+  auto* request = reinterpret_cast<RecallRequest*>(first);
+  request->first = options_.recall_batch;
+  request->across = across;
   RecallMerger::MergeId merge = RecallMerger::kNone;
   const bool at_snapshot = (header.flags & kFrameFlagSnapshot) != 0;
   const bool reads =
       records_ != nullptr && (header.flags & (kFrameFlagWithPayload | kFrameFlagWithVector)) != 0;
   if (reason == RefusalReason::kNone && (partitions > 1 || at_snapshot || reads)) {
-    merge = merger_->Begin(static_cast<uint16_t>(partitions), view.body.k);
+    merge = merger_->Begin(static_cast<uint16_t>(partitions), view.body.k,
+                           {.first = request->IsLong() ? request->first : 0,
+                            .latest_first = view.body.dimension == 0});
     if (merge == RecallMerger::kNone) reason = RefusalReason::kMergesFull;
   }
   if (reason != RefusalReason::kNone) {
     ReleaseForEach(partitions);
     return reason;
   }
-  auto* request = reinterpret_cast<RecallRequest*>(first);
   request->with_payload = (header.flags & kFrameFlagWithPayload) != 0;
   request->with_vector = with_vector;
   request->max_payload_bytes = kMaxRecallPayloadBytes;
@@ -85,7 +98,7 @@ RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& v
   request->origin = OriginOf(connection);
   request->request_id = header.sequence;
   request->received_ns = now_ns_;
-  if (at_snapshot) request->snapshot = SnapshotOver(request_shards_);
+  if (at_snapshot) request->snapshot = LatestSnapshot();
   if (merge != RecallMerger::kNone) {
     merged_[merge] = {.origin = request->origin,
                       .request_id = request->request_id,
@@ -103,12 +116,13 @@ RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& v
   return RefusalReason::kNone;
 }
 
-// The latest stamp up to which all of `shards` are complete.
-CommitStamp IngestCore::SnapshotOver(std::span<const ShardId> shards) const {
+// The latest stamp up to which all shards are complete: also one without a partition of a space may
+// be the home of a session there, and have observations of it under way.
+CommitStamp IngestCore::LatestSnapshot() const {
   const int64_t unix_ns = clock_->WallNs();
   CommitStamp snapshot = kOpenStamp;
-  for (const ShardId shard : shards) {
-    snapshot = std::min(snapshot, port_.stamps->CompleteUpTo(shard, unix_ns));
+  for (uint16_t s = 0; s < shards(); ++s) {
+    snapshot = std::min(snapshot, port_.stamps->CompleteUpTo(ShardId(s), unix_ns));
   }
   return std::max(snapshot, kNoStamp + 1);
 }
@@ -124,10 +138,20 @@ void IngestCore::FinishRecall(Connection& connection, RefusalReason reason, uint
 void IngestCore::ForwardHits(Connection& connection, ShardId shard, const Completion& completion) {
   const std::byte* slot = port_.shards[shard.value()].result_slab->At(completion.result_slot);
   const auto batch = LoadAs<ResultBatch>(slot);
+  std::span<const std::byte> hits(slot + sizeof(ResultBatch), batch.body_bytes);
   NoteTaken(connection);
-  SendResult(network_, connection.id, connection.session.value(), completion.sequence,
-             {.count = batch.count, .metric = batch.metric}, !batch.last,
-             {slot + sizeof(ResultBatch), batch.body_bytes});
+  while (!hits.empty() || batch.is_last()) {
+    size_t bytes = 0;
+    uint16_t count = 0;
+    for (; bytes < hits.size() && count < options_.recall_batch; ++count) {
+      bytes += LoadAs<HitHeader>(hits.data() + bytes).hit_bytes;
+    }
+    const bool ends = batch.is_last() && bytes == hits.size();
+    SendResult(network_, connection.id, connection.session.value(), completion.sequence,
+               {.count = count, .metric = batch.metric}, !ends, hits.first(bytes));
+    hits = hits.subspan(bytes);
+    if (ends) break;
+  }
   NoteTaken(connection);
   if (network_->SendBacklog(connection.id) > options_.send_pause_bytes) {
     PauseReceiving(connection);
@@ -141,6 +165,7 @@ void IngestCore::TakePartition(ShardId shard, const Completion& completion) {
     if (FindOrigin(merged_[merge].origin) == nullptr) return;
     const SlotSlab& slab = *port_.shards[shard.value()].result_slab;
     merger_->Add(merge, {slab.At(completion.result_slot), slab.SlotBytes(completion.result_slot)});
+    MakeSendable(merge);
     return;
   }
   CHECK(completion.kind == CompletionKind::kRecallDone, "a merge is of recalls");
@@ -148,14 +173,21 @@ void IngestCore::TakePartition(ShardId shard, const Completion& completion) {
     merged_[merge].cursor =
         reinterpret_cast<const ScrollRequest*>(port_.slab->At(completion.slot))->cursor;
   }
-  if (merger_->FinishPartition(merge, completion.reason)) {
-    merged_[merge].sendable_ns = now_ns_;
-    sendable_.push_back(merge);
-  }
+  merger_->FinishPartition(merge, completion.reason);
+  MakeSendable(merge);
 }
 
-// Returns the merges that came to their end. Of a connection that reads slowly the first one alone
-// goes on: else each would read its records again and again for a part of the room.
+// From when on some of it can be sent.
+void IngestCore::MakeSendable(RecallMerger::MergeId merge) {
+  if (merged_[merge].is_sendable || !merger_->can_emit(merge)) return;
+  merged_[merge].is_sendable = true;
+  merged_[merge].sendable_ns = now_ns_;
+  sendable_.push_back(merge);
+}
+
+// Returns the merges that came to their end; what shards still add to stays. Of a connection that
+// reads slowly the first one alone goes on: else each would read its records again and again for a
+// part of the room.
 int IngestCore::SendMerged() {
   ++send_round_;
   return static_cast<int>(std::erase_if(sendable_, [this](RecallMerger::MergeId merge) {
@@ -167,12 +199,15 @@ int IngestCore::SendMerged() {
         connection->send_round = send_round_;
         return false;
       }
+      if (!merger_->is_whole(merge)) return false;
       if (recall.is_scroll) {
         FinishScroll(*connection, merger_->reason(merge), recall);
       } else {
         FinishRecall(*connection, merger_->reason(merge), recall.request_id);
       }
       if (connection->state == State::kSettling) FinishSettling(*connection);
+    } else if (!merger_->is_whole(merge)) {
+      return false;
     }
     EndMerge(merge);
     return true;
@@ -191,16 +226,17 @@ bool IngestCore::SendMerge(Connection& connection, RecallMerger::MergeId merge, 
   NoteTaken(connection);
   // Between two frames nothing is in the scratch buffer.
   const std::span<std::byte> buffer = std::span(scratch_).first(kResultSlotBytes);
-  bool done = merger_->reason(merge) != RefusalReason::kNone;
+  const uint32_t max_hits = merged_[merge].is_scroll ? kMaxRecallResults : options_.recall_batch;
+  bool done = merger_->is_whole(merge) && merger_->reason(merge) != RefusalReason::kNone;
   while (!done && network_->SendBacklog(connection.id) <= most_backlog) {
-    const size_t bytes = merger_->Emit(merge, buffer);
+    const size_t bytes = merger_->Emit(merge, buffer, max_hits);
     if (bytes == 0) return false;
     const auto batch = LoadAs<ResultBatch>(buffer.data());
     SendResult(network_, connection.id, connection.session.value(), merged_[merge].request_id,
                {.count = batch.count, .metric = batch.metric, .snapshot = merged_[merge].snapshot},
-               !batch.last || merged_[merge].is_scroll,
+               !batch.is_last() || merged_[merge].is_scroll,
                buffer.subspan(sizeof(ResultBatch), batch.body_bytes));
-    done = batch.last;
+    done = batch.is_last();
   }
   NoteTaken(connection);
   if (network_->SendBacklog(connection.id) > options_.send_pause_bytes) PauseReceiving(connection);

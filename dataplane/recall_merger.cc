@@ -28,9 +28,17 @@ HitHeader HeaderOf(const std::byte* hit) {
   return header;
 }
 
-std::string_view IdOf(const std::byte* hit) {
+// Its id and its space's name: who says how long the one is knows the other.
+struct HitName {
+  std::string_view text;
+  uint16_t id_bytes = 0;
+  bool operator==(const HitName&) const = default;
+};
+HitName NameOf(const std::byte* hit) {
   const HitHeader header = HeaderOf(hit);
-  return {reinterpret_cast<const char*>(hit + HitIdOffset(header)), header.id_bytes};
+  return {{reinterpret_cast<const char*>(hit + HitIdOffset(header)),
+           size_t{header.id_bytes} + header.space_bytes},
+          header.id_bytes};
 }
 
 // What a client can do about it decides: nothing, change the request, ask again.
@@ -88,11 +96,12 @@ RecallMerger::RecallMerger(uint32_t merges, uint16_t max_partitions, size_t max_
           TablePlaces(size_t{max_partitions} * kMaxRecallResults))) {
   CHECK(pool_ != nullptr, "the arena was made for the pool");
   free_blocks_.reserve(blocks);
+  in_order_.reserve(kMaxRecallResults);
   free_merges_.reserve(merges);
   for (uint32_t id = merges; id > 0; --id) free_merges_.push_back(id - 1);
 }
 
-RecallMerger::MergeId RecallMerger::Begin(uint16_t partitions, uint32_t k) {
+RecallMerger::MergeId RecallMerger::Begin(uint16_t partitions, uint32_t k, const Order& order) {
   CHECK(partitions > 0 && partitions <= max_partitions_, "partitions out of range");
   CHECK(k > 0 && k <= kMaxRecallResults, "k out of range");
   if (free_merges_.empty()) return kNone;
@@ -103,6 +112,7 @@ RecallMerger::MergeId RecallMerger::Begin(uint16_t partitions, uint32_t k) {
   merges_[id].partitions = partitions;
   merges_[id].waiting = partitions;
   merges_[id].k = k;
+  merges_[id].order = order;
   merges_[id].window = HitWindow(max_payload_bytes_);
   return id;
 }
@@ -115,15 +125,30 @@ void RecallMerger::Add(MergeId id, std::span<const std::byte> batch) {
   std::memcpy(&head, batch.data(), sizeof(head));
   CHECK(head.body_bytes <= batch.size() - sizeof(head), "a batch lies within its slot");
   if (merge.metric == Metric::kUnspecified) merge.metric = head.metric;
-  if (head.body_bytes == 0 || merge.reason != RefusalReason::kNone) return;
-  std::byte* room = TakeRoom(&merge, head.body_bytes);
-  if (room == nullptr) {
-    NoteReason(&merge, RefusalReason::kMergesFull);
-    return;
+  if (merge.reason != RefusalReason::kNone) return;
+  if (head.body_bytes > 0) {
+    std::byte* room = TakeRoom(&merge, head.body_bytes);
+    if (room == nullptr) {
+      NoteReason(&merge, RefusalReason::kMergesFull);
+      return;
+    }
+    std::memcpy(room, batch.data() + sizeof(head), head.body_bytes);
+    merge.hits += head.count;
+    CHECK(merge.hits <= merge.partitions * kMaxRecallResults, "a partition answers with k hits");
   }
-  std::memcpy(room, batch.data() + sizeof(head), head.body_bytes);
-  merge.hits += head.count;
-  CHECK(merge.hits <= merge.partitions * kMaxRecallResults, "a partition answers with k hits");
+  if (head.end == BatchEnd::kFirst) {
+    ++merge.ended_first;
+    NoteFirst(id);
+  }
+}
+
+// Partitions that know nothing of the space have nothing to come first.
+void RecallMerger::NoteFirst(MergeId id) {
+  Merge& merge = merges_[id];
+  if (merge.order.first == 0 || merge.has_first || merge.reason != RefusalReason::kNone) return;
+  if (merge.ended_first == 0 || merge.ended_first + merge.unknown < merge.partitions) return;
+  merge.has_first = true;
+  MakeOrder(id, std::min(merge.order.first, merge.k));
 }
 
 bool RecallMerger::FinishPartition(MergeId id, RefusalReason reason) {
@@ -131,26 +156,28 @@ bool RecallMerger::FinishPartition(MergeId id, RefusalReason reason) {
   CHECK(merge.in_use && merge.waiting > 0, "a partition is done once");
   if (reason == RefusalReason::kUnknownSpace) {
     ++merge.unknown;
+    NoteFirst(id);
   } else {
     NoteReason(&merge, reason);
   }
   --merge.waiting;
   if (merge.waiting > 0) return false;
   if (merge.unknown == merge.partitions) merge.reason = RefusalReason::kUnknownSpace;
-  if (merge.reason == RefusalReason::kNone) MakeOrder(id);
+  if (merge.reason == RefusalReason::kNone) MakeOrder(id, merge.k);
   return true;
 }
 
-size_t RecallMerger::Emit(MergeId id, std::span<std::byte> out) {
+size_t RecallMerger::Emit(MergeId id, std::span<std::byte> out, uint32_t max_hits) {
   Merge& merge = merges_[id];
-  CHECK(merge.in_use && merge.waiting == 0, "an answer is whole before it is handed out");
+  CHECK(merge.in_use && can_emit(id), "what is handed out is in its order");
   if (merge.emitted_last || merge.reason != RefusalReason::kNone) return 0;
+  if (!is_whole(id) && merge.emitted == merge.kept) return 0;
   ReadAhead(id);
-  if (!IsWorthABatch(merge, out.size() - sizeof(ResultBatch))) return 0;
+  if (!IsWorthABatch(merge, out.size() - sizeof(ResultBatch), max_hits)) return 0;
   ResultBatch batch;
   batch.metric = merge.metric;
   size_t bytes = sizeof(batch);
-  while (merge.window.size() > 0) {
+  while (merge.window.size() > 0 && batch.count < max_hits) {
     const size_t hit_bytes = merge.window.BytesAt(0, records_);
     if (hit_bytes == 0 || bytes + hit_bytes > out.size()) break;
     merge.window.WriteFirst(&out[bytes], records_);
@@ -159,10 +186,10 @@ size_t RecallMerger::Emit(MergeId id, std::span<std::byte> out) {
     ++batch.count;
     ReadAhead(id);
   }
-  CHECK(batch.count > 0 || merge.kept == 0, "a batch has room for any one hit");
+  CHECK(batch.count > 0 || merge.emitted == merge.kept, "a batch has room for any one hit");
   batch.body_bytes = static_cast<uint32_t>(bytes - sizeof(batch));
-  batch.last = merge.emitted == merge.kept;
-  merge.emitted_last = batch.last;
+  merge.emitted_last = is_whole(id) && merge.emitted == merge.kept;
+  if (merge.emitted_last) batch.end = BatchEnd::kLast;
   std::memcpy(out.data(), &batch, sizeof(batch));
   return bytes;
 }
@@ -177,8 +204,8 @@ void RecallMerger::ReadAhead(MergeId id) {
 }
 
 // So many hits that are there follow each other, or all that are left, or as many as fit.
-bool RecallMerger::IsWorthABatch(const Merge& merge, size_t room) const {
-  const uint32_t wanted = std::min(kLeastBatchHits, merge.kept - merge.emitted);
+bool RecallMerger::IsWorthABatch(const Merge& merge, size_t room, uint32_t max_hits) const {
+  const uint32_t wanted = std::min({kLeastBatchHits, max_hits, merge.kept - merge.emitted});
   for (uint32_t place = 0; place < wanted; ++place) {
     if (place == merge.window.size()) return false;
     const size_t bytes = merge.window.BytesAt(place, records_);
@@ -224,22 +251,28 @@ std::byte* RecallMerger::TakeRoom(Merge* merge, size_t bytes) {
   return room;
 }
 
-void RecallMerger::MakeOrder(MergeId id) {
+// Behind what is in order already, so that there are `most` at most.
+void RecallMerger::MakeOrder(MergeId id, uint32_t most) {
   Merge& merge = merges_[id];
-  const std::span<Found> found = Gather(merge);
+  const std::span<Found> found = Gather(id);
   const size_t alive = Supersede(found);
-  merge.kept = static_cast<uint32_t>(std::min<size_t>(merge.k, alive));
+  const auto added = static_cast<uint32_t>(std::min<size_t>(most - merge.kept, alive));
   const auto before = [](const Found& a, const Found& b) {
+    if (a.when_ns != b.when_ns) return a.when_ns > b.when_ns;
     if (a.distance != b.distance) return a.distance < b.distance;
     if (a.stamp != b.stamp) return a.stamp < b.stamp;
-    return IdOf(a.hit) < IdOf(b.hit);
+    return NameOf(a.hit).text < NameOf(b.hit).text;
   };
-  std::partial_sort(found.begin(), found.begin() + merge.kept,
+  std::partial_sort(found.begin(), found.begin() + added,
                     found.begin() + static_cast<ptrdiff_t>(alive), before);
-  for (uint32_t i = 0; i < merge.kept; ++i) OrderOf(id)[i] = found[i].hit;
+  for (uint32_t i = 0; i < added; ++i) OrderOf(id)[merge.kept + i] = found[i].hit;
+  merge.kept += added;
 }
 
-std::span<RecallMerger::Found> RecallMerger::Gather(const Merge& merge) {
+std::span<RecallMerger::Found> RecallMerger::Gather(MergeId id) {
+  const Merge& merge = merges_[id];
+  in_order_.assign(OrderOf(id), OrderOf(id) + merge.kept);
+  std::ranges::sort(in_order_);
   uint32_t count = 0;
   for (uint32_t block = merge.first_block; block != kNoBlock; block = blocks_[block].next) {
     const std::byte* hit = BlockAt(block);
@@ -249,6 +282,8 @@ std::span<RecallMerger::Found> RecallMerger::Gather(const Merge& merge) {
       CHECK(header.hit_bytes >= sizeof(header) && count < merge.hits, "a batch is whole hits");
       found_[count++] = {.distance = merge.metric == Metric::kL2 ? header.score : -header.score,
                          .superseded = false,
+                         .is_in_order = std::ranges::binary_search(in_order_, hit),
+                         .when_ns = merge.order.latest_first ? header.when_ns : 0,
                          .stamp = header.stamp,
                          .hit = hit};
       hit += header.hit_bytes;
@@ -258,20 +293,21 @@ std::span<RecallMerger::Found> RecallMerger::Gather(const Merge& merge) {
   return {found_.get(), count};
 }
 
-// Of the hits with one id only the one of the latest stamp stays. Returns how many stay; they are
-// moved to the front.
+// Of the hits with one id only the one of the latest stamp stays, and none where one is in order
+// already, nor that one itself. Returns how many stay; they are moved to the front.
 size_t RecallMerger::Supersede(std::span<Found> found) {
   const size_t places = TablePlaces(found.size());
   std::fill_n(by_id_.get(), places, 0U);
   for (uint32_t i = 0; i < found.size(); ++i) {
-    const std::string_view id = IdOf(found[i].hit);
-    size_t place = HashString(id, 0) & (places - 1);
-    while (by_id_[place] != 0 && IdOf(found[by_id_[place] - 1].hit) != id) {
+    const HitName name = NameOf(found[i].hit);
+    size_t place = HashString(name.text, 0) & (places - 1);
+    while (by_id_[place] != 0 && NameOf(found[by_id_[place] - 1].hit) != name) {
       place = (place + 1) & (places - 1);
     }
     if (by_id_[place] != 0) {
       Found& other = found[by_id_[place] - 1];
-      if (found[i].stamp <= other.stamp) {
+      const bool is_later = found[i].stamp > other.stamp;
+      if (other.is_in_order || (!found[i].is_in_order && !is_later)) {
         found[i].superseded = true;
         continue;
       }
@@ -279,7 +315,8 @@ size_t RecallMerger::Supersede(std::span<Found> found) {
     }
     by_id_[place] = i + 1;
   }
-  const auto end = std::ranges::partition(found, [](const Found& f) { return !f.superseded; });
+  const auto end =
+      std::ranges::partition(found, [](const Found& f) { return !f.superseded && !f.is_in_order; });
   return found.size() - end.size();
 }
 

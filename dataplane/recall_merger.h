@@ -17,12 +17,13 @@
 namespace engram {
 
 // Makes one answer of what the partitions of a space answered to a recall: best first, equal scores
-// by the earlier stamp, one hit an id (the one of the later stamp), at most k.
+// by the earlier stamp, one hit an id of a space (the one of the later stamp), at most k.
 //
 // 1. Begin takes a merge for so many partitions.
 // 2. Add copies each batch at once, so that result slots go straight back: a core that held some of
 //    one shard while it waited for another could stop both.
-// 3. FinishPartition counts; the last one puts the hits in order.
+// 3. FinishPartition counts; the last one puts the hits in order. What is to come first of a long
+//    recall is put in order once every partition has said which it has of that, and stays first.
 // 4. Emit hands them out batch by batch; the payloads of all of them are bounded, those beyond are
 //    left out and the hit says so. Records that the hits refer to are read a window ahead
 //    (HitWindow).
@@ -46,21 +47,30 @@ class RecallMerger {
                                                       HugePagePolicy huge_pages,
                                                       RecordReader* records = nullptr);
 
-  // kNone: all are in use. `k` is 1 to kMaxRecallResults.
-  MergeId Begin(uint16_t partitions, uint32_t k);
+  // kNone: all are in use. `k` is 1 to kMaxRecallResults. `first`: of a long recall, as the
+  // partitions were asked; else 0.
+  struct Order {
+    uint32_t first = 0;
+    bool latest_first = false;  // by when_ns, not by score
+  };
+  MergeId Begin(uint16_t partitions, uint32_t k, const Order& order);
+  MergeId Begin(uint16_t partitions, uint32_t k) { return Begin(partitions, k, Order()); }
   // The bytes of a result slot: ResultBatch, then its hits. Where no memory is left for them the
   // merge ends with kMergesFull.
   void Add(MergeId id, std::span<const std::byte> batch);
   // One partition is done, with or without an answer. True when all are.
   bool FinishPartition(MergeId id, RefusalReason reason);
+  bool is_whole(MergeId id) const { return merges_[id].waiting == 0; }
+  // Some of the answer can be handed out.
+  bool can_emit(MergeId id) const { return is_whole(id) || merges_[id].has_first; }
   // Once all are done: kNone, or the worst that was said. That some partitions do not know the
   // space only says that they hold nothing of it.
   RefusalReason reason(MergeId id) const { return merges_[id].reason; }
-  // Once all are done and there is no reason against it: writes the next ResultBatch and its hits
-  // to `out`, which holds any one hit (kResultSlotBytes). Returns the bytes; 0 when the last batch
-  // was handed out (handed_out), or while records of the next one are read. An empty answer is one
-  // batch without hits.
-  size_t Emit(MergeId id, std::span<std::byte> out);
+  // Once it can, and there is no reason against it: writes the next ResultBatch and its hits, at
+  // most `max_hits`, to `out`, which holds any one hit (kResultSlotBytes). Returns the bytes; 0
+  // when the last batch was handed out (handed_out), while records of the next one are read, or
+  // until what follows the first ones is there. An empty answer is one batch without hits.
+  size_t Emit(MergeId id, std::span<std::byte> out, uint32_t max_hits = kMaxRecallResults);
   bool handed_out(MergeId id) const { return merges_[id].emitted_last; }
   // Gives up the memory of what was read ahead, where nobody takes it now. Emit reads it again.
   void DropReads(MergeId id) { merges_[id].window.Clear(records_); }
@@ -79,12 +89,15 @@ class RecallMerger {
   struct Merge {
     bool in_use = false;
     bool emitted_last = false;
+    bool has_first = false;  // the first ones are in order
     Metric metric = Metric::kUnspecified;
     RefusalReason reason = RefusalReason::kNone;
     uint16_t partitions = 0;
-    uint16_t waiting = 0;  // partitions that are not done
-    uint16_t unknown = 0;  // partitions that do not know the space
+    uint16_t waiting = 0;      // partitions that are not done
+    uint16_t unknown = 0;      // partitions that do not know the space
+    uint16_t ended_first = 0;  // partitions that have sent their first ones
     uint32_t k = 0;
+    Order order;
     uint32_t hits = 0;     // that were added
     uint32_t kept = 0;     // of the order
     uint32_t emitted = 0;  // of the order
@@ -100,6 +113,8 @@ class RecallMerger {
   struct Found {
     float distance = 0;  // nearest is least, whatever the metric
     bool superseded = false;
+    bool is_in_order = false;  // already
+    int64_t when_ns = 0;
     uint64_t stamp = 0;
     const std::byte* hit = nullptr;
   };
@@ -110,10 +125,11 @@ class RecallMerger {
   std::byte* TakeRoom(Merge* merge, size_t bytes);
   std::byte* BlockAt(uint32_t block) const { return pool_ + size_t{block} * kBlockBytes; }
   const std::byte** OrderOf(MergeId id) const { return &orders_[size_t{id} * kMaxRecallResults]; }
-  void MakeOrder(MergeId id);
+  void NoteFirst(MergeId id);
+  void MakeOrder(MergeId id, uint32_t most);
   void ReadAhead(MergeId id);
-  bool IsWorthABatch(const Merge& merge, size_t room) const;
-  std::span<Found> Gather(const Merge& merge);
+  bool IsWorthABatch(const Merge& merge, size_t room, uint32_t max_hits) const;
+  std::span<Found> Gather(MergeId id);
   size_t Supersede(std::span<Found> found);
   static void NoteReason(Merge* merge, RefusalReason reason);
 
@@ -134,6 +150,7 @@ class RecallMerger {
   const std::unique_ptr<const std::byte*[]> orders_;
   // For the merge whose order is being made.
   const std::unique_ptr<Found[]> found_;
+  std::vector<const std::byte*> in_order_;   // already, by address
   const std::unique_ptr<uint32_t[]> by_id_;  // hash table of places in found_ + 1; 0: nothing
 };
 

@@ -9,7 +9,7 @@ namespace engram {
 
 namespace {
 
-constexpr size_t kMostPicked = 2 * size_t{kMaxEf} + FilteredNodes::kAtOnce;
+constexpr size_t kMostPicked = 2 * size_t{FilteredScan::kMaxPicked} + FilteredNodes::kAtOnce;
 // Nodes that are looked at in the time of a distance.
 constexpr uint64_t kLookedAtPerDistance = 8;
 // Rows that are compared at once, and of a row the bytes that are asked for: the rest follows by
@@ -47,6 +47,16 @@ void FilteredNodes::Begin(const Space* space, const NodeFilter* filter, CommitSt
   if (source_ == Source::kAttributes) by_attributes_.Begin(&space->attributes(), &compiled);
 }
 
+void FilteredNodes::BeginLinked(const Space* space, CommitStamp snapshot) {
+  space_ = space;
+  filter_ = nullptr;
+  snapshot_ = snapshot;
+  block_ = {};
+  next_ = 0;
+  source_ = Source::kLinked;
+  most_ = space->node_count();
+}
+
 bool FilteredNodes::NextBlock(bool* are_in_time) {
   *are_in_time = false;
   switch (source_) {
@@ -55,6 +65,7 @@ bool FilteredNodes::NextBlock(bool* are_in_time) {
     case Source::kTimes:
       return by_time_.Next(&block_, are_in_time);
     case Source::kAll:
+    case Source::kLinked:
       break;
   }
   return NextOfAll();
@@ -87,11 +98,23 @@ size_t FilteredNodes::KeepMatching(std::span<const NodeId> nodes, bool are_in_ti
   return count;
 }
 
+size_t FilteredNodes::KeepLinked(std::span<const NodeId> nodes) {
+  size_t count = 0;
+  for (const NodeId node : nodes) {
+    if (space_->HasWalkCode(node) && space_->IsVisibleInGraph(node, snapshot_)) {
+      matching_[count++] = node;
+    }
+  }
+  return count;
+}
+
 bool FilteredNodes::Next(std::span<const NodeId>* nodes, uint64_t* looked_at) {
   *nodes = {};
   if (block_.empty() && !NextBlock(&block_in_time_)) return false;
   const size_t count = std::min(block_.size(), kAtOnce);
-  *nodes = std::span(matching_).first(KeepMatching(block_.first(count), block_in_time_));
+  const std::span<const NodeId> some = block_.first(count);
+  *nodes = std::span(matching_).first(
+      source_ == Source::kLinked ? KeepLinked(some) : KeepMatching(some, block_in_time_));
   block_ = block_.subspan(count);
   *looked_at += count + 1;
   return true;
@@ -106,11 +129,12 @@ FilteredScan::FilteredScan()
       compared_(kMostCompared) {}
 
 void FilteredScan::Begin(const Space* space, FilteredNodes* nodes, const Query& query) {
-  CHECK(query.picked <= kMaxEf, "as many as a recall may want");
+  CHECK(query.picked <= kMaxPicked, "as many as a recall may want");
   space_ = space;
   nodes_ = nodes;
   query_ = query;
-  all_have_codes_ = query.codes.has_value() && space->FreshNodes().size() == 0;
+  all_have_codes_ =
+      query.codes.has_value() && (nodes->are_linked() || space->FreshNodes().size() == 0);
   has_more_ = true;
   for (Chunk& chunk : by_codes_) chunk.count = 0;
   for (Chunk& chunk : by_rows_) chunk.count = 0;
@@ -218,9 +242,6 @@ size_t FilteredScan::TakePicked(std::span<Neighbour> found) {
   const size_t wanted = query_.picked;
   Keep(std::min(wanted, found.size()), std::min(wanted + wanted / 8, found.size()));
   for (size_t i = 0; i < candidate_count_; ++i) found[i] = {estimates_[i], candidates_[i]};
-  std::ranges::sort(found.first(candidate_count_), {}, [](const Neighbour& neighbour) {
-    return KeyOf(neighbour.distance, neighbour.node);
-  });
   return candidate_count_;
 }
 

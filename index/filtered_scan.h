@@ -19,7 +19,8 @@
 namespace engram {
 
 // The nodes of a space that a filter matches and a snapshot sees, one after the other, in slices:
-// by the rarest clause or by time, whichever names fewer, and where neither does, all nodes.
+// by the rarest clause or by time, whichever names fewer, and where neither does, all nodes. Or
+// those that are in the graph, without a filter.
 //
 // Thread safety: the shard core's alone; the space does not change between Begin and the end.
 class FilteredNodes {
@@ -28,19 +29,22 @@ class FilteredNodes {
   static constexpr size_t kAtOnce = 64;
 
   void Begin(const Space* space, const NodeFilter* filter, CommitStamp snapshot);
+  void BeginLinked(const Space* space, CommitStamp snapshot);
   // How many they are at most, and whether an index names them.
   uint64_t most() const { return most_; }
   bool is_indexed() const { return source_ != Source::kAll; }
+  bool are_linked() const { return source_ == Source::kLinked; }
   // The next ones, maybe none. False when those before were the last. What was looked at for them
   // is added to *looked_at.
   bool Next(std::span<const NodeId>* nodes, uint64_t* looked_at);
 
  private:
-  enum class Source : uint8_t { kAttributes, kTimes, kAll };
+  enum class Source : uint8_t { kAttributes, kTimes, kAll, kLinked };
 
   bool NextBlock(bool* are_in_time);
   bool NextOfAll();
   size_t KeepMatching(std::span<const NodeId> nodes, bool are_in_time);
+  size_t KeepLinked(std::span<const NodeId> nodes);
 
   const Space* space_ = nullptr;
   const NodeFilter* filter_ = nullptr;
@@ -62,10 +66,12 @@ class FilteredNodes {
 // Thread safety: as FilteredNodes. Takes memory at construction only.
 class FilteredScan {
  public:
+  static constexpr uint32_t kMaxPicked = 4 * kMaxRecallResults;
+
   struct Query {
     SearchTarget rows{};                  // what every node has
     std::optional<SearchTarget> codes{};  // what those in the graph have besides
-    uint32_t picked = 1;                  // by codes, at least
+    uint32_t picked = 1;                  // by codes, at least; at most kMaxPicked
   };
 
   FilteredScan();
@@ -78,7 +84,7 @@ class FilteredScan {
   // Those that the last Step has compared by their rows, in no order, without the far ones where
   // `bound` of it said so.
   std::span<const Neighbour> compared() const { return {compared_.data(), compared_count_}; }
-  // After the end: the nearest of those that were compared by codes, with estimates, nearest first;
+  // After the end: the nearest of those that were compared by codes, with estimates, in no order;
   // `picked` of them or a few more, and at most found.size(). Returns how many.
   size_t TakePicked(std::span<Neighbour> found);
 

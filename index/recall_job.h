@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "index/filtered_scan.h"
@@ -13,6 +14,7 @@
 #include "index/hnsw_search.h"
 #include "index/log/log_writer.h"
 #include "index/node_filter.h"
+#include "index/sliced_sort.h"
 #include "index/space.h"
 #include "index/waiting_probe.h"
 #include "src/core/arena_heap.h"
@@ -34,10 +36,17 @@ namespace engram {
 // 4. Merge: the nearest of both.
 // 5. Compare again: where the graph is walked with codes, the nearest some by the vectors as they
 //    are kept, until the rest is too far likewise; then the k nearest are the answer.
+//    A long recall begins with those that are to come first (RecallRequest::first). Once these went
+//    out steps 2 to 6 are done again for all of them, and what went out is left out. A recall with
+//    a bound that found all of its first ones within the bound looks for ten times as many next,
+//    until some are beyond it. In place of step 3, on the shard's core, all codes of the graph are
+//    compared one after the other where that costs less than so long a walk.
 // 6. Emit: the hits in batches, as result slots become free. A hit whose payload or vector lies in
 //    a log names its record (kHitAtAddress), but for records that the shard's log still holds in
 //    memory: they may not be on the disk yet, and are read here.
-// A get or a scroll is step 6 alone.
+// Without a vector the latest of what the filter matches are the hits, by what their clients said
+// of when they were. A get or a scroll is step 6 alone. A recall of all spaces is steps 1 to 5 for
+// each of them, and step 6 for the nearest of all.
 //
 // With a filter (recall_job_filter.cc), on the shard's core alone, what does not match it is left
 // out of step 2, and of what step 3 has come upon; the walk goes farther where too few of what is
@@ -68,6 +77,12 @@ class RecallJob {
   // One turn of steps 2 to 5, to be followed by another recall's: it ends where memory has been
   // asked for. True when the hits are ready.
   bool Turn();
+  // All spaces, on the shard's core: BeginAcross, then for each Begin, Search, and TakeFound; then
+  // EndAcross, after which the hits are ready. `request` says so (RecallRequest::across).
+  void BeginAcross(const RecallRequest& request);
+  void TakeFound();
+  void EndAcross();
+
   // These nodes, in this order, are the hits.
   void BeginListing(const Space& space, std::span<const NodeId> nodes, bool with_payload,
                     bool with_vector);
@@ -77,9 +92,13 @@ class RecallJob {
   // Hits that were handed out.
   size_t emitted() const { return emitted_; }
   // Step 6: writes the next batch of at most `slot.size()` bytes. True when it was the last.
+  // Where it was not and is_searching() says so, Search goes on first.
   bool EmitBatch(std::span<std::byte> slot);
+  bool is_searching() const { return phase_ != Phase::kReady && phase_ != Phase::kIdle; }
 
   uint64_t distances() const { return scratch_.distances(); }
+  // For what whoever recalls does besides.
+  void AddDistances(uint64_t count) { scratch_.AddDistances(count); }
   // What all recalls have compared so far: vectors, each as often as it was compared in another
   // form, and the bytes of these forms. Without a graph's links.
   struct Work {
@@ -98,7 +117,38 @@ class RecallJob {
              (filter == nullptr || filter->Matches(node));
     }
   };
-  enum class Phase : uint8_t { kIdle, kPick, kScan, kProbe, kSearch, kRefine, kCompare, kReady };
+  enum class Phase : uint8_t {
+    kIdle,
+    kNewest,
+    kPick,
+    kScan,
+    kProbe,
+    kSearch,
+    kOrderFound,
+    kRefine,
+    kOrderMerged,
+    kCompare,
+    kOrderCompared,
+    kReady,
+  };
+
+  struct FoundAcross {
+    NeighbourKey key;
+    const Space* space;
+    bool operator<(const FoundAcross& other) const {
+      return key != other.key ? key < other.key : space->name() < other.space->name();
+    }
+  };
+
+  // Without a vector.
+  struct Dated {
+    int64_t when_ns;
+    NodeId node;
+    // The latest first; of those of one time the earlier one.
+    bool operator<(const Dated& other) const {
+      return when_ns != other.when_ns ? when_ns > other.when_ns : node < other.node;
+    }
+  };
 
   // Of recalls with a filter.
   struct Filtering {
@@ -110,6 +160,8 @@ class RecallJob {
     // Of walks: what was evaluated, and of that the nearest.
     std::vector<float> estimates;
     std::vector<NodeId> candidates;
+    // Without a vector: the latest so far, the earliest of them at the front.
+    std::vector<Dated> latest;
   };
 
   // The nearest of those that were compared again so far, and by how much what they were known by
@@ -132,9 +184,17 @@ class RecallJob {
   };
 
   void TakeSnapshot(CommitStamp wanted);
+  uint32_t NextStage() const;
+  uint32_t EfFor(uint32_t k) const;
+  void BeginStage(uint32_t k);
+  BatchEnd EndStage();
+  bool IsWithinBound(NeighbourKey hit) const;
   RefusalReason BeginFilter(const Space& space, const RecallRequest& request,
                             const std::byte* vector);
   void PlanFilter();
+  RefusalReason BeginNewest(const Space& space, const RecallRequest& request);
+  void NewestSlice(uint64_t max_looks);
+  void EndNewest();
   double EstimateShare() const;
   void BeginPick();
   void PickSlice(uint64_t max_distances);
@@ -145,6 +205,10 @@ class RecallJob {
   void EndFilteredSearch();
   size_t TakeMatching(size_t wanted, float reach, size_t* within_reach);
   bool WidenWalk(size_t within_reach);
+  void BeginOrder(Phase phase, std::span<NeighbourKey> keys);
+  void OrderSlice();
+  void EndOrder();
+  void OrderFound();
   void BeginRefining();
   void ScanSlice();
   void EndScan();
@@ -153,11 +217,14 @@ class RecallJob {
   // What the graph is walked with.
   SearchTarget WalkTarget() const;
   void BeginSearch();
+  bool ComparesWholeGraph() const;
+  void BeginWholeGraph();
   void CountWalk();
   void EndSearch();
   void AskToRefine() const;
   void RefineSlice();
   void Merge();
+  void EndMerge();
   void AskToCompare() const;
   void CompareSlice();
   void FinishSearch();
@@ -173,11 +240,19 @@ class RecallJob {
     bool at_address = false;
     std::span<const std::byte> record{};  // in the log's memory; else empty
   };
-  HitForm FormOf(const StoredObservation& stored, size_t sent) const;
-  void WriteHit(NeighbourKey hit, const StoredObservation& stored, const HitForm& form,
+  const Space& SpaceOfHit(size_t hit) const {
+    return across_ ? *found_across_[hit].space : *space_;
+  }
+  // Of the hit's space, where hits name theirs.
+  std::string_view NameIn(size_t hit) const {
+    return across_ ? std::string_view(found_across_[hit].space->name()) : std::string_view();
+  }
+  HitForm FormOf(size_t hit, const StoredObservation& stored, size_t sent) const;
+  void WriteHit(size_t hit, const StoredObservation& stored, const HitForm& form,
                 std::byte* to) const;
-  std::byte* WriteContent(NodeId node, const StoredObservation& stored, const HitForm& form,
+  std::byte* WriteContent(size_t hit, const StoredObservation& stored, const HitForm& form,
                           std::byte* to) const;
+  void KeepNearestAcross();
 
   const LogWriter* const log_;
   const Core core_;
@@ -196,12 +271,31 @@ class RecallJob {
   std::vector<Neighbour> found_;    // by the graph
   Compared compared_again_;
   std::vector<NeighbourKey> hits_;  // nearest first
+  SlicedSort sort_;
+  // Of found_, while it is put in order.
+  const std::unique_ptr<NeighbourKey[]> found_keys_;
+
+  // What was found in all spaces so far, on the shard's core. Once ended by hit.
+  std::unique_ptr<FoundAcross[]> found_across_;
+  size_t found_across_count_ = 0;
 
   Phase phase_ = Phase::kIdle;
+  bool across_ = false;
+  Metric metric_ = Metric::kUnspecified;
   const Space* space_ = nullptr;
   const WalkCodes* codes_ = nullptr;  // that the graph is walked with, if not with code_query_
   FreshList::Snapshot fresh_;
   CommitStamp snapshot_ = kNoStamp;
+  uint32_t wanted_ = 0;    // in all stages
+  uint32_t first_ = 0;     // of a long recall; else 0
+  uint32_t asked_ef_ = 0;  // 0: nobody said
+  uint32_t default_ef_ = 0;
+  bool has_bound_ = false;
+  float bound_ = 0;
+  bool is_last_stage_ = true;
+  bool is_first_stage_ = true;
+  std::vector<NodeId> sent_;  // in stages before, in rising order
+  // Of the stage:
   uint32_t k_ = 0;
   uint32_t ef_ = 0;
   uint32_t walk_ef_ = 0;  // of the graph: ef, or more with a filter

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 
 #include "index/nearest_selection.h"
 #include "index/recall_job.h"
+#include "src/core/check.h"
 #include "src/core/hash.h"
 #include "src/core/vector_dtype.h"
 
@@ -17,6 +19,7 @@ namespace {
 constexpr double kDistancesPerPlace = 33;
 constexpr double kDistancesPerRow = 2.5;
 constexpr double kDistancesPerLook = 0.5;
+constexpr uint64_t kLooksPerDistance = 2;
 constexpr double kDistancesBesides = 1'500;
 // What matches within the reach of a walk, for each of k, that it may end, and what will do where
 // its list can be no longer; by how much more than what is likely to do it is widened; and for each
@@ -46,6 +49,60 @@ RefusalReason RecallJob::BeginFilter(const Space& space, const RecallRequest& re
   filtering_->nodes.Begin(&space, filter_, request.snapshot);
   if (filtering_->nodes.most() < kLeastByCodes) codes_ = nullptr;
   return reason;
+}
+
+RefusalReason RecallJob::BeginNewest(const Space& space, const RecallRequest& request) {
+  CHECK(filter_ != nullptr, "who has no vector has a filter");
+  space_ = &space;
+  metric_ = space.metric();
+  across_ = false;
+  TakeSnapshot(request.snapshot);
+  if (request.snapshot != kNoStamp && request.snapshot < space.horizon()) {
+    return RefusalReason::kSnapshotTooOld;
+  }
+  wanted_ = request.k;
+  first_ = 0;
+  is_first_stage_ = true;
+  is_last_stage_ = true;
+  scored_ = false;
+  hits_.clear();
+  emitted_ = 0;
+  BeginEmit(request.with_payload, request.with_vector, request.max_payload_bytes);
+  filtering_->latest.clear();
+  filtering_->nodes.Begin(space_, filter_, snapshot_);
+  phase_ = Phase::kNewest;
+  if (filter_->compiled().matches_none) EndNewest();
+  return RefusalReason::kNone;
+}
+
+void RecallJob::NewestSlice(uint64_t max_looks) {
+  std::vector<Dated>& latest = filtering_->latest;
+  uint64_t looks = 0;
+  bool has_more = true;
+  while (has_more && looks < max_looks) {
+    std::span<const NodeId> nodes;
+    has_more = filtering_->nodes.Next(&nodes, &looks);
+    for (const NodeId node : nodes) space_->PrefetchWhen(node);
+    for (const NodeId node : nodes) {
+      const Dated dated{space_->WhenOf(node), node};
+      if (latest.size() < wanted_) {
+        latest.push_back(dated);
+        std::ranges::push_heap(latest, std::less<>());
+      } else if (dated < latest.front()) {
+        std::ranges::pop_heap(latest, std::less<>());
+        latest.back() = dated;
+        std::ranges::push_heap(latest, std::less<>());
+      }
+    }
+  }
+  scratch_.AddDistances(looks / kLooksPerDistance + 1);
+  if (!has_more) EndNewest();
+}
+
+void RecallJob::EndNewest() {
+  std::ranges::sort(filtering_->latest, std::less<>());
+  for (const Dated& dated : filtering_->latest) hits_.push_back(KeyOf(0, dated.node));
+  phase_ = Phase::kReady;
 }
 
 // The share of what is visible that matches, by some nodes.
@@ -128,7 +185,7 @@ void RecallJob::PickSlice(uint64_t max_distances) {
   if (found_count_ == 0) {
     Merge();
   } else {
-    BeginRefining();
+    OrderFound();
   }
 }
 

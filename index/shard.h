@@ -170,6 +170,10 @@ class Shard {
     SlotId slot = kNoSlot;
     Origin origin = 0;
     uint64_t id = 0;
+    // A recall of all spaces: the next one, and why it is refused.
+    bool across = false;
+    uint32_t next_space = 0;
+    RefusalReason refusal = RefusalReason::kNone;
   };
   // More are no faster.
   static constexpr size_t kAnswersAtOnce = 4;
@@ -177,6 +181,8 @@ class Shard {
   // A recall's slice: some 100 to 200 us of distances at 768-d.
   static constexpr uint32_t kRecallSliceDistances = 1024;
   static constexpr size_t kEmitSliceHits = 1024;
+  // Of recalls of all of them: looked at in a slice whether they are asked.
+  static constexpr uint32_t kSpacesAtOnce = 64;
   // Nodes of a slice of a check, of which there is one in a round: some 100 to 200 us.
   static constexpr size_t kCheckSliceNodes = 128;
   // Observations that are stored in one round once they are logged.
@@ -201,6 +207,9 @@ class Shard {
   Reply* FreeAnswer();
   int ContinueAnswers(uint64_t limit);
   int SearchInTurns(uint64_t limit);
+  bool SearchSome(Reply* answer, bool is_alone, uint32_t distances);
+  bool GoOnAcross(Reply* answer);
+  bool IsAskedAcross(uint32_t space, const RecallRequest& request) const;
   bool TakeNextRequest();
   void TakeRequest(size_t producer, SlotId slot);
   void OpenSession(size_t producer, SlotId slot);

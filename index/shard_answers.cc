@@ -67,14 +67,56 @@ int Shard::SearchInTurns(uint64_t limit) {
     for (size_t i = 0; i < count; ++i) {
       Reply* const answer = searching[i];
       const auto left = static_cast<uint32_t>(limit - distances);
-      // One alone asks for what it will need next.
-      const bool ready = count == 1 ? answer->recall.Search(left) : answer->recall.Turn();
-      if (!ready) continue;
+      if (!SearchSome(answer, count == 1, left)) continue;
+      if (answer->refusal != RefusalReason::kNone) {
+        FinishAnswer(answer, CompletionKind::kRecallDone, answer->refusal);
+        return 1;
+      }
       answer->phase = Reply::Phase::kEmitting;
       return 1 + EmitHits(answer);
     }
   }
   return 1;
+}
+
+// A turn, or, of one that is alone and asks for what it will need next, so many distances. True
+// when the hits are ready, or it is refused.
+bool Shard::SearchSome(Reply* answer, bool is_alone, uint32_t distances) {
+  RecallJob& recall = answer->recall;
+  if (answer->across && !recall.is_searching()) return GoOnAcross(answer);
+  const bool ready = is_alone ? recall.Search(distances) : recall.Turn();
+  if (!ready || !answer->across) return ready;
+  recall.TakeFound();
+  return GoOnAcross(answer);
+}
+
+// To the next space that is asked. True when that was all, or the recall is refused.
+bool Shard::GoOnAcross(Reply* answer) {
+  const std::byte* slot = port_.producers[answer->producer].producer_slab->At(answer->slot);
+  const auto* request = reinterpret_cast<const RecallRequest*>(slot);
+  for (uint32_t looked_at = 0; answer->next_space < spaces_.size(); ++looked_at) {
+    if (looked_at == kSpacesAtOnce) {
+      answer->recall.AddDistances(looked_at);
+      return false;
+    }
+    const uint32_t space = answer->next_space++;
+    if (!IsAskedAcross(space, *request)) continue;
+    EndBeforeAnswer(space);
+    const RefusalReason reason = answer->recall.Begin(
+        *spaces_[space], *request, slot + kRequestBodyOffset, options_.default_ef);
+    if (reason == RefusalReason::kNone) return false;
+    if (reason == RefusalReason::kUnknownFilterKey) continue;
+    answer->refusal = reason;
+    return true;
+  }
+  answer->recall.EndAcross();
+  return true;
+}
+
+bool Shard::IsAskedAcross(uint32_t space, const RecallRequest& request) const {
+  const SpaceEntry& entry = *entries_[space];
+  return !entry.is_vacant() && !entry.is_dropping() && entry.metric() == request.metric &&
+         spaces_[space]->dimension() == request.dimension;
 }
 
 template <typename Request>
@@ -85,6 +127,8 @@ const Request* Shard::BeginAnswer(Reply* answer, size_t producer, SlotId slot) {
   answer->slot = slot;
   answer->origin = request->origin;
   answer->id = request->request_id;
+  answer->across = false;
+  answer->refusal = RefusalReason::kNone;
   return request;
 }
 
@@ -113,6 +157,13 @@ void Shard::BeginRecall(size_t producer, SlotId slot) {
   Reply* const answer = FreeAnswer();
   const auto* request = BeginAnswer<RecallRequest>(answer, producer, slot);
   counters_[ShardCounter::kRecalls].Add(1);
+  if (request->across) {
+    answer->across = true;
+    answer->next_space = 0;
+    answer->recall.BeginAcross(*request);
+    SetUnderWay(answer, Reply::Phase::kSearching);
+    return;
+  }
   const uint32_t space = FindSpaceIndex(request->space.view());
   // Before its dimension is known nothing was stored.
   const bool has_any = space != kNoNode && spaces_[space]->dimension() != 0;
@@ -205,6 +256,10 @@ int Shard::EmitHits(Reply* answer) {
                                 .origin = answer->origin,
                                 .sequence = answer->id});
     ++work;
+    if (recall.is_searching()) {
+      answer->phase = Reply::Phase::kSearching;
+      return work;
+    }
   }
   FinishAnswer(answer, CompletionKind::kRecallDone, RefusalReason::kNone);
   return work;
@@ -226,7 +281,8 @@ int Shard::EmitSpaceRecords(Reply* answer) {
       ++batch.count;
     }
     batch.body_bytes = static_cast<uint32_t>(used - sizeof(ResultBatch));
-    batch.last = last = introspected_ == spaces_.size();
+    last = introspected_ == spaces_.size();
+    if (last) batch.end = BatchEnd::kLast;
     std::memcpy(bytes, &batch, sizeof(batch));
     Complete(answer->producer, {.kind = CompletionKind::kRecords,
                                 .result_slot = slot,

@@ -254,6 +254,7 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
   ApplianceOptions options;
   options.shards = static_cast<uint16_t>(config.shard_cpus.size());
   options.ingest.max_connections = config.limits.max_connections;
+  options.ingest.recall_batch = config.limits.recall_batch;
   options.ingest.huge_pages = config.huge_pages;
   options.ingest.checkpoint_requests = &checkpointer_->requests();
   options.ingest.compaction_requests = &checkpointer_->compactions();

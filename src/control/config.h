@@ -54,7 +54,7 @@ struct LimitsConfig {
   uint32_t idle_timeout_s = 300;
   uint32_t cleanup_interval_s = 60;
   uint32_t max_sessions = 10'000;     // of one shard
-  uint32_t recall_batch = 10;         // results
+  uint32_t recall_batch = 10;         // results of a frame; of many, those that come first
   uint32_t max_spaces = 10'000;       // of all shards
   uint32_t max_connections = 10'000;  // of one ingress core
 };

@@ -99,8 +99,7 @@ void AddLimitFields(LimitsConfig* limits, std::vector<SchemaField>* fields) {
   add({"limits", "idle_timeout_s", Integer(&limits->idle_timeout_s, 1, kMaxSeconds)});
   add({"limits", "cleanup_interval_s", Integer(&limits->cleanup_interval_s, 1, kMaxSeconds)});
   add({"limits", "max_sessions", Integer(&limits->max_sessions, 1, 10'000'000)});
-  add({"limits", "recall_batch", Integer(&limits->recall_batch, 1, kMaxRecallResults),
-       "all results of a recall come in one answer"});
+  add({"limits", "recall_batch", Integer(&limits->recall_batch, 1, kMaxRecallResults)});
   add({"limits", "max_spaces", Integer(&limits->max_spaces, 1, 1'000'000)});
   add({"limits", "max_connections", Integer(&limits->max_connections, 1, 1'000'000)});
 }

@@ -29,11 +29,13 @@ struct GatewayQuestion {
   bool with_vector = false;
   bool snapshot_isolation = false;
   SpaceName space;
-  int64_t deadline_ns = 0;        // on the monotonic clock; 0: none
-  std::span<const float> vector;  // kObserve (upsert), kRecall: 1 to kMaxDimension numbers
-  std::string_view id;            // kObserve: 1 to kMaxIdBytes
-  std::string_view attributes;    // kObserve: as in attributes.h; none: empty
-  std::string_view payload;       // kObserve: up to kMaxPayloadBytes
+  int64_t deadline_ns = 0;  // on the monotonic clock; 0: none
+  // kObserve (upsert), kRecall: 1 to kMaxDimension numbers. Of a recall with a filter also none:
+  // the latest of what matches.
+  std::span<const float> vector;
+  std::string_view id;          // kObserve: 1 to kMaxIdBytes
+  std::string_view attributes;  // kObserve: as in attributes.h; none: empty
+  std::string_view payload;     // kObserve: up to kMaxPayloadBytes
   PayloadKind payload_kind = PayloadKind::kOpaque;
   ObservationOp op = ObservationOp::kUpsert;
   int64_t when_ns = 0;
@@ -41,6 +43,7 @@ struct GatewayQuestion {
   uint32_t k = 0;                     // kRecall: 1 to kMaxPageResults
   uint32_t ef = 0;                    // kRecall: up to kMaxEf; 0: the shard's default
   std::string_view filter;            // kRecall: as in attributes.h; none: empty
+  bool across = false;                // kRecall: of all spaces that are of the kind of `space`
   std::vector<std::string_view> ids;  // kGet
   uint16_t partition = 0;             // kScroll: where the page begins
   uint64_t cursor = 0;                // kScroll: and there in that partition

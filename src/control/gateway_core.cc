@@ -226,20 +226,23 @@ RefusalReason GatewayCore::StartObserve(Place* place) {
 RefusalReason GatewayCore::StartRecall(Place* place) {
   const GatewayQuestion& question = place->call->question;
   const SpaceEntry& space = *place->space;
-  const uint16_t partitions = space.partitions();
-  const RecallView view{.body = {.k = question.k,
-                                 .ef = question.ef,
-                                 .dimension = static_cast<uint16_t>(question.vector.size()),
-                                 .dtype = VectorDtype::kF32},
-                        .vector = std::as_bytes(question.vector).data(),
-                        .filter = std::as_bytes(std::span(question.filter))};
+  // Of all spaces: the shards.
+  const uint16_t partitions = question.across ? shards() : space.partitions();
+  const auto shard_of = [&](uint16_t p) { return question.across ? ShardId(p) : space.ShardOf(p); };
+  const RecallView view{
+      .body = {.k = question.k,
+               .ef = question.ef,
+               .dimension = static_cast<uint16_t>(question.vector.size()),
+               .dtype = question.vector.empty() ? VectorDtype::kNone : VectorDtype::kF32},
+      .vector = std::as_bytes(question.vector).data(),
+      .filter = std::as_bytes(std::span(question.filter))};
   const size_t bytes = SlotBytesFor(view);
   const SpaceRules rules{.metric = space.metric(), .dimension = space.dimension()};
   // All slots or none, and the rings' room looked at beforehand: nobody else fills them.
   RefusalReason reason = RefusalReason::kNone;
   uint16_t taken = 0;
   for (; taken < partitions; ++taken) {
-    if (!HasRoom(space.ShardOf(taken), Lane::kRecall)) reason = RefusalReason::kQueueFull;
+    if (!HasRoom(shard_of(taken), Lane::kRecall)) reason = RefusalReason::kQueueFull;
     const SlotId slot = reason == RefusalReason::kNone ? port_.slab->Acquire(bytes) : kNoSlot;
     if (slot == kNoSlot) break;
     slots_[taken] = slot;
@@ -250,7 +253,8 @@ RefusalReason GatewayCore::StartRecall(Place* place) {
     place->call->answer.space_dimension = rules.dimension;
   }
   if (reason == RefusalReason::kNone && (partitions > 1 || place->pins != 0)) {
-    place->merge = merger_->Begin(partitions, question.k);
+    place->merge =
+        merger_->Begin(partitions, question.k, {.latest_first = question.vector.empty()});
     if (place->merge == RecallMerger::kNone) reason = RefusalReason::kMergesFull;
   }
   if (reason != RefusalReason::kNone) {
@@ -262,26 +266,29 @@ RefusalReason GatewayCore::StartRecall(Place* place) {
   request->with_payload = question.with_payload;
   request->with_vector = question.with_vector;
   request->received_ns = now_ns_;
+  request->across = question.across;
   if (question.snapshot_isolation) {
-    request->snapshot = SnapshotOf(space, partitions);
+    request->snapshot = LatestSnapshot();
     place->call->answer.snapshot = request->snapshot;
   }
   for (uint16_t p = 1; p < partitions; ++p) {
     std::memcpy(port_.slab->At(slots_[p]), port_.slab->At(slots_[0]), bytes);
   }
   for (uint16_t p = 0; p < partitions; ++p) {
-    Send(place, space.ShardOf(p), Lane::kRecall, slots_[p]);
+    Send(place, shard_of(p), Lane::kRecall, slots_[p]);
   }
   return RefusalReason::kNone;
 }
 
-CommitStamp GatewayCore::SnapshotOf(const SpaceEntry& space, uint16_t partitions) const {
+// The latest stamp up to which all shards are complete: also one without a partition of a space may
+// be the home of a session there, and have observations of it under way.
+CommitStamp GatewayCore::LatestSnapshot() const {
   const int64_t unix_ns = clock_->WallNs();
   CommitStamp snapshot = kOpenStamp;
-  for (uint16_t p = 0; p < partitions; ++p) {
-    snapshot = std::min(snapshot, port_.stamps->CompleteUpTo(space.ShardOf(p), unix_ns));
+  for (uint16_t s = 0; s < shards(); ++s) {
+    snapshot = std::min(snapshot, port_.stamps->CompleteUpTo(ShardId(s), unix_ns));
   }
-  return snapshot;
+  return std::max(snapshot, kNoStamp + 1);
 }
 
 RefusalReason GatewayCore::StartIntrospect(Place* place) {

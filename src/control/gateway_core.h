@@ -123,7 +123,7 @@ class GatewayCore {
   RefusalReason PushGets(Place* place);
   RefusalReason PushGet(Place* place, std::string_view id);
   RefusalReason PushScroll(Place* place, uint16_t partition, uint64_t cursor);
-  CommitStamp SnapshotOf(const SpaceEntry& space, uint16_t partitions) const;
+  CommitStamp LatestSnapshot() const;
 
   // Requests to shards.
   bool HasRoom(ShardId shard, Lane lane);

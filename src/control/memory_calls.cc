@@ -198,24 +198,22 @@ std::string_view CueName(const v1::Cue& cue) {
 
 // What can be recalled by, where that is not what was asked.
 Asked RefuseCue(const v1::Cue& cue) {
-  if (cue.has_context()) {
-    return Invalid(
-        "cue.cue_type: context; a context alone is not served yet: this appliance recalls by "
-        "cue.embedding and filters by the request's context and filter beside it");
-  }
   return Invalid("cue.cue_type: " + std::string(CueName(cue)) +
-                 "; this appliance recalls by cue.embedding (or by ids or scroll)");
+                 "; this appliance recalls by cue.embedding or cue.context (or by ids or scroll)");
 }
 
 Asked AskCue(const v1::RecallRequest& request, std::span<const std::string> filter_keys,
              CallText* text, RecallLimits* limits, GatewayQuestion* question) {
   const v1::Cue& cue = request.cue();
-  if (!cue.has_embedding()) return RefuseCue(cue);
+  if (!cue.has_embedding() && !cue.has_context()) return RefuseCue(cue);
   if (auto checked = CheckResults(request.max_results(), "max_results"); !checked) return checked;
   if (auto checked = CheckResults(cue.max_results(), "cue.max_results"); !checked) return checked;
   const auto& vector = cue.embedding().vector();
-  if (auto checked = CheckVectorSize(static_cast<size_t>(vector.size()), "cue.embedding.vector");
-      !checked) {
+  if (cue.has_context()) {
+    if (request.all_spaces()) return Invalid("all_spaces: true; it needs cue.embedding");
+  } else if (auto checked =
+                 CheckVectorSize(static_cast<size_t>(vector.size()), "cue.embedding.vector");
+             !checked) {
     return checked;
   }
   const float least = cue.embedding().similarity_threshold();
@@ -232,6 +230,7 @@ Asked AskCue(const v1::RecallRequest& request, std::span<const std::string> filt
   question->filter = text->filter;
   limits->least_similarity = least;
   limits->has_least_similarity = least != 0;
+  limits->is_compared = cue.has_embedding();
   limits->least_confidence = *confidence;
   question->kind = CallKind::kRecall;
   question->vector = {vector.data(), static_cast<size_t>(vector.size())};
@@ -241,6 +240,7 @@ Asked AskCue(const v1::RecallRequest& request, std::span<const std::string> filt
   if (question->k == 0) question->k = kDefaultResults;
   question->ef = request.ef_search();
   question->snapshot_isolation = request.snapshot_isolation();
+  question->across = request.all_spaces();
   return {};
 }
 
@@ -294,7 +294,8 @@ void TellCue(const GatewayAnswer& answer, const RecallLimits& limits, int64_t to
   double activation_sum = 0;
   HitReader reader(answer.hits);
   while (const auto hit = reader.Next()) {
-    const float similarity = SimilarityOf(answer.metric, hit->header.score);
+    const float similarity =
+        limits.is_compared ? SimilarityOf(answer.metric, hit->header.score) : 1;
     if (limits.has_least_similarity && !(similarity >= limits.least_similarity)) continue;
     // Of products too large for a float may nothing be left but NaN; that is no activation either.
     const float activation = similarity > 0 ? similarity : 0;

@@ -27,6 +27,7 @@ struct CallText {
 
 // What is done to a recall's hits after the index found them.
 struct RecallLimits {
+  bool is_compared = true;  // else what a filter matches is as similar as can be
   float least_similarity = 0;
   bool has_least_similarity = false;
   float least_confidence = 0;

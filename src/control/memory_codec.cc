@@ -210,14 +210,14 @@ std::optional<HitView> HitReader::Next() {
   CHECK(left_.size() >= sizeof(hit.header), "an answer is whole hits");
   std::memcpy(&hit.header, left_.data(), sizeof(hit.header));
   const size_t vector_bytes = size_t{hit.header.vector_dimension} * sizeof(float);
-  CHECK(hit.header.hit_bytes <= left_.size() &&
-            hit.header.hit_bytes >=
-                sizeof(hit.header) + vector_bytes + hit.header.id_bytes + hit.header.payload_bytes,
+  CHECK(hit.header.hit_bytes <= left_.size() && hit.header.hit_bytes >= UsedHitBytes(hit.header),
         "a hit holds what its header says");
   hit.vector = left_.data() + sizeof(hit.header);
   const char* text = reinterpret_cast<const char*>(hit.vector + vector_bytes);
   hit.id = {text, hit.header.id_bytes};
-  hit.payload = {text + hit.header.id_bytes, hit.header.payload_bytes};
+  text += hit.header.id_bytes;
+  hit.space = {text, hit.header.space_bytes};
+  hit.payload = {text + hit.header.space_bytes, hit.header.payload_bytes};
   left_ = left_.subspan(hit.header.hit_bytes);
   return hit;
 }
@@ -233,6 +233,7 @@ void ToMemory(const HitView& hit, v1::Memory* memory) {
   } else {
     memory->set_id_bytes(std::string(hit.id));
   }
+  memory->set_memory_space_id(std::string(hit.space));
   memory->set_activation(0);
   SetConfidence(hit.header.confidence, memory->mutable_confidence());
   *memory->mutable_created_at() = ToTimestamp(hit.header.when_ns);

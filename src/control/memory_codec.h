@@ -48,6 +48,7 @@ struct HitView {
   HitHeader header{};
   const std::byte* vector = nullptr;  // header.vector_dimension float32 numbers, not aligned
   std::string_view id;
+  std::string_view space;  // empty where one was recalled
   std::string_view payload;
 };
 

@@ -129,6 +129,7 @@ class FilterBuilder {
   }
   Asked asked() const { return asked_; }
   std::string Bytes() const { return writer_.Bytes(); }
+  std::string BytesOfAny() const { return writer_.BytesOfAny(); }
 
  private:
   const std::span<const std::string> filter_keys_;
@@ -172,14 +173,14 @@ void AddFilter(const v1::Filter& filter, FilterBuilder* builder) {
   if (!types.empty()) builder->MatchAny(kMemoryTypeKey, types, false, "filter.memory_types");
 }
 
-void AddContext(const v1::ContextCue& context, FilterBuilder* builder) {
+void AddContext(const v1::ContextCue& context, const std::string& field, FilterBuilder* builder) {
   builder->Within(context.has_time_start(), context.time_start(), context.has_time_end(),
-                  context.time_end(), "context");
+                  context.time_end(), field);
   if (!context.location().empty()) {
-    builder->Match(kWhereKey, context.location(), false, "context.location");
+    builder->Match(kWhereKey, context.location(), false, field + ".location");
   }
   for (int i = 0; i < context.participants_size(); ++i) {
-    builder->Match(kWhoKey, context.participants(i), false, ItemOf("context.participants", i));
+    builder->Match(kWhoKey, context.participants(i), false, ItemOf(field + ".participants", i));
   }
 }
 
@@ -214,8 +215,10 @@ Asked FilterOf(const v1::RecallRequest& request, std::span<const std::string> fi
                std::string* bytes) {
   FilterBuilder builder(filter_keys);
   if (request.has_filter()) AddFilter(request.filter(), &builder);
-  if (request.has_context()) AddContext(request.context(), &builder);
-  *bytes = builder.Bytes();
+  if (request.has_context()) AddContext(request.context(), "context", &builder);
+  const bool by_context = request.cue().has_context();
+  if (by_context) AddContext(request.cue().context(), "cue.context", &builder);
+  *bytes = by_context ? builder.BytesOfAny() : builder.Bytes();
   return builder.asked();
 }
 

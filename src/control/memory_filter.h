@@ -18,7 +18,8 @@ Asked AttributesOf(const v1::Episode& episode, std::string* bytes);
 Asked AttributesOf(const v1::Memory& memory, std::span<const std::string> filter_keys,
                    std::string* bytes);
 
-// The filter that `filter` and `context` of a request make together; empty: there is none.
+// The filter that `filter` and `context` of a request make together, and the context that it has
+// for a cue; empty: there is none. Never empty with such a cue.
 Asked FilterOf(const v1::RecallRequest& request, std::span<const std::string> filter_keys,
                std::string* bytes);
 

@@ -173,9 +173,10 @@ bool FilterWriter::Append(uint8_t flags, std::string_view key,
   return true;
 }
 
-std::string FilterWriter::Bytes() const {
+std::string FilterWriter::Bytes() const { return empty() ? std::string() : BytesOfAny(); }
+
+std::string FilterWriter::BytesOfAny() const {
   std::string bytes;
-  if (empty()) return bytes;
   bytes.resize(kTimesBytes);
   std::memcpy(bytes.data(), &times_.begin_ns, sizeof(int64_t));
   std::memcpy(bytes.data() + sizeof(int64_t), &times_.end_ns, sizeof(int64_t));

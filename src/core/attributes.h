@@ -125,6 +125,8 @@ class FilterWriter {
   bool empty() const { return clauses_.empty() && times_.is_all(); }
   // Nothing where it is empty.
   std::string Bytes() const;
+  // Also where it is empty: a filter then that all match.
+  std::string BytesOfAny() const;
 
  private:
   bool Append(uint8_t flags, std::string_view key, std::span<const std::string_view> values);

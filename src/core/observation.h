@@ -17,6 +17,9 @@ inline constexpr size_t kMaxIdBytes = 256;
 inline constexpr size_t kMaxPayloadBytes = 65'536;
 inline constexpr size_t kMaxSpaceNameBytes = 64;
 inline constexpr uint32_t kMaxRecallResults = 10'000;
+// Recalls of more results than this may come in stages: all of fewer are there in less than a
+// millisecond.
+inline constexpr uint32_t kLongRecallFrom = 256;
 // k times the dimension, of a recall with vectors: 10,000 results of 1,024 dimensions.
 inline constexpr uint32_t kMaxRecallNumbers = kMaxRecallResults * 1'024;
 // Of a page of a listing.
@@ -82,11 +85,12 @@ enum class PayloadKind : uint8_t {
 };
 
 // One neighbour in a recall's answer. Behind it: its vector where that was asked for
-// (vector_dimension float32 numbers), id, payload, then zeros up to a multiple of 8. The same bytes
+// (vector_dimension float32 numbers), id, the name of its space where all were recalled, payload,
+// then zeros up to a multiple of 8. The same bytes
 // travel from shard to producer and from there to the client, but for hits whose record has to be
 // read (kHitAtAddress): these hold a HitReference in place of vector and payload.
 struct HitHeader {
-  uint32_t hit_bytes;      // this header, vector, id, payload and padding
+  uint32_t hit_bytes;      // this header, vector, id, name, payload and padding
   float score;             // see Metric; 0 where nothing was compared
   int64_t when_ns;         // as the client gave it, nanoseconds since 1970
   uint64_t stamp;          // its commit stamp (commit_stamp.h)
@@ -96,14 +100,16 @@ struct HitHeader {
   uint8_t flags;  // kHitPayloadOmitted, kHitAtAddress
   PayloadKind payload_kind;
   uint16_t vector_dimension;  // 0 when it was not asked for
-  uint16_t reserved;
+  uint8_t space_bytes;        // 0 where one space was recalled
+  uint8_t reserved;
 };
 static_assert(sizeof(HitHeader) == 40);
 // The payload did not fit in the answer's bound (kMaxRecallPayloadBytes in all of a recall over
 // frames, else kMaxAnswerPayloadBytes), or its record cannot be read (then the vector is missing as
 // well).
 inline constexpr uint8_t kHitPayloadOmitted = 1;
-// Inside the appliance only: payload and vector lie in a log. Header, HitReference, id, padding.
+// Inside the appliance only: payload and vector lie in a log. Header, HitReference, id, name,
+// padding.
 // payload_bytes and vector_dimension are those that the hit will have, 0 where not asked for.
 inline constexpr uint8_t kHitAtAddress = 2;
 inline constexpr size_t kMaxRecallPayloadBytes = size_t{16} << 20;
@@ -153,10 +159,11 @@ constexpr size_t HitIdOffset(const HitHeader& header) {
                                   ? sizeof(HitReference)
                                   : header.vector_dimension * sizeof(float));
 }
-// The hit's bytes with its vector and payload.
-constexpr size_t FullHitBytes(const HitHeader& header) {
-  return PadTo8(sizeof(HitHeader) + header.vector_dimension * sizeof(float) + header.id_bytes +
-                header.payload_bytes);
+// The hit's bytes with its vector and payload, without padding.
+constexpr size_t UsedHitBytes(const HitHeader& header) {
+  return sizeof(HitHeader) + header.vector_dimension * sizeof(float) + header.id_bytes +
+         header.space_bytes + header.payload_bytes;
 }
+constexpr size_t FullHitBytes(const HitHeader& header) { return PadTo8(UsedHitBytes(header)); }
 
 }  // namespace engram

@@ -139,6 +139,16 @@ struct RecallRequest {
   uint16_t filter_bytes = 0;  // 0: none
   uint32_t k = 0;
   uint32_t ef = 0;  // 0: the shard's default
+  // Of a long recall (IsLong): about so many of the nearest are looked for by themselves and come
+  // ahead of the others. 0: none.
+  uint32_t first = 0;
+  // Of all spaces that have the metric and the dimension. `space` does not matter then, each hit
+  // names its own, nothing comes ahead, and what a filter asks for a space may not keep.
+  bool across = false;
+  Metric metric = Metric::kUnspecified;
+  // Only what is at least as near as this score.
+  bool has_bound = false;
+  float bound = 0;
   // Of all hits together; payloads beyond are left out.
   uint32_t max_payload_bytes = kMaxAnswerPayloadBytes;
   float scale = 1;
@@ -147,6 +157,9 @@ struct RecallRequest {
   int64_t received_ns = 0;
   CommitStamp snapshot = kNoStamp;  // what lived at this stamp; kNoStamp: what lives now
   SpaceName space;
+
+  // Comes in stages, the first of which ends a batch with BatchEnd::kFirst.
+  bool IsLong() const { return !across && first > 0 && k > kLongRecallFrom && first < k; }
 };
 
 // One observation by its id, which lies at kRequestBodyOffset. Answered like a recall, with at most
@@ -258,19 +271,27 @@ struct Completion {
 // credit another one follows, and a fenced session's observations are refused by themselves.
 inline constexpr size_t kNoticeRoom = 4'096;
 
+enum class BatchEnd : uint8_t {
+  kNothing = 0,
+  kFirst = 1,  // of what comes first of a long recall: once from each shard that does not refuse
+  kLast = 2,   // nothing follows for this request from this shard
+};
+
 // Begins each slot of the shard's result slab; the records follow at sizeof(ResultBatch).
 struct ResultBatch {
   uint32_t body_bytes = 0;  // of the records
   uint16_t count = 0;       // of the records
   Metric metric = Metric::kUnspecified;
-  bool last = false;  // nothing follows for this request from this shard
+  BatchEnd end = BatchEnd::kNothing;
+
+  bool is_last() const { return end == BatchEnd::kLast; }
 };
 static_assert(sizeof(ResultBatch) == 8);
 // Holds any one hit: header, vector, id, payload and padding.
 inline constexpr size_t kResultSlotBytes = size_t{81} * 1024;
 static_assert(kResultSlotBytes >= sizeof(ResultBatch) + sizeof(HitHeader) +
                                       kMaxDimension * sizeof(float) + kMaxIdBytes +
-                                      kMaxPayloadBytes + 7);
+                                      kMaxSpaceNameBytes + kMaxPayloadBytes + 7);
 
 // What one shard says to another about an observation that it took as its session's home and that
 // the other owns, or once owned. The request stays where it is, in the producer's slot, until kDone

@@ -190,12 +190,13 @@ TEST(FieldsNotHonouredTest, NamesThoseThatWereChanged) {
   Config config;
   EXPECT_EQ(FieldsNotHonoured(config), std::vector<std::string>());
   config.limits.max_sessions = 5;  // honoured
-  config.limits.recall_batch = 5;
+  config.limits.recall_batch = 5;  // honoured
+  config.limits.min_batch_size = 5;
   config.limits.overload_threshold = 0.95;
   config.grpc.reset();                                                                  // honoured
   config.spaces.push_back({.name = "films", .dimension = 3, .filter_keys = {"lang"}});  // honoured
   EXPECT_EQ(FieldsNotHonoured(config),
-            (std::vector<std::string>{"limits.overload_threshold", "limits.recall_batch"}));
+            (std::vector<std::string>{"limits.min_batch_size", "limits.overload_threshold"}));
 }
 
 }  // namespace

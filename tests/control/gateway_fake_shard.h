@@ -293,8 +293,7 @@ class GatewayFakeShard {
     CHECK(slot != kNoSlot, "tests ask for less than there are slots");
     const ResultBatch head{.body_bytes = static_cast<uint32_t>(body.size()),
                            .count = static_cast<uint16_t>(count),
-                           .metric = metric,
-                           .last = false};
+                           .metric = metric};
     std::memcpy(port_.result_slab->At(slot), &head, sizeof(head));
     std::memcpy(port_.result_slab->At(slot) + sizeof(head), body.data(), body.size());
     Complete({.kind = kind, .result_slot = slot, .origin = origin});

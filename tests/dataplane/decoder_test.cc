@@ -335,6 +335,35 @@ TEST(DecodeRecallTest, ReadsEachField) {
                                  std::as_bytes(std::span(vector))));
 }
 
+TEST(DecodeRecallTest, ABoundLiesBetweenVectorAndFilter) {
+  const std::vector<float> vector{1, 2};
+  WireRecall wire = F32Recall(vector);
+  wire.bound = 0.75F;
+  FilterWriter writer;
+  const std::string_view docs = "docs";
+  ASSERT_TRUE(writer.Require("source", {&docs, 1}));
+  wire.filter = writer.Bytes();
+  RecallView recall;
+  for (const uint16_t flags : {16, 24}) {
+    const Exact body(RecallBodyOf(wire, flags));
+    ASSERT_EQ(DecodeRecall(body.get(), flags, &recall), RefusalReason::kNone);
+    EXPECT_TRUE(recall.has_bound);
+    EXPECT_EQ(recall.bound, 0.75F);
+    EXPECT_EQ(recall.filter.size(), flags == 24 ? wire.filter.size() : 0);
+  }
+  const Exact without(RecallBodyOf(wire, 8));
+  ASSERT_EQ(DecodeRecall(without.get(), 8, &recall), RefusalReason::kNone);
+  EXPECT_FALSE(recall.has_bound);
+  // Cut short, and no number.
+  WireBytes cut = RecallBodyOf(wire, 16);
+  cut.pop_back();
+  const Exact short_body(cut);
+  EXPECT_EQ(DecodeRecall(short_body.get(), 16, &recall), RefusalReason::kBadFrame);
+  wire.bound = std::numeric_limits<float>::quiet_NaN();
+  const Exact nan(RecallBodyOf(wire, 16));
+  EXPECT_EQ(DecodeRecall(nan.get(), 16, &recall), RefusalReason::kBadRecall);
+}
+
 TEST(DecodeRecallTest, FaultsAreNamed) {
   const auto decode = [](const WireBytes& body) {
     const Exact exact(body);

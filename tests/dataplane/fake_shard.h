@@ -54,6 +54,7 @@ class FakeShard {
   struct Batch {
     std::string body = {};
     uint16_t count = 1;
+    BatchEnd end = BatchEnd::kNothing;  // of the last: kLast
   };
 
   FakeShard(ShardPort port, SimulatedClock* clock, uint64_t seed)
@@ -78,8 +79,8 @@ class FakeShard {
   RefusalReason recall_refusal = RefusalReason::kNone;
   RefusalReason command_refusal = RefusalReason::kNone;
   uint64_t next_cursor = 0;  // that a scroll's answer names
-  // Forwarded as they are where one partition answers; to be merged they have to be real ones.
   std::vector<Batch> hits{Batch{.body = {}, .count = 0}};
+  size_t batches_let_go = SIZE_MAX;  // those behind wait
   std::vector<Batch> records{Batch{.body = {}, .count = 0}};
 
   void SetHeld(RequestKind kind, bool value) { held[static_cast<size_t>(kind)] = value; }
@@ -395,13 +396,14 @@ class FakeShard {
   bool SendBatches(Waiting* waiting, const std::vector<Batch>& batches, CompletionKind kind,
                    Origin origin, uint64_t request_id) {
     for (size_t& i = waiting->batches_sent; i < batches.size(); ++i) {
+      if (i >= batches_let_go) return false;
       const Batch& batch = batches[i];
       const SlotId slot = port_.result_slab->Acquire(sizeof(ResultBatch) + batch.body.size());
       if (slot == kNoSlot) return false;
       const ResultBatch head{.body_bytes = static_cast<uint32_t>(batch.body.size()),
                              .count = batch.count,
                              .metric = Metric::kL2,
-                             .last = i + 1 == batches.size()};
+                             .end = i + 1 == batches.size() ? BatchEnd::kLast : batch.end};
       std::byte* to = port_.result_slab->At(slot);
       std::memcpy(to, &head, sizeof(head));
       std::memcpy(to + sizeof(head), batch.body.data(), batch.body.size());

@@ -15,8 +15,10 @@ namespace {
 
 constexpr uint16_t kShards = 4;
 
-WireBytes Recall(uint64_t id, uint16_t flags = 0) {
-  return RecallBytes(id, F32Recall(kVector), flags);
+WireBytes Recall(uint64_t id, uint16_t flags = 0, uint32_t k = 10) {
+  WireRecall recall = F32Recall(kVector);
+  recall.k = k;
+  return RecallBytes(id, recall, flags);
 }
 
 class IngestPartitionsTest : public IngestCoreTest {
@@ -217,6 +219,58 @@ TEST_F(IngestPartitionsTest, ARecallAsksEveryPartitionAndMergesTheAnswers) {
   }
   EXPECT_EQ(h().counted(IngestCounter::kRecallsReceived), 1u);
   EXPECT_EQ(h().counted(IngestCounter::kRecallsAnswered), 1u);
+}
+
+TEST_F(IngestPartitionsTest, TheFirstOnesOfALongRecallAreSentBeforeTheOthersAreThere) {
+  TestClient& client = Greeted();
+  for (uint16_t s = 0; s < kShards; ++s) {
+    h().shard(s).hits[0].end = BatchEnd::kFirst;
+    h().shard(s).batches_let_go = s == 2 ? 0 : 1;
+  }
+  client.Send(Recall(7, 1, 300));
+  h().Settle();
+  EXPECT_TRUE(client.Of(kWireResult).empty()) << "one has not said what it has";
+  h().shard(2).batches_let_go = 1;
+  h().Settle();
+  ASSERT_EQ(client.Of(kWireResult).size(), 1u);
+  const auto first = ParseHits(std::span(client.Of(kWireResult)[0].body).subspan(16));
+  ASSERT_EQ(first.size(), 10u);
+  for (size_t i = 0; i < 10; ++i) EXPECT_EQ(first[i].id, std::to_string(i / 4 * 10 + i % 4));
+  EXPECT_EQ(h().core().merges_in_flight(), 1u);
+  for (uint16_t s = 0; s < kShards; ++s) h().shard(s).batches_let_go = SIZE_MAX;
+  EXPECT_EQ(AnswerTo(client, 7).size(), 24u);
+  EXPECT_EQ(h().core().merges_in_flight(), 0u);
+}
+
+TEST_F(IngestPartitionsTest,
+       AConnectionThatGoesAfterTheFirstOnesLeavesItsMergeUntilAllHaveAnswered) {
+  TestClient& client = Greeted();
+  for (uint16_t s = 0; s < kShards; ++s) {
+    h().shard(s).hits[0].end = BatchEnd::kFirst;
+    h().shard(s).batches_let_go = 1;
+  }
+  client.Send(Recall(7, 1, 300));
+  h().Settle();
+  ASSERT_EQ(client.Of(kWireResult).size(), 1u);
+  client.Abort();
+  h().Settle();
+  EXPECT_EQ(h().core().merges_in_flight(), 1u);
+  for (uint16_t s = 0; s < kShards; ++s) h().shard(s).batches_let_go = SIZE_MAX;
+  h().Settle();
+  EXPECT_EQ(h().core().merges_in_flight(), 0u);
+}
+
+TEST_F(IngestPartitionsTest, ARecallOfAllSpacesAsksEveryShardForThem) {
+  Start(Options(1));
+  TestClient& client = Greeted();
+  Default();
+  client.Send(Recall(3, 1 + 32));
+  EXPECT_EQ(AnswerTo(client, 3).size(), 10u);
+  for (uint16_t s = 0; s < kShards; ++s) {
+    ASSERT_EQ(h().shard(s).recalls().size(), 1u) << "whatever partitions the space has";
+    EXPECT_TRUE(h().shard(s).recalls()[0].across);
+    EXPECT_EQ(h().shard(s).recalls()[0].metric, Default().metric());
+  }
 }
 
 TEST_F(IngestPartitionsTest, RecallsOfTheSameNumberAndOfManyConnectionsKeepApart) {
@@ -470,16 +524,17 @@ TEST_F(IngestPartitionsTest, AConnectionThatGoesWhileItsAnswerIsSentLeavesNothin
 // ---------------------------------------------------------------------------------------------
 // Snapshots
 
-TEST_F(IngestPartitionsTest, ASnapshotIsTheLeastOfThePartitionsStamps) {
+TEST_F(IngestPartitionsTest, ASnapshotIsTheLeastOfAllShardsStamps) {
   Start(Options(2));
   TestClient& client = Greeted();
   ShardOf(0).PublishStamp(5000);
   ShardOf(1).PublishStamp(4000);
-  ShardOf(2).PublishStamp(3000);  // has no part in it
+  // Has no part of the space, and may be the home of one of its sessions.
+  ShardOf(2).PublishStamp(3000);
   client.Send(Recall(1, 4));
   EXPECT_EQ(AnswerTo(client, 1).size(), 10u);
-  for (uint16_t p = 0; p < 2; ++p) EXPECT_EQ(ShardOf(p).recalls().at(0).snapshot, 4000u);
-  EXPECT_EQ(WireNumber(client.Of(kWireResult).at(0).body, 8, 8), 4000u);
+  for (uint16_t p = 0; p < 2; ++p) EXPECT_EQ(ShardOf(p).recalls().at(0).snapshot, 3000u);
+  EXPECT_EQ(WireNumber(client.Of(kWireResult).at(0).body, 8, 8), 3000u);
 }
 
 TEST_F(IngestPartitionsTest, AShardThatSleepsIsCompleteUpToNow) {

@@ -20,11 +20,11 @@ using IngestRecallTest = IngestCoreTest;
 
 TEST_F(IngestRecallTest, ResultsAreForwardedBatchByBatch) {
   TestClient& client = Greeted();
-  h().shard().hits = {{"first-batch", 2}, {"second", 1}, {"", 0}};
+  const auto hit = [](const char* id) { return WireHit{.id = id}; };
+  h().shard().hits = {HitBatch({hit("a"), hit("b")}), HitBatch({hit("c")}), {"", 0}};
   client.Send(RecallBytes(42, F32Recall(kVector), true));
   const auto results = client.Await(kWireResult);
   ASSERT_EQ(results.size(), 3u);
-  const std::vector<std::string> bodies{"first-batch", "second", ""};
   for (size_t i = 0; i < 3; ++i) {
     EXPECT_EQ(results[i].sequence, 42u);
     EXPECT_EQ(results[i].flags, i < 2 ? 1u : 0u);
@@ -32,7 +32,7 @@ TEST_F(IngestRecallTest, ResultsAreForwardedBatchByBatch) {
     EXPECT_EQ(WireNumber(results[i].body, 0, 2), h().shard().hits[i].count);
     EXPECT_EQ(WireNumber(results[i].body, 2, 1), 3u);  // the fake shard's metric
     EXPECT_EQ(WireNumber(results[i].body, 8, 8), 0u);  // no snapshot was asked for
-    EXPECT_EQ(WireText(std::span(results[i].body).subspan(16)), bodies[i]);
+    EXPECT_EQ(WireText(std::span(results[i].body).subspan(16)), h().shard().hits[i].body);
   }
   ASSERT_EQ(h().shard().recalls().size(), 1u);
   const RecallRequest& request = h().shard().recalls()[0];
@@ -42,6 +42,55 @@ TEST_F(IngestRecallTest, ResultsAreForwardedBatchByBatch) {
   EXPECT_EQ(request.snapshot, kNoStamp);
   EXPECT_EQ(request.space.view(), "default");
   EXPECT_EQ(h().counted(IngestCounter::kRecallsAnswered), 1u);
+}
+
+TEST_F(IngestRecallTest, AFrameHasNoMoreHitsThanRecallBatch) {
+  TestClient& client = Greeted();
+  std::vector<WireHit> hits;
+  for (int i = 0; i < 25; ++i) hits.push_back({.id = std::to_string(i), .score = 1.0F * i});
+  h().shard().hits = {HitBatch(hits)};
+  client.Send(RecallBytes(1, F32Recall(kVector)));
+  const auto frames = client.Await(kWireResult);
+  ASSERT_EQ(frames.size(), 3u);
+  std::vector<WireHit> got;
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_EQ(WireNumber(frames[i].body, 0, 2), i < 2 ? 10u : 5u);
+    EXPECT_EQ(frames[i].flags, i < 2 ? 1u : 0u);
+    for (const WireHit& hit : ParseHits(std::span(frames[i].body).subspan(16))) got.push_back(hit);
+  }
+  EXPECT_EQ(got, hits);
+}
+
+TEST_F(IngestRecallTest, ALongRecallAsksForItsFirstOnesAndSendsThemAtOnce) {
+  TestClient& client = Greeted();
+  h().shard().hits = {HitBatch({{.id = "first"}}), HitBatch({{.id = "other"}})};
+  h().shard().hits[0].end = BatchEnd::kFirst;
+  h().shard().batches_let_go = 1;
+  WireRecall recall = F32Recall(kVector);
+  recall.k = 5'000;
+  client.Send(RecallBytes(1, recall));
+  const auto first = client.Await(kWireResult);
+  ASSERT_EQ(first.size(), 1u);
+  EXPECT_EQ(first[0].flags, 1u);
+  h().shard().batches_let_go = SIZE_MAX;
+  const auto all = client.Await(kWireResult);
+  ASSERT_EQ(all.size(), 2u);
+  EXPECT_EQ(all[1].flags, 0u);
+  EXPECT_EQ(h().shard().recalls().at(0).first, 10u);
+  EXPECT_TRUE(h().shard().recalls()[0].IsLong());
+}
+
+TEST_F(IngestRecallTest, ABoundGoesToTheShard) {
+  TestClient& client = Greeted({.features = 4});
+  WireRecall recall = F32Recall(kVector);
+  recall.bound = 0.5F;
+  client.Send(RecallBytes(1, recall, 16));
+  client.Send(RecallBytes(2, recall));
+  EXPECT_EQ(client.Await(kWireResult).size(), 2u);
+  ASSERT_EQ(h().shard().recalls().size(), 2u);
+  EXPECT_TRUE(h().shard().recalls()[0].has_bound);
+  EXPECT_EQ(h().shard().recalls()[0].bound, 0.5F);
+  EXPECT_FALSE(h().shard().recalls()[1].has_bound);
 }
 
 TEST_F(IngestRecallTest, ARefusedRecallIsAnsweredWithItsId) {

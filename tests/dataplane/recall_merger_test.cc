@@ -26,14 +26,15 @@ std::unique_ptr<RecallMerger> MakeMerger(uint32_t merges, uint16_t partitions) {
 }
 
 // A result slot's bytes: what a shard writes, and what lay there before behind it.
-WireBytes BatchOf(const std::vector<WireHit>& hits, Metric metric = Metric::kL2, bool last = true) {
+WireBytes BatchOf(const std::vector<WireHit>& hits, Metric metric = Metric::kL2,
+                  BatchEnd end = BatchEnd::kLast) {
   WireWriter body;
   for (const WireHit& hit : hits) body.Raw(HitBytesOf(hit));
   const WireBytes bytes = body.Take();
   const ResultBatch head{.body_bytes = static_cast<uint32_t>(bytes.size()),
                          .count = static_cast<uint16_t>(hits.size()),
                          .metric = metric,
-                         .last = last};
+                         .end = end};
   WireWriter slot;
   slot.Raw(std::as_bytes(std::span(&head, 1))).Raw(bytes).Text("what was there before");
   return slot.Take();
@@ -69,7 +70,7 @@ Answer EmitAll(RecallMerger* merger, MergeId id, size_t slot_bytes = kResultSlot
     answer.hits.insert(answer.hits.end(), hits.begin(), hits.end());
     answer.metric = head.metric;
     ++answer.batches;
-    last = head.last;
+    last = head.is_last();
   }
   EXPECT_TRUE(last);
   return answer;
@@ -97,6 +98,67 @@ TEST(RecallMergerTest, TheNearestOfAllPartitionsComeFirst) {
   EXPECT_EQ(answer.metric, Metric::kL2);
   EXPECT_EQ(answer.batches, 1);
   EXPECT_EQ(merger->Emit(id, {}), 0u) << "nothing follows";
+  merger->Release(id);
+}
+
+TEST(RecallMergerTest, TheFirstOnesOfALongRecallComeOnceAllHaveSaidTheirs) {
+  auto merger = MakeMerger(1, 3);
+  const MergeId id = merger->Begin(3, 5, {.first = 2});
+  WireBytes slot(kResultSlotBytes);
+  merger->Add(id, BatchOf({{"b", 2, 11}, {"c", 3, 12}}, Metric::kL2, BatchEnd::kFirst));
+  // The rest of one partition is there before the first of another.
+  merger->Add(id, BatchOf({{"f", 6, 13}}, Metric::kL2));
+  merger->FinishPartition(id, RefusalReason::kNone);
+  EXPECT_FALSE(merger->can_emit(id));
+  merger->FinishPartition(id, RefusalReason::kUnknownSpace);
+  EXPECT_FALSE(merger->can_emit(id));
+  merger->Add(id, BatchOf({{"a", 1, 20}, {"e", 5, 21}}, Metric::kL2, BatchEnd::kFirst));
+  ASSERT_TRUE(merger->can_emit(id));
+  EXPECT_FALSE(merger->is_whole(id));
+  const size_t bytes = merger->Emit(id, slot);
+  ResultBatch head;
+  std::memcpy(&head, slot.data(), sizeof(head));
+  EXPECT_EQ(head.end, BatchEnd::kNothing);
+  const auto first = ParseHits(std::span(slot).subspan(sizeof(head), bytes - sizeof(head)));
+  ASSERT_EQ(first.size(), 2u);
+  EXPECT_EQ(first[0].id, "a");
+  EXPECT_EQ(first[1].id, "b");
+  EXPECT_EQ(merger->Emit(id, slot), 0u) << "the others are not there yet";
+  // What is nearer after all comes with the others; an id that was handed out does not come again.
+  merger->Add(id, BatchOf({{"d", 1.5F, 22}, {"b", 0.5F, 99}}, Metric::kL2));
+  EXPECT_TRUE(merger->FinishPartition(id, RefusalReason::kNone));
+  EXPECT_EQ(IdsOf(EmitAll(merger.get(), id)), (Ids{"d", "c", "e"}));
+  merger->Release(id);
+  EXPECT_EQ(merger->used_blocks(), 0u);
+}
+
+TEST(RecallMergerTest, ALongRecallThatFailsAfterItsFirstOnesHandsOutNothingMore) {
+  auto merger = MakeMerger(1, 2);
+  const MergeId id = merger->Begin(2, 5, {.first = 1});
+  merger->Add(id, BatchOf({{"a", 1, 1}}, Metric::kL2, BatchEnd::kFirst));
+  merger->Add(id, BatchOf({{"b", 2, 2}}, Metric::kL2, BatchEnd::kFirst));
+  WireBytes slot(kResultSlotBytes);
+  EXPECT_GT(merger->Emit(id, slot), 0u);
+  merger->FinishPartition(id, RefusalReason::kDeadlinePassed);
+  EXPECT_EQ(merger->Emit(id, slot), 0u);
+  EXPECT_TRUE(merger->FinishPartition(id, RefusalReason::kNone));
+  EXPECT_EQ(merger->reason(id), RefusalReason::kDeadlinePassed);
+  merger->Release(id);
+}
+
+TEST(RecallMergerTest, ABatchHasNoMoreHitsThanAreAskedFor) {
+  auto merger = MakeMerger(1, 1);
+  const MergeId id = merger->Begin(1, 5);
+  merger->Add(id, BatchOf({{"a", 1, 1}, {"b", 2, 2}, {"c", 3, 3}, {"d", 4, 4}, {"e", 5, 5}}));
+  merger->FinishPartition(id, RefusalReason::kNone);
+  WireBytes slot(kResultSlotBytes);
+  for (const uint16_t count : {2, 2, 1}) {
+    merger->Emit(id, slot, 2);
+    ResultBatch head;
+    std::memcpy(&head, slot.data(), sizeof(head));
+    EXPECT_EQ(head.count, count);
+    EXPECT_EQ(head.is_last(), count == 1);
+  }
   merger->Release(id);
 }
 
@@ -324,7 +386,7 @@ TEST(RecallMergerDeathTest, MistakesOfOurOwnAreCaught) {
   EXPECT_DEATH((void)merger->Begin(1, 0), "k out of range");
   const MergeId id = merger->Begin(1, 1);
   EXPECT_DEATH(merger->Release(id), "every partition");
-  EXPECT_DEATH((void)merger->Emit(id, {}), "whole");
+  EXPECT_DEATH((void)merger->Emit(id, {}), "in its order");
   WireBytes cut = BatchOf({{"a", 1, 1}});
   cut.resize(20);
   EXPECT_DEATH(merger->Add(id, cut), "within its slot");
@@ -417,7 +479,8 @@ TEST_P(RecallMergerProgramTest, AnswersLikeTheModel) {
       }
       // As often as not the later stamp comes first.
       if (random.Below(2) == 0) std::ranges::reverse(hits);
-      merger->Add(id, BatchOf(hits, model.metric, random.Below(2) == 0));
+      merger->Add(id, BatchOf(hits, model.metric,
+                              random.Below(2) == 0 ? BatchEnd::kLast : BatchEnd::kNothing));
       model.hits.insert(model.hits.end(), hits.begin(), hits.end());
       continue;
     }

@@ -198,21 +198,24 @@ struct WireRecall {
   float scale = 1;
   WireBytes vector = {};
   std::string filter = {};
+  float bound = 0;
 };
 inline WireRecall F32Recall(std::span<const float> vector) {
   const auto bytes = std::as_bytes(vector);
   return {.dimension = static_cast<uint16_t>(vector.size()),
           .vector = WireBytes(bytes.begin(), bytes.end())};
 }
-// With flag 8 (filtered) there is a filter, maybe an empty one.
+// With flag 16 (bounded) there is a bound, with flag 8 (filtered) a filter, maybe an empty one.
 inline WireBytes RecallBodyOf(const WireRecall& recall, uint16_t flags = 0) {
   WireWriter body;
   body.U32(recall.k).U32(recall.ef).U16(recall.dimension).U8(recall.dtype).U8(0);
   body.F32(recall.scale).Raw(recall.vector);
+  if ((flags & 16) != 0) body.F32(recall.bound);
   if ((flags & 8) != 0) body.U16(recall.filter.size()).Text(recall.filter);
   return body.Take();
 }
-// `flags`: 1 with payload, 2 with vector, 4 at a snapshot, 8 filtered.
+// `flags`: 1 with payload, 2 with vector, 4 at a snapshot, 8 filtered, 16 bounded, 32 of all
+// spaces.
 inline WireBytes RecallBytes(uint64_t request_id, const WireRecall& recall, uint16_t flags = 0) {
   return MakeFrame(kWireRecall, {.flags = flags, .sequence = request_id},
                    RecallBodyOf(recall, flags));

@@ -9,6 +9,7 @@
 #include <map>
 #include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "src/core/hash.h"
@@ -56,6 +57,74 @@ TEST(ShardRecallTest, TheSameIdInTwoSpacesIsTwoObservations) {
   EXPECT_TRUE(rig.Recall("a", {1, 1}).hits.empty());
   EXPECT_EQ(payload("b", {1, 1, 1}), "of b");
   EXPECT_EQ(rig.counter(ShardCounter::kObservationsDeleted), 1u);
+}
+
+// As one space of all of them would answer, each hit with the space that it is of.
+TEST(ShardRecallTest, AllSpacesOfAKindAreRecalledTogether) {
+  ShardRig rig;
+  SplitMix64 random(3);
+  struct Stored {
+    double distance;
+    std::string id;
+    std::string space;
+    bool operator<(const Stored& other) const {
+      return std::tie(distance, space) < std::tie(other.distance, other.space);
+    }
+  };
+  const std::vector<float> query = {0, 0};
+  std::vector<Stored> stored;
+  // More than are looked at in a slice; ids are the same in each.
+  for (int s = 0; s < 150; ++s) {
+    const std::string space = "s" + std::to_string(s);
+    RigSession session = rig.Open(0, 100 + s, space, {.metric = Metric::kL2});
+    for (int i = 0; i < s % 5; ++i) {
+      const std::vector<float> vector = {static_cast<float>(random.Below(1'000'000)), 1};
+      const std::string id = "id" + std::to_string(i);
+      ASSERT_EQ(rig.Observe(&session, Upsert(id, vector, "in " + space)).reason, kNone);
+      stored.push_back({ExactScore(Metric::kL2, vector, query), id, space});
+    }
+  }
+  std::sort(stored.begin(), stored.end());
+  // Of another metric, and of another dimension.
+  RigSession other = rig.Open(0, 1, "other", {.metric = Metric::kInnerProduct});
+  ASSERT_EQ(rig.Observe(&other, Upsert("x", {0, 0})).reason, kNone);
+  RigSession wide = rig.Open(0, 2, "wide", {.metric = Metric::kL2});
+  ASSERT_EQ(rig.Observe(&wide, Upsert("x", {0, 0, 0})).reason, kNone);
+
+  for (const uint32_t k : {1U, 7U, 100U, 10'000U}) {
+    const RigAnswer answer =
+        rig.Recall("", query, {.k = k, .with_payload = true, .first = 10, .across = Metric::kL2});
+    ASSERT_EQ(answer.reason, kNone);
+    ASSERT_EQ(answer.hits.size(), std::min<size_t>(k, stored.size()));
+    for (size_t i = 0; i < answer.hits.size(); ++i) {
+      EXPECT_EQ(answer.hits[i].id, stored[i].id);
+      EXPECT_EQ(answer.hits[i].space, stored[i].space);
+      EXPECT_EQ(answer.hits[i].payload, "in " + stored[i].space);
+    }
+  }
+  // A bound holds over all of them, and one space goes on naming none.
+  const auto bound = static_cast<float>((stored[4].distance + stored[5].distance) / 2);
+  EXPECT_EQ(rig.Recall("", query, {.k = 100, .bound = bound, .across = Metric::kL2}).hits.size(),
+            5u);
+  EXPECT_EQ(rig.Recall("s1", query, {.k = 1}).hits.at(0).space, "");
+  // Nothing is of that kind.
+  const RigAnswer none = rig.Recall("", {1, 2, 3, 4}, {.k = 5, .across = Metric::kL2});
+  EXPECT_EQ(none.reason, kNone);
+  EXPECT_TRUE(none.hits.empty());
+}
+
+TEST(ShardRecallTest, ALongRecallGoesOnOnceItsFirstOnesWentOut) {
+  ShardRig rig;
+  RigSession session = rig.Open(0, 1, "s", {.metric = Metric::kL2});
+  for (int i = 0; i < 1'000; ++i) {
+    const std::string id = std::to_string(i);
+    ASSERT_EQ(rig.Observe(&session, Upsert(id, {static_cast<float>(i)})).reason, kNone);
+  }
+  const RigAnswer answer = rig.Recall("s", {0}, {.k = 600, .first = 10});
+  ASSERT_EQ(answer.hits.size(), 600u);
+  for (size_t i = 0; i < 600; ++i) ASSERT_EQ(answer.hits[i].id, std::to_string(i));
+  EXPECT_GE(answer.lasts.size(), 2u);
+  EXPECT_EQ(rig.Recall("s", {0}, {.k = 600, .first = 10, .bound = 100.5F}).hits.size(), 11u);
 }
 
 // Recalls that wait together are searched in turns: each has its own answer, whoever asked and

@@ -268,6 +268,11 @@ class ShardRig {
     request->k = params.k;
     request->ef = params.ef;
     request->snapshot = params.snapshot;
+    request->first = params.first;
+    request->has_bound = params.bound.has_value();
+    request->bound = params.bound.value_or(0);
+    request->across = params.across != Metric::kUnspecified;
+    request->metric = params.across;
     request->origin = 1;
     request->request_id = ++last_request_id_;
     std::memcpy(bytes + kRequestBodyOffset, query.data(), query_bytes);
@@ -495,7 +500,7 @@ class ShardRig {
     RigAnswer& answer = answers[completion.sequence];
     EXPECT_FALSE(answer.ended) << "nothing follows the end";
     if (completion.kind == CompletionKind::kResults) {
-      answer.lasts.push_back(ReadBatch(slot, &answer.hits).last);
+      answer.lasts.push_back(ReadBatch(slot, &answer.hits).is_last());
     } else {
       ResultBatch batch;
       std::memcpy(&batch, slot, sizeof(batch));
@@ -510,7 +515,7 @@ class ShardRig {
         answer.records.push_back(read);
       }
       EXPECT_EQ(static_cast<size_t>(from - slot), sizeof(batch) + batch.body_bytes);
-      answer.lasts.push_back(batch.last);
+      answer.lasts.push_back(batch.is_last());
     }
     if (hold_results) {
       held_results.push_back({producer, from_shard, completion.result_slot});

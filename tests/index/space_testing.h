@@ -115,6 +115,7 @@ struct Hit {
   std::vector<float> vector = {};
   bool payload_omitted = false;
   std::vector<std::byte> at_address = {};  // of a hit that refers to a record: its bytes
+  std::string space = {};                  // where all spaces were recalled
   bool operator==(const Hit&) const = default;
 };
 
@@ -135,7 +136,8 @@ inline ResultBatch ReadBatch(const std::byte* slot, std::vector<Hit>* hits) {
     std::memcpy(&header, from, sizeof(header));
     if ((header.flags & kHitAtAddress) != 0) {
       const auto* id = reinterpret_cast<const char*>(from) + HitIdOffset(header);
-      EXPECT_EQ(header.hit_bytes, PadTo8(sizeof(header) + sizeof(HitReference) + header.id_bytes));
+      EXPECT_EQ(header.hit_bytes, PadTo8(sizeof(header) + sizeof(HitReference) + header.id_bytes +
+                                         header.space_bytes));
       hits->push_back({.id = {id, header.id_bytes},
                        .payload = {},
                        .score = header.score,
@@ -144,24 +146,26 @@ inline ResultBatch ReadBatch(const std::byte* slot, std::vector<Hit>* hits) {
                        .stamp = header.stamp,
                        .vector = {},
                        .payload_omitted = (header.flags & kHitPayloadOmitted) != 0,
-                       .at_address = {from, from + header.hit_bytes}});
+                       .at_address = {from, from + header.hit_bytes},
+                       .space = {id + header.id_bytes, header.space_bytes}});
       from += header.hit_bytes;
       continue;
     }
     const size_t vector_bytes = header.vector_dimension * sizeof(float);
     const auto* text = reinterpret_cast<const char*>(from + sizeof(header) + vector_bytes);
-    const size_t used = sizeof(header) + vector_bytes + header.id_bytes + header.payload_bytes;
+    const size_t used = UsedHitBytes(header);
     EXPECT_EQ(header.hit_bytes, PadTo8(used));
     EXPECT_EQ(header.reserved, 0u);
     for (size_t n = used; n < header.hit_bytes; ++n) EXPECT_EQ(from[n], std::byte{0});
     hits->push_back({.id = {text, header.id_bytes},
-                     .payload = {text + header.id_bytes, header.payload_bytes},
+                     .payload = {text + header.id_bytes + header.space_bytes, header.payload_bytes},
                      .score = header.score,
                      .when_ns = header.when_ns,
                      .confidence = header.confidence,
                      .stamp = header.stamp,
                      .vector = VectorAt(from + sizeof(header), header.vector_dimension),
-                     .payload_omitted = (header.flags & kHitPayloadOmitted) != 0});
+                     .payload_omitted = (header.flags & kHitPayloadOmitted) != 0,
+                     .space = {text + header.id_bytes, header.space_bytes}});
     from += header.hit_bytes;
   }
   EXPECT_EQ(from, end) << "the body is as long as the batch says";
@@ -200,6 +204,9 @@ struct RecallParams {
   uint32_t slice = UINT32_MAX;           // distances
   size_t slot_bytes = kResultSlotBytes;  // the largest slot
   std::string filter = {};
+  uint32_t first = 0;
+  std::optional<float> bound = {};
+  Metric across = Metric::kUnspecified;  // by which all spaces are recalled; else one is
 };
 
 struct RecallAnswer {
@@ -207,6 +214,8 @@ struct RecallAnswer {
   std::vector<Hit> hits;
   int slices = 0;
   int batches = 0;
+  // Of each batch: what it ends, and the hits up to its end.
+  std::vector<std::pair<BatchEnd, size_t>> ends;
 };
 
 inline RecallAnswer RunRecall(const Space& space, RecallJob* job, std::span<const float> query,
@@ -224,6 +233,9 @@ inline RecallAnswer RunRecall(const Space& space, RecallJob* job, std::span<cons
   request.k = params.k;
   request.ef = params.ef;
   request.scale = kQuarterScale;
+  request.first = params.first;
+  request.has_bound = params.bound.has_value();
+  request.bound = params.bound.value_or(0);
   request.filter_bytes = static_cast<uint16_t>(params.filter.size());
   answer.reason = job->Begin(space, request, vector.data(), /*default_ef=*/64);
   if (answer.reason != RefusalReason::kNone) return answer;
@@ -237,10 +249,12 @@ inline RecallAnswer RunRecall(const Space& space, RecallJob* job, std::span<cons
     last = job->EmitBatch(slot);
     const ResultBatch batch = ReadBatch(slot.data(), &answer.hits);
     EXPECT_EQ(batch.metric, space.metric());
-    EXPECT_EQ(batch.last, last);
+    EXPECT_EQ(batch.is_last(), last);
+    answer.ends.push_back({batch.end, answer.hits.size()});
     EXPECT_EQ(sizeof(batch) + batch.body_bytes, bytes) << "a slot of the exact size is filled";
-    if (bytes == sizeof(batch) && !last) {
-      ADD_FAILURE() << "an empty batch that is not the last";
+    while (job->is_searching() && !job->Search(params.slice)) ++answer.slices;
+    if (bytes == sizeof(batch) && batch.end == BatchEnd::kNothing) {
+      ADD_FAILURE() << "an empty batch that ends nothing";
       break;
     }
   }

@@ -32,9 +32,9 @@ class ConfigCommandTest(unittest.TestCase):
         self.assertEqual(done.stdout, f"{self.path}: no faults\n")
 
     def test_check_says_what_is_not_honoured_yet(self):
-        done = self.run_on("[limits]\nrecall_batch = 20\n", "check")
+        done = self.run_on("[limits]\nmin_batch_size = 20\n", "check")
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertIn("limits.recall_batch is set, but not honoured yet", done.stdout)
+        self.assertIn("limits.min_batch_size is set, but not honoured yet", done.stdout)
 
     def test_check_says_all_faults_on_standard_error(self):
         text = "[cores]\nshard = [9]\n[index]\nm = 1\nalhpa = 2\n"
@@ -67,7 +67,7 @@ class ConfigCommandTest(unittest.TestCase):
             self.assertEqual(daemon.engramctl(*arguments).returncode, 2, arguments)
 
     def test_show_is_a_file_that_check_takes(self):
-        text = ('[listen]\ngrpc = ""\n[index]\nalpha = 1.2\n[limits]\nrecall_batch = 20\n'
+        text = ('[listen]\ngrpc = ""\n[index]\nalpha = 1.2\n[limits]\nmin_batch_size = 20\n'
                 '[[space]]\nname = "films"\ndimension = 768\nquota_mib = 5\n'
                 'filter_keys = ["lang"]\n')
         first = self.run_on(text, "show")
@@ -82,7 +82,7 @@ class ConfigCommandTest(unittest.TestCase):
         self.assertEqual(checked.returncode, 0, checked.stderr)
         self.assertEqual(tomllib.loads(self.run_on(first.stdout, "show").stdout), shown)
         as_json = json.loads(self.run_on(text, "show", "--json").stdout)
-        self.assertEqual(as_json["not_honoured_yet"], ["limits.recall_batch"])
+        self.assertEqual(as_json["not_honoured_yet"], ["limits.min_batch_size"])
         self.assertEqual(as_json["index"]["filter_keys"], ["source", "category"])
         self.assertEqual(as_json["space"][0]["filter_keys"], ["lang"])
         for section, fields in shown.items():
@@ -153,11 +153,11 @@ class SpacesTest(unittest.TestCase):
 class NotHonouredTest(unittest.TestCase):
 
     def test_engramd_names_the_fields_in_one_line(self):
-        with daemon.running({"limits.recall_batch": 20, "limits.max_sessions": 50,
+        with daemon.running({"limits.overload_threshold": 0.95, "limits.max_sessions": 50,
                              "limits.min_batch_size": 20}) as running:
             self.assertRegex(running.log.text(),
                              r"set, but not honoured yet: limits\.min_batch_size, "
-                             r"limits\.recall_batch \(")
+                             r"limits\.overload_threshold \(")
 
     def test_a_file_without_them_says_nothing(self):
         with daemon.running({"limits.max_sessions": 50}) as running:

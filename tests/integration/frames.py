@@ -23,7 +23,7 @@ MAX_FRAME_BYTES = 1_048_576
 (RECALL, RESULT, PING, CLOSE, INTROSPECT, INTROSPECTION) = (7, 8, 9, 10, 11, 12)
 (COMMAND, COMMAND_DONE) = (13, 14)
 (SCROLL, SCROLLED, CHECK, CHECKED) = (15, 16, 17, 18)
-NO_SESSION, ATTRIBUTES = 1, 2  # features of hello
+NO_SESSION, ATTRIBUTES, WIDE_RECALLS = 1, 2, 4  # features of hello
 COSINE, INNER_PRODUCT, L2 = 1, 2, 3
 UPSERT, DELETE = 1, 2
 COMPACT, DROP, REBUILD = 1, 2, 3
@@ -31,7 +31,7 @@ F32, F16, BF16, INT8 = 1, 2, 3, 4
 SPACES, STATUS = 1, 2
 CONSUMED, CLOSED = 1, 2  # flags of nak
 PAYLOAD_LEFT_OUT = 1     # flag of a hit
-WITH_PAYLOAD, WITH_VECTOR, SNAPSHOT, FILTERED = 1, 2, 4, 8  # flags of recall
+WITH_PAYLOAD, WITH_VECTOR, SNAPSHOT, FILTERED, BOUNDED, ACROSS = 1, 2, 4, 8, 16, 32  # of recall
 FROM_START, TO_END = -2 ** 63, 2 ** 63 - 1  # no bounds of a filter's times
 
 # Refusals that the tests ask for, by the codes of the table that FORMAT.md names.
@@ -184,9 +184,11 @@ def observe_body(records):
     return struct.pack("<HH", len(records), 0) + b"".join(records)
 
 
-def recall_body(vector, k=10, *, ef=0, dtype=F32, scale=0.0, filter=None):
-    """With a filter the frame needs the flag FILTERED."""
+def recall_body(vector, k=10, *, ef=0, dtype=F32, scale=0.0, filter=None, bound=None):
+    """With a filter the frame needs the flag FILTERED, with a bound BOUNDED."""
     body = struct.pack("<IIHBxf", k, ef, len(vector), dtype, scale) + encode_vector(vector, dtype)
+    if bound is not None:
+        body += struct.pack("<f", bound)
     return body if filter is None else body + struct.pack("<H", len(filter)) + filter
 
 
@@ -199,7 +201,7 @@ HelloAck = collections.namedtuple(
 Nak = collections.namedtuple(
     "Nak", "name reason refused_type flags retry_after_ms expected text sequence session")
 Hit = collections.namedtuple(
-    "Hit", "id score when_ns confidence payload flags stamp payload_kind vector")
+    "Hit", "id score when_ns confidence payload flags stamp payload_kind vector space")
 Space = collections.namedtuple(
     "Space", "name shard dimension metric observations linked unlinked retired resident_bytes")
 
@@ -254,17 +256,19 @@ def decode_result(got):
     for _ in range(count):
         require(at + 40 <= len(got.body), "a hit is within its frame")
         (hit_bytes, score, when_ns, stamp, confidence, payload_bytes, id_bytes, flags, kind,
-         dimension, zero) = struct.unpack_from("<IfqQfIHBBHH", got.body, at)
-        used = 40 + 4 * dimension + id_bytes + payload_bytes
+         dimension, space_bytes, zero) = struct.unpack_from("<IfqQfIHBBHBB", got.body, at)
+        used = 40 + 4 * dimension + id_bytes + space_bytes + payload_bytes
         require(zero == 0 and flags in (0, PAYLOAD_LEFT_OUT), "hit's flags and zero field")
         require(kind in (0, 1, 2), f"payload_kind {kind}")
         require(hit_bytes == used + (-used % 8), f"hit_bytes {hit_bytes}, used {used}")
         require(at + hit_bytes <= len(got.body), "a hit is within its frame")
         vector = struct.unpack_from(f"<{dimension}f", got.body, at + 40)
         rest = got.body[at + 40 + 4 * dimension:at + hit_bytes]
-        require(not any(rest[id_bytes + payload_bytes:]), "padding is zeros")
+        payload_at = id_bytes + space_bytes
+        require(not any(rest[payload_at + payload_bytes:]), "padding is zeros")
         hits.append(Hit(rest[:id_bytes], score, when_ns, confidence,
-                        rest[id_bytes:id_bytes + payload_bytes], flags, stamp, kind, vector))
+                        rest[payload_at:payload_at + payload_bytes], flags, stamp, kind, vector,
+                        rest[id_bytes:payload_at]))
         at += hit_bytes
     require(at == len(got.body), "hits fill the frame")
     return metric, snapshot, hits
@@ -418,11 +422,12 @@ class Client:
         return [hit for _, hits in self.recall_frames(vector, k, **fields) for hit in hits]
 
     def recall_frames(self, vector, k=10, *, payload=False, with_vector=False, snapshot=False,
-                      **fields):
+                      across=False, **fields):
         """The answer's frames: (metric, hits) each. last_snapshot is what they named."""
         self.last_request += 1
         flags = payload * WITH_PAYLOAD + with_vector * WITH_VECTOR + snapshot * SNAPSHOT
-        flags |= FILTERED * (fields.get("filter") is not None)
+        flags |= FILTERED * (fields.get("filter") is not None) + ACROSS * across
+        flags |= BOUNDED * (fields.get("bound") is not None)
         self.send(frame(RECALL, recall_body(vector, k, **fields), flags=flags,
                         session=self.session, sequence=self.last_request))
         frames = []

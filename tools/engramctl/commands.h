@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <expected>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -66,19 +67,23 @@ struct RecallOptions {
   uint64_t count = UINT64_MAX;
   uint32_t concurrency = 1;
   uint64_t warmup = 0;
+  // or nothing but a filter,
+  bool latest = false;
   // or a phrase and the model that encodes it.
   std::string text;
   std::string encoder;
 
   std::string space;
   uint32_t k = 10;
-  uint32_t ef = 0;  // 0: the server's default
+  uint32_t ef = 0;             // 0: the server's default
+  std::optional<float> bound;  // a score
+  bool all_spaces = false;
   FilterOptions filter;
   bool at_snapshot = false;
   bool with_vector = false;
 };
 int RunRecallQuality(const ServerOptions& server, const RecallOptions& options);
-int RunRecallText(const ServerOptions& server, const RecallOptions& options);
+int RunRecallOnce(const ServerOptions& server, const RecallOptions& options);
 
 struct EncodeOptions {
   std::string encoder;

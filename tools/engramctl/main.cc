@@ -181,6 +181,9 @@ CLI::App* AddRecall(CLI::App& app, ServerOptions& server, RecallOptions& options
   CLI::Option* text = recall->add_option("--text", options.text, "A phrase instead of queries");
   CLI::Option* encoder =
       recall->add_option("--encoder", options.encoder, "Directory of the model that encodes it");
+  CLI::Option* latest = recall->add_flag(
+      "--latest", options.latest, "Instead of queries: the latest of what the filter matches");
+  latest->excludes(queries)->excludes(text);
   queries->needs(truth)->excludes(text);
   truth->needs(queries);
   text->needs(encoder);
@@ -191,6 +194,13 @@ CLI::App* AddRecall(CLI::App& app, ServerOptions& server, RecallOptions& options
   recall->add_option("--ef", options.ef, "Candidates kept while searching; default: the server's")
       ->check(CLI::Range(1u, kMaxEf));
   AddFilterOptions(recall, options.filter);
+  recall->add_option("--within", options.bound,
+                     "Only what is as near as this score: a cosine or inner product of at least "
+                     "it, a squared L2 distance of at most it");
+  recall
+      ->add_flag("--all-spaces", options.all_spaces,
+                 "Recall all spaces that have the metric and dimension of --space")
+      ->excludes(queries);
   recall->add_flag("--snapshot", options.at_snapshot,
                    "Recall what lived at one moment in all partitions of the space");
   recall->add_flag("--with-vector", options.with_vector, "Have the vectors returned too");
@@ -440,8 +450,11 @@ int Run(int argc, char** argv) {
   const CLI::App* verify = AddVerify(app, server, verify_options);
   try {
     app.parse(argc, argv);
-    if (recall->parsed() && recall_options.queries.empty() && recall_options.text.empty()) {
-      throw CLI::RequiredError("recall: --queries with --groundtruth, or --text with --encoder,");
+    if (recall->parsed() && recall_options.queries.empty() && recall_options.text.empty() &&
+        !recall_options.latest) {
+      throw CLI::RequiredError(
+          "recall: --queries with --groundtruth, --text with --encoder, or --latest with a "
+          "filter,");
     }
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? kExitOk : kExitUsage;
@@ -449,7 +462,7 @@ int Run(int argc, char** argv) {
 
   if (load->parsed()) return RunLoad(server, load_options);
   if (recall->parsed()) {
-    return recall_options.queries.empty() ? RunRecallText(server, recall_options)
+    return recall_options.queries.empty() ? RunRecallOnce(server, recall_options)
                                           : RunRecallQuality(server, recall_options);
   }
   if (status->parsed()) return RunStatus(server);

@@ -32,6 +32,7 @@ struct Answered {
 struct RecallRun {
   std::vector<Answered> answers;  // by query
   LatencyHistogram latency;
+  LatencyHistogram first;  // until the first results are there
   double seconds = 0;
 };
 
@@ -91,7 +92,8 @@ class QueryRunner {
                                            .ef = options_.ef,
                                            .with_vector = options_.with_vector,
                                            .at_snapshot = options_.at_snapshot,
-                                           .filter = filter_});
+                                           .filter = filter_,
+                                           .bound = options_.bound});
     sent_[request] = {query, at_ns};
   }
 
@@ -101,6 +103,7 @@ class QueryRunner {
     }
     const auto found = sent_.find(answer.request);
     run.latency.Record(now_ns - found->second.at_ns);
+    run.first.Record(answer.first_ns - found->second.at_ns);
     Answered& answered = run.answers[found->second.query];
     sent_.erase(found);
     answered.metric = answer.metric;
@@ -122,13 +125,23 @@ class QueryRunner {
   std::map<uint64_t, Sent> sent_;  // by request id
 };
 
-// The filter that was asked for; an error where the server does not know filters.
+// The filter that was asked for; an error where the server does not know what the options ask for.
 Result<std::string> FilterFor(const Connection& connection, const RecallOptions& options) {
+  if ((options.bound || options.all_spaces || options.latest) && !connection.hello().wide_recalls) {
+    return Fail(
+        ErrorCode::kInvalidArgument,
+        "this engramd does not know bounds, recalls of all spaces, or of the latest; update "
+        "it, or recall without --within, --all-spaces and --latest");
+  }
   Result<std::string> filter = FilterBytes(options.filter);
   if (filter && !filter->empty() && !connection.hello().attributes) {
     return Fail(ErrorCode::kInvalidArgument,
                 "this engramd does not know filters; update it, or recall without --filter, "
                 "--exclude, --since and --until");
+  }
+  if (filter && filter->empty() && options.latest) {
+    return Fail(ErrorCode::kInvalidArgument,
+                "--latest: of what? Give a --filter, --exclude, --since or --until");
   }
   return filter;
 }
@@ -223,9 +236,10 @@ void PrintQuality(const ServerOptions& server, const RecallOptions& options, dou
                   const RecallRun& run) {
   const double queries = static_cast<double>(run.latency.Count());
   const double per_s = run.seconds > 0 ? queries / run.seconds : 0;
-  const auto micros = [&](double quantile) {
-    return Rounded(static_cast<double>(run.latency.QuantileNs(quantile)) / kNanosPerMicro, 1);
+  const auto micros_of = [](const LatencyHistogram& latency, double quantile) {
+    return Rounded(static_cast<double>(latency.QuantileNs(quantile)) / kNanosPerMicro, 1);
   };
+  const auto micros = [&](double quantile) { return micros_of(run.latency, quantile); };
   if (!server.json) {
     std::printf("recall@%u %.4f  over %s queries, ef %s\n", options.k, quality,
                 WithThousands(run.latency.Count()).c_str(),
@@ -233,6 +247,10 @@ void PrintQuality(const ServerOptions& server, const RecallOptions& options, dou
     std::printf("%s recalls/s, %u at a time  P50 %.0f us  P99 %.0f us  P99.9 %.0f us\n",
                 WithThousands(static_cast<uint64_t>(per_s)).c_str(), options.concurrency,
                 micros(0.5), micros(0.99), micros(0.999));
+    if (options.k > kLongRecallFrom) {
+      std::printf("the first results  P50 %.0f us  P99 %.0f us\n", micros_of(run.first, 0.5),
+                  micros_of(run.first, 0.99));
+    }
     return;
   }
   const nlohmann::json report = {
@@ -241,6 +259,8 @@ void PrintQuality(const ServerOptions& server, const RecallOptions& options, dou
       {"p50_us", micros(0.5)},
       {"p99_us", micros(0.99)},
       {"p999_us", micros(0.999)},
+      {"first_p50_us", micros_of(run.first, 0.5)},
+      {"first_p99_us", micros_of(run.first, 0.99)},
       {"queries", run.latency.Count()},
       {"k", options.k},
       {"ef", options.ef},
@@ -248,6 +268,20 @@ void PrintQuality(const ServerOptions& server, const RecallOptions& options, dou
       {"seconds", Rounded(run.seconds, 3)},
   };
   std::printf("%s\n", report.dump().c_str());
+}
+
+// Of the phrase; empty where none is asked for.
+Result<std::vector<float>> VectorOf(const RecallOptions& options) {
+  if (options.latest) return std::vector<float>();
+  const Result<TextEncoder> encoder = TextEncoder::Load(options.encoder);
+  if (!encoder) return std::unexpected(encoder.error());
+  std::vector<float> vector(encoder->dimension());
+  encoder->Encode(options.text, vector);
+  if (encoder->Words(options.text).empty()) {
+    return Fail(ErrorCode::kInvalidArgument,
+                "the phrase '" + Printable(options.text) + "' has no word in it");
+  }
+  return vector;
 }
 
 // Payload as one line that is safe to print.
@@ -285,27 +319,23 @@ int RunRecallQuality(const ServerOptions& server, const RecallOptions& options) 
   return kExitOk;
 }
 
-int RunRecallText(const ServerOptions& server, const RecallOptions& options) {
-  const Result<TextEncoder> encoder = TextEncoder::Load(options.encoder);
-  if (!encoder) return ReportError(encoder.error());
-  std::vector<float> vector(encoder->dimension());
-  encoder->Encode(options.text, vector);
-  if (encoder->Words(options.text).empty()) {
-    return ReportError({ErrorCode::kInvalidArgument,
-                        "the phrase '" + Printable(options.text) + "' has no word in it"});
-  }
+int RunRecallOnce(const ServerOptions& server, const RecallOptions& options) {
+  const Result<std::vector<float>> vector = VectorOf(options);
+  if (!vector) return ReportError(vector.error());
   auto connection = OpenReader(server, options.space);
   if (!connection) return connection.error();
   const Result<std::string> filter = FilterFor(*connection, options);
   if (!filter) return ReportError(filter.error());
   RecallStream stream(&*connection);
-  stream.Send({.vector = vector,
+  stream.Send({.vector = *vector,
                .k = options.k,
                .ef = options.ef,
                .with_payload = true,
                .with_vector = options.with_vector,
                .at_snapshot = options.at_snapshot,
-               .filter = *filter});
+               .filter = *filter,
+               .bound = options.bound,
+               .across = options.all_spaces});
   const Result<RecallAnswer> answer = stream.AwaitAnswer(kAnswerTimeoutNs);
   if (!answer) return ReportError(answer.error());
   if (answer->refusal) {
@@ -321,6 +351,7 @@ int RunRecallText(const ServerOptions& server, const RecallOptions& options) {
                             {"id", hit.id},
                             {"stamp", hit.stamp},
                             {"text", hit.payload}});
+      if (options.all_spaces) neighbours.back()["space"] = hit.space;
       if (options.with_vector) neighbours.back()["vector"] = hit.vector;
     }
     nlohmann::json report = {{"text", options.text}, {"neighbours", neighbours}};
@@ -330,15 +361,19 @@ int RunRecallText(const ServerOptions& server, const RecallOptions& options) {
                 report.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
     return kExitOk;
   }
-  Table table({{"rank", Table::Align::kRight},
-               {"score", Table::Align::kRight},
-               {"id", Table::Align::kLeft},
-               {"text", Table::Align::kLeft}});
+  std::vector<Table::Column> columns = {{"rank", Table::Align::kRight},
+                                        {"score", Table::Align::kRight},
+                                        {"id", Table::Align::kLeft},
+                                        {"text", Table::Align::kLeft}};
+  if (options.all_spaces) columns.insert(columns.begin() + 2, {"space", Table::Align::kLeft});
+  Table table(std::move(columns));
   for (size_t i = 0; i < answer->hits.size(); ++i) {
     const RecallHit& hit = answer->hits[i];
     char score[32];
     std::snprintf(score, sizeof(score), "%.4f", static_cast<double>(hit.score));
-    table.AddRow({std::to_string(i + 1), score, Printable(hit.id), LineOf(hit)});
+    std::vector<std::string> row = {std::to_string(i + 1), score, Printable(hit.id), LineOf(hit)};
+    if (options.all_spaces) row.insert(row.begin() + 2, hit.space);
+    table.AddRow(std::move(row));
   }
   table.Print();
   return kExitOk;

@@ -308,7 +308,8 @@ Result<void> Connection::SendHello(const HelloOptions& options) {
                 "a space's name has at most 64 characters and a dimension is at most 4096");
   }
   HelloBody body;
-  body.features = kFeatureAttributes | (options.no_session ? kFeatureNoSession : 0);
+  body.features =
+      kFeatureAttributes | kFeatureWideRecalls | (options.no_session ? kFeatureNoSession : 0);
   body.dimension = static_cast<uint16_t>(options.dimension);
   body.metric = options.metric;
   body.priority = options.priority;
@@ -370,6 +371,7 @@ Result<bool> Connection::TakeHelloAnswer(const Frame& frame) {
   hello_.max_frame_bytes = std::min(answer.max_frame_bytes, kMaxFrameBodyBytes);
   hello_.max_recalls = std::max<uint32_t>(answer.max_recalls, 1);
   hello_.attributes = (answer.features & kFeatureAttributes) != 0;
+  hello_.wide_recalls = (answer.features & kFeatureWideRecalls) != 0;
   return true;
 }
 
@@ -567,9 +569,7 @@ Result<void> AddHits(std::span<const std::byte> body, uint32_t k, RecallAnswer& 
     if (rest.size() < sizeof(HitHeader)) return FailGrammar("a result ends within a hit");
     const auto header = LoadAs<HitHeader>(rest.data());
     const size_t vector_bytes = header.vector_dimension * sizeof(float);
-    const size_t used =
-        sizeof(HitHeader) + vector_bytes + size_t{header.id_bytes} + header.payload_bytes;
-    if (header.hit_bytes > rest.size() || header.hit_bytes < used) {
+    if (header.hit_bytes > rest.size() || header.hit_bytes < UsedHitBytes(header)) {
       return FailGrammar("a hit's length does not hold what it says");
     }
     const std::byte* vector = rest.data() + sizeof(HitHeader);
@@ -583,7 +583,9 @@ Result<void> AddHits(std::span<const std::byte> body, uint32_t k, RecallAnswer& 
     hit.when_ns = header.when_ns;
     hit.stamp = header.stamp;
     hit.payload_kind = header.payload_kind;
-    hit.payload.assign(text + header.id_bytes, header.payload_bytes);
+    text += header.id_bytes;
+    hit.space.assign(text, header.space_bytes);
+    hit.payload.assign(text + header.space_bytes, header.payload_bytes);
     hit.payload_omitted = (header.flags & kHitPayloadOmitted) != 0;
     answer.hits.push_back(std::move(hit));
     rest = rest.subspan(header.hit_bytes);
@@ -596,19 +598,24 @@ uint64_t RecallStream::Send(const RecallQuery& query) {
   CHECK(query.vector.size() <= kMaxDimension, "a vector has at most 4096 numbers");
   CHECK(query.filter.empty() || connection_->hello().attributes, "the server knows filters");
   CHECK(query.filter.size() <= kMaxFilterBytes, "a filter has at most 4096 bytes");
+  CHECK(
+      (!query.bound && !query.across && !query.vector.empty()) || connection_->hello().wide_recalls,
+      "the server knows bounds, recalls of all spaces, and of the latest");
   const uint64_t request = next_request_++;
   RecallBody body;
   body.k = query.k;
   body.ef = query.ef;
   body.dimension = static_cast<uint16_t>(query.vector.size());
-  body.dtype = VectorDtype::kF32;
+  body.dtype = query.vector.empty() ? VectorDtype::kNone : VectorDtype::kF32;
   const int flags = (query.with_payload ? kFrameFlagWithPayload : 0) |
                     (query.with_vector ? kFrameFlagWithVector : 0) |
                     (query.at_snapshot ? kFrameFlagSnapshot : 0) |
-                    (query.filter.empty() ? 0 : kFrameFlagFiltered);
+                    (query.filter.empty() ? 0 : kFrameFlagFiltered) |
+                    (query.bound ? kFrameFlagBounded : 0) | (query.across ? kFrameFlagAcross : 0);
   connection_->BeginFrame(FrameType::kRecall, static_cast<uint16_t>(flags), request);
   connection_->Append(BytesOf(body));
   connection_->Append(std::as_bytes(query.vector));
+  if (query.bound) connection_->Append(BytesOf(*query.bound));
   if (!query.filter.empty()) {
     const auto filter_bytes = static_cast<uint16_t>(query.filter.size());
     connection_->Append(BytesOf(filter_bytes));
@@ -632,6 +639,7 @@ Result<std::optional<RecallAnswer>> RecallStream::NextAnswer() {
     if (frame.header.type == FrameType::kResult) {
       if (found == pending_.end()) return FailGrammar("a result answers no recall");
       Pending& pending = found->second;
+      if (pending.answer.first_ns == 0) pending.answer.first_ns = NowNs();
       if (auto added = AddHits(frame.body, pending.k, pending.answer); !added) {
         return std::unexpected(added.error());
       }

@@ -58,7 +58,8 @@ struct HelloAnswer {
   uint64_t credit = 0;
   uint32_t max_frame_bytes = kMaxFrameBodyBytes;
   uint32_t max_recalls = 1;
-  bool attributes = false;  // it takes attributes and filters
+  bool attributes = false;    // it takes attributes and filters
+  bool wide_recalls = false;  // it takes bounds, recalls of all spaces, and of the latest
 };
 
 // A checked frame. `body` stays valid until the connection's next Receive.
@@ -192,6 +193,7 @@ class Connection {
 Result<void> CheckUnrelatedFrame(const Frame& frame);
 
 struct RecallQuery {
+  // Empty, with a filter: the latest of what matches.
   std::span<const float> vector;
   uint32_t k = 10;
   uint32_t ef = 0;  // 0: the server's default
@@ -200,10 +202,15 @@ struct RecallQuery {
   bool at_snapshot = false;  // what lived at one stamp in all of the space's partitions
   // As FilterWriter writes it; empty: none. Only where hello granted attributes.
   std::string_view filter = {};
+  // Only what is at least as near as this score, and what is near in all spaces of the same metric
+  // and dimension. Only where hello granted wide recalls.
+  std::optional<float> bound = {};
+  bool across = false;
 };
 
 struct RecallHit {
   std::string id;
+  std::string space;  // empty where one was recalled
   float score = 0;
   float confidence = 0;
   int64_t when_ns = 0;
@@ -217,8 +224,10 @@ struct RecallHit {
 struct RecallAnswer {
   uint64_t request = 0;
   Metric metric = Metric::kUnspecified;
-  uint64_t snapshot = 0;           // the stamp at which the hits lived, where that was asked for
-  std::vector<RecallHit> hits;     // nearest first
+  uint64_t snapshot = 0;  // the stamp at which the hits lived, where that was asked for
+  int64_t first_ns = 0;   // when the first of it was there, on the monotonic clock
+  // Nearest first. Of a long recall some come first, and then the others.
+  std::vector<RecallHit> hits;
   std::optional<Refusal> refusal;  // then there are no hits
 };
 
