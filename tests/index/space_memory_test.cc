@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "src/core/hash.h"
@@ -53,7 +54,7 @@ TEST(SpaceMemoryTest, LinkingWithoutMemoryChangesNothingAndGoesOnLater) {
     ASSERT_EQ(rig.Upsert(std::to_string(i), VectorDtype::kF32, QuarterVector(&random, 4)),
               RefusalReason::kNone);
   }
-  // Everything is taken, then a little given back at a time.
+  // Everything is taken, then the large blocks are given back.
   std::vector<std::byte*> hoard;
   for (;;) {
     std::byte* block = rig.memory.heap.Allocate(size_t{512} << 10);
@@ -61,17 +62,21 @@ TEST(SpaceMemoryTest, LinkingWithoutMemoryChangesNothingAndGoesOnLater) {
     hoard.push_back(block);
   }
   rig.memory.LeaveOnly(0);
+  std::vector<std::pair<std::byte*, size_t>> small;
+  for (size_t bytes = size_t{256} << 10; bytes > 0; bytes /= 2) {
+    while (std::byte* block = rig.memory.heap.Allocate(bytes)) small.emplace_back(block, bytes);
+  }
   ASSERT_FALSE(rig.Link(UINT32_MAX));
   ASSERT_FALSE(rig.linker.active());
   ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
   ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall(QuarterVector(&random, 4), 10, VectorDtype::kF32));
   for (std::byte* block : hoard) rig.memory.heap.Free(block, size_t{512} << 10);
-  // Blocks of that size alone are not what a graph's first chunks need, so it may still be short;
-  // what matters is that nothing is lost.
-  for (int i = 0; i < 100; ++i) rig.Link(UINT32_MAX);
+  for (uint32_t i = 0; i <= Space::kGraphFrom; ++i) rig.Link(UINT32_MAX);
+  EXPECT_EQ(rig.space->unlinked_count(), 0u) << "large blocks are cut";
   ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
   EXPECT_EQ(rig.space->live(), Space::kGraphFrom + 1);
   rig.space.reset();
+  for (const auto& [block, bytes] : small) rig.memory.heap.Free(block, bytes);
   EXPECT_EQ(rig.memory.heap.live_bytes(), 0u);
 }
 
