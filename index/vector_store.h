@@ -30,6 +30,8 @@ class VectorStore {
   size_t row_bytes() const { return rows_.stride(); }
   // Rows that exist.
   size_t capacity() const { return rows_.capacity(); }
+  // What they take of the heap.
+  size_t bytes() const { return rows_.bytes(); }
 
  private:
   ChunkedArray<std::byte, kRunTimeStride> rows_;
