@@ -425,8 +425,8 @@ void InvertedLists::ScoreByProducts(const BlockProducts& products, std::span<con
   for (uint32_t first = 0; first < count_; first += kGroupLists) {
     const Group& group = *groups_[first / kGroupLists];
     const size_t lists = std::min(count_ - first, kGroupLists);
-    products.Products(Centroid(first), format_->row_bytes(), lists, packed.data(), rows.size(),
-                      padded, out.data(), kGroupLists);
+    products.Products(Centroid(first), CentroidStride(), lists, packed.data(), rows.size(), padded,
+                      out.data(), kGroupLists);
     for (size_t i = 0; i < rows.size(); ++i) {
       const int32_t* const of_row = out.data() + i * kGroupLists;
       float* scores = scores_ + i * ScoreStride() + first;

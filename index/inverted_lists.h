@@ -193,8 +193,10 @@ class InvertedLists {
            ArenaHeap::BlockBytes(kMostAtOnce * stride * sizeof(float));
   }
   size_t BlockBytes() const { return kStoredHeaderBytes + codes_.block_bytes(); }
+  // BlockProducts takes rows that begin at a cache line.
+  size_t CentroidStride() const { return (format_->row_bytes() + 63) / 64 * 64; }
   size_t GroupBytes() const {
-    return kGroupHeaderBytes + codes_.block_bytes() + kGroupLists * format_->row_bytes();
+    return kGroupHeaderBytes + codes_.block_bytes() + kGroupLists * CentroidStride();
   }
   static const std::byte* CodesOf(const Stored* block) {
     return reinterpret_cast<const std::byte*>(block) + kStoredHeaderBytes;
@@ -211,7 +213,7 @@ class InvertedLists {
   }
   std::byte* Centroid(uint32_t list) const {
     return CentroidCodes(list / kGroupLists) + codes_.block_bytes() +
-           list % kGroupLists * format_->row_bytes();
+           list % kGroupLists * CentroidStride();
   }
   bool has_centroids() const { return unit_ != 0; }
   bool GrowScores();
