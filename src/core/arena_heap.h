@@ -14,7 +14,7 @@ namespace engram {
 //
 // Allocate takes, in this order:
 // 1. A free block of its size.
-// 2. A part of a free block that is at least kGenerous times as large, and 4 KiB.
+// 2. A part of a free block that is at least kGenerous times as large, and 1 KiB.
 // 3. New memory of the arena.
 // 4. A part of any larger free block: the smallest that there is.
 // Parts of a line are made together, as many as fill whole lines.
@@ -72,7 +72,8 @@ class ArenaHeap {
   static constexpr size_t kNoClass = kClasses;
   static constexpr size_t kClassesInWord = 64;
   static constexpr size_t kGenerous = 4;
-  static constexpr size_t kLeastGenerous = 4'096;
+  // More than that of a block that small parts were cut of would be left to no other size.
+  static constexpr size_t kLeastGenerous = 1'024;
   // Of blocks up to kLargestInFew bytes so many are cut at once.
   static constexpr size_t kLargestInFew = 16'384;
   static constexpr size_t kFewest = 16;

@@ -210,8 +210,8 @@ TEST(ArenaHeapTest, ASpentArenaGivesNullptrUntilSomethingIsFreed) {
 
 // What was given back serves every smaller size, but for a small share.
 TEST(ArenaHeapTest, ASpentArenaIsUsedAgainInOtherSizes) {
-  for (const size_t smaller :
-       {1u, 16u, 20u, 24u, 32u, 36u, 48u, 64u, 100u, 192u, 1'000u, 1'100u, 4'096u, 7'296u}) {
+  for (const size_t smaller : {1u, 16u, 20u, 24u, 32u, 36u, 48u, 64u, 100u, 192u, 1'000u, 1'100u,
+                               4'096u, 7'296u, 40'000u}) {
     HugePageArena arena = MakeArena(2 << 20);
     ArenaHeap heap(&arena);
     std::vector<std::byte*> blocks;
