@@ -11,7 +11,6 @@ namespace engram {
 
 namespace {
 
-constexpr size_t kIdMapEntryBytes = 12;
 constexpr size_t kAttributeHeaderBytes = 2;
 
 std::unexpected<Error> Unsound(const char* what, uint32_t which) {
@@ -225,7 +224,7 @@ bool AttributeIndex::MakePage(NodeId node) {
   auto* const page = reinterpret_cast<Page*>(heap_->Allocate(sizeof(Page)));
   if (page == nullptr) return false;
   std::memset(static_cast<void*>(page), 0, sizeof(Page));
-  page_bytes_ += sizeof(Page);
+  page_bytes_ += ArenaHeap::BlockBytes(sizeof(Page));
   pages_[index] = page;
   return true;
 }
@@ -470,9 +469,8 @@ bool AttributeIndex::Candidates::Next(std::span<const NodeId>* nodes) {
 // ---------------------------------------------------------------------------------------------
 
 size_t AttributeIndex::bytes() const {
-  return page_bytes_ + block_bytes_ + lists_.bytes() + pages_.capacity() * sizeof(Page*) +
-         terms_.capacity() * sizeof(Term) + sets_.capacity() * sizeof(Set) +
-         (term_map_.size() + set_map_.size()) * kIdMapEntryBytes;
+  return page_bytes_ + block_bytes_ + lists_.bytes() + pages_.bytes() + terms_.bytes() +
+         sets_.bytes() + term_map_.bytes() + set_map_.bytes();
 }
 
 Result<void> AttributeIndex::CheckSet(SetId id) const {

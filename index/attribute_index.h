@@ -136,7 +136,7 @@ class AttributeIndex {
   uint64_t nodes() const { return nodes_; }
   size_t terms() const { return term_map_.size(); }
   size_t sets() const { return set_map_.size(); }
-  // Of memory taken.
+  // What it takes of the heap.
   size_t bytes() const;
   // kCorrupt naming what is wrong. Reads everything: for tests.
   Result<void> CheckInvariants() const;

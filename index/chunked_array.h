@@ -71,6 +71,7 @@ class ChunkedArray {
     chunks_.store(nullptr, std::memory_order_relaxed);
     chunk_count_ = 0;
     capacity_ = 0;
+    bytes_ = 0;
   }
 
   // The first element of item `index`, which must be below capacity() on the owner core.
@@ -90,6 +91,8 @@ class ChunkedArray {
 
   // Items that exist; owner core only.
   size_t capacity() const { return capacity_; }
+  // What it takes of the heap; owner core only.
+  size_t bytes() const { return bytes_; }
   size_t stride() const {
     if constexpr (kStride != kRunTimeStride) return kStride;
     return stride_;
@@ -142,6 +145,7 @@ class ChunkedArray {
     const size_t items = ChunkItems(chunk_count_);
     T* chunk = heap_->AllocateArray<T>(items * stride());
     if (chunk == nullptr) return false;
+    bytes_ += ArenaHeap::BlockBytes(items * stride() * sizeof(T));
     std::memset(static_cast<void*>(chunk), 0, items * stride() * sizeof(T));
     // Nobody reads this entry until they have learned of an item in it, which is after now.
     newest_->chunks()[chunk_count_] = chunk;
@@ -154,6 +158,7 @@ class ChunkedArray {
     const size_t capacity = newest_ == nullptr ? 6 : newest_->capacity * 2;
     std::byte* block = heap_->Allocate(DirectoryBytes(capacity));
     if (block == nullptr) return false;
+    bytes_ += ArenaHeap::BlockBytes(DirectoryBytes(capacity));
     auto* grown = reinterpret_cast<Directory*>(block);
     grown->older = newest_;
     grown->capacity = capacity;
@@ -176,6 +181,7 @@ class ChunkedArray {
   Directory* newest_ = nullptr;
   size_t chunk_count_ = 0;
   size_t capacity_ = 0;
+  size_t bytes_ = 0;
 };
 
 }  // namespace engram

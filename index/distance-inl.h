@@ -186,8 +186,8 @@ HWY_INLINE Int8Scaling TrailerOf(const std::byte* row, size_t padded_dimension) 
 // VPDPBUSD multiplies unsigned by signed, four products a lane, and does not saturate. So `a` is
 // taken as a + 128, which is what flipping its top bit makes of it, and 128 * sum(b) is too much.
 HWY_INLINE __m512i AddProducts(const std::byte* a, const std::byte* b, __m512i sum) {
-  const __m512i raised = _mm512_xor_si512(_mm512_load_si512(a), _mm512_set1_epi8(-128));
-  return _mm512_dpbusd_epi32(sum, raised, _mm512_load_si512(b));
+  const __m512i raised = _mm512_xor_si512(_mm512_loadu_si512(a), _mm512_set1_epi8(-128));
+  return _mm512_dpbusd_epi32(sum, raised, _mm512_loadu_si512(b));
 }
 HWY_INLINE int32_t DotOfInt8(const std::byte* a, const std::byte* b, size_t count) {
   __m512i sum0 = _mm512_setzero_si512();
@@ -214,11 +214,11 @@ HWY_INLINE void DotsOfFour(const std::byte* query, const std::byte* const* rows,
   __m512i sum2 = _mm512_setzero_si512();
   __m512i sum3 = _mm512_setzero_si512();
   for (size_t i = 0; i < count; i += 64) {
-    const __m512i raised = _mm512_xor_si512(_mm512_load_si512(query + i), _mm512_set1_epi8(-128));
-    sum0 = _mm512_dpbusd_epi32(sum0, raised, _mm512_load_si512(rows[0] + i));
-    sum1 = _mm512_dpbusd_epi32(sum1, raised, _mm512_load_si512(rows[1] + i));
-    sum2 = _mm512_dpbusd_epi32(sum2, raised, _mm512_load_si512(rows[2] + i));
-    sum3 = _mm512_dpbusd_epi32(sum3, raised, _mm512_load_si512(rows[3] + i));
+    const __m512i raised = _mm512_xor_si512(_mm512_loadu_si512(query + i), _mm512_set1_epi8(-128));
+    sum0 = _mm512_dpbusd_epi32(sum0, raised, _mm512_loadu_si512(rows[0] + i));
+    sum1 = _mm512_dpbusd_epi32(sum1, raised, _mm512_loadu_si512(rows[1] + i));
+    sum2 = _mm512_dpbusd_epi32(sum2, raised, _mm512_loadu_si512(rows[2] + i));
+    sum3 = _mm512_dpbusd_epi32(sum3, raised, _mm512_loadu_si512(rows[3] + i));
   }
   const __m512i sum01 =
       _mm512_add_epi32(_mm512_unpacklo_epi32(sum0, sum1), _mm512_unpackhi_epi32(sum0, sum1));

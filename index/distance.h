@@ -12,9 +12,9 @@ namespace engram {
 //   cosine         1 - dot, of vectors that are stored with norm 1; 0 to 2
 //   inner product  -dot; any sign
 //   L2             squared Euclidean distance
-// All kernels take rows as VectorFormat writes them: PaddedDimension(precision, dimension) elements
-// from a cache line on, zero beyond the dimension, so there is no remainder to handle. Each takes
-// its two rows in either order with the same result, bit for bit.
+// All kernels take rows as VectorFormat writes them: PaddedDimension(precision, dimension)
+// elements, zero beyond the dimension, so there is no remainder to handle. Each takes its two rows
+// in either order with the same result, bit for bit.
 //
 // f32 and bf16 rows are summed in float: beyond its range a sum is infinite, or not a number where
 // terms of both signs leave it. bf16 rows are not scaled again after their rounding, so the cosine
@@ -47,11 +47,15 @@ struct Int8Trailer {
   double scale;          // 0 for a zero vector
   double squared_norm;   // of the stored numbers
   int32_t sum;           // of the int8 numbers
-  uint8_t reserved[44];  // zero
+  uint8_t reserved[12];  // zero
 };
-static_assert(sizeof(Int8Trailer) == 64, "one cache line, so that rows stay aligned");
+// Half a line. So every other int8 row begins in the middle of a line; it touches as many lines as
+// one that begins with a line.
+static_assert(sizeof(Int8Trailer) == 32);
+// Rows begin at a multiple of this: of f32 and bf16, which are whole lines, at one of 64.
+inline constexpr size_t kRowAlignment = 32;
 
-// `a` and `b`: rows of one format, aligned to 64 bytes.
+// `a` and `b`: rows of one format, aligned to 64 bytes, int8 ones to 32.
 using DistanceFn = float (*)(const std::byte* a, const std::byte* b, size_t padded_dimension);
 // The distances from `query` to `count` rows, which are what a DistanceFn gives for each.
 using DistancesFn = void (*)(const std::byte* query, const std::byte* const* rows, size_t count,

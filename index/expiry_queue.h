@@ -102,7 +102,8 @@ class ExpiryQueue {
   // Of a node that is in the queue.
   CommitStamp StampOf(NodeId node) const { return entries_[node].stamp; }
   uint64_t size() const { return size_; }
-  uint64_t bytes() const { return entries_.capacity() * sizeof(Entry); }
+  // What it takes of the heap.
+  uint64_t bytes() const { return entries_.bytes(); }
   // Lists that there are now, and nodes that Add has looked back over, ever: for tests.
   size_t lists() const { return lists_.size(); }
   uint64_t steps() const { return steps_; }

@@ -30,7 +30,7 @@ FreshList::~FreshList() {
 FreshList::Run* FreshList::AllocateRun(size_t capacity) {
   std::byte* block = heap_->Allocate(RunBytes(capacity));
   if (block == nullptr) return nullptr;
-  bytes_ += RunBytes(capacity);
+  bytes_ += ArenaHeap::BlockBytes(RunBytes(capacity));
   return new (block)
       Run{.capacity = capacity, .head = 0, .tail = 0, .next_retired = nullptr, .retired_in = 0};
 }
@@ -58,7 +58,7 @@ void FreshList::MakeSpare(size_t capacity) {
 }
 
 void FreshList::FreeRun(Run* run) {
-  bytes_ -= RunBytes(run->capacity);
+  bytes_ -= ArenaHeap::BlockBytes(RunBytes(run->capacity));
   heap_->Free(reinterpret_cast<std::byte*>(run), RunBytes(run->capacity));
 }
 

@@ -132,6 +132,7 @@ class FreshList {
   // The first one becomes the last. There is room (Reserve).
   void MoveFirstToEnd();
   size_t size() const { return TakeSnapshot().size(); }
+  // What it takes of the heap.
   size_t bytes() const { return bytes_; }
   // Gives back the runs that no reader can be in.
   void Reclaim();

@@ -72,7 +72,7 @@ void GraphWalkSteps::Begin(const SearchTarget& target, uint32_t k, uint32_t ef,
   scratch_ = scratch;
   scratch_->ForgetVisited();
   scratch_->list_.Begin(1);
-  const size_t lines = std::max<size_t>(target.vectors->row_bytes() / kCacheLineBytes, 1);
+  const size_t lines = (target.vectors->row_bytes() + kCacheLineBytes - 1) / kCacheLineBytes;
   rows_ahead_ = std::max(kLinesAhead / lines, kMinRowsAhead);
   state_ = State::kComplete;
   const NodeId entry = target.graph->entry_point();

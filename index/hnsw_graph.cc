@@ -56,6 +56,7 @@ void HnswGraph::FreeUpper(NodeId node) {
   Node& entry = nodes_[node];
   if (entry.upper == nullptr) return;
   heap_->FreeArray(entry.upper, entry.level * upper_stride_);
+  upper_bytes_ -= ArenaHeap::BlockBytes(UpperBytes(entry.level));
   entry.upper = nullptr;
 }
 
@@ -85,6 +86,7 @@ bool HnswGraph::AddNode(NodeId node, uint32_t level) {
   if (level != 0) {
     upper = heap_->AllocateArray<NodeId>(level * upper_stride_);
     if (upper == nullptr) return false;
+    upper_bytes_ += ArenaHeap::BlockBytes(UpperBytes(level));
     std::fill_n(upper, level * upper_stride_, kNoNode);
   }
   std::fill_n(bottom_.Row(node), bottom_.stride(), kNoNode);

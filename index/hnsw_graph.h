@@ -163,6 +163,8 @@ class HnswGraph {
   // What the links of a node of `level` take above level 0, in bytes.
   size_t UpperBytes(uint32_t level) const { return level * upper_stride_ * sizeof(NodeId); }
   size_t BottomBytes() const { return bottom_.stride() * sizeof(NodeId); }
+  // What it takes of the heap.
+  size_t bytes() const { return bottom_.bytes() + nodes_.bytes() + upper_bytes_; }
 
   // kCorrupt with the node, level and violation. True between any two slices of linking or
   // sweeping. Reads the whole graph and takes memory by malloc: for tests and for a look after a
@@ -221,6 +223,7 @@ class HnswGraph {
   size_t known_nodes_ = 0;
   uint8_t generation_ = 0;  // one of two
   size_t earlier_count_ = 0;
+  size_t upper_bytes_ = 0;  // of the heap
 };
 
 }  // namespace engram

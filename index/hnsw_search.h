@@ -160,7 +160,7 @@ class SearchScratch {
 // processor's own prefetcher once the distance runs.
 inline void PrefetchRow(const std::byte* row, size_t row_bytes) {
   constexpr size_t kLinesAhead = 8;
-  const size_t lines = std::min(row_bytes / kCacheLineBytes, kLinesAhead);
+  const size_t lines = std::min((row_bytes + kCacheLineBytes - 1) / kCacheLineBytes, kLinesAhead);
   for (size_t line = 0; line < lines; ++line) __builtin_prefetch(row + line * kCacheLineBytes);
 }
 

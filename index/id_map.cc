@@ -42,8 +42,7 @@ void IdMap::Release() {
     index += size_t{1} << (depth_ - segment->depth);
     FreeSegment(segment);
   }
-  heap_->FreeArray(directory_, places);
-  directory_ = nullptr;
+  FreeDirectory();
   depth_ = 0;
   size_ = 0;
 }
@@ -51,13 +50,30 @@ void IdMap::Release() {
 IdMap::Segment* IdMap::NewSegment(uint32_t places, uint32_t depth) {
   auto* segment = reinterpret_cast<Segment*>(heap_->Allocate(SegmentBytes(places)));
   if (segment == nullptr) return nullptr;
+  bytes_ += ArenaHeap::BlockBytes(SegmentBytes(places));
   *segment = {.mask = places - 1, .depth = depth, .used = 0, .reserved = 0};
   for (uint32_t i = 0; i < places; ++i) segment->entries()[i] = {0, kNoNode};
   return segment;
 }
 
 void IdMap::FreeSegment(Segment* segment) {
-  heap_->Free(reinterpret_cast<std::byte*>(segment), SegmentBytes(segment->mask + 1));
+  const size_t bytes = SegmentBytes(segment->mask + 1);
+  bytes_ -= ArenaHeap::BlockBytes(bytes);
+  heap_->Free(reinterpret_cast<std::byte*>(segment), bytes);
+}
+
+IdMap::Segment** IdMap::NewDirectory(size_t places) {
+  auto** directory = heap_->AllocateArray<Segment*>(places);
+  if (directory != nullptr) bytes_ += ArenaHeap::BlockBytes(places * sizeof(Segment*));
+  return directory;
+}
+
+// That of now.
+void IdMap::FreeDirectory() {
+  const size_t places = size_t{1} << depth_;
+  bytes_ -= ArenaHeap::BlockBytes(places * sizeof(Segment*));
+  heap_->FreeArray(directory_, places);
+  directory_ = nullptr;
 }
 
 void IdMap::Put(Segment* segment, Entry entry) {
@@ -79,12 +95,11 @@ IdMap::Entry* IdMap::FindEntry(uint32_t tag, NodeId node, Segment** segment) {
 
 bool IdMap::MakeRoom(uint32_t tag) {
   if (directory_ == nullptr) {
-    directory_ = heap_->AllocateArray<Segment*>(1);
+    directory_ = NewDirectory(1);
     if (directory_ == nullptr) return false;
     directory_[0] = NewSegment(kFirstSegment, 0);
     if (directory_[0] == nullptr) {
-      heap_->FreeArray(directory_, 1);
-      directory_ = nullptr;
+      FreeDirectory();
       return false;
     }
   }
@@ -140,10 +155,10 @@ bool IdMap::Split(size_t index) {
 
 bool IdMap::DoubleDirectory() {
   const size_t places = size_t{1} << depth_;
-  auto** larger = heap_->AllocateArray<Segment*>(places * 2);
+  auto** larger = NewDirectory(places * 2);
   if (larger == nullptr) return false;
   for (size_t i = 0; i < places * 2; ++i) larger[i] = directory_[i / 2];
-  heap_->FreeArray(directory_, places);
+  FreeDirectory();
   directory_ = larger;
   ++depth_;
   return true;

@@ -91,6 +91,8 @@ class IdMap {
   }
 
   size_t size() const { return size_; }
+  // What it takes of the heap.
+  size_t bytes() const { return bytes_; }
 
  private:
   struct Entry {
@@ -113,6 +115,8 @@ class IdMap {
   static uint32_t TagOf(uint64_t hash) { return static_cast<uint32_t>(hash >> 32); }
   size_t DirectoryIndex(uint32_t tag) const { return depth_ == 0 ? 0 : tag >> (32 - depth_); }
   static size_t SegmentBytes(uint32_t places) { return sizeof(Segment) + places * sizeof(Entry); }
+  Segment** NewDirectory(size_t places);
+  void FreeDirectory();
   Segment* NewSegment(uint32_t places, uint32_t depth);
   void FreeSegment(Segment* segment);
   static void Put(Segment* segment, Entry entry);
@@ -127,6 +131,7 @@ class IdMap {
   Segment** directory_ = nullptr;
   uint32_t depth_ = 0;
   size_t size_ = 0;
+  size_t bytes_ = 0;
 };
 
 }  // namespace engram

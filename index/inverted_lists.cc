@@ -137,7 +137,7 @@ bool InvertedLists::GrowScores() {
   std::fill_n(scores, kMostAtOnce * stride, 0.0F);
   if (sizes_ != nullptr) std::copy_n(sizes_, count_, sizes);
   FreeScores();
-  bytes_ += (kMostAtOnce + 1) * stride * sizeof(float);
+  bytes_ += ScoreBytes(stride);
   sizes_ = sizes;
   scores_ = scores;
   list_capacity_ = capacity;
@@ -148,7 +148,7 @@ void InvertedLists::FreeScores() {
   if (sizes_ == nullptr) return;
   heap_->FreeArray(sizes_, ScoreStride());
   heap_->FreeArray(scores_, kMostAtOnce * ScoreStride());
-  bytes_ -= (kMostAtOnce + 1) * ScoreStride() * sizeof(float);
+  bytes_ -= ScoreBytes(ScoreStride());
 }
 
 // An empty one, without a centroid.
@@ -161,7 +161,7 @@ bool InvertedLists::AddList() {
     std::byte* block = heap_->Allocate(GroupBytes());
     if (block == nullptr) return false;
     std::memset(block, 0, GroupBytes());
-    bytes_ += GroupBytes();
+    bytes_ += ArenaHeap::BlockBytes(GroupBytes());
     groups_[group] = reinterpret_cast<Group*>(block);
   }
   lists_[count_] = List{};
@@ -246,7 +246,7 @@ uint32_t InvertedLists::CopiesOf(const List& list, uint32_t hash) const {
 InvertedLists::Stored* InvertedLists::AppendBlock(List* list) {
   std::byte* bytes = heap_->Allocate(BlockBytes());
   if (bytes == nullptr) return nullptr;
-  bytes_ += BlockBytes();
+  bytes_ += ArenaHeap::BlockBytes(BlockBytes());
   auto* block = reinterpret_cast<Stored*>(bytes);
   block->next = nullptr;
   block->nodes.fill(kNoNode);
@@ -259,7 +259,7 @@ void InvertedLists::DropLast(List* list) {
   Stored* before = nullptr;
   for (Stored* block = list->first; block != list->last; block = block->next) before = block;
   heap_->Free(reinterpret_cast<std::byte*>(list->last), BlockBytes());
-  bytes_ -= BlockBytes();
+  bytes_ -= ArenaHeap::BlockBytes(BlockBytes());
   list->last = before;
   (before == nullptr ? list->first : before->next) = nullptr;
 }
@@ -425,8 +425,8 @@ void InvertedLists::ScoreByProducts(const BlockProducts& products, std::span<con
   for (uint32_t first = 0; first < count_; first += kGroupLists) {
     const Group& group = *groups_[first / kGroupLists];
     const size_t lists = std::min(count_ - first, kGroupLists);
-    products.Products(Centroid(first), format_->row_bytes(), lists, packed.data(), rows.size(),
-                      padded, out.data(), kGroupLists);
+    products.Products(Centroid(first), CentroidStride(), lists, packed.data(), rows.size(), padded,
+                      out.data(), kGroupLists);
     for (size_t i = 0; i < rows.size(); ++i) {
       const int32_t* const of_row = out.data() + i * kGroupLists;
       float* scores = scores_ + i * ScoreStride() + first;

@@ -153,8 +153,8 @@ class InvertedLists {
   // no more is left than the end can do at once.
   bool ReleaseSome(uint32_t most_members);
 
-  // What it takes of the heap.
-  size_t bytes() const { return bytes_; }
+  // What they take of the heap.
+  size_t bytes() const { return bytes_ + lists_.bytes() + groups_.bytes() + home_of_.bytes(); }
   // kCorrupt with what is wrong. For tests and checks; allocates.
   Result<void> CheckInvariants() const;
 
@@ -187,9 +187,16 @@ class InvertedLists {
   static constexpr size_t kStoredHeaderBytes = (sizeof(Stored) + 63) / 64 * 64;
 
   size_t ScoreStride() const { return size_t{list_capacity_} + kSelectionSlack; }
+  // Of the heap, for sizes and scores.
+  static size_t ScoreBytes(size_t stride) {
+    return ArenaHeap::BlockBytes(stride * sizeof(float)) +
+           ArenaHeap::BlockBytes(kMostAtOnce * stride * sizeof(float));
+  }
   size_t BlockBytes() const { return kStoredHeaderBytes + codes_.block_bytes(); }
+  // BlockProducts takes rows that begin at a cache line.
+  size_t CentroidStride() const { return (format_->row_bytes() + 63) / 64 * 64; }
   size_t GroupBytes() const {
-    return kGroupHeaderBytes + codes_.block_bytes() + kGroupLists * format_->row_bytes();
+    return kGroupHeaderBytes + codes_.block_bytes() + kGroupLists * CentroidStride();
   }
   static const std::byte* CodesOf(const Stored* block) {
     return reinterpret_cast<const std::byte*>(block) + kStoredHeaderBytes;
@@ -206,7 +213,7 @@ class InvertedLists {
   }
   std::byte* Centroid(uint32_t list) const {
     return CentroidCodes(list / kGroupLists) + codes_.block_bytes() +
-           list % kGroupLists * format_->row_bytes();
+           list % kGroupLists * CentroidStride();
   }
   bool has_centroids() const { return unit_ != 0; }
   bool GrowScores();
@@ -261,8 +268,8 @@ class InvertedLists {
   uint32_t count_ = 0;
   uint32_t empty_ = 0;  // lists that have no members
   size_t members_ = 0;
-  double unit_ = 0;  // scale of the first centroid: keeps products in float's range
-  size_t bytes_ = 0;
+  double unit_ = 0;   // scale of the first centroid: keeps products in float's range
+  size_t bytes_ = 0;  // of the heap, but for arrays
 };
 
 }  // namespace engram

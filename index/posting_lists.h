@@ -130,7 +130,7 @@ class PostingLists {
   uint32_t At(uint32_t place) const { return blocks_[place / kPlaces].numbers[place % kPlaces]; }
   // Blocks that are in lists, and bytes of all there are.
   size_t used_blocks() const { return made_ - free_; }
-  size_t bytes() const { return blocks_.capacity() * sizeof(Block); }
+  size_t bytes() const { return blocks_.bytes(); }
 
  private:
   static constexpr uint32_t kPlaces = 16;  // numbers of places that a block takes

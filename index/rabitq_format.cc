@@ -162,6 +162,8 @@ RabitqFormat* RabitqFormat::Create(Metric metric, uint32_t dimension, const floa
   return new (block) RabitqFormat(metric, dimension, seed, own_centroid);
 }
 
+size_t RabitqFormat::heap_bytes() const { return ArenaHeap::BlockBytes(BytesOfFormat(bits_)); }
+
 void RabitqFormat::Destroy(RabitqFormat* format, ArenaHeap* heap) {
   if (format == nullptr) return;
   const size_t bytes = BytesOfFormat(format->bits());

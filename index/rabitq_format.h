@@ -63,6 +63,8 @@ class RabitqFormat {
   size_t row_bytes() const { return row_bytes_; }
   // A multiple of 64.
   size_t query_bytes() const { return query_bytes_; }
+  // What the format takes of its heap.
+  size_t heap_bytes() const;
 
   // All of these take `v` as dimension() finite floats, no alignment needed, of norm 1 under
   // cosine. None allocates; each takes up to 32 KiB of stack.

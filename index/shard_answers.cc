@@ -273,7 +273,7 @@ int Shard::EmitSpaceRecords(Reply* answer) {
     std::byte* bytes = port_.result_slab->At(slot);
     ResultBatch batch;
     size_t used = sizeof(ResultBatch);
-    constexpr size_t kRecordRoom = PadTo8(sizeof(SpaceRecord) + kMaxSpaceNameBytes);
+    constexpr size_t kRecordRoom = SpaceRecordBytes(kMaxSpaceNameBytes);
     while (introspected_ < spaces_.size() && used + kRecordRoom <= kResultSlotBytes) {
       const uint32_t space = introspected_++;
       if (entries_[space]->is_vacant()) continue;
@@ -295,8 +295,10 @@ int Shard::EmitSpaceRecords(Reply* answer) {
 }
 
 size_t Shard::WriteSpaceRecord(const Space& space, std::byte* to) const {
+  const MemoryByKind memory = space.memory();
   const size_t used = sizeof(SpaceRecord) + space.name().size();
-  const SpaceRecord record{.record_bytes = static_cast<uint32_t>(PadTo8(used)),
+  const size_t bytes = SpaceRecordBytes(space.name().size());
+  const SpaceRecord record{.record_bytes = static_cast<uint32_t>(bytes),
                            .shard = port_.shard.value(),
                            .dimension = static_cast<uint16_t>(space.dimension()),
                            .metric = space.metric(),
@@ -307,10 +309,11 @@ size_t Shard::WriteSpaceRecord(const Space& space, std::byte* to) const {
                            .linked = space.linked(),
                            .unlinked = space.unlinked_count(),
                            .retired = space.retired(),
-                           .resident_bytes = space.resident_bytes()};
+                           .resident_bytes = SumOf(memory)};
   std::memcpy(to, &record, sizeof(record));
   std::memcpy(to + sizeof(record), space.name().data(), space.name().size());
-  std::memset(to + used, 0, record.record_bytes - used);
+  std::memset(to + used, 0, bytes - sizeof(memory) - used);
+  std::memcpy(to + bytes - sizeof(memory), &memory, sizeof(memory));
   return record.record_bytes;
 }
 

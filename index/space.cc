@@ -642,18 +642,30 @@ size_t Space::NodesInBytes(size_t bytes) const {
   return bytes / (code_format_ ? code_format_->row_bytes() : kCacheLineBytes);
 }
 
-uint64_t Space::resident_bytes() const {
-  const uint64_t vectors = (codes_ ? codes_->capacity() * codes_->row_bytes() : 0) +
-                           (exact_ ? exact_->capacity() * exact_->row_bytes() : 0);
-  const WalkCodes* const walk = walk_codes();
-  const uint64_t codes =
-      (walk != nullptr ? walk->rows().capacity() * walk->rows().row_bytes() : 0) +
-      (lists_ ? lists_->bytes() : 0);
-  const uint64_t links = graph_.capacity() * graph_.BottomBytes();
-  return vectors + codes + links + nodes_.capacity() * sizeof(Node) +
-         stamps_.capacity() * sizeof(Stamps) + has_end_.capacity() * sizeof(uint64_t) +
-         (waiting_ ? waiting_->bytes() : 0) + fresh_.bytes() + ids_.size() * 12 + text_bytes_ +
-         (aged_ ? aged_->bytes() : 0) + attributes_.bytes() + times_.bytes();
+MemoryByKind Space::memory() const {
+  MemoryByKind memory{};
+  const auto add = [&memory](MemoryKind kind, uint64_t bytes) {
+    memory[static_cast<size_t>(kind)] += bytes;
+  };
+  for (const auto* rows : {&codes_, &exact_}) {
+    if (*rows) add(MemoryKind::kRows, (*rows)->bytes());
+  }
+  const std::array<const WalkCodes*, 3> all_codes = {walk_codes(), next_codes_, retired_codes_};
+  for (const WalkCodes* codes : all_codes) {
+    if (codes != nullptr) add(MemoryKind::kCodes, codes->bytes());
+  }
+  add(MemoryKind::kLinks, graph_.bytes());
+  if (lists_) add(MemoryKind::kLists, lists_->bytes());
+  if (waiting_) add(MemoryKind::kWaiting, waiting_->bytes());
+  add(MemoryKind::kWaiting, fresh_.bytes());
+  add(MemoryKind::kRecords, nodes_.bytes());
+  add(MemoryKind::kIds, ids_.bytes() + text_bytes_);
+  add(MemoryKind::kStamps, stamps_.bytes() + has_end_.bytes() + (aged_ ? aged_->bytes() : 0));
+  if (superseded_ != nullptr) {
+    add(MemoryKind::kStamps, ArenaHeap::BlockBytes(kSupersededKept * sizeof(Superseded)));
+  }
+  add(MemoryKind::kFilters, attributes_.bytes() + times_.bytes());
+  return memory;
 }
 
 uint64_t Space::HashOf(std::string_view id) const { return HashString(id, options_.hash_seed); }

@@ -34,6 +34,7 @@
 #include "src/core/ids.h"
 #include "src/core/log_address.h"
 #include "src/core/log_record.h"
+#include "src/core/memory_kinds.h"
 #include "src/core/observation.h"
 #include "src/core/reader_epochs.h"
 #include "src/core/refusal_reason.h"
@@ -440,7 +441,9 @@ class Space {
   // Nodes that upkeep is behind by: those that wait for the graph, and the retired ones in it
   // beyond a share that sweeps let gather. 0 while there is no graph, as nothing waits for it.
   uint64_t backlog() const;
-  uint64_t resident_bytes() const;
+  // What it takes of the heap. Without what belongs to upkeep and saves that are under way.
+  MemoryByKind memory() const;
+  uint64_t resident_bytes() const { return SumOf(memory()); }
   // Of this what is in use, by what lives, is hidden, or has ended and is not given back yet.
   uint64_t held_bytes() const {
     return (live_ + hidden_ + retired_ + tombstones_) * NodeBytes() + text_bytes_ +

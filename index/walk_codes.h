@@ -43,6 +43,10 @@ class WalkCodes {
   // By node.
   VectorStore& rows() { return rows_; }
   const VectorStore& rows() const { return rows_; }
+  // What they take of the heap, this object of it included.
+  size_t bytes() const {
+    return ArenaHeap::BlockBytes(sizeof(WalkCodes)) + format_->heap_bytes() + rows_.bytes();
+  }
   // `query`: as RabitqFormat::EncodeQuery writes it.
   SearchTarget TargetFor(const HnswGraph* graph, const std::byte* query) const {
     return {graph, &rows_, format_->distance(), format_->bits(), query, format_->distances()};

@@ -31,7 +31,7 @@ constexpr uint64_t kWorthACheckpointRecords = 1'000;
 constexpr int kGreetingsPerPoll = 64;
 constexpr int64_t kLastCheckpointNs = 60 * kNanosPerSecond;
 // Memory made present ahead of a shard's use, and how much of it in one step.
-constexpr size_t kPrefaultAheadBytes = size_t{16} << 20;
+constexpr size_t kPrefaultAheadBytes = size_t{8} << 20;
 constexpr size_t kPrefaultStepBytes = size_t{4} << 20;
 
 size_t MachineMemoryBytes() {

@@ -40,6 +40,9 @@ struct ExtentHeader {
 static_assert(sizeof(ExtentHeader) == 40);
 inline constexpr size_t kExtentCrcOffset = 12;
 
+// Of a row in memory, in a node: int8 rows are padded with zeros to whole lines.
+constexpr size_t SavedRowBytes(size_t row_bytes) { return (row_bytes + 63) / 64 * 64; }
+
 // The body of kSpace; the name follows, padded.
 struct SpaceExtent {
   uint64_t latest_stamp;

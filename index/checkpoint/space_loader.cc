@@ -185,8 +185,8 @@ Result<SavedSpace> ParseSpace(const ExtentHeader& header, std::span<const std::b
   saved.hold = header.save;
   saved.has_payload = (body.flags & kSavedPayload) != 0;
   const auto [code, exact] = FormatsOf(saved);
-  if (saved.code_row_bytes != (code ? code->row_bytes() : 0) ||
-      saved.exact_row_bytes != (exact ? exact->row_bytes() : 0)) {
+  if (saved.code_row_bytes != (code ? SavedRowBytes(code->row_bytes()) : 0) ||
+      saved.exact_row_bytes != (exact ? SavedRowBytes(exact->row_bytes()) : 0)) {
     return CorruptAt(offset, "bytes of a row do not fit the dimension");
   }
   return saved;
@@ -577,7 +577,7 @@ Result<void> SpaceLoader::TakeNode(const SavedNode& saved, const std::byte* body
 
 Result<void> SpaceLoader::LoadRows(NodeId node, const std::byte* rows) {
   if (!IsSoundRow(*saved_code_, rows) ||
-      (saved_exact_ && !IsSoundRow(*saved_exact_, rows + saved_code_->row_bytes()))) {
+      (saved_exact_ && !IsSoundRow(*saved_exact_, rows + saved_.code_row_bytes))) {
     return Corrupt("a vector's numbers");
   }
   if (!LoadRow(*space_->code_format_, rows, space_->codes_->Row(node)) ||
@@ -590,7 +590,7 @@ Result<void> SpaceLoader::LoadRows(NodeId node, const std::byte* rows) {
 // The row of this form, or one that is encoded from the best one. False where that is zero under
 // cosine.
 bool SpaceLoader::LoadRow(const VectorFormat& format, const std::byte* rows, std::byte* to) {
-  const std::byte* best = saved_exact_ ? rows + saved_code_->row_bytes() : rows;
+  const std::byte* best = saved_exact_ ? rows + saved_.code_row_bytes : rows;
   const VectorFormat& best_format = saved_exact_ ? *saved_exact_ : *saved_code_;
   if (format.precision() == best_format.precision()) {
     std::memcpy(to, best, format.row_bytes());

@@ -40,6 +40,13 @@ std::byte* PutPadded(const std::byte* from, size_t bytes, std::byte* to) {
   return to + PadTo8(bytes);
 }
 
+std::byte* PutRow(const VectorStore& rows, NodeId node, std::byte* to) {
+  const size_t bytes = SavedRowBytes(rows.row_bytes());
+  std::memcpy(to, rows.Row(node), rows.row_bytes());
+  std::memset(to + rows.row_bytes(), 0, bytes - rows.row_bytes());
+  return to + bytes;
+}
+
 // Those of a list, up to its last link.
 uint32_t PlacesOf(const HnswGraph& graph, NodeId node, uint32_t level) {
   const NodeId* links = graph.Links(node, level);
@@ -131,8 +138,11 @@ size_t SpaceSaver::WriteSpace(std::span<std::byte> to) {
   body.dimension = dimension_;
   body.node_count = save_.end;
   if (dimension_ != 0) {
-    body.code_row_bytes = static_cast<uint32_t>(space.codes_->row_bytes());
-    if (space.exact_) body.exact_row_bytes = static_cast<uint32_t>(space.exact_->row_bytes());
+    const auto saved_bytes = [](const VectorStore& rows) {
+      return static_cast<uint32_t>(SavedRowBytes(rows.row_bytes()));
+    };
+    body.code_row_bytes = saved_bytes(*space.codes_);
+    if (space.exact_) body.exact_row_bytes = saved_bytes(*space.exact_);
   }
   body.M = static_cast<uint16_t>(space.graph_.MaxDegree(1));
   body.M0 = static_cast<uint16_t>(space.graph_.MaxDegree(0));
@@ -337,7 +347,8 @@ size_t SpaceSaver::AttributeRoom(const SavedNode& saved) const {
 
 size_t SpaceSaver::RowBytes(const SavedNode& saved) const {
   if (saved.state == SavedState::kTombstone) return 0;
-  return space_->codes_->row_bytes() + (space_->exact_ ? space_->exact_->row_bytes() : 0);
+  return SavedRowBytes(space_->codes_->row_bytes()) +
+         (space_->exact_ ? SavedRowBytes(space_->exact_->row_bytes()) : 0);
 }
 
 void SpaceSaver::PutNode(const SavedNode& saved, std::byte* to) const {
@@ -345,8 +356,8 @@ void SpaceSaver::PutNode(const SavedNode& saved, std::byte* to) const {
   std::memcpy(to, &saved, sizeof(saved));
   to += sizeof(saved);
   if (saved.state != SavedState::kTombstone) {
-    to = PutPadded(space.codes_->Row(saved.node), space.codes_->row_bytes(), to);
-    if (space.exact_) to = PutPadded(space.exact_->Row(saved.node), space.exact_->row_bytes(), to);
+    to = PutRow(*space.codes_, saved.node, to);
+    if (space.exact_) to = PutRow(*space.exact_, saved.node, to);
   }
   // The payload lies behind the id.
   to = PutPadded(space.nodes_[saved.node].text, saved.text_bytes(), to);

@@ -134,9 +134,10 @@ enum class CheckOutcome : uint8_t {
   kUnsound = 3,  // the text says what
 };
 
-// One space as its shard sees it; the name follows, then zeros up to a multiple of 8.
+// One space as its shard sees it; the name follows, then zeros up to a multiple of 8, then its
+// memory by kind (memory_kinds.h).
 struct SpaceRecord {
-  uint32_t record_bytes;  // this header, name and padding
+  uint32_t record_bytes;  // this header and all that follows
   uint16_t shard;
   uint16_t dimension;  // 0 until the first observation
   Metric metric;
@@ -147,7 +148,7 @@ struct SpaceRecord {
   uint64_t linked;          // of these, in the graph
   uint64_t unlinked;        // of these, found by exact scan
   uint64_t retired;         // updated or deleted, still holding a place in the graph
-  uint64_t resident_bytes;  // vectors, links, ids, payload, rounding included
+  uint64_t resident_bytes;  // of memory, rounding included
 };
 static_assert(sizeof(SpaceRecord) == 56);
 

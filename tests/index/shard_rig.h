@@ -510,7 +510,9 @@ class ShardRig {
         std::memcpy(&read.record, from, sizeof(read.record));
         read.name.assign(reinterpret_cast<const char*>(from + sizeof(read.record)),
                          read.record.name_bytes);
-        EXPECT_EQ(read.record.record_bytes, PadTo8(sizeof(SpaceRecord) + read.name.size()));
+        EXPECT_EQ(read.record.record_bytes, SpaceRecordBytes(read.name.size()));
+        EXPECT_EQ(SumOf(MemoryInRecord(read.record, {from, read.record.record_bytes})),
+                  read.record.resident_bytes);
         from += read.record.record_bytes;
         answer.records.push_back(read);
       }

@@ -27,12 +27,11 @@ constexpr HnswBuildParams kBuild{.M = 8, .M0 = 16, .ef_construction = 40};
 constexpr CodedSpaceRig::Setup kSetup{
     .dimension = kDimension, .build = kBuild, .arena_bytes = size_t{128} << 20};
 
-// Blocks of every size, to be given back: whatever is wanted then can be had.
+// Blocks of some sizes, to be given back: whatever is wanted then can be cut out of them.
 class Hoard {
  public:
   explicit Hoard(ArenaHeap* heap) : heap_(heap) {
-    for (size_t bytes = ArenaHeap::BlockBytes(1); bytes <= size_t{4} << 20;
-         bytes = ArenaHeap::BlockBytes(bytes + 1)) {
+    for (size_t bytes = ArenaHeap::BlockBytes(1); bytes <= size_t{4} << 20; bytes *= 2) {
       const size_t count = bytes <= 256 ? 600 : bytes <= (size_t{128} << 10) ? 12 : 3;
       for (size_t i = 0; i < count; ++i) {
         std::byte* const block = heap->Allocate(bytes);

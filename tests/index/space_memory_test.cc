@@ -3,13 +3,20 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "src/core/attributes.h"
 #include "src/core/hash.h"
+#include "src/core/memory_kinds.h"
+#include "tests/index/latent_vector.h"
 #include "tests/index/space_rig.h"
+#include "tests/index/space_upkeep.h"
 
 namespace engram {
 namespace {
@@ -53,7 +60,7 @@ TEST(SpaceMemoryTest, LinkingWithoutMemoryChangesNothingAndGoesOnLater) {
     ASSERT_EQ(rig.Upsert(std::to_string(i), VectorDtype::kF32, QuarterVector(&random, 4)),
               RefusalReason::kNone);
   }
-  // Everything is taken, then a little given back at a time.
+  // Everything is taken, then the large blocks are given back.
   std::vector<std::byte*> hoard;
   for (;;) {
     std::byte* block = rig.memory.heap.Allocate(size_t{512} << 10);
@@ -61,17 +68,23 @@ TEST(SpaceMemoryTest, LinkingWithoutMemoryChangesNothingAndGoesOnLater) {
     hoard.push_back(block);
   }
   rig.memory.LeaveOnly(0);
+  std::vector<std::pair<std::byte*, size_t>> small;
+  for (size_t bytes = size_t{256} << 10; bytes > 0; bytes /= 2) {
+    while (std::byte* block = rig.memory.heap.Allocate(bytes)) small.emplace_back(block, bytes);
+  }
+  rig.taken_by_others = rig.memory.heap.live_bytes() - rig.space->resident_bytes();
   ASSERT_FALSE(rig.Link(UINT32_MAX));
   ASSERT_FALSE(rig.linker.active());
   ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
   ASSERT_NO_FATAL_FAILURE(rig.ExpectExactRecall(QuarterVector(&random, 4), 10, VectorDtype::kF32));
   for (std::byte* block : hoard) rig.memory.heap.Free(block, size_t{512} << 10);
-  // Blocks of that size alone are not what a graph's first chunks need, so it may still be short;
-  // what matters is that nothing is lost.
-  for (int i = 0; i < 100; ++i) rig.Link(UINT32_MAX);
+  rig.taken_by_others -= hoard.size() * (size_t{512} << 10);
+  for (uint32_t i = 0; i <= Space::kGraphFrom; ++i) rig.Link(UINT32_MAX);
+  EXPECT_EQ(rig.space->unlinked_count(), 0u) << "large blocks are cut";
   ASSERT_NO_FATAL_FAILURE(rig.ExpectSound());
   EXPECT_EQ(rig.space->live(), Space::kGraphFrom + 1);
   rig.space.reset();
+  for (const auto& [block, bytes] : small) rig.memory.heap.Free(block, bytes);
   EXPECT_EQ(rig.memory.heap.live_bytes(), 0u);
 }
 
@@ -207,6 +220,117 @@ TEST(SpaceMemoryTest, UpkeepIsBoundedAndGoesOn) {
   EXPECT_EQ(rig.space->retired(), 0u);
   ASSERT_TRUE(rig.space->CheckInvariants().has_value());
 }
+
+// Memory by kind is what the heap has handed out, to the byte, whatever a space is about.
+class SpaceMemoryKindsTest : public testing::TestWithParam<std::pair<Precision, Traversal>> {
+ protected:
+  static constexpr uint32_t kDimension = 80;
+  static constexpr HnswBuildParams kBuild{.M = 8, .M0 = 16, .ef_construction = 40};
+
+  static SpaceOptions Options() {
+    SpaceOptions options = TestSpaceOptions(Metric::kL2, kDimension, kBuild);
+    options.precision = GetParam().first;
+    options.traversal = GetParam().second;
+    options.graph_from = 300;
+    options.list_from = 100;
+    options.ends_by_age = true;
+    options.homes = 2;
+    options.filter_keys = {"colour"};
+    return options;
+  }
+  void Upsert(uint64_t id) {
+    const std::string name = "observation-" + std::to_string(id);
+    const std::vector<float> vector = LatentVector(id, kDimension);
+    std::string attributes;
+    ASSERT_TRUE(AppendAttribute("colour", id % 3 == 0 ? "red" : "green", &attributes));
+    if (id % 2 == 0) {
+      ASSERT_TRUE(AppendAttribute(kTagKey, name, &attributes));
+    }
+    const std::string payload(id % 100, 'x');
+    ObservationRef observation;
+    observation.id = name;
+    observation.payload = BytesOf(payload);
+    observation.dtype = VectorDtype::kF32;
+    observation.dimension = kDimension;
+    observation.vector = reinterpret_cast<const std::byte*>(vector.data());
+    observation.when_ns = static_cast<int64_t>(id * 77 % 1'000);
+    observation.attributes = BytesOf(attributes);
+    ASSERT_EQ(space_->Upsert(observation, ++stamp_, true).reason, RefusalReason::kNone);
+  }
+  void ExpectBooksAgree() const {
+    ASSERT_EQ(SumOf(space_->memory()), memory_.heap.live_bytes());
+    ASSERT_EQ(space_->resident_bytes(), memory_.heap.live_bytes());
+  }
+  uint64_t Of(MemoryKind kind) const { return space_->memory()[static_cast<size_t>(kind)]; }
+
+  TestHeap memory_{size_t{128} << 20};
+  ReaderEpochs epochs_{1};
+  std::unique_ptr<Space> space_ =
+      std::make_unique<Space>("kinds", Options(), &memory_.heap, &epochs_);
+  CommitStamp stamp_ = 0;
+};
+
+TEST_P(SpaceMemoryKindsTest, KindsAreAllThatTheHeapHasHandedOut) {
+  ASSERT_NO_FATAL_FAILURE(ExpectBooksAgree());
+  for (uint64_t id = 0; id < 900; ++id) {
+    ASSERT_NO_FATAL_FAILURE(Upsert(id));
+    ASSERT_NO_FATAL_FAILURE(ExpectBooksAgree());
+    if (id % 7 == 0) {
+      const std::string gone = "observation-" + std::to_string(id / 2);
+      if (id % 2 == 0) {
+        space_->Delete(gone, ++stamp_, true);
+      } else {
+        space_->Suppress(gone, ++stamp_, true);
+      }
+      ASSERT_NO_FATAL_FAILURE(ExpectBooksAgree());
+    }
+    if (id % 100 != 99) continue;
+    space_->SetHorizon(stamp_);
+    space_->ForgetTombstones(stamp_ / 2);
+    // What upkeep takes for itself is given back before the books are compared.
+    SpaceUpkeep(space_.get(), &memory_.heap, kBuild).Run();
+    ASSERT_NO_FATAL_FAILURE(ExpectBooksAgree());
+  }
+  ASSERT_GT(space_->linked(), 500u);
+  const bool has_codes = space_->walk_codes() != nullptr;
+  EXPECT_EQ(has_codes, GetParam().second == Traversal::kRabitq);
+  const uint64_t nodes = space_->node_count();
+  EXPECT_GE(Of(MemoryKind::kRows), nodes * kDimension);
+  EXPECT_EQ(Of(MemoryKind::kCodes) > nodes * kDimension / 8, has_codes);
+  EXPECT_EQ(Of(MemoryKind::kLists) > nodes * kDimension / 8, has_codes);
+  EXPECT_GE(Of(MemoryKind::kLinks), nodes * kBuild.M0 * sizeof(NodeId));
+  EXPECT_GE(Of(MemoryKind::kIds), nodes * 16);
+  for (const MemoryKind kind :
+       {MemoryKind::kWaiting, MemoryKind::kRecords, MemoryKind::kStamps, MemoryKind::kFilters}) {
+    EXPECT_GT(Of(kind), 0u) << kMemoryKindNames[static_cast<size_t>(kind)];
+  }
+  // Codes that are learned, lists that are filled: between two slices of it.
+  {
+    SpaceUpkeep upkeep(space_.get(), &memory_.heap, kBuild);
+    for (uint64_t id = 900; id < 3'000; ++id) {
+      ASSERT_NO_FATAL_FAILURE(Upsert(id));
+      upkeep.Step(500);
+    }
+  }
+  ASSERT_NO_FATAL_FAILURE(ExpectBooksAgree());
+  space_.reset();
+  EXPECT_EQ(memory_.heap.live_bytes(), 0u);
+}
+
+std::string NameOfForm(const testing::TestParamInfo<SpaceMemoryKindsTest::ParamType>& form) {
+  constexpr std::array kTraversals = {"int8", "exact", "rabitq"};
+  return std::string(PrecisionName(form.param.first)) + "_" +
+         kTraversals[static_cast<size_t>(form.param.second)];
+}
+
+INSTANTIATE_TEST_SUITE_P(Forms, SpaceMemoryKindsTest,
+                         testing::Values(std::pair{Precision::kF32, Traversal::kRabitq},
+                                         std::pair{Precision::kBf16, Traversal::kRabitq},
+                                         std::pair{Precision::kInt8, Traversal::kRabitq},
+                                         std::pair{Precision::kF32, Traversal::kExact},
+                                         std::pair{Precision::kBf16, Traversal::kInt8},
+                                         std::pair{Precision::kInt8, Traversal::kInt8}),
+                         NameOfForm);
 
 }  // namespace
 }  // namespace engram

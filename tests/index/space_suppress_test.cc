@@ -368,10 +368,12 @@ TEST(SpaceSuppressTest, ARestoreWithoutMemoryIsRefusedAndGoesOnLater) {
   for (size_t bytes = size_t{1} << 20; bytes >= 8; bytes -= bytes / 8) {
     while (std::byte* block = rig.memory.heap.Allocate(bytes)) hoard.emplace_back(block, bytes);
   }
+  rig.taken_by_others = rig.memory.heap.live_bytes() - rig.space->resident_bytes();
   EXPECT_EQ(rig.space->Restore("id7", ++rig.stamp).reason, RefusalReason::kMemoryFull);
   EXPECT_EQ(rig.space->Suppress("id8", ++rig.stamp, false).reason, RefusalReason::kMemoryFull);
   ASSERT_NO_FATAL_FAILURE(rig.ExpectIsModel({7, 0}));
   for (const auto& [block, bytes] : hoard) rig.memory.heap.Free(block, bytes);
+  rig.taken_by_others = 0;
   rig.space->SetHorizon(rig.stamp);
   rig.space->NextToLink();
   rig.Restore("id7");

@@ -75,8 +75,9 @@ TEST(VectorStoreTest, SaysWhenTheHeapIsSpent) {
   store.Row(static_cast<NodeId>(store.capacity() - 1))[0] = std::byte{1};
 }
 
-TEST(VectorStoreDeathTest, RowsOfBrokenCacheLinesAreABug) {
-  EXPECT_DEATH(VectorStore(nullptr, 100), "whole cache lines");
+TEST(VectorStoreDeathTest, RowsOfBrokenHalfLinesAreABug) {
+  EXPECT_DEATH(VectorStore(nullptr, 100), "rows are whole halves of lines");
+  EXPECT_DEATH(VectorStore(nullptr, 16), "");
   EXPECT_DEATH(VectorStore(nullptr, 0), "");
 }
 

@@ -164,6 +164,8 @@ class SmallCommandsTest(EngramctlCase):
                      if entry["name"] == "listed")
         self.assertEqual((entry["observations"], entry["dimension"], entry["metric"]),
                          (100, DIMENSION, "ip"))
+        self.assertEqual(sum(entry["memory"].values()), entry["resident_bytes"])
+        self.assertGreaterEqual(entry["memory"]["rows"], 100 * DIMENSION * 4)
         status = self.run_json("status")
         self.assertEqual(status["address"], self.daemon.address_text)
         counters = {name: value for core in status["cores"].values()
@@ -173,6 +175,11 @@ class SmallCommandsTest(EngramctlCase):
             done = daemon.engramctl(command, address=self.daemon.address_text)
             self.assertEqual((done.returncode, done.stderr), (0, ""))
             self.assertIn("listed" if command == "spaces" else "observations_stored", done.stdout)
+            if command == "spaces":
+                table = done.stdout.split("bytes per observation")[1].split("\n")
+                self.assertEqual(table[1].split()[:4], ["space", "rows", "codes", "links"])
+                line = next(line for line in table if line.startswith("listed "))
+                self.assertEqual(line.split()[1], f"{round(entry['memory']['rows'] / 100):,}")
 
     def test_put_delete_ping(self):
         put = ("put", "--space", "phrases", "--encoder", ENCODER)

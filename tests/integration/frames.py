@@ -194,6 +194,8 @@ def recall_body(vector, k=10, *, ef=0, dtype=F32, scale=0.0, filter=None, bound=
 
 # --- Decoding -----------------------------------------------------------------------------------
 
+MEMORY_KINDS = 9  # of space records
+
 Frame = collections.namedtuple("Frame", "type flags session sequence body")
 HelloAck = collections.namedtuple(
     "HelloAck", "session sequence features dimension metric priority credit max_frame_bytes "
@@ -203,7 +205,8 @@ Nak = collections.namedtuple(
 Hit = collections.namedtuple(
     "Hit", "id score when_ns confidence payload flags stamp payload_kind vector space")
 Space = collections.namedtuple(
-    "Space", "name shard dimension metric observations linked unlinked retired resident_bytes")
+    "Space", "name shard dimension metric observations linked unlinked retired resident_bytes "
+             "memory")
 
 
 def require(condition, text):
@@ -283,9 +286,12 @@ def decode_spaces(got):
             struct.unpack_from("<IHHBBHI5Q", got.body, at))
         require(zero == 0 and zeros == 0, "space record's zero fields")
         used = 56 + name_bytes
-        require(record_bytes == used + (-used % 8), "space record's length")
+        kinds_at = used + (-used % 8)
+        require(record_bytes == kinds_at + 8 * MEMORY_KINDS, "space record's length")
         name = got.body[at + 56:at + used].decode("ascii")
-        spaces.append(Space(name, shard, dimension, metric, *counts))
+        memory = struct.unpack_from(f"<{MEMORY_KINDS}Q", got.body, at + kinds_at)
+        require(sum(memory) == counts[-1], "memory by kind is all memory")
+        spaces.append(Space(name, shard, dimension, metric, *counts, memory))
         at += record_bytes
     require(at == len(got.body), "space records fill the frame")
     return spaces

@@ -1,12 +1,16 @@
+#include <algorithm>
 #include <charconv>
+#include <cstdint>
 #include <cstdio>
 #include <nlohmann/json.hpp>
+#include <string>
 #include <string_view>
 #include <system_error>
 #include <utility>
 #include <vector>
 
 #include "src/core/clock.h"
+#include "src/core/memory_kinds.h"
 #include "tools/engramctl/commands.h"
 #include "tools/engramctl/feed_loop.h"
 #include "tools/engramctl/space_listing.h"
@@ -99,6 +103,39 @@ int RunStatus(const ServerOptions& server) {
   return kExitOk;
 }
 
+namespace {
+
+nlohmann::json MemoryOf(const SpaceSummary& space) {
+  nlohmann::json memory = nlohmann::json::object();
+  for (size_t kind = 0; kind < kMemoryKinds; ++kind) {
+    memory[std::string(kMemoryKindNames[kind])] = space.memory[kind];
+  }
+  return memory;
+}
+
+// What each kind takes for one observation.
+void PrintMemory(const std::vector<SpaceSummary>& spaces) {
+  std::vector<Table::Column> columns = {{"space", Table::Align::kLeft}};
+  for (const std::string_view kind : kMemoryKindNames) {
+    columns.push_back({std::string(kind), Table::Align::kRight});
+  }
+  columns.push_back({"all", Table::Align::kRight});
+  Table table(columns);
+  for (const SpaceSummary& space : spaces) {
+    const uint64_t observations = std::max<uint64_t>(space.observations, 1);
+    const auto each = [observations](uint64_t bytes) {
+      return WithThousands((bytes + observations / 2) / observations);
+    };
+    std::vector<std::string> row = {Printable(space.name)};
+    for (const uint64_t bytes : space.memory) row.push_back(each(bytes));
+    row.push_back(each(space.resident_bytes));
+    table.AddRow(row);
+  }
+  table.Print();
+}
+
+}  // namespace
+
 int RunSpaces(const ServerOptions& server) {
   auto connection = OpenReader(server, "");
   if (!connection) return connection.error();
@@ -116,6 +153,7 @@ int RunSpaces(const ServerOptions& server) {
                       {"unlinked", space.unlinked},
                       {"retired", space.retired},
                       {"resident_bytes", space.resident_bytes},
+                      {"memory", MemoryOf(space)},
                       {"shards", space.shards}});
     }
     const nlohmann::json report = {{"spaces", list}};
@@ -144,6 +182,8 @@ int RunSpaces(const ServerOptions& server) {
                   std::to_string(space.shards)});
   }
   table.Print();
+  std::printf("\nbytes per observation\n");
+  PrintMemory(spaces);
   return kExitOk;
 }
 

@@ -29,6 +29,7 @@ std::vector<SpaceSummary> MergeSpaces(const std::vector<SpaceInfo>& records) {
     space.unlinked += info.record.unlinked;
     space.retired += info.record.retired;
     space.resident_bytes += info.record.resident_bytes;
+    for (size_t kind = 0; kind < kMemoryKinds; ++kind) space.memory[kind] += info.memory[kind];
     ++space.shards;
   }
   std::vector<SpaceSummary> spaces;

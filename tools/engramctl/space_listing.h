@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "src/core/memory_kinds.h"
 #include "src/core/observation.h"
 #include "tools/clients/cpp/engram_client.h"
 
@@ -19,6 +20,7 @@ struct SpaceSummary {
   uint64_t unlinked = 0;
   uint64_t retired = 0;
   uint64_t resident_bytes = 0;
+  MemoryByKind memory{};  // of that
   uint32_t shards = 0;
 
   // Whether the background work of linking has nothing left to do. A small space is scanned and has

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "dataplane/frame_format.h"
+#include "src/core/memory_kinds.h"
 #include "src/core/observation.h"
 #include "src/core/refusal_reason.h"
 #include "src/core/result.h"
@@ -297,6 +298,7 @@ Result<void> ContinueCheck(Connection& connection, SpaceCheck* check, int64_t ti
 struct SpaceInfo {
   SpaceRecord record;
   std::string name;
+  MemoryByKind memory{};  // zeros where the server does not tell
 };
 
 // Errors: as Connection::NextFrame; kInvalidArgument (refused); kCorrupt (grammar, or no end).

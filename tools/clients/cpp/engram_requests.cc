@@ -172,6 +172,7 @@ Result<std::vector<SpaceInfo>> IntrospectSpaces(Connection& connection, int64_t 
       }
       info.name.assign(reinterpret_cast<const char*>(rest.data() + sizeof(SpaceRecord)),
                        info.record.name_bytes);
+      info.memory = MemoryInRecord(info.record, rest.first(info.record.record_bytes));
       rest = rest.subspan(info.record.record_bytes);
       spaces.push_back(std::move(info));
     }
