@@ -84,11 +84,14 @@ class FilteredScan {
 
  private:
   static constexpr size_t kMostCompared = 512;
-  // Some that were asked for, and are compared once others have been asked for.
+  // Some that were asked for, and are compared once as many others have been asked for: an index
+  // names few at a time, too few to be on their way meanwhile.
+  static constexpr size_t kChunk = 48;
+  static constexpr size_t kMostInChunk = kChunk + FilteredNodes::kAtOnce;
   struct Chunk {
     size_t count = 0;
-    std::array<NodeId, FilteredNodes::kAtOnce> nodes;
-    std::array<const std::byte*, FilteredNodes::kAtOnce> rows;
+    std::array<NodeId, kMostInChunk> nodes;
+    std::array<const std::byte*, kMostInChunk> rows;
   };
 
   void CompareChunk(Chunk* chunk, const SearchTarget& target, float* distances);

@@ -145,6 +145,7 @@ class RecallJob {
   void EndFilteredSearch();
   size_t TakeMatching(size_t wanted, float reach, size_t* within_reach);
   bool WidenWalk(size_t within_reach);
+  bool ComparingAllIsCheap() const;
   void BeginRefining();
   void ScanSlice();
   void EndScan();
