@@ -9,7 +9,6 @@ namespace engram {
 
 namespace {
 
-constexpr size_t kMostPicked = 2 * size_t{FilteredScan::kMaxPicked} + FilteredNodes::kAtOnce;
 // Nodes that are looked at in the time of a distance.
 constexpr uint64_t kLookedAtPerDistance = 8;
 // Rows that are compared at once, and of a row the bytes that are asked for: the rest follows by
@@ -124,8 +123,8 @@ bool FilteredNodes::Next(std::span<const NodeId>* nodes, uint64_t* looked_at) {
 // How near
 
 FilteredScan::FilteredScan()
-    : estimates_(kMostPicked + kSelectionSlack),
-      candidates_(kMostPicked + kSelectionSlack),
+    : estimates_(std::make_unique_for_overwrite<float[]>(kRoom)),
+      candidates_(std::make_unique_for_overwrite<NodeId[]>(kRoom)),
       compared_(kMostCompared) {}
 
 void FilteredScan::Begin(const Space* space, FilteredNodes* nodes, const Query& query) {
@@ -178,10 +177,10 @@ void FilteredScan::CompareChunk(Chunk* chunk, const SearchTarget& target, float*
 }
 
 void FilteredScan::CompareCodes(Chunk* chunk) {
-  std::array<float, FilteredNodes::kAtOnce> distances;
+  std::array<float, kMostInChunk> distances;
   CompareChunk(chunk, *query_.codes, distances.data());
   const size_t wanted = query_.picked;
-  if (candidate_count_ + FilteredNodes::kAtOnce > 2 * wanted + FilteredNodes::kAtOnce) {
+  if (candidate_count_ > 2 * wanted) {
     Keep(wanted, wanted + wanted / 3);
   }
   size_t count = candidate_count_;
@@ -195,7 +194,7 @@ void FilteredScan::CompareCodes(Chunk* chunk) {
 }
 
 void FilteredScan::CompareRows(Chunk* chunk) {
-  std::array<float, FilteredNodes::kAtOnce> distances;
+  std::array<float, kMostInChunk> distances;
   CompareChunk(chunk, query_.rows, distances.data());
   for (size_t i = 0; i < chunk->count; ++i) {
     compared_[compared_count_++] = {distances[i], chunk->nodes[i]};
@@ -207,33 +206,33 @@ bool FilteredScan::Step(uint64_t max_distances, uint64_t* distances) {
   compared_count_ = 0;
   uint64_t looked_at = 0;
   uint64_t work = 0;
-  while (work + looked_at / kLookedAtPerDistance < max_distances &&
-         compared_count_ + FilteredNodes::kAtOnce <= kMostCompared) {
-    std::span<const NodeId> nodes;
-    if (has_more_) has_more_ = nodes_->Next(&nodes, &looked_at);
-    TakeChunk(nodes);
-    taking_ = 1 - taking_;
-    Chunk* const codes = &by_codes_[taking_];
-    Chunk* const rows = &by_rows_[taking_];
-    work += codes->count + rows->count;
-    if (codes->count > 0) CompareCodes(codes);
-    if (rows->count > 0) CompareRows(rows);
-    const size_t others = by_codes_[1 - taking_].count + by_rows_[1 - taking_].count;
-    if (!has_more_ && others == 0) {
-      *distances += work + looked_at / kLookedAtPerDistance;
-      return true;
+  const auto may_go_on = [&] { return work + looked_at / kLookedAtPerDistance < max_distances; };
+  bool is_done = false;
+  while (!is_done && may_go_on() && compared_count_ + kMostInChunk <= kMostCompared) {
+    const auto taken = [this] { return by_codes_[taking_].count + by_rows_[taking_].count; };
+    while (has_more_ && taken() < kChunk && may_go_on()) {
+      std::span<const NodeId> nodes;
+      has_more_ = nodes_->Next(&nodes, &looked_at);
+      TakeChunk(nodes);
     }
+    if (has_more_ && taken() < kChunk) break;  // It is filled on in the next step.
+    taking_ = 1 - taking_;
+    work += taken();
+    if (by_codes_[taking_].count > 0) CompareCodes(&by_codes_[taking_]);
+    if (by_rows_[taking_].count > 0) CompareRows(&by_rows_[taking_]);
+    const size_t others = by_codes_[1 - taking_].count + by_rows_[1 - taking_].count;
+    is_done = !has_more_ && others == 0;
   }
   *distances += work + looked_at / kLookedAtPerDistance;
-  return false;
+  return is_done;
 }
 
 // The nearest `least` to `most`.
 void FilteredScan::Keep(size_t least, size_t most) {
   if (candidate_count_ <= most) return;
-  const float bound = BoundOfNearest(estimates_.data(), nullptr, candidate_count_,
+  const float bound = BoundOfNearest(estimates_.get(), nullptr, candidate_count_,
                                      static_cast<float>(least), static_cast<float>(most));
-  const size_t kept = KeepNearer(bound, estimates_.data(), candidates_.data(), candidate_count_);
+  const size_t kept = KeepNearer(bound, estimates_.get(), candidates_.get(), candidate_count_);
   candidate_count_ = std::min(kept, most);
   bound_ = std::min(bound_, bound);
 }

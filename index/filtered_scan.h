@@ -3,6 +3,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <vector>
@@ -66,7 +67,7 @@ class FilteredNodes {
 // Thread safety: as FilteredNodes. Takes memory at construction only.
 class FilteredScan {
  public:
-  static constexpr uint32_t kMaxPicked = 4 * kMaxRecallResults;
+  static constexpr uint32_t kMaxPicked = 32'000;
 
   struct Query {
     SearchTarget rows{};                  // what every node has
@@ -90,11 +91,15 @@ class FilteredScan {
 
  private:
   static constexpr size_t kMostCompared = 512;
-  // Some that were asked for, and are compared once others have been asked for.
+  // Some that were asked for, and are compared once as many others have been asked for: an index
+  // names few at a time, too few to be on their way meanwhile.
+  static constexpr size_t kChunk = 48;
+  static constexpr size_t kMostInChunk = kChunk + FilteredNodes::kAtOnce;
+  static constexpr size_t kRoom = 2 * size_t{kMaxPicked} + kMostInChunk + kSelectionSlack;
   struct Chunk {
     size_t count = 0;
-    std::array<NodeId, FilteredNodes::kAtOnce> nodes;
-    std::array<const std::byte*, FilteredNodes::kAtOnce> rows;
+    std::array<NodeId, kMostInChunk> nodes;
+    std::array<const std::byte*, kMostInChunk> rows;
   };
 
   void CompareChunk(Chunk* chunk, const SearchTarget& target, float* distances);
@@ -115,8 +120,8 @@ class FilteredScan {
   size_t candidate_count_ = 0;
   float bound_ = 0;
   size_t compared_count_ = 0;
-  std::vector<float> estimates_;
-  std::vector<NodeId> candidates_;
+  const std::unique_ptr<float[]> estimates_;
+  const std::unique_ptr<NodeId[]> candidates_;
   std::vector<Neighbour> compared_;
 };
 

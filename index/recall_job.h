@@ -209,6 +209,7 @@ class RecallJob {
   void OrderSlice();
   void EndOrder();
   void OrderFound();
+  bool ComparingAllIsCheap() const;
   void BeginRefining();
   void ScanSlice();
   void EndScan();

@@ -27,9 +27,14 @@ constexpr double kDistancesBesides = 1'500;
 constexpr double kWithinReachPerK = 0.9;
 constexpr double kLeastWithinReachPerK = 0.5;
 constexpr double kWidenBy = 1.1;
-// Of a walk's list, for each of k that is expected to match, and what it has room for in any case.
+// So many walks as far as they go may comparing all that match cost where the first walk has found
+// too little.
+constexpr double kCheapWalks = 1.25;
+// Of a walk's list, for each of k that is expected to match, by a count or by some that were tried,
+// and what it has room for in any case.
 constexpr double kSeenPerK = 1.5;
-constexpr uint32_t kMostSeen = 256;
+constexpr double kSeenPerKGuessed = 3;
+constexpr uint32_t kMostSeen = 400;
 constexpr double kMatchingPerK = 1.8;
 // Of fewer nodes it does not pay to compare codes first.
 constexpr uint64_t kLeastByCodes = 400;
@@ -143,7 +148,8 @@ void RecallJob::PlanFilter() {
   if (!is_known) share = std::min(share, EstimateShare());
   const double per_node = codes_ != nullptr ? 1.0 : kDistancesPerRow;
   const double scan = most * kDistancesPerLook + share * total * per_node;
-  const double seen = std::clamp<double>(kSeenPerK * k_ / share, ef_, std::max(ef_, kMostSeen));
+  const double seen_per_k = is_known ? kSeenPerK : kSeenPerKGuessed;
+  const double seen = std::clamp<double>(seen_per_k * k_ / share, ef_, std::max(ef_, kMostSeen));
   const double walk = static_cast<double>(fresh_.size()) +
                       static_cast<double>(space_->waiting()) / 8 +
                       (space_->has_linked() ? kDistancesBesides + kDistancesPerPlace * seen : 0);
@@ -204,7 +210,8 @@ void RecallJob::EndFilteredSearch() {
       TakeMatching(std::max<size_t>(ef_, static_cast<size_t>(wanted)), reach, &within_reach);
   if (reach != HUGE_VALF && static_cast<double>(within_reach) < kWithinReachPerK * k_) {
     if (WidenWalk(within_reach)) return;
-    if (static_cast<double>(within_reach) < kLeastWithinReachPerK * k_) {
+    const bool is_enough = static_cast<double>(within_reach) >= kLeastWithinReachPerK * k_;
+    if (!is_enough || ComparingAllIsCheap()) {
       BeginPick();
       return;
     }
@@ -240,6 +247,13 @@ size_t RecallJob::TakeMatching(size_t wanted, float reach, size_t* within_reach)
   return found;
 }
 
+// Costs hardly more than a walk as far as it goes.
+bool RecallJob::ComparingAllIsCheap() const {
+  constexpr double kWalk =
+      kDistancesBesides + kDistancesPerPlace * GraphWalk<IsVisible>::kMaxListEf;
+  return static_cast<double>(filtering_->walk_budget) < kCheapWalks * kWalk;
+}
+
 // As far as it is likely to take, at most as far as the list goes. False where it has been as far.
 bool RecallJob::WidenWalk(size_t within_reach) {
   const double per_place = static_cast<double>(search_.evaluated().size()) / walk_ef_;
@@ -248,6 +262,8 @@ bool RecallJob::WidenWalk(size_t within_reach) {
   if (walk_ef_ >= most - 1) return false;
   const double wider =
       walk_ef_ * kWidenBy * kWithinReachPerK * k_ / (static_cast<double>(within_reach) + 1);
+  // Where as far as it goes is not likely to do, what matches lies elsewhere.
+  if (wider > most && ComparingAllIsCheap()) return false;
   // Not so far that to compare all that match would cost less.
   if ((std::min(wider, most) - walk_ef_) * kDistancesPerPlace >
       static_cast<double>(filtering_->walk_budget)) {

@@ -16,6 +16,13 @@ constexpr int kRequestsPerPoll = 64;
 // A link's slice, with and without observations coming in.
 constexpr uint32_t kBusyLinkDistances = 64;
 constexpr uint32_t kIdleLinkDistances = 256;
+// Where recalls come and no observations, upkeep is owed as many distances as they took, which are
+// a third as long: else recalls one after the other would keep it from what makes them slow. It
+// gets some slices more in a round, while these are short; and where more than a round's is owed
+// recalls wait for it, some 1 ms at most.
+constexpr int kMostSlices = 4;
+constexpr int64_t kMostSlicesNs = 100'000;
+constexpr uint64_t kMostOwed = 8'192;
 // Nodes linked between two announcements of credit.
 constexpr uint64_t kCreditEvery = 256;
 // A batch of so many costs little more a node than a larger one.
@@ -216,6 +223,7 @@ int Shard::ServeRequests() {
   int requests = IsAnswering() ? kRequestsPerPoll : 0;
   const uint64_t limit = RecallDistances() + kRecallSliceDistances;
   has_checked_ = false;
+  if (!IsAnswering() && owed_ > uint64_t{kMostSlices} * kIdleLinkDistances) return 0;
   for (;;) {
     for (; requests < kRequestsPerPoll && !has_checked_ && TakeNextRequest(); ++requests) ++work;
     if (!IsAnswering()) break;
@@ -411,9 +419,26 @@ void Shard::SweepSessions() {
 // ---------------------------------------------------------------------------------------------
 // Upkeep
 
+// A slice, and more where recalls came that it is owed a share of.
+int Shard::Upkeep(bool busy) {
+  const uint64_t recalled = RecallDistances();
+  const uint64_t share = recalled - std::exchange(recalled_, recalled);
+  owed_ = busy ? 0 : std::min(owed_ + share, kMostOwed);
+  const int64_t until_ns = owed_ > kIdleLinkDistances ? clock_->MonotonicNs() + kMostSlicesNs : 0;
+  int slices = 0;
+  while (slices < kMostSlices && StepUpkeep(busy) > 0) {
+    ++slices;
+    owed_ -= std::min<uint64_t>(owed_, kIdleLinkDistances);
+    if (owed_ == 0 || clock_->MonotonicNs() > until_ns) return slices;
+  }
+  // There is nothing more to do.
+  if (slices < kMostSlices) owed_ = 0;
+  return slices;
+}
+
 // A slice of the sweep or of the link under way, in turn where there are both; else a new one is
 // begun.
-int Shard::Upkeep(bool busy) {
+int Shard::StepUpkeep(bool busy) {
   if (!linker_.active() && !sweep_.repairing_tree() && !BeginUpkeep() && !sweep_.active()) return 0;
   const bool is_behind = linker_.active() && entries_[linking_space_]->ends_by_age() &&
                          spaces_[linking_space_]->ended_listed() > kMostEndedListed;

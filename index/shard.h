@@ -333,6 +333,7 @@ class Shard {
   RefusalReason JudgeQuota(uint32_t space, const ObserveRequest& request, bool* grows);
   RefusalReason JudgeGrowth(uint32_t space, const ObserveRequest& request) const;
   int Upkeep(bool busy);
+  int StepUpkeep(bool busy);
   bool BeginUpkeep();
   bool BeginUpkeepOfNext();
   bool WaitsForBatch(uint32_t index);
@@ -423,6 +424,8 @@ class Shard {
   std::vector<uint32_t> upkeep_queue_;     // spaces with something to do, served in turn
   size_t upkeep_turn_ = 0;
   size_t fruitless_turns_ = 0;  // in a row
+  uint64_t recalled_ = 0;       // RecallDistances() when upkeep had its share of them
+  uint64_t owed_ = 0;           // distances that upkeep may do for these
   SessionTable sessions_;
   int64_t sweep_sessions_ns_ = 0;  // when the next round over the sessions begins
   const ShardStorage storage_;

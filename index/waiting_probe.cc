@@ -12,8 +12,9 @@ namespace engram {
 
 namespace {
 
-// Where fewer than kFewWaiting wait, so many members are looked at for each one of ef.
-constexpr float kMembersPerEf = 128;
+// Members that are looked at for each one of ef, by how many wait (see MembersFor).
+constexpr float kLeastPerEf = 128;
+constexpr float kUsualPerEf = 384;
 constexpr float kFewWaiting = 100'000;
 // Signs err: so many are compared by int8, however few are wanted.
 constexpr uint32_t kLeastKept = 128;
@@ -50,11 +51,16 @@ void WaitingProbe::Begin(const Space* space, const Space::QueryForms& query, Com
   found_count_ = 0;
   members_ = 0;
   compared_by_int8_ = 0;
-  const auto waiting = static_cast<float>(space->waiting());
-  const float members = kMembersPerEf * static_cast<float>(std::max(ef, wanted)) *
-                        std::max(1.0F, std::sqrt(waiting / kFewWaiting));
+  const float members = MembersFor(std::max(ef, wanted), space->waiting());
   list_count_ = space->ChooseWaiting(query, members, lists_);
   work_ = list_count_ / kListsPerDistance + 1;
+}
+
+float WaitingProbe::MembersFor(uint32_t ef, uint64_t waiting) {
+  const float share = static_cast<float>(waiting) / kFewWaiting;
+  const float usual = kUsualPerEf * std::min(share, 1.0F);
+  const float least = kLeastPerEf * std::sqrt(std::max(share, 1.0F));
+  return std::max(least, usual) * static_cast<float>(ef);
 }
 
 bool WaitingProbe::Step(uint64_t max_distances, uint64_t* distances) {

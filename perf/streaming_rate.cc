@@ -249,7 +249,7 @@ class Bench {
     if (!options_.dir.empty()) {
       feed.folder = options_.dir + "/streaming_rate." + std::to_string(getpid());
     }
-    const double seconds = options_.lost_to > 0 ? 6 * options_.turn_s : options_.seconds;
+    const double seconds = options_.lost_to > 0 ? 7 * options_.turn_s : options_.seconds;
     const double rate = options_.lost_to > 0 ? 200'000 : options_.rate;
     const double rows = static_cast<double>(options_.preload) + seconds * rate;
     feed.shard.memory_limit_bytes =
@@ -305,20 +305,28 @@ class Bench {
             .bytes = each(job.work().bytes - before.bytes)};
   }
 
+  // Both what is taken without recalls and what a recall takes alone are measured before and after,
+  // as they change with the backlog.
   void MeasureLoss() {
+    const auto alone = [this] {
+      double us = 0;
+      feed_.WithShardAtRest([&](const Shard& shard) { us = RecallAlone(shard).us; });
+      return us;
+    };
+    StreamingFeed::Schedule schedule = Recalls(StreamingFeed::kAsCreditAllows, options_.turn_s);
+    schedule.recalls_per_s = 0;
+    without_.push_back(RateOf(*feed_.Run(schedule)));
     for (int turn = 0; turn < 3; ++turn) {
-      feed_.WithShardAtRest(
-          [this](const Shard& shard) { alone_.push_back(RecallAlone(shard).us); });
-      StreamingFeed::Schedule schedule = Recalls(StreamingFeed::kAsCreditAllows, options_.turn_s);
-      schedule.recalls_per_s = 0;
-      without_.push_back(RateOf(*feed_.Run(schedule)));
+      const double before_us = alone();
       schedule.recalls_per_s = options_.lost_to;
       const std::unique_ptr<FeedPhase> with = feed_.Run(schedule);
+      alone_.push_back((before_us + alone()) / 2);
       with_.push_back(RateOf(*with));
       recalls_.push_back(static_cast<double>(with->recalls) / with->seconds);
       backlogs_.push_back(with->backlog);
+      schedule.recalls_per_s = 0;
+      without_.push_back(RateOf(*feed_.Run(schedule)));
     }
-    feed_.WithShardAtRest([this](const Shard& shard) { alone_.push_back(RecallAlone(shard).us); });
   }
   static double RateOf(const FeedPhase& phase) {
     return static_cast<double>(phase.accepted) / phase.seconds;
@@ -326,8 +334,9 @@ class Bench {
 
   void PrintLoss() const {
     for (size_t turn = 0; turn < with_.size(); ++turn) {
-      const double lost = 1 - with_[turn] / without_[turn];
-      const double alone_us = (alone_[turn] + alone_[turn + 1]) / 2;
+      const double without = (without_[turn] + without_[turn + 1]) / 2;
+      const double lost = 1 - with_[turn] / without;
+      const double alone_us = alone_[turn];
       const double alone = alone_us * recalls_[turn] * 1e-6;
       const char* format =
           options_.inputs.json
@@ -336,7 +345,7 @@ class Bench {
                 "\"core_time_alone\": %.4f, \"backlog\": %llu}\n"
               : "accepted/s %.0f, with recalls %.0f (%.0f recalls/s): lost %.3f; a recall alone "
                 "%.1f us, so %.3f of the core; backlog %llu\n";
-      std::printf(format, without_[turn], with_[turn], recalls_[turn], lost, alone_us, alone,
+      std::printf(format, without, with_[turn], recalls_[turn], lost, alone_us, alone,
                   static_cast<unsigned long long>(backlogs_[turn]));
     }
   }

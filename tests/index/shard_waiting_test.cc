@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <optional>
 #include <string>
@@ -293,6 +294,51 @@ void Gather(WaitingRig* rig) {
   while (!rig->space().HasWaitingLists()) ASSERT_GT(rig->Poll(), 0);
   ASSERT_EQ(rig->space().waiting(), 0u);
   ASSERT_GT(rig->space().unlinked_count(), 10 * kListFrom);
+}
+
+// Recalls one after the other, with always another one behind, until `is_done`. How many it took;
+// none may take more than kMostPolls.
+uint64_t RecallsUntil(WaitingRig* rig, uint64_t most, const std::function<bool()>& is_done) {
+  constexpr int kMostPolls = 32;
+  std::deque<uint64_t> asked;
+  uint64_t recalls = 0;
+  for (int polls = 1; !is_done() && recalls < most; ++polls) {
+    while (asked.size() < 2) {
+      asked.push_back(rig->PushRecall(0, "s", Spread(recalls++ % rig->sent), {.k = 10, .ef = 64}));
+    }
+    rig->Poll();
+    EXPECT_LE(polls, kMostPolls);
+    if (!rig->answers[asked.front()].done) continue;
+    asked.pop_front();
+    polls = 0;
+  }
+  return recalls;
+}
+
+// Would catch upkeep that gets a slice behind each recall, whatever that took: recalls that follow
+// each other would keep it for ever from what makes them slow.
+TEST(ShardWaitingTest, ABacklogIsLinkedBesideRecallsThatNeverPause) {
+  constexpr uint64_t kAll = 6'000;
+  WaitingRig rig(WaitingOptions(1'000'000));
+  ASSERT_NO_FATAL_FAILURE(rig.BeginLinked());
+  ASSERT_NO_FATAL_FAILURE(rig.Flood(Spread, kAll));
+  const uint64_t waited = rig.space().unlinked_count();
+  const uint64_t recalls =
+      RecallsUntil(&rig, 5'000, [&] { return rig.space().unlinked_count() <= waited / 4; });
+  EXPECT_LE(recalls, 3'200u);
+}
+
+// Likewise of what is scanned, as there are no codes yet: recalls wait then for what upkeep is owed
+// beyond a round's.
+TEST(ShardWaitingTest, CodesAreLearnedBesideRecallsThatNeverPause) {
+  WaitingRig rig(GatheringOptions());
+  while (rig.sent < kGathered) {
+    rig.SendMany(Spread, kGathered);
+    rig.Poll();
+  }
+  ASSERT_FALSE(rig.space().HasWaitingLists());
+  const uint64_t recalls = RecallsUntil(&rig, 5'000, [&] { return rig.space().HasWaitingLists(); });
+  EXPECT_LE(recalls, 45u);
 }
 
 // Recalls would scan it until it is linked.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "index/space.h"
+#include "index/waiting_probe.h"
 #include "tests/index/coded_space_rig.h"
 #include "tests/index/latent_vector.h"
 #include "tests/support/sanitized.h"
@@ -78,6 +79,28 @@ TEST_F(SpaceWaitingTest, IsFoundAsWellWhileCodesAreReplaced) {
   EXPECT_NE(rig_.space.walk_codes(), before);
   EXPECT_GE(rig_.Recall(truth, kEf), then - 0.05) << "by the codes that came";
   ASSERT_NO_FATAL_FAILURE(rig_.Settle());
+}
+
+// Would catch a probe that finds less than the graph will, and one whose cost grows with a backlog.
+TEST(WaitingProbeTest, LooksAtMoreTheMoreWaitButNotInProportion) {
+  constexpr uint32_t kUsualEf = 128;
+  const auto share = [](uint64_t waiting) {
+    return WaitingProbe::MembersFor(kUsualEf, waiting) / static_cast<float>(waiting);
+  };
+  EXPECT_GE(share(12'000), 1.0F);
+  EXPECT_GE(share(42'000), 0.4F);
+  EXPECT_GE(share(95'000), 0.4F);
+  EXPECT_GE(share(189'000), 0.25F);
+  EXPECT_GE(share(494'000), 0.095F);
+  EXPECT_LE(share(500'000), 0.1F);
+  EXPECT_LE(share(4'000'000), 0.03F);
+  float before = 0;
+  for (uint64_t waiting = 1; waiting < 5'000'000; waiting += waiting / 8 + 1) {
+    const float members = WaitingProbe::MembersFor(kUsualEf, waiting);
+    EXPECT_GE(members, before) << waiting;
+    EXPECT_FLOAT_EQ(WaitingProbe::MembersFor(2 * kUsualEf, waiting), 2 * members);
+    before = members;
+  }
 }
 
 }  // namespace
