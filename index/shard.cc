@@ -152,14 +152,15 @@ int Shard::Poll() {
 
 int Shard::Round() {
   first_producer_ = (first_producer_ + 1) % port_.producers.size();
-  lists_ = std::exchange(listed_now_, false);
-  list_beside_ = kMostListedBeside;
   if (!IsAnswering()) RenewStale();
   int work = TakeResultReturns();
   work += PollLog();
   work += TakePeerAnswers();
   work += ServeRequests();
   if (IsAnswering()) return work;
+  // Rounds that take nothing do not tell.
+  lists_ = std::exchange(listed_now_, false);
+  list_beside_ = kMostListedBeside;
   work += SendWaiting();
   work += TakePeerRequests();
   work += StoreLogged();

@@ -115,6 +115,35 @@ class WaitingRig : public ShardRig {
   std::optional<Completion> refusal;  // the first
 };
 
+// While observations are listed as they come a round takes few, also behind rounds that a recall
+// has had to itself: each costs several times as much as where it is only scanned.
+TEST(ShardWaitingTest, RoundsThatListTakeFewAlsoBehindARecall) {
+  constexpr uint64_t kMostInRound = 16;
+  WaitingRig rig(WaitingOptions(1'000'000));
+  ASSERT_NO_FATAL_FAILURE(rig.BeginLinked());
+  ASSERT_NO_FATAL_FAILURE(rig.Flood(Spread, 5'000));
+  rig.SendMany(Spread, 5'100);
+  (void)rig.Poll();
+  ASSERT_GT(rig.space().waiting(), 1'000u);
+  uint64_t recalls = 0;
+  uint64_t full_rounds = 0;
+  while (rig.sent < 9'000) {
+    rig.SendMany(Spread, 9'000);
+    // Long enough to take several rounds.
+    if (!rig.shard->Idle() && recalls % 2 == 0) {
+      rig.PushRecall(0, "s", Spread(recalls), {.k = 10, .ef = 400});
+    }
+    ++recalls;
+    const uint64_t before = rig.counter(ShardCounter::kObservationsStored);
+    (void)rig.Poll();
+    const uint64_t taken = rig.counter(ShardCounter::kObservationsStored) - before;
+    ASSERT_LE(taken, kMostInRound);
+    full_rounds += static_cast<uint64_t>(taken == kMostInRound);
+    rig.TakeCompletions();
+  }
+  EXPECT_GT(full_rounds, 50u);
+}
+
 // Would catch a shard that holds back what lists could bear, and a probe that looks at all.
 TEST(ShardWaitingTest, ABacklogFarBeyondAScanIsTakenAndFoundWithLittleWork) {
   constexpr uint64_t kAll = 20'000;
