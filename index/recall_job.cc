@@ -308,8 +308,10 @@ void RecallJob::BeginWholeGraph() {
   filtering_->nodes.BeginLinked(space_, snapshot_);
   FilteredScan::Query query;
   query.rows = by_exact_ ? space_->ExactTargetFor(exact_query_) : space_->TargetFor(code_query_);
-  if (codes_ != nullptr) query.codes = space_->WalkTargetFor(codes_, walk_query_);
-  query.picked = PickedFor(kept_);
+  // Into found_ also where there are no codes: what a batch has linked may be fresh as well, and is
+  // not to take two places among the nearest.
+  query.codes = codes_ != nullptr ? space_->WalkTargetFor(codes_, walk_query_) : query.rows;
+  query.picked = codes_ != nullptr ? PickedFor(kept_) : kept_;
   filtering_->scan.Begin(space_, &filtering_->nodes, query);
   phase_ = Phase::kPick;
 }

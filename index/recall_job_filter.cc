@@ -188,7 +188,7 @@ void RecallJob::PickSlice(uint64_t max_distances) {
   }
   if (!is_done) return;
   found_count_ = filtering_->scan.TakePicked(found_);
-  if (found_count_ == 0) {
+  if (found_count_ == 0 || codes_ == nullptr) {
     Merge();
   } else {
     OrderFound();

@@ -78,8 +78,11 @@ TEST(FrameFormatTest, TypesAndFlagsHaveTheirNumbers) {
   EXPECT_EQ(kFrameFlagWithVector, 2);
   EXPECT_EQ(kFrameFlagSnapshot, 4);
   EXPECT_EQ(kFrameFlagFiltered, 8);
+  EXPECT_EQ(kFrameFlagBounded, 16);
+  EXPECT_EQ(kFrameFlagAcross, 32);
   EXPECT_EQ(kFeatureNoSession, 1u);
   EXPECT_EQ(kFeatureAttributes, 2u);
+  EXPECT_EQ(kFeatureWideRecalls, 4u);
   EXPECT_EQ(kNakFlagConsumed, 1);
   EXPECT_EQ(kNakFlagClosing, 2);
   EXPECT_EQ(kMaxFrameBodyBytes, 1'048'576u);
@@ -179,6 +182,7 @@ TEST(FrameFormatTest, BodiesLieAsThePageSays) {
                 .flags = 1,
                 .payload_kind = PayloadKind::kMemory,
                 .vector_dimension = 0x0B0C,
+                .space_bytes = 0x0D,
                 .reserved = 0};
   EXPECT_EQ(BytesIn(hit), WireWriter()
                               .U32(0x01020304)
@@ -191,7 +195,8 @@ TEST(FrameFormatTest, BodiesLieAsThePageSays) {
                               .U8(1)
                               .U8(2)
                               .U16(0x0B0C)
-                              .U16(0)
+                              .U8(0x0D)
+                              .U8(0)
                               .Take());
 }
 

@@ -49,7 +49,7 @@ TEST_F(IngestCoreTest, HelloWithoutASessionOnlyAsks) {
   const auto acks = client.Await(kWireHelloAck);
   ASSERT_EQ(acks.size(), 1u);
   EXPECT_EQ(acks[0].session, 0u);
-  EXPECT_EQ(WireNumber(acks[0].body, 0, 4), 3u);  // unknown features are not granted
+  EXPECT_EQ(WireNumber(acks[0].body, 0, 4), 7u);  // unknown features are not granted
   EXPECT_EQ(WireNumber(acks[0].body, 7, 1), 1u);
   EXPECT_TRUE(h().shard().sessions().empty());
   client.Send(Observations(0, 1));

@@ -123,7 +123,8 @@ TEST_F(IngestEndingsTest, AConnectionGoneWhileItsRequestsAreUnderWayLeavesNothin
       if (kind != RequestKind::kHello) client.Hello();
       for (int k = 1; k <= 5; ++k) h().shard().SetHeld(static_cast<RequestKind>(k), true);
       h().shard().SetHeld(RequestKind::kDetach, false);
-      h().shard().hits = {{std::string(5000, 'h'), 1}, {"more", 1}};
+      h().shard().hits = {HitBatch({{.id = "h", .payload = std::string(5000, 'h')}}),
+                          HitBatch({{.id = "more"}})};
       switch (kind) {
         case RequestKind::kHello:
           client.Send(HelloBytes({}));

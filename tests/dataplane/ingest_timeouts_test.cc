@@ -14,6 +14,10 @@ namespace {
 
 using IngestTimeoutsTest = IngestCoreTest;
 
+FakeShard::Batch LargeBatch() {
+  return HitBatch({{.id = "h", .payload = std::string(60'000, 'h')}});
+}
+
 TEST_F(IngestTimeoutsTest, HandshakeTimeout) {
   TestClient& client = NewClient();
   h().Settle();
@@ -87,7 +91,7 @@ TEST_F(IngestTimeoutsTest, ASlowReaderIsNotReadFromAndThenRefused) {
   Start(SlowReaders(CalmOptions()));
   TestClient& slow = Greeted();
   TestClient& other = Greeted();
-  h().shard().hits = {{std::string(60'000, 'h'), 1}};
+  h().shard().hits = {LargeBatch()};
   for (uint64_t id = 1; id <= 3; ++id) slow.Send(RecallBytes(id, F32Recall(kVector)));
   h().Settle();
   for (uint64_t id = 4; id <= 10; ++id) slow.Send(RecallBytes(id, F32Recall(kVector)));
@@ -110,7 +114,7 @@ TEST_F(IngestTimeoutsTest, ASlowReaderIsNotReadFromAndThenRefused) {
 TEST_F(IngestTimeoutsTest, AReaderThatCatchesUpIsReadFromAgain) {
   Start(SlowReaders(CalmOptions()));
   TestClient& client = Greeted();
-  h().shard().hits = {{std::string(60'000, 'h'), 1}};
+  h().shard().hits = {LargeBatch()};
   for (uint64_t id = 1; id <= 10; ++id) {
     client.Send(RecallBytes(id, F32Recall(kVector)));
     h().Settle();
@@ -130,7 +134,7 @@ TEST_F(IngestTimeoutsTest, AReaderThatCatchesUpIsReadFromAgain) {
 TEST_F(IngestTimeoutsTest, AReaderThatStopsBelowTheLimitIsRefusedToo) {
   Start(SlowReaders(CalmOptions()));
   TestClient& client = Greeted();
-  h().shard().hits = {{std::string(60'000, 'h'), 1}};
+  h().shard().hits = {LargeBatch()};
   for (uint64_t id = 1; id <= 2; ++id) client.Send(RecallBytes(id, F32Recall(kVector)));
   h().Settle();
   // Reads some 60 of 116 KiB, then never again.
@@ -154,7 +158,7 @@ TEST_F(IngestTimeoutsTest, ASendBacklogCloseIsASlowReader) {
   options.ingest.send_pause_bytes = size_t{1} << 20;
   Start(options);
   TestClient& client = Greeted();
-  h().shard().hits = {{std::string(60'000, 'h'), 1}, {std::string(60'000, 'h'), 1}};
+  h().shard().hits = {LargeBatch(), LargeBatch()};
   client.Send(RecallBytes(1, F32Recall(kVector)));
   h().Settle();
   EXPECT_EQ(h().refused(RefusalReason::kSlowReader), 1u);

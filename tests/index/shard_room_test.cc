@@ -12,12 +12,16 @@
 #include <string>
 #include <vector>
 
+#include "index/vector_format.h"
 #include "src/core/hash.h"
 #include "tests/index/shard_observations.h"
 #include "tests/index/shard_rig.h"
 
 namespace engram {
 namespace {
+
+// Of a code, in spaces of few dimensions.
+const size_t kRowBytes = VectorFormat(Precision::kInt8, Metric::kL2, 4).row_bytes();
 
 TEST(ShardRoomTest, AFullMemoryRefusesClearlyAndRecallsAndDeletesGoOn) {
   ShardOptions options = ShardRig::SmallOptions();
@@ -62,7 +66,7 @@ TEST(ShardRoomTest, AFullMemoryRefusesClearlyAndRecallsAndDeletesGoOn) {
 // it does.
 TEST(ShardRoomTest, ABacklogIsRefusedWithATimeAndTakenLater) {
   ShardOptions options = ShardRig::SmallOptions();
-  options.unlinked_limit_bytes = size_t{5'000} * 128;
+  options.unlinked_limit_bytes = size_t{5'000} * kRowBytes;
   options.max_credit = 100;
   ShardRig rig(options);
   RigSession session = rig.Open(0, 1, "s", {.metric = Metric::kL2});
@@ -102,7 +106,7 @@ TEST(ShardRoomTest, ABacklogIsRefusedWithATimeAndTakenLater) {
 // here they must wait, as recalls of earlier snapshots may come.
 TEST(ShardRoomTest, UpdatesAheadOfTheSweepsAreHeldBack) {
   ShardOptions options = ShardRig::SmallOptions();
-  options.unlinked_limit_bytes = size_t{1'000} * 128;
+  options.unlinked_limit_bytes = size_t{1'000} * kRowBytes;
   options.snapshot_keep_ns = 10 * kNanosPerSecond;
   options.max_credit = 1;
   ShardRig rig(options);
@@ -282,7 +286,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 TEST(ShardRoomTest, CreditIsAnnouncedWhenLinkingFreesRoom) {
   ShardOptions options = ShardRig::SmallOptions();
-  options.unlinked_limit_bytes = size_t{4'200} * 128;
+  options.unlinked_limit_bytes = size_t{4'200} * kRowBytes;
   options.max_credit = 64;
   ShardRig rig(options);
   RigSession session = rig.Open(0, 1, "s", {.metric = Metric::kL2});
@@ -316,7 +320,7 @@ TEST(ShardRoomTest, CreditIsAnnouncedWhenLinkingFreesRoom) {
 // first must still hear of it.
 TEST(ShardRoomTest, CreditIsAnnouncedAlsoWhenDeletesFreeTheRoom) {
   ShardOptions options = ShardRig::SmallOptions();
-  options.unlinked_limit_bytes = size_t{4'200} * 128;
+  options.unlinked_limit_bytes = size_t{4'200} * kRowBytes;
   options.max_credit = 6'000;
   options.snapshot_keep_ns = 3'600 * kNanosPerSecond;  // No sweep frees room.
   ShardRig rig(options, 1, 8'192);
@@ -372,7 +376,7 @@ TEST(ShardRoomTest, CreditIsAnnouncedAlsoWhenDeletesFreeTheRoom) {
 // must be said later.
 TEST(ShardRoomTest, CreditThatCouldNotBeAnnouncedIsAnnouncedLater) {
   ShardOptions options = ShardRig::SmallOptions();
-  options.unlinked_limit_bytes = size_t{4'200} * 128;
+  options.unlinked_limit_bytes = size_t{4'200} * kRowBytes;
   options.max_credit = 64;
   ShardRig rig(options, 1, 8'192);
   RigSession session = rig.Open(0, 1, "s", {.metric = Metric::kL2});
@@ -417,7 +421,7 @@ TEST(ShardRoomTest, CreditThatCouldNotBeAnnouncedIsAnnouncedLater) {
 // sessions could gather all of the room each, one after the other.
 TEST(ShardRoomTest, AResumedSessionIsGivenItsShareAnew) {
   ShardOptions options = ShardRig::SmallOptions();
-  options.unlinked_limit_bytes = size_t{5'000} * 128;
+  options.unlinked_limit_bytes = size_t{5'000} * kRowBytes;
   options.max_credit = 5'000;
   ShardRig rig(options);
   std::vector<RigSession> sessions;
