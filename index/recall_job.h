@@ -276,6 +276,7 @@ class RecallJob {
   // Of found_, while it is put in order.
   const std::unique_ptr<NeighbourKey[]> found_keys_;
 
+  static constexpr size_t kMaxFoundAcross = 3 * size_t{kMaxRecallResults};
   // What was found in all spaces so far, on the shard's core. Once ended by hit.
   std::unique_ptr<FoundAcross[]> found_across_;
   size_t found_across_count_ = 0;

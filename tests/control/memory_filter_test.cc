@@ -257,9 +257,34 @@ TEST(MemoryFilterTest, AFilterNeedsAnEmbeddingBesideIt) {
   EXPECT_TRUE(refusal(request).starts_with("context: set without a cue; "));
   request.Clear();
   request.mutable_cue()->mutable_context()->set_location("Köln");
-  EXPECT_EQ(refusal(request),
-            "cue.cue_type: context; a context alone is not served yet: this appliance recalls by "
-            "cue.embedding and filters by the request's context and filter beside it");
+  request.set_all_spaces(true);
+  EXPECT_EQ(refusal(request), "all_spaces: true; it needs cue.embedding");
+}
+
+TEST(MemoryFilterTest, AContextForACueIsAFilterAlone) {
+  CallText text;
+  RecallLimits limits;
+  GatewayQuestion question;
+  v1::RecallRequest request;
+  request.mutable_cue()->mutable_context()->set_location("Köln");
+  request.mutable_context()->add_participants("Ada");
+  request.set_max_results(7);
+  ASSERT_TRUE(AskRecall(request, kFilterKeys, &text, &limits, &question).has_value());
+  EXPECT_TRUE(question.vector.empty());
+  EXPECT_EQ(question.k, 7u);
+  EXPECT_FALSE(limits.is_compared);
+  FilterWriter writer;
+  const std::string_view ada = "Ada";
+  const std::string_view koln = "Köln";
+  ASSERT_TRUE(writer.Require(kWhoKey, {&ada, 1}));
+  ASSERT_TRUE(writer.Require(kWhereKey, {&koln, 1}));
+  EXPECT_EQ(question.filter, writer.Bytes());
+  // A context that asks for nothing is met by all.
+  request.Clear();
+  request.mutable_cue()->mutable_context();
+  ASSERT_TRUE(AskRecall(request, kFilterKeys, &text, &limits, &question).has_value());
+  EXPECT_EQ(question.filter, FilterWriter().BytesOfAny());
+  EXPECT_EQ(question.filter.size(), 16u);
 }
 
 TEST(MemoryFilterTest, TheShardsRefusalOfAKeyNamesTheSpaceAndTheRemedy) {

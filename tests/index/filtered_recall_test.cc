@@ -144,6 +144,28 @@ TEST_F(RecallFilterTest, WhatMatchesRarelyIsComparedAsAWhole) {
   EXPECT_LT(DistancesOf(Requiring("half", times), 64), 1'000u);
 }
 
+TEST_F(RecallFilterTest, WithoutAVectorTheLatestComeFirst) {
+  const TimeRange times{.begin_ns = 100, .end_ns = 900};
+  std::vector<std::pair<int64_t, uint64_t>> wanted;  // the latest first, then by number
+  for (const auto& [id, row] : rig_->vectors) {
+    if (IsHalf(id) && times.Has(WhenOf(id))) wanted.emplace_back(-WhenOf(id), id);
+  }
+  std::ranges::sort(wanted);
+  for (const uint32_t slice : {1U, UINT32_MAX}) {
+    for (const uint32_t k : {1U, 10U, 10'000U}) {
+      const RecallAnswer answer = Ask(Requiring("half", times), {}, k, 64, slice);
+      ASSERT_EQ(answer.hits.size(), std::min<size_t>(k, wanted.size()));
+      for (size_t i = 0; i < answer.hits.size(); ++i) {
+        ASSERT_EQ(answer.hits[i].when_ns, -wanted[i].first);
+        ASSERT_EQ(answer.hits[i].score, 0);
+      }
+    }
+  }
+  EXPECT_TRUE(Ask(Requiring("nowhere"), {}, 10, 64).hits.empty());
+  EXPECT_EQ(Ask(FilterWriter().BytesOfAny(), {}, 10'000, 64).hits.size(),
+            std::min<size_t>(10'000, rig_->vectors.size()));
+}
+
 TEST_F(RecallFilterTest, AFilterThatNothingMeetsFindsNothing) {
   SplitMix64 random(5);
   const std::vector<float> query = DrawRow(&random, true);

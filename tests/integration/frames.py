@@ -186,7 +186,8 @@ def observe_body(records):
 
 def recall_body(vector, k=10, *, ef=0, dtype=F32, scale=0.0, filter=None, bound=None):
     """With a filter the frame needs the flag FILTERED, with a bound BOUNDED."""
-    body = struct.pack("<IIHBxf", k, ef, len(vector), dtype, scale) + encode_vector(vector, dtype)
+    body = struct.pack("<IIHBxf", k, ef, len(vector), dtype if vector else 0, scale)
+    body += encode_vector(vector, dtype)
     if bound is not None:
         body += struct.pack("<f", bound)
     return body if filter is None else body + struct.pack("<H", len(filter)) + filter

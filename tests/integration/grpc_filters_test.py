@@ -53,6 +53,29 @@ class Filters(GrpcCase):
         self.assertEqual(self.found(filter=m.Filter(memory_types=[m.MEMORY_TYPE_EPISODIC])),
                          ["e0", "e1", "e2", "e3"])
 
+    def test_a_context_alone_finds_the_latest(self):
+        def found(by, **fields):
+            answer = self.client.Recall(s.RecallRequest(
+                memory_space_id=self.space, cue=m.Cue(context=by), **fields))
+            for memory in answer.memories:
+                self.assertEqual(memory.activation, 1)
+            return [memory.id for memory in answer.memories]
+
+        self.assertEqual(found(m.ContextCue(participants=["Ada"])), ["e1", "e0"])
+        self.assertEqual(found(m.ContextCue()), ["e3", "e2", "e1", "m0", "m1", "m2", "e0"])
+        self.assertEqual(found(m.ContextCue(), max_results=2), ["e3", "e2"])
+        self.assertEqual(found(m.ContextCue(participants=["Grace"]),
+                               context=m.ContextCue(location="Rome")), ["e2"])
+
+    def test_all_spaces_are_recalled_and_named(self):
+        self.client.remember(self.space + "-too", "other", [1, 0])
+        answer = self.client.recall(self.space, [1, 0], max_results=100, all_spaces=True)
+        named = {(memory.memory_space_id, memory.id) for memory in answer.memories}
+        self.assertIn((self.space + "-too", "other"), named)
+        self.assertIn((self.space, "e0"), named)
+        answer = self.client.recall(self.space, [1, 0], max_results=1)
+        self.assertEqual(answer.memories[0].memory_space_id, "")
+
     def test_both_narrow_together(self):
         self.assertEqual(self.found(
             filter=m.Filter(metadata=[m.MetadataCondition(key="who", values=["Grace"])]),

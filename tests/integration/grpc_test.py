@@ -563,16 +563,15 @@ class Errors(GrpcCase):
 
     def test_recall(self):
         self.client.remember(self.space, "a", [1, 2, 3])
-        served = "; this appliance recalls by cue.embedding (or by ids or scroll)"
+        served = "; this appliance recalls by cue.embedding or cue.context (or by ids or scroll)"
         cue = embedding_cue([1, 2, 3])
         for text, fields in (
                 ("cue: not set; expected cue, ids or scroll", {}),
                 ("cue, ids, scroll: more than one is set; expected one of them",
                  {"cue": cue, "ids": ["a"]}),
                 ("cue.cue_type: not set" + served, {"cue": m.Cue(id="x")}),
-                ("cue.cue_type: context; a context alone is not served yet: this appliance recalls "
-                 "by cue.embedding and filters by the request's context and filter beside it",
-                 {"cue": m.Cue(context=m.ContextCue())}),
+                ("all_spaces: true; it needs cue.embedding",
+                 {"cue": m.Cue(context=m.ContextCue()), "all_spaces": True}),
                 ("filter: set without a cue; this appliance filters what cue.embedding finds",
                  {"filter": m.Filter(required_tags=["x"])}),
                 ('filter.metadata[0].key: "color"; the space filters by who, where_location, '

@@ -12,7 +12,7 @@ ROWS = 1_000
 
 
 class LongRecalls(daemon.DaemonCase):
-    settings = {"limits.recall_batch": 7, "index.partitions": 2, "cores.shard": [0, 0]}
+    settings = {"limits.recall_batch": 7, "index.partitions": 2, "cores.shard": [0, 1]}
 
     def store(self, space, rows=ROWS, offset=0.0):
         client = self.daemon.client(space, metric=frames.L2, dimension=2,
@@ -45,6 +45,22 @@ class LongRecalls(daemon.DaemonCase):
             with self.assertRaises(frames.Refused) as refused:
                 client.recall([0.0, 0.0], 20, bound=float("nan"))
             self.assertEqual(refused.exception.nak.name, "bad_recall")
+
+    def test_without_a_vector_the_latest_come_first(self):
+        with self.daemon.client("latest", dimension=2, features=frames.ATTRIBUTES
+                                | frames.WIDE_RECALLS) as client:
+            client.observe([frames.record(b"%d" % row, [1.0, 2.0], when_ns=row * 7 % 50,
+                                          payload=b"at %d" % (row * 7 % 50))
+                            for row in range(50)])
+            found = client.recall([], 20, payload=True,
+                                  filter=frames.recall_filter(begin_ns=5, end_ns=45))
+            self.assertEqual([hit.when_ns for hit in found], list(range(44, 24, -1)))
+            self.assertEqual(found[0].payload, b"at 44")
+            for fields in ({"filter": b""}, {"filter": frames.recall_filter(), "bound": 1.0},
+                           {"filter": frames.recall_filter(), "across": True}):
+                with self.assertRaises(frames.Refused) as refused:
+                    client.recall([], 20, **fields)
+                self.assertEqual(refused.exception.nak.name, "bad_recall")
 
     def test_all_spaces_of_a_kind_answer_as_one(self):
         with self.store("one", 50) as first, self.store("two", 50, offset=0.5) as second:

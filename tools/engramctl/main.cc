@@ -383,6 +383,12 @@ CLI::App* AddDrop(CLI::App& app, ServerOptions& server, SpaceCommandOptions& opt
   return drop;
 }
 
+void CheckAsksSomething(const RecallOptions& options) {
+  if (!options.queries.empty() || !options.text.empty() || options.latest) return;
+  throw CLI::RequiredError(
+      "recall: --queries with --groundtruth, --text with --encoder, or --latest with a filter,");
+}
+
 int Run(int argc, char** argv) {
   CLI::App app("engramctl: the operator's tool of engramd", "engramctl");
   app.require_subcommand(1);
@@ -450,12 +456,7 @@ int Run(int argc, char** argv) {
   const CLI::App* verify = AddVerify(app, server, verify_options);
   try {
     app.parse(argc, argv);
-    if (recall->parsed() && recall_options.queries.empty() && recall_options.text.empty() &&
-        !recall_options.latest) {
-      throw CLI::RequiredError(
-          "recall: --queries with --groundtruth, --text with --encoder, or --latest with a "
-          "filter,");
-    }
+    if (recall->parsed()) CheckAsksSomething(recall_options);
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? kExitOk : kExitUsage;
   }
