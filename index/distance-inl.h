@@ -166,18 +166,17 @@ ENGRAM_BEFORE_INT8_NAMESPACE();
 namespace engram {
 namespace HWY_NAMESPACE {
 
-// What Int8Trailer begins with. Not all of it, which GCC 12 keeps in a register of 64 bytes and,
-// with a sanitizer's stack, writes where it is not aligned (GCC bug 110027).
-struct Int8Scaling {
-  double scale;
-  double squared_norm;
-  int32_t sum;
-};
-
-HWY_INLINE Int8Scaling TrailerOf(const std::byte* row, size_t padded_dimension) {
-  Int8Scaling trailer;
+HWY_INLINE Int8Trailer TrailerOf(const std::byte* row, size_t padded_dimension) {
+  Int8Trailer trailer;
   std::memcpy(&trailer, row + padded_dimension, sizeof(trailer));
   return trailer;
+}
+// Rounded by itself: where it is added to another one the compiler may else round the sum alone,
+// and which of two rows comes first would matter.
+HWY_INLINE double SquaredNormOf(const Int8Trailer& trailer) {
+  double norm = trailer.squared_norm();
+  __asm__("" : "+m"(norm));
+  return norm;
 }
 
 // The exact inner product of two int8 rows; `count` is a multiple of 64 and at most 4,096, which
@@ -250,18 +249,18 @@ HWY_INLINE float ClampToFloat(double value) {
 
 // Distances, given the inner product of the int8 numbers.
 struct CosineOfDot {
-  HWY_INLINE float operator()(const Int8Scaling& a, const Int8Scaling& b, int32_t dot) const {
+  HWY_INLINE float operator()(const Int8Trailer& a, const Int8Trailer& b, int32_t dot) const {
     return static_cast<float>(1.0 - a.scale * b.scale * dot);
   }
 };
 struct InnerProductOfDot {
-  HWY_INLINE float operator()(const Int8Scaling& a, const Int8Scaling& b, int32_t dot) const {
+  HWY_INLINE float operator()(const Int8Trailer& a, const Int8Trailer& b, int32_t dot) const {
     return ClampToFloat(-(a.scale * b.scale * dot));
   }
 };
 struct L2OfDot {
-  HWY_INLINE float operator()(const Int8Scaling& a, const Int8Scaling& b, int32_t dot) const {
-    const double norms = a.squared_norm + b.squared_norm;
+  HWY_INLINE float operator()(const Int8Trailer& a, const Int8Trailer& b, int32_t dot) const {
+    const double norms = SquaredNormOf(a) + SquaredNormOf(b);
     return ClampToFloat(std::max(0.0, norms - 2 * (a.scale * b.scale * dot)));
   }
 };
@@ -274,7 +273,7 @@ HWY_INLINE float DistanceOfInt8(const std::byte* a, const std::byte* b, size_t c
 template <class OfDot>
 HWY_INLINE void DistancesOfInt8(const std::byte* query, const std::byte* const* rows,
                                 size_t row_count, size_t count, float* out) {
-  const Int8Scaling trailer = TrailerOf(query, count);
+  const Int8Trailer trailer = TrailerOf(query, count);
   size_t r = 0;
   for (; r + 4 <= row_count; r += 4) {
     int32_t dots[4];

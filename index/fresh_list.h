@@ -14,25 +14,36 @@ namespace engram {
 // The nodes of a space that the graph does not know yet, in the order in which they came: appended
 // at the end, taken from the front, scanned by readers of other cores meanwhile.
 //
-// Nodes lie in a run of places that is written once from front to back. Where it is full, what is
-// left is copied to a new run; the old one stays as it is until no reader can be in it. A spare run
-// is kept for a memory that is full. What is left of a long run is copied ahead, some with each
-// Append, lest one of them takes long; all of it is kept then.
+// Nodes lie in a run of places that is written once from front to back. A short run is one piece.
+// Where it is full, what is left is copied to a new run; the old one stays as it is until no reader
+// can be in it. A spare run is kept for a memory that is full. A long run is a table of chunks: one
+// comes at its end when it is full, and the first goes when all of it has been taken, so that
+// nothing is copied but, rarely, the table, and so that no more is kept than is in the list.
 //
 // Thread safety: writing is the owner core's alone. A reader that is inside the epochs takes a
 // Snapshot and scans it; its places never change.
 // Invariants: a snapshot has every node that was in the list when it was taken, once.
 class FreshList {
  private:
-  struct Run {
-    size_t capacity;
+  // What a reader may be in: a run, or a chunk of a long one, which is this and places behind it.
+  struct Block {
+    Block* next_retired;
+    ReaderEpochs::Epoch retired_in;
+    uint32_t bytes;
+    uint32_t most_chunks;  // of a run; 1: a short one, 0: no run but a chunk
+  };
+  struct Run : Block {
+    uint32_t capacity;         // places; of a long run those up to the end of its last chunk
+    uint32_t chunk_log2;       // places of a chunk; of a short run all
     std::atomic<size_t> head;  // first place that is in the list
     std::atomic<size_t> tail;  // one beyond the last
-    Run* next_retired;
-    ReaderEpochs::Epoch retired_in;
 
-    NodeId* places() { return reinterpret_cast<NodeId*>(this + 1); }
-    const NodeId* places() const { return reinterpret_cast<const NodeId*>(this + 1); }
+    bool is_long() const { return most_chunks > 1; }
+    NodeId** chunks() { return reinterpret_cast<NodeId**>(this + 1); }
+    NodeId* const* chunks() const { return reinterpret_cast<NodeId* const*>(this + 1); }
+    NodeId* At(size_t place) {
+      return chunks()[place >> chunk_log2] + (place & ((size_t{1} << chunk_log2) - 1));
+    }
   };
 
  public:
@@ -47,20 +58,25 @@ class FreshList {
   class Snapshot {
    public:
     size_t size() const { return size_; }
-    NodeId operator[](size_t place) const { return first_[place]; }
+    NodeId operator[](size_t place) const {
+      const size_t at = first_ + place;
+      return chunks_[at >> chunk_log2_][at & ((size_t{1} << chunk_log2_) - 1)];
+    }
     // Without the first `count`, or as many as there are.
     Snapshot After(size_t count) const {
-      Snapshot rest;
+      Snapshot rest = *this;
       const size_t passed = count < size_ ? count : size_;
-      rest.first_ = first_ + passed;
-      rest.size_ = size_ - passed;
+      rest.first_ += passed;
+      rest.size_ -= passed;
       return rest;
     }
 
    private:
     friend class FreshList;
-    const NodeId* first_ = nullptr;
+    NodeId* const* chunks_ = nullptr;
+    size_t first_ = 0;
     size_t size_ = 0;
+    uint32_t chunk_log2_ = 0;
   };
   Snapshot TakeSnapshot() const {
     Snapshot snapshot;
@@ -75,7 +91,9 @@ class FreshList {
       if (now == head) break;
       head = now;
     }
-    snapshot.first_ = run->places() + head;
+    snapshot.chunks_ = run->chunks();
+    snapshot.chunk_log2_ = run->chunk_log2;
+    snapshot.first_ = head;
     snapshot.size_ = tail - head;
     // A node that is on its way just now is at both places.
     if (tail - head > 1 && snapshot[tail - head - 1] == snapshot[0]) --snapshot.size_;
@@ -84,13 +102,15 @@ class FreshList {
 
   // ---- For the owner core ----
 
-  // Makes sure that the next Append finds room, by Renew where there is none. False when the heap
+  // Makes sure that the next Append finds room; where there is none, by Renew, or by another chunk
+  // of a long run. False when the heap
   // is spent; nothing has changed then.
   template <typename Keep, typename Drop>
   bool Reserve(Keep&& keep, Drop&& drop) {
     const Run* run = run_.load(std::memory_order_relaxed);
     if (run != nullptr && run->tail.load(std::memory_order_relaxed) < run->capacity) return true;
-    return TakeSuccessor() || Renew(keep, drop);
+    if (run != nullptr && run->is_long()) return Lengthen();
+    return Renew(keep, drop);
   }
   // Begins a new run. Nodes for which `keep(node)` is false are left out of it, and `drop(node)` is
   // told. False when the heap is spent; nothing has changed then.
@@ -105,13 +125,12 @@ class FreshList {
     const Snapshot left = TakeSnapshot();
     size_t kept = 0;
     for (size_t i = 0; i < left.size(); ++i) kept += static_cast<size_t>(keep(left[i]));
-    DropSuccessor();
     Run* run = NewRun(kept);
     if (run == nullptr) return false;
     size_t filled = 0;
     for (const bool in_front : {true, false}) {
       for (size_t i = 0; i < left.size(); ++i) {
-        if (leads(left[i]) == in_front && keep(left[i])) run->places()[filled++] = left[i];
+        if (leads(left[i]) == in_front && keep(left[i])) *run->At(filled++) = left[i];
       }
     }
     for (size_t i = 0; i < left.size(); ++i) {
@@ -119,8 +138,8 @@ class FreshList {
     }
     run->tail.store(filled, std::memory_order_relaxed);
     run_.store(run, std::memory_order_release);
-    if (old != nullptr) Retire(old);
-    MakeSpare(run->capacity);
+    if (old != nullptr) RetireWhole(old);
+    MakeSpare(run);
     return true;
   }
   // There is room (Reserve).
@@ -134,20 +153,24 @@ class FreshList {
   size_t size() const { return TakeSnapshot().size(); }
   // What it takes of the heap.
   size_t bytes() const { return bytes_; }
-  // Gives back the runs that no reader can be in.
+  // Gives back what no reader can be in.
   void Reclaim();
 
  private:
-  static size_t RunBytes(size_t capacity) { return sizeof(Run) + capacity * sizeof(NodeId); }
-  Run* AllocateRun(size_t capacity);
+  static size_t ShortRunBytes(size_t capacity);
+  template <typename T>
+  T* AllocateBlock(size_t bytes, size_t most_chunks);
+  Run* AllocateRun(size_t bytes, size_t most_chunks, size_t chunk_log2);
+  Run* AllocateShortRun(size_t capacity);
+  Run* AllocateLongRun(size_t nodes);
   Run* NewRun(size_t nodes);
-  void MakeSpare(size_t capacity);
-  void BeginSuccessor();
-  void CopySome(size_t most);
-  bool TakeSuccessor();
-  void DropSuccessor();
-  void Retire(Run* run);
-  void FreeRun(Run* run);
+  void MakeSpare(const Run* run);
+  bool AddChunk(Run* run);
+  bool Lengthen();
+  void Retire(Block* block);
+  void RetireWhole(Run* run);
+  void Free(Block* block);
+  void FreeWhole(Run* run);
 
   // Constant after construction.
   ArenaHeap* heap_;
@@ -156,13 +179,9 @@ class FreshList {
   std::atomic<Run*> run_{nullptr};
   // Owner core only.
   size_t bytes_ = 0;
-  Run* oldest_retired_ = nullptr;
-  Run* newest_retired_ = nullptr;
-  Run* spare_ = nullptr;  // as large as the list's own, as far as memory allowed
-  // What comes after a long run: its first `copied_` places are those from `copied_from_` on.
-  Run* successor_ = nullptr;
-  size_t copied_from_ = 0;
-  size_t copied_ = 0;
+  Block* oldest_retired_ = nullptr;
+  Block* newest_retired_ = nullptr;
+  Run* spare_ = nullptr;  // as large as the list's own if that is short, and memory allowed
 };
 
 }  // namespace engram

@@ -19,8 +19,7 @@ HWY_BEFORE_NAMESPACE();
 namespace engram {
 namespace HWY_NAMESPACE {
 
-// Exact; `count` is a multiple of 64 and at most 4,096, which keeps every sum below 2^27. Both are
-// aligned to 64 bytes.
+// Exact; `count` is a multiple of 64 and at most 4,096, which keeps every sum below 2^27.
 HWY_INLINE int32_t Int8Product(const int8_t* HWY_RESTRICT a, const int8_t* HWY_RESTRICT b,
                                size_t count) {
 #if HWY_TARGET == HWY_SCALAR
@@ -39,10 +38,10 @@ HWY_INLINE int32_t Int8Product(const int8_t* HWY_RESTRICT a, const int8_t* HWY_R
   auto sum2 = hn::Zero(sum_tag);
   auto sum3 = hn::Zero(sum_tag);
   for (size_t i = 0; i < count; i += 2 * lanes) {
-    const auto a0 = hn::PromoteTo(wide, hn::Load(narrow, a + i));
-    const auto b0 = hn::PromoteTo(wide, hn::Load(narrow, b + i));
-    const auto a1 = hn::PromoteTo(wide, hn::Load(narrow, a + i + lanes));
-    const auto b1 = hn::PromoteTo(wide, hn::Load(narrow, b + i + lanes));
+    const auto a0 = hn::PromoteTo(wide, hn::LoadU(narrow, a + i));
+    const auto b0 = hn::PromoteTo(wide, hn::LoadU(narrow, b + i));
+    const auto a1 = hn::PromoteTo(wide, hn::LoadU(narrow, a + i + lanes));
+    const auto b1 = hn::PromoteTo(wide, hn::LoadU(narrow, b + i + lanes));
     sum0 = hn::ReorderWidenMulAccumulate(sum_tag, a0, b0, sum0, sum1);
     sum2 = hn::ReorderWidenMulAccumulate(sum_tag, a1, b1, sum2, sum3);
   }

@@ -188,7 +188,7 @@ void InvertedLists::SetCentroid(uint32_t list, const float* mean, const std::byt
   Group* group = groups_[list / kGroupLists];
   const uint32_t place = list % kGroupLists;
   const double unit = unit_ == 0 ? 1 : unit_;
-  group->norms[place] = static_cast<float>(trailer.squared_norm / unit / unit);
+  group->norms[place] = static_cast<float>(trailer.squared_norm() / unit / unit);
   group->by_product[place] = static_cast<float>(-trailer.scale / unit);
   group->by_distance[place] = static_cast<float>(-2 * trailer.scale / unit);
 }

@@ -214,12 +214,11 @@ void VectorFormat::EncodeInt8(const float* v, std::byte* row) const {
   // Exact enough that the largest number becomes 127, never 128: both quotients are far inside
   // double's range even for the smallest and the largest float.
   Int8Trailer trailer = {};
-  int32_t squares = 0;
   const auto quantise = HWY_DYNAMIC_DISPATCH(QuantiseToInt8);
   quantise(v, dimension_, kLargestInt8 / largest, reinterpret_cast<int8_t*>(row), &trailer.sum,
-           &squares);
-  trailer.scale = metric_ == Metric::kCosine ? 1 / std::sqrt(squares) : largest / kLargestInt8;
-  trailer.squared_norm = trailer.scale * trailer.scale * squares;
+           &trailer.squares);
+  trailer.scale =
+      metric_ == Metric::kCosine ? 1 / std::sqrt(trailer.squares) : largest / kLargestInt8;
   std::memcpy(row + padded_dimension_, &trailer, sizeof(trailer));
 }
 

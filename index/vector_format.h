@@ -11,7 +11,7 @@ namespace engram {
 // How a vector of one space lies in memory, and how far two of them are apart.
 //
 // A row is PaddedDimension(precision, dimension) elements, zero beyond the dimension, from a cache
-// line on, with int8 from half a line on:
+// line on, with int8 from a quarter of a line on:
 //   f32   the numbers as they are
 //   bf16  each rounded to the nearest bf16, ties to even; one beyond the largest finite bf16
 //   becomes
@@ -31,7 +31,7 @@ class VectorFormat {
   Metric metric() const { return metric_; }
   uint32_t dimension() const { return dimension_; }
   size_t padded_dimension() const { return padded_dimension_; }
-  // A multiple of 64, with int8 of 32.
+  // A multiple of 64, with int8 of 16.
   size_t row_bytes() const { return row_bytes_; }
 
   DistanceFn distance() const { return distance_; }
@@ -44,7 +44,7 @@ class VectorFormat {
 
   // Writes the whole row, padding included. `v`: `dimension` floats, all finite, of norm 1 under
   // cosine (NormaliseInPlace), no alignment needed. `row`: row_bytes(), aligned to 64 bytes, with
-  // int8 to 32.
+  // int8 to 16.
   void Encode(const float* v, std::byte* row) const;
   // What is stored, as `dimension` floats; every one is finite. No alignment of `v` needed.
   void Decode(const std::byte* row, float* v) const;

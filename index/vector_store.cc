@@ -7,7 +7,7 @@ namespace engram {
 
 VectorStore::VectorStore(ArenaHeap* heap, size_t row_bytes) : rows_(heap, row_bytes) {
   CHECK(row_bytes >= kRowAlignment && row_bytes % kRowAlignment == 0,
-        "rows are whole halves of lines");
+        "rows are whole quarters of lines");
 }
 
 }  // namespace engram

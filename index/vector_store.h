@@ -9,7 +9,7 @@ namespace engram {
 
 // The vectors of one space, as rows of equal size addressed by NodeId. What the bytes of a row mean
 // is the VectorFormat's matter. Where their size is a multiple
-// of 64 rows start at a cache line, else at half a line.
+// of 64 rows start at a cache line, else at a quarter of a line.
 //
 // Thread safety: Reserve, Release and the writable Row are the owner core's alone. Other cores may
 // read the row of a node that was published to them after the row was written.

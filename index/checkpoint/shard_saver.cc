@@ -18,7 +18,7 @@ constexpr uint64_t kFlushTag = 2;  // beside the buffers'
 
 ShardSaver::ShardSaver(Disk* disk, ArenaHeap* heap, uint32_t max_spaces)
     : disk_(disk),
-      memory_(std::make_unique<std::byte[]>(2 * kBufferBytes + kPageBytes)),
+      memory_(std::make_unique_for_overwrite<std::byte[]>(2 * kBufferBytes + kPageBytes)),
       space_saver_(heap) {
   const auto address = std::bit_cast<uintptr_t>(memory_.get());
   std::byte* aligned = memory_.get() + (kPageBytes - address % kPageBytes);

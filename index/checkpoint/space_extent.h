@@ -43,6 +43,15 @@ inline constexpr size_t kExtentCrcOffset = 12;
 // Of a row in memory, in a node: int8 rows are padded with zeros to whole lines.
 constexpr size_t SavedRowBytes(size_t row_bytes) { return (row_bytes + 63) / 64 * 64; }
 
+// What an int8 row has behind its numbers, in a node. In memory it is an Int8Trailer.
+struct SavedTrailer {
+  double scale;
+  double squared_norm;  // scale * scale * the sum of the squares of the int8 numbers
+  int32_t sum;
+  uint8_t zero[12];
+};
+static_assert(sizeof(SavedTrailer) == 32);
+
 // The body of kSpace; the name follows, padded.
 struct SpaceExtent {
   uint64_t latest_stamp;

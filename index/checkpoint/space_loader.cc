@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cfloat>
+#include <cmath>
 #include <cstring>
 #include <tuple>
 #include <utility>
@@ -89,7 +90,7 @@ bool IsSoundRow(const VectorFormat& format, const std::byte* row) {
       return IsFinite(row, row_bytes, kBf16Exponents, kBf16Carry, kBf16Tops) &&
              IsZero(row + dimension * sizeof(uint16_t), row_bytes - dimension * sizeof(uint16_t));
     case Precision::kInt8: {
-      Int8Trailer trailer;
+      SavedTrailer trailer;
       std::memcpy(&trailer, row + format.padded_dimension(), sizeof(trailer));
       constexpr double kMostSquares = 128.0 * 128.0 * kMaxDimension;
       return trailer.scale >= 0 && trailer.scale <= double{FLT_MAX} && trailer.squared_norm >= 0 &&
@@ -100,6 +101,19 @@ bool IsSoundRow(const VectorFormat& format, const std::byte* row) {
       break;
   }
   return false;
+}
+
+// Of a row that is sound.
+void CopyRow(const VectorFormat& format, const std::byte* row, std::byte* to) {
+  std::memcpy(to, row, format.row_bytes());
+  if (format.precision() != Precision::kInt8) return;
+  SavedTrailer saved;
+  std::memcpy(&saved, row + format.padded_dimension(), sizeof(saved));
+  const double unit = saved.scale * saved.scale;
+  const double squares = unit > 0 ? std::round(saved.squared_norm / unit) : 0;
+  const Int8Trailer trailer = {
+      .scale = saved.scale, .sum = saved.sum, .squares = static_cast<int32_t>(squares)};
+  std::memcpy(to + format.padded_dimension(), &trailer, sizeof(trailer));
 }
 
 }  // namespace
@@ -593,9 +607,9 @@ bool SpaceLoader::LoadRow(const VectorFormat& format, const std::byte* rows, std
   const std::byte* best = saved_exact_ ? rows + saved_.code_row_bytes : rows;
   const VectorFormat& best_format = saved_exact_ ? *saved_exact_ : *saved_code_;
   if (format.precision() == best_format.precision()) {
-    std::memcpy(to, best, format.row_bytes());
+    CopyRow(format, best, to);
   } else if (format.precision() == saved_code_->precision()) {
-    std::memcpy(to, rows, format.row_bytes());
+    CopyRow(format, rows, to);
   } else {
     best_format.Decode(best, numbers_.data());
     if (format.metric() == Metric::kCosine && best_format.precision() != Precision::kF32 &&

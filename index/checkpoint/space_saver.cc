@@ -20,7 +20,7 @@ constexpr uint64_t kSkipCost = 1;
 constexpr size_t kPrefetchAhead = 4;
 
 constexpr size_t kMaxRowsBytes =
-    kMaxDimension * sizeof(float) + kMaxDimension + sizeof(Int8Trailer) + 2 * kCacheLineBytes;
+    kMaxDimension * sizeof(float) + kMaxDimension + sizeof(SavedTrailer) + 2 * kCacheLineBytes;
 static_assert(sizeof(ExtentHeader) + sizeof(SavedNode) + kMaxRowsBytes +
                       PadTo8(kMaxIdBytes + kMaxPayloadBytes) +
                       PadTo8(sizeof(uint16_t) + kMaxAttributesBytes) <=
@@ -40,10 +40,19 @@ std::byte* PutPadded(const std::byte* from, size_t bytes, std::byte* to) {
   return to + PadTo8(bytes);
 }
 
-std::byte* PutRow(const VectorStore& rows, NodeId node, std::byte* to) {
-  const size_t bytes = SavedRowBytes(rows.row_bytes());
-  std::memcpy(to, rows.Row(node), rows.row_bytes());
-  std::memset(to + rows.row_bytes(), 0, bytes - rows.row_bytes());
+std::byte* PutRow(const VectorFormat& format, const std::byte* row, std::byte* to) {
+  const size_t bytes = SavedRowBytes(format.row_bytes());
+  std::memcpy(to, row, format.row_bytes());
+  std::memset(to + format.row_bytes(), 0, bytes - format.row_bytes());
+  if (format.precision() == Precision::kInt8) {
+    Int8Trailer trailer;
+    std::memcpy(&trailer, row + format.padded_dimension(), sizeof(trailer));
+    const SavedTrailer saved = {.scale = trailer.scale,
+                                .squared_norm = trailer.squared_norm(),
+                                .sum = trailer.sum,
+                                .zero = {}};
+    std::memcpy(to + format.padded_dimension(), &saved, sizeof(saved));
+  }
   return to + bytes;
 }
 
@@ -356,8 +365,8 @@ void SpaceSaver::PutNode(const SavedNode& saved, std::byte* to) const {
   std::memcpy(to, &saved, sizeof(saved));
   to += sizeof(saved);
   if (saved.state != SavedState::kTombstone) {
-    to = PutRow(*space.codes_, saved.node, to);
-    if (space.exact_) to = PutRow(*space.exact_, saved.node, to);
+    to = PutRow(*space.code_format_, space.codes_->Row(saved.node), to);
+    if (space.exact_) to = PutRow(*space.exact_format_, space.exact_->Row(saved.node), to);
   }
   // The payload lies behind the id.
   to = PutPadded(space.nodes_[saved.node].text, saved.text_bytes(), to);

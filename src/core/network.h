@@ -52,9 +52,10 @@ struct NetworkOptions {
   uint32_t max_connections = 10'000;
   // Several networks of this process listen on one port; the kernel deals the connections out.
   bool share_port = false;
-  // One receive buffer, in bytes, and how many (io_uring; the POSIX backend needs one).
+  // One receive buffer, in bytes, and how many (io_uring; the POSIX backend needs one). They are
+  // made present at the start. With the table of them these are whole huge pages.
   size_t receive_buffer_bytes = size_t{128} * 1024;
-  uint32_t receive_buffers = 128;
+  uint32_t receive_buffers = 63;
   // Unsent bytes that a connection may have; Send beyond that closes it (kSendBacklog).
   size_t send_limit_bytes = size_t{16} << 20;
   // Unsent bytes of all connections together.

@@ -78,14 +78,12 @@ class Rows {
   // The trailer that belongs to the row's numbers.
   void SetScale(size_t row, double scale) {
     Int8Trailer trailer = {};
-    double squares = 0;
     for (size_t i = 0; i < dimension_; ++i) {
       const int8_t number = At<int8_t>(row, i);
       trailer.sum += number;
-      squares += static_cast<double>(number * number);
+      trailer.squares += number * number;
     }
     trailer.scale = scale;
-    trailer.squared_norm = scale * scale * squares;
     std::memcpy((*this)[row] + padded_, &trailer, sizeof(trailer));
   }
   Int8Trailer TrailerOf(size_t row) {
@@ -289,7 +287,8 @@ TEST_P(DistanceTest, L2IsNeverNegative) {
         std::memcpy(rows[1], rows[0], static_cast<size_t>(rows[1] - rows[0]));
         const float self = distance(rows[0], rows[1], rows.padded());
         ASSERT_GE(self, 0.0F);
-        ASSERT_LE(self, precision == Precision::kInt8 ? 1e-12 * rows.TrailerOf(0).squared_norm : 0);
+        ASSERT_LE(self,
+                  precision == Precision::kInt8 ? 1e-12 * rows.TrailerOf(0).squared_norm() : 0);
         if (precision != Precision::kInt8) continue;
         // The same numbers, and scales that differ in their last bit.
         const double scale = rows.TrailerOf(0).scale;

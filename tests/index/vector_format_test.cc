@@ -148,7 +148,15 @@ TEST_P(VectorFormatTest, ARowIsWrittenWholeAndNoMore) {
     }
     if (trailer != 0) {
       const Int8Trailer written = TrailerOf(format, rows[1]);
-      for (const uint8_t reserved : written.reserved) ASSERT_EQ(reserved, 0) << Name(format);
+      int32_t sum = 0;
+      int32_t squares = 0;
+      for (size_t i = 0; i < format.dimension(); ++i) {
+        const auto number = static_cast<int8_t>(rows[1][i]);
+        sum += number;
+        squares += number * number;
+      }
+      ASSERT_EQ(written.sum, sum) << Name(format);
+      ASSERT_EQ(written.squares, squares) << Name(format);
     }
     // Over an older row, too.
     Rows fresh(format, 1);
@@ -263,7 +271,7 @@ TEST_P(VectorFormatTest, Int8IsWithinHalfAStep) {
         ASSERT_EQ(largest, 127) << Name(format) << " scale " << scale;
         ASSERT_EQ(trailer.sum, sum) << Name(format);
         ASSERT_NEAR(trailer.scale / step, 1, 1e-12) << Name(format);
-        ASSERT_NEAR(trailer.squared_norm / squared_norm, 1, 1e-12) << Name(format);
+        ASSERT_NEAR(trailer.squared_norm() / squared_norm, 1, 1e-12) << Name(format);
       }
     }
   }
@@ -288,7 +296,7 @@ TEST_P(VectorFormatTest, Int8UnderCosineHasNormOne) {
             << Name(format);
       }
       ASSERT_NEAR(squared_norm, 1, 1e-6) << Name(format);
-      ASSERT_NEAR(TrailerOf(format, rows[0]).squared_norm, 1, 1e-12) << Name(format);
+      ASSERT_NEAR(TrailerOf(format, rows[0]).squared_norm(), 1, 1e-12) << Name(format);
       ASSERT_NEAR(format.Distance(rows[0], rows[0]), 0, 1e-9) << Name(format);
     }
   }
