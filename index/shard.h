@@ -181,8 +181,10 @@ class Shard {
   // A recall's slice: some 100 to 200 us of distances at 768-d.
   static constexpr uint32_t kRecallSliceDistances = 1024;
   static constexpr size_t kEmitSliceHits = 1024;
-  // Of recalls of all of them: looked at in a slice whether they are asked.
+  // Of recalls of all of them: looked at in a slice whether they are asked; and what it takes to
+  // begin with one, in distances.
   static constexpr uint32_t kSpacesAtOnce = 64;
+  static constexpr uint32_t kDistancesPerSpace = 64;
   // Nodes of a slice of a check, of which there is one in a round: some 100 to 200 us.
   static constexpr size_t kCheckSliceNodes = 128;
   // Observations that are stored in one round once they are logged.

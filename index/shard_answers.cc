@@ -102,6 +102,7 @@ bool Shard::GoOnAcross(Reply* answer) {
     const uint32_t space = answer->next_space++;
     if (!IsAskedAcross(space, *request)) continue;
     EndBeforeAnswer(space);
+    answer->recall.AddDistances(kDistancesPerSpace);
     const RefusalReason reason = answer->recall.Begin(
         *spaces_[space], *request, slot + kRequestBodyOffset, options_.default_ef);
     if (reason == RefusalReason::kNone) return false;
