@@ -140,6 +140,7 @@ void FilteredScan::Begin(const Space* space, FilteredNodes* nodes, const Query& 
   candidate_count_ = 0;
   compared_count_ = 0;
   bound_ = HUGE_VALF;
+  is_bounded_ = false;
 }
 
 void FilteredScan::AddTo(Chunk* chunk, const SearchTarget& target, NodeId node) {
@@ -187,7 +188,8 @@ void FilteredScan::CompareCodes(Chunk* chunk) {
   for (size_t i = 0; i < chunk->count; ++i) {
     estimates_[count] = distances[i];
     candidates_[count] = chunk->nodes[i];
-    count += static_cast<size_t>(distances[i] < bound_);
+    // Until there is a bound also what is beyond all numbers.
+    count += static_cast<size_t>(!is_bounded_ || distances[i] < bound_);
   }
   candidate_count_ = count;
   chunk->count = 0;
@@ -235,6 +237,7 @@ void FilteredScan::Keep(size_t least, size_t most) {
   const size_t kept = KeepNearer(bound, estimates_.get(), candidates_.get(), candidate_count_);
   candidate_count_ = std::min(kept, most);
   bound_ = std::min(bound_, bound);
+  is_bounded_ = true;
 }
 
 size_t FilteredScan::TakePicked(std::span<Neighbour> found) {

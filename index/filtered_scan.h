@@ -119,6 +119,7 @@ class FilteredScan {
   size_t taking_ = 0;  // of each two, the one that fills; the other was asked for
   size_t candidate_count_ = 0;
   float bound_ = 0;
+  bool is_bounded_ = false;
   size_t compared_count_ = 0;
   const std::unique_ptr<float[]> estimates_;
   const std::unique_ptr<NodeId[]> candidates_;

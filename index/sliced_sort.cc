@@ -27,7 +27,9 @@ void SlicedSort::Begin(std::span<NeighbourKey> keys) {
 size_t SlicedSort::BucketOf(NeighbourKey key) const {
   if (buckets_per_distance_ == 0) return 0;
   const float place = (DistanceOf(key) - least_) * buckets_per_distance_;
-  return std::min(static_cast<size_t>(place), kBuckets - 1);
+  if (place < static_cast<float>(kBuckets)) return static_cast<size_t>(place);
+  // As keys are ordered: what is no number lies before or behind all numbers, by its sign.
+  return std::isnan(place) && std::signbit(DistanceOf(key)) ? 0 : kBuckets - 1;
 }
 
 bool SlicedSort::Step(uint64_t* distances) {

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <limits>
+#include <string>
 #include <vector>
 
 #include "src/core/hash.h"
@@ -58,6 +60,12 @@ INSTANTIATE_TEST_SUITE_P(
             [](SplitMix64* random) { return random->Below(1'000) == 0 ? 1e30F : Uniform(random); }},
         Kind{"hair_apart",
              [](SplitMix64* random) { return 1e-40F * static_cast<float>(random->Below(50)); }},
+        Kind{"no_numbers",
+             [](SplitMix64* random) {
+               const float nan = std::numeric_limits<float>::quiet_NaN();
+               const uint64_t what = random->Below(10);
+               return what == 0 ? -nan : what == 1 ? nan : Uniform(random);
+             }},
         Kind{"infinite",
              [](SplitMix64* random) {
                const uint64_t what = random->Below(10);

@@ -313,7 +313,7 @@ TEST(SpaceTest, NodesInBytesCountsRowsThatAreScanned) {
   options.traversal = Traversal::kExact;
   EXPECT_EQ(Space("a", options, &memory.heap, &epochs).NodesInBytes(640), 5u);
   options.traversal = Traversal::kInt8;
-  EXPECT_EQ(Space("a", options, &memory.heap, &epochs).NodesInBytes(640), 6u);
+  EXPECT_EQ(Space("a", options, &memory.heap, &epochs).NodesInBytes(640), 8u);
   options.dimension = 768;
   EXPECT_EQ(Space("a", options, &memory.heap, &epochs).NodesInBytes(8'320), 10u);
 }
