@@ -121,6 +121,7 @@ TEST(MemoryCodecTest, AMemorysPayloadLacksOnlyWhatTheShardKeeps) {
   // Of answers only.
   memory.clear_id_bytes();
   memory.clear_content_omitted();
+  memory.clear_memory_space_id();
   EXPECT_TRUE(MessageDifferencer::Equals(kept, memory)) << kept.DebugString();
 }
 

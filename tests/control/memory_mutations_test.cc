@@ -286,7 +286,11 @@ void ExpectBounds(const GatewayQuestion& question) {
       ASSERT_NO_FATAL_FAILURE(ExpectAdmittable(question));
       break;
     case CallKind::kRecall:
-      ASSERT_NO_FATAL_FAILURE(ExpectVector(question));
+      // Without a vector there is a filter.
+      if (!question.vector.empty() || question.filter.empty()) {
+        ASSERT_NO_FATAL_FAILURE(ExpectVector(question));
+      }
+      ASSERT_FALSE(question.vector.empty() && question.across);
       ASSERT_TRUE(question.k >= 1 && question.k <= kMaxPageResults) << question.k;
       ASSERT_LE(question.ef, kMaxEf);
       ASSERT_EQ(CheckFilter(std::as_bytes(std::span(question.filter))), RefusalReason::kNone);

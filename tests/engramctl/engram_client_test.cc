@@ -188,13 +188,14 @@ TEST_F(EngramClientTest, HelloSaysWhatIsAskedAndKeepsTheAnswer) {
   EXPECT_EQ(connection_.hello().max_frame_bytes, 5'000u);
   EXPECT_EQ(connection_.hello().max_recalls, 8u);
   EXPECT_FALSE(connection_.hello().attributes) << "a server that does not know them";
+  EXPECT_FALSE(connection_.hello().wide_recalls);
 
   const auto frame = peer_.NextFrame();
   ASSERT_TRUE(frame.has_value());
   EXPECT_EQ(frame->header.type, FrameType::kHello);
   EXPECT_EQ(frame->header.session, 9u);
   const auto body = LoadAs<HelloBody>(frame->body.data());
-  EXPECT_EQ(body.features, kFeatureAttributes);
+  EXPECT_EQ(body.features, kFeatureAttributes | kFeatureWideRecalls);
   EXPECT_EQ(body.dimension, 2);
   EXPECT_EQ(body.metric, Metric::kL2);
   EXPECT_EQ(body.priority, Priority::kHigh);
@@ -408,6 +409,32 @@ TEST_F(EngramClientTest, AFilterFollowsTheVector) {
   ASSERT_TRUE(plain.has_value());
   EXPECT_EQ(plain->header.flags, 0);
   EXPECT_EQ(plain->body.size(), vector_end);
+}
+
+TEST_F(EngramClientTest, ABoundFollowsTheVectorAndAllSpacesAreAFlag) {
+  peer_.features = kFeatureWideRecalls | kFeatureAttributes | kFeatureNoSession;
+  Greet();
+  EXPECT_TRUE(connection_.hello().wide_recalls);
+  RecallStream stream(&connection_);
+  const std::string filter = FilterWriter().BytesOfAny();
+  stream.Send({.vector = vector_, .filter = filter, .bound = 0.25F});
+  stream.Send({.vector = vector_, .across = true});
+  stream.Send({.vector = {}, .filter = filter});
+  ASSERT_TRUE(connection_.Flush().has_value());
+  const auto bounded = peer_.NextFrame();
+  ASSERT_TRUE(bounded.has_value());
+  EXPECT_EQ(bounded->header.flags, kFrameFlagFiltered | kFrameFlagBounded);
+  const size_t vector_end = sizeof(RecallBody) + sizeof(vector_);
+  ASSERT_EQ(bounded->body.size(), vector_end + sizeof(float) + 2 + filter.size());
+  EXPECT_EQ(LoadAs<float>(bounded->body.data() + vector_end), 0.25F);
+  const auto across = peer_.NextFrame();
+  ASSERT_TRUE(across.has_value());
+  EXPECT_EQ(across->header.flags, kFrameFlagAcross);
+  EXPECT_EQ(across->body.size(), vector_end);
+  const auto latest = peer_.NextFrame();
+  ASSERT_TRUE(latest.has_value());
+  EXPECT_EQ(LoadAs<RecallBody>(latest->body.data()).dtype, VectorDtype::kNone);
+  EXPECT_EQ(latest->body.size(), sizeof(RecallBody) + 2 + filter.size());
 }
 
 TEST_F(EngramClientTest, RecallAsksForVectorsAndASnapshotByFlags) {

@@ -75,9 +75,9 @@ TEST(VectorStoreTest, SaysWhenTheHeapIsSpent) {
   store.Row(static_cast<NodeId>(store.capacity() - 1))[0] = std::byte{1};
 }
 
-TEST(VectorStoreDeathTest, RowsOfBrokenHalfLinesAreABug) {
-  EXPECT_DEATH(VectorStore(nullptr, 100), "rows are whole halves of lines");
-  EXPECT_DEATH(VectorStore(nullptr, 16), "");
+TEST(VectorStoreDeathTest, RowsOfBrokenQuarterLinesAreABug) {
+  EXPECT_DEATH(VectorStore(nullptr, 100), "rows are whole quarters of lines");
+  EXPECT_DEATH(VectorStore(nullptr, 24), "");
   EXPECT_DEATH(VectorStore(nullptr, 0), "");
 }
 
