@@ -253,11 +253,11 @@ uint32_t BatchLinker::StepScan() {
   uint32_t pairs = 0;
   if (count > 0 && target_.lists->size(next_) > 0) {
     const bool is_last = inner_ + count == queries.size();
-    const std::byte* const behind = target_.lists->FirstCodes(is_last ? NextScanned() : next_);
+    const InvertedLists::Codes behind = target_.lists->FirstCodes(is_last ? NextScanned() : next_);
     uint32_t first = 0;
     target_.lists->ForEachBlock(next_, [&](const InvertedLists::Block& block) {
-      const std::byte* const next = block.next_codes == nullptr ? behind : block.next_codes;
-      ScanBlock(block, queries.subspan(inner_, count), first, next);
+      ScanBlock(block, queries.subspan(inner_, count), first,
+                block.next.block == nullptr ? behind : block.next);
       first += static_cast<uint32_t>(block.nodes.size());
     });
     pairs = static_cast<uint32_t>(count) * target_.lists->size(next_);
@@ -282,15 +282,15 @@ uint32_t BatchLinker::NextScanned() const {
 // `first`: members of the list before the block. `next`: the block that comes after it, which is
 // asked for meanwhile.
 void BatchLinker::ScanBlock(const InvertedLists::Block& block, std::span<const Query> queries,
-                            uint32_t first, const std::byte* next) {
+                            uint32_t first, InvertedLists::Codes next) {
   const SignBlocks& signs = target_.codes->signs();
-  const size_t next_bytes = next == nullptr ? 0 : signs.block_bytes();
+  const size_t next_bytes = signs.block_bytes(next.places);
   const size_t share = (next_bytes / queries.size() + kCacheLineBytes) & ~(kCacheLineBytes - 1);
   size_t asked = 0;
   for (const auto [place, visible] : queries) {
     for (const size_t end = std::min(asked + share, next_bytes); asked < end;
          asked += kCacheLineBytes) {
-      __builtin_prefetch(next + asked, 0, 2);
+      __builtin_prefetch(next.block + asked, 0, 2);
     }
     if (visible <= first) continue;
     Entry& entry = entries_[place];
@@ -300,8 +300,8 @@ void BatchLinker::ScanBlock(const InvertedLists::Block& block, std::span<const Q
     const size_t at = size_t{place} * kCandidates + entry.candidates;
     const size_t members = std::min<size_t>(block.nodes.size(), visible - first);
     entry.candidates += static_cast<uint32_t>(
-        signs.AppendNearer(block.codes, members, entry.code, block.nodes.data(), entry.bound,
-                           memory_.estimates + at, memory_.candidates + at));
+        signs.AppendNearer(block.codes.block, members, entry.code, block.nodes.data(), entry.bound,
+                           memory_.estimates + at, memory_.candidates + at, block.codes.places));
   }
 }
 

@@ -145,7 +145,7 @@ class BatchLinker {
   uint32_t StepScan();
   uint32_t NextScanned() const;
   void ScanBlock(const InvertedLists::Block& block, std::span<const Query> queries, uint32_t first,
-                 const std::byte* next);
+                 InvertedLists::Codes next);
   uint32_t StepLink(uint32_t max_distances);
   void BeginLink();
   void ShrinkCandidates(uint32_t place, size_t least, size_t most);

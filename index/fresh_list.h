@@ -118,7 +118,8 @@ class FreshList {
   bool Renew(Keep&& keep, Drop&& drop) {
     return Renew(keep, drop, [](NodeId) { return true; });
   }
-  // The same; those for which `leads(node)` is true come before the others.
+  // The same; those for which `leads(node)` is true come before the others. Each node is asked in
+  // their order, then each once more.
   template <typename Keep, typename Drop, typename Leads>
   bool Renew(Keep&& keep, Drop&& drop, Leads&& leads) {
     Run* old = run_.load(std::memory_order_relaxed);

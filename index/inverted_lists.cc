@@ -211,14 +211,14 @@ void InvertedLists::Use(const RabitqFormat* coding) {
 // Members
 
 void InvertedLists::SetCode(Stored* block, uint32_t place, const std::byte* code) {
-  codes_.Set(CodesOf(block), place, code);
-  block->hashes[place] = HashOf(code);
+  codes_.Set(CodesOf(block), place, code, block->places);
+  block->hashes()[place] = HashOf(code);
 }
 
 void InvertedLists::CopyCode(const Stored* from, uint32_t from_place, Stored* to,
                              uint32_t to_place) {
-  codes_.Copy(CodesOf(from), from_place, CodesOf(to), to_place);
-  to->hashes[to_place] = from->hashes[from_place];
+  codes_.Copy(CodesOf(from), from_place, CodesOf(to), to_place, from->places, to->places);
+  to->hashes()[to_place] = from->hashes()[from_place];
 }
 
 // Different codes have the same one rarely enough.
@@ -237,31 +237,74 @@ uint32_t InvertedLists::CopiesOf(const List& list, uint32_t hash) const {
   uint32_t left = list.size;
   for (const Stored* block = list.first; left > 0; block = block->next) {
     const uint32_t here = std::min(left, kBlockMembers);
-    for (uint32_t i = 0; i < here; ++i) copies += static_cast<uint32_t>(block->hashes[i] == hash);
+    for (uint32_t i = 0; i < here; ++i) copies += static_cast<uint32_t>(block->hashes()[i] == hash);
     left -= here;
   }
   return copies;
 }
 
-InvertedLists::Stored* InvertedLists::AppendBlock(List* list) {
-  std::byte* bytes = heap_->Allocate(BlockBytes());
+InvertedLists::Stored* InvertedLists::AllocateBlock(uint32_t places) {
+  std::byte* bytes = heap_->Allocate(StoredBytes(places));
   if (bytes == nullptr) return nullptr;
-  bytes_ += ArenaHeap::BlockBytes(BlockBytes());
+  bytes_ += ArenaHeap::BlockBytes(StoredBytes(places));
   auto* block = reinterpret_cast<Stored*>(bytes);
-  block->next = nullptr;
-  block->nodes.fill(kNoNode);
+  *block = {.next = nullptr, .places = places};
+  std::fill_n(block->nodes(), places, kNoNode);
+  return block;
+}
+
+void InvertedLists::FreeBlock(Stored* block) {
+  const size_t bytes = StoredBytes(block->places);
+  bytes_ -= ArenaHeap::BlockBytes(bytes);
+  heap_->Free(reinterpret_cast<std::byte*>(block), bytes);
+}
+
+// For one member more, behind the last one. A block begins with a quarter of its places and doubles
+// twice, so that what many short lists leave empty is little. False when the heap is spent.
+bool InvertedLists::MakeRoom(List* list) {
+  const uint32_t place = list->size % kBlockMembers;
+  if (place > 0) return place < list->last->places || ResizeLast(list, 2 * list->last->places);
+  Stored* block = AllocateBlock(kFewestPlaces);
+  if (block == nullptr) return false;
   (list->first == nullptr ? list->first : list->last->next) = block;
   list->last = block;
-  return block;
+  return true;
+}
+
+// The last block, which is not empty, gets so many places. False when the heap is spent.
+bool InvertedLists::ResizeLast(List* list, uint32_t places) {
+  Stored* block = AllocateBlock(places);
+  if (block == nullptr) return false;
+  const Stored* old = list->last;
+  const uint32_t members = (list->size - 1) % kBlockMembers + 1;
+  std::copy_n(old->nodes(), members, block->nodes());
+  std::copy_n(old->hashes(), members, block->hashes());
+  codes_.CopyFirst(members, CodesOf(old), old->places, CodesOf(block), places);
+  DropLast(list);
+  (list->first == nullptr ? list->first : list->last->next) = block;
+  list->last = block;
+  return true;
 }
 
 void InvertedLists::DropLast(List* list) {
   Stored* before = nullptr;
   for (Stored* block = list->first; block != list->last; block = block->next) before = block;
-  heap_->Free(reinterpret_cast<std::byte*>(list->last), BlockBytes());
-  bytes_ -= ArenaHeap::BlockBytes(BlockBytes());
+  FreeBlock(list->last);
   list->last = before;
   (before == nullptr ? list->first : before->next) = nullptr;
+}
+
+// The last member has gone, or to another place. A block that is three quarters empty is halved, so
+// that it takes as many again to double it.
+void InvertedLists::LeaveLastPlace(List* list) {
+  const uint32_t left = --list->size % kBlockMembers;
+  Stored* const last = list->last;
+  last->nodes()[left] = kNoNode;
+  if (left == 0) {
+    DropLast(list);
+  } else if (left <= last->places / 4 && last->places > kFewestPlaces) {
+    (void)ResizeLast(list, last->places / 2);  // Without memory for it it stays as long.
+  }
 }
 
 bool InvertedLists::Add(uint32_t list, NodeId node, const std::byte* code) {
@@ -269,8 +312,8 @@ bool InvertedLists::Add(uint32_t list, NodeId node, const std::byte* code) {
   List& to = lists_[list];
   if (most_copies_ < UINT32_MAX && CopiesOf(to, HashOf(code)) >= most_copies_) return true;
   const uint32_t place = to.size % kBlockMembers;
-  if (place == 0 && AppendBlock(&to) == nullptr) return false;
-  to.last->nodes[place] = node;
+  if (!MakeRoom(&to)) return false;
+  to.last->nodes()[place] = node;
   SetCode(to.last, place, code);
   if (to.size == 0) --empty_;
   ++to.size;
@@ -289,20 +332,18 @@ void InvertedLists::Remove(NodeId node) {
   uint32_t place = 0;
   for (;; block = block->next) {
     CHECK(block != nullptr, "a node is in the list that is its home");
-    const auto end = block->nodes.begin() + kBlockMembers;
-    const auto found = std::find(block->nodes.begin(), end, node);
+    const NodeId* const end = block->nodes() + block->places;
+    const NodeId* const found = std::find(block->nodes(), block->nodes() + block->places, node);
     if (found == end) continue;
-    place = static_cast<uint32_t>(found - block->nodes.begin());
+    place = static_cast<uint32_t>(found - block->nodes());
     break;
   }
   const uint32_t last_place = (from.size - 1) % kBlockMembers;
-  block->nodes[place] = from.last->nodes[last_place];
+  block->nodes()[place] = from.last->nodes()[last_place];
   CopyCode(from.last, last_place, block, place);
-  from.last->nodes[last_place] = kNoNode;
-  --from.size;
+  LeaveLastPlace(&from);
   --members_;
   if (from.size == 0) ++empty_;
-  if (last_place == 0) DropLast(&from);
   sizes_[list] = static_cast<float>(from.size);
   home_of_[node] = kNoList;
 }
@@ -310,7 +351,7 @@ void InvertedLists::Remove(NodeId node) {
 NodeId InvertedLists::MemberAt(uint32_t list, uint32_t place) const {
   const Stored* block = lists_[list].first;
   for (; place >= kBlockMembers; place -= kBlockMembers) block = block->next;
-  return block->nodes[place];
+  return block->nodes()[place];
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -510,23 +551,22 @@ bool InvertedLists::SplitOne() {
 bool InvertedLists::Move(uint32_t list, uint32_t place, uint32_t other) {
   Stored* block = lists_[list].first;
   for (; place >= kBlockMembers; place -= kBlockMembers) block = block->next;
-  const NodeId node = block->nodes[place];
+  const NodeId node = block->nodes()[place];
   List& to = lists_[other];
-  if (to.size % kBlockMembers == 0 && AppendBlock(&to) == nullptr) return false;
+  if (!MakeRoom(&to)) return false;
   const uint32_t to_place = to.size % kBlockMembers;
-  to.last->nodes[to_place] = node;
+  to.last->nodes()[to_place] = node;
   CopyCode(block, place, to.last, to_place);
   if (to.size++ == 0) --empty_;
   sizes_[other] = static_cast<float>(to.size);
   List& from = lists_[list];
   const uint32_t last_place = (from.size - 1) % kBlockMembers;
-  block->nodes[place] = from.last->nodes[last_place];
+  block->nodes()[place] = from.last->nodes()[last_place];
   if (block != from.last || place != last_place) {
     CopyCode(from.last, last_place, block, place);
   }
-  from.last->nodes[last_place] = kNoNode;
-  if (--from.size == 0) ++empty_;
-  if (last_place == 0) DropLast(&from);
+  LeaveLastPlace(&from);
+  if (from.size == 0) ++empty_;
   sizes_[list] = static_cast<float>(from.size);
   home_of_[node] = other + 1;
   return true;
@@ -600,12 +640,15 @@ Result<void> InvertedLists::CheckInvariants() const {
     uint32_t listed = 0;
     bool sound = true;
     ForEachBlock(list, [&](const Block& block) {
+      const bool is_last = block.next.block == nullptr;
+      sound = sound && block.nodes.size() <= block.codes.places &&
+              (is_last || block.nodes.size() == kBlockMembers);
       for (const NodeId node : block.nodes) {
         ++listed;
         sound = sound && node < home_of_.capacity() && home_of_[node] == list + 1;
       }
     });
-    if (!sound) return unsound("a member is at home elsewhere, list", list);
+    if (!sound) return unsound("a member or a block is elsewhere than it should, list", list);
     if (listed != lists_[list].size) return unsound("miscounted members, list", list);
     if (sizes_[list] != static_cast<float>(listed)) return unsound("wrong size, list", list);
     members += listed;

@@ -33,7 +33,7 @@ namespace engram {
 //
 // Thread safety: the owner core's alone.
 // Invariants (CheckInvariants proves them): a node is in at most one list, once, and where it is
-// said to be; members lie in full blocks but for the last.
+// said to be; members lie in full blocks but for the last, which is no longer than it takes.
 class InvertedLists {
  public:
   // A list is split that has more than most_members(): shorter lists are nearer to what is looked
@@ -66,11 +66,16 @@ class InvertedLists {
   // cost as little, as they stay in the second-level cache.
   static constexpr uint32_t kMany = 1'200;
 
+  // A block of codes (SignBlocks), of so many places; nullptr where there is none.
+  struct Codes {
+    const std::byte* block;
+    uint32_t places;
+  };
   // Up to kBlockMembers members; member i of the block of codes is nodes[i].
   struct Block {
     std::span<const NodeId> nodes;  // room for kSelectionSlack more behind them
-    const std::byte* codes;
-    const std::byte* next_codes;  // of the block behind it in its list; nullptr behind the last
+    Codes codes;
+    Codes next;  // those of the block behind it in its list
   };
 
   // `vectors`: the int8 rows of the nodes, in `format`. Both outlive the lists. `coding`: of the
@@ -115,18 +120,16 @@ class InvertedLists {
     const size_t wanted = members_ * 3 / 2 / kListsAimedAt;
     return static_cast<uint32_t>(std::clamp<size_t>(wanted, kFewestMembers, kMostMembers));
   }
-  // Of the first block of a list; nullptr of an empty one.
-  const std::byte* FirstCodes(uint32_t list) const {
-    return lists_[list].first == nullptr ? nullptr : CodesOf(lists_[list].first);
-  }
+  // Of the first block of a list.
+  Codes FirstCodes(uint32_t list) const { return CodesFrom(lists_[list].first); }
   template <typename Visit>
   void ForEachBlock(uint32_t list, Visit&& visit) const {
     uint32_t left = lists_[list].size;
     for (const Stored* block = lists_[list].first; left > 0; block = block->next) {
       const uint32_t here = left < kBlockMembers ? left : kBlockMembers;
-      visit(Block{.nodes = {block->nodes.data(), here},
-                  .codes = CodesOf(block),
-                  .next_codes = block->next == nullptr ? nullptr : CodesOf(block->next)});
+      visit(Block{.nodes = {block->nodes(), here},
+                  .codes = CodesFrom(block),
+                  .next = CodesFrom(block->next)});
       left -= here;
     }
   }
@@ -144,7 +147,7 @@ class InvertedLists {
     uint32_t left = lists_[list].size;
     for (Stored* block = lists_[list].first; left > 0; block = block->next) {
       for (uint32_t i = 0; i < kBlockMembers && left > 0; ++i, --left) {
-        SetCode(block, i, code_of(block->nodes[i]));
+        SetCode(block, i, code_of(block->nodes()[i]));
       }
     }
   }
@@ -164,11 +167,18 @@ class InvertedLists {
   static constexpr uint32_t kNoList = 0;  // in home_of_, where a list is its number + 1
   static constexpr uint32_t kGroupLists = 64;
 
+  // Behind it lie the nodes, with room for kSelectionSlack more, hashes of the codes, and the codes
+  // from a cache line on.
   struct Stored {
     Stored* next;
-    std::array<NodeId, kBlockMembers + kSelectionSlack> nodes;
-    std::array<uint32_t, kBlockMembers> hashes;  // of the codes
+    uint32_t places;  // kBlockMembers; of the last of a list also a half or a quarter of it
+
+    NodeId* nodes() { return reinterpret_cast<NodeId*>(this + 1); }
+    const NodeId* nodes() const { return reinterpret_cast<const NodeId*>(this + 1); }
+    uint32_t* hashes() { return nodes() + places + kSelectionSlack; }
+    const uint32_t* hashes() const { return nodes() + places + kSelectionSlack; }
   };
+  static constexpr uint32_t kFewestPlaces = SignBlocks::kLeastPlaces;
   struct List {
     Stored* first;
     Stored* last;
@@ -184,7 +194,6 @@ class InvertedLists {
     Numbers zeros;
   };
   static constexpr size_t kGroupHeaderBytes = (sizeof(Group) + 63) / 64 * 64;
-  static constexpr size_t kStoredHeaderBytes = (sizeof(Stored) + 63) / 64 * 64;
 
   size_t ScoreStride() const { return size_t{list_capacity_} + kSelectionSlack; }
   // Of the heap, for sizes and scores.
@@ -192,17 +201,25 @@ class InvertedLists {
     return ArenaHeap::BlockBytes(stride * sizeof(float)) +
            ArenaHeap::BlockBytes(kMostAtOnce * stride * sizeof(float));
   }
-  size_t BlockBytes() const { return kStoredHeaderBytes + codes_.block_bytes(); }
+  static constexpr size_t StoredHeaderBytes(uint32_t places) {
+    return (sizeof(Stored) + (2 * places + kSelectionSlack) * sizeof(uint32_t) + 63) / 64 * 64;
+  }
+  size_t StoredBytes(uint32_t places) const {
+    return StoredHeaderBytes(places) + codes_.block_bytes(places);
+  }
   // BlockProducts takes rows that begin at a cache line.
   size_t CentroidStride() const { return (format_->row_bytes() + 63) / 64 * 64; }
   size_t GroupBytes() const {
     return kGroupHeaderBytes + codes_.block_bytes() + kGroupLists * CentroidStride();
   }
   static const std::byte* CodesOf(const Stored* block) {
-    return reinterpret_cast<const std::byte*>(block) + kStoredHeaderBytes;
+    return reinterpret_cast<const std::byte*>(block) + StoredHeaderBytes(block->places);
   }
   static std::byte* CodesOf(Stored* block) {
-    return reinterpret_cast<std::byte*>(block) + kStoredHeaderBytes;
+    return reinterpret_cast<std::byte*>(block) + StoredHeaderBytes(block->places);
+  }
+  static Codes CodesFrom(const Stored* block) {
+    return block == nullptr ? Codes{nullptr, 0} : Codes{CodesOf(block), block->places};
   }
   void SetCode(Stored* block, uint32_t place, const std::byte* code);
   void CopyCode(const Stored* from, uint32_t from_place, Stored* to, uint32_t to_place);
@@ -230,8 +247,12 @@ class InvertedLists {
   bool AddList();
   void SetCentroid(uint32_t list, const float* mean, const std::byte* instead);
   void CodeCentroid(uint32_t list);
-  Stored* AppendBlock(List* list);
+  Stored* AllocateBlock(uint32_t places);
+  void FreeBlock(Stored* block);
+  bool MakeRoom(List* list);
+  bool ResizeLast(List* list, uint32_t places);
   void DropLast(List* list);
+  void LeaveLastPlace(List* list);
   uint32_t Empty(uint32_t list);
   // By L2, whatever the metric.
   float Apart(const std::byte* a, const std::byte* b) const {

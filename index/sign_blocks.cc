@@ -24,6 +24,7 @@ struct SignScan {
   size_t bits;
   float norm;
   float offset;
+  size_t places;
 };
 
 }  // namespace engram
@@ -66,7 +67,7 @@ HWY_INLINE void EstimateSome(const SignScan& scan, size_t first, const Visit& vi
   auto sum2 = hn::Zero(tag);
   auto sum3 = hn::Zero(tag);
   const uint32_t* at = words + first;
-  for (size_t word = 0; word < scan.bits / 32; ++word, at += kSignMembers) {
+  for (size_t word = 0; word < scan.bits / 32; ++word, at += scan.places) {
     uint32_t of_query;
     std::memcpy(&of_query, scan.code + word * sizeof(of_query), sizeof(of_query));
     const auto query = hn::Set(tag, of_query);
@@ -78,7 +79,7 @@ HWY_INLINE void EstimateSome(const SignScan& scan, size_t first, const Visit& vi
     if constexpr (kRegisters > 2) sum2 = hn::Add(sum2, ones(2));
     if constexpr (kRegisters > 3) sum3 = hn::Add(sum3, ones(3));
   }
-  const auto* const factors = reinterpret_cast<const float*>(words + scan.bits / 32 * kSignMembers);
+  const auto* const factors = reinterpret_cast<const float*>(words + scan.bits / 32 * scan.places);
   const SignFloats right_angle = hn::Set(float_tag, 1.57079632679F);
   const SignFloats step = hn::Set(float_tag, 3.14159265359F / static_cast<float>(scan.bits));
   const SignFloats norm = hn::Set(float_tag, scan.norm);
@@ -88,7 +89,7 @@ HWY_INLINE void EstimateSome(const SignScan& scan, size_t first, const Visit& vi
     const SignFloats disagreements = hn::ConvertTo(float_tag, hn::BitCast(int_tag, sum));
     const SignFloats sine = SineOf(hn::NegMulAdd(disagreements, step, right_angle));
     const SignFloats own = hn::Add(hn::LoadU(float_tag, factors + place), offset);
-    const SignFloats by = hn::LoadU(float_tag, factors + kSignMembers + place);
+    const SignFloats by = hn::LoadU(float_tag, factors + scan.places + place);
     visit(place, hn::MulAdd(hn::Mul(sine, norm), by, own));
   };
   finish(0, sum0);
@@ -173,25 +174,34 @@ SignBlocks::Factors SignBlocks::FactorsOf(const std::byte* row) const {
   return {A, -F * std::sqrt(2 / std::numbers::pi_v<float> * static_cast<float>(bits_))};
 }
 
-void SignBlocks::Set(std::byte* block, uint32_t place, const std::byte* row) const {
+void SignBlocks::Set(std::byte* block, uint32_t place, const std::byte* row,
+                     uint32_t places) const {
   auto* const words = reinterpret_cast<uint32_t*>(block);
   const size_t count = bits_ / 32;
   for (size_t word = 0; word < count; ++word) {
-    std::memcpy(words + word * kMembers + place, row + word * sizeof(uint32_t), sizeof(uint32_t));
+    std::memcpy(words + word * places + place, row + word * sizeof(uint32_t), sizeof(uint32_t));
   }
   const Factors factors = FactorsOf(row);
-  auto* const floats = reinterpret_cast<float*>(words + count * kMembers);
+  auto* const floats = reinterpret_cast<float*>(words + count * places);
   floats[place] = factors.offset;
-  floats[kMembers + place] = metric_ == Metric::kL2 ? -2 * factors.norm : -factors.norm;
+  floats[places + place] = metric_ == Metric::kL2 ? -2 * factors.norm : -factors.norm;
 }
 
-void SignBlocks::Copy(const std::byte* from, uint32_t from_place, std::byte* to,
-                      uint32_t to_place) const {
+void SignBlocks::Copy(const std::byte* from, uint32_t from_place, std::byte* to, uint32_t to_place,
+                      uint32_t from_places, uint32_t to_places) const {
   const auto* const source = reinterpret_cast<const uint32_t*>(from);
   auto* const target = reinterpret_cast<uint32_t*>(to);
   // The factors are two rows more.
   for (size_t row = 0; row < bits_ / 32 + 2; ++row) {
-    target[row * kMembers + to_place] = source[row * kMembers + from_place];
+    target[row * to_places + to_place] = source[row * from_places + from_place];
+  }
+}
+
+void SignBlocks::CopyFirst(size_t count, const std::byte* from, uint32_t from_places, std::byte* to,
+                           uint32_t to_places) const {
+  for (size_t row = 0; row < bits_ / 32 + 2; ++row) {
+    std::memcpy(to + row * to_places * sizeof(uint32_t),
+                from + row * from_places * sizeof(uint32_t), count * sizeof(uint32_t));
   }
 }
 
@@ -205,15 +215,15 @@ SignBlocks::Query SignBlocks::QueryOf(const std::byte* row) const {
 void SignBlocks::Estimate(const std::byte* block, size_t count, const Query& query,
                           float* estimates) const {
   HWY_DYNAMIC_DISPATCH(SignEstimate)
-  ({block, query.code, bits_, query.norm, query.offset}, count, estimates);
+  ({block, query.code, bits_, query.norm, query.offset, kMembers}, count, estimates);
 }
 
 size_t SignBlocks::AppendNearer(const std::byte* block, size_t count, const Query& query,
                                 const uint32_t* of_members, float bound, float* estimates,
-                                uint32_t* ids) const {
+                                uint32_t* ids, uint32_t places) const {
   return HWY_DYNAMIC_DISPATCH(SignAppendNearer)(
-      {block, query.code, bits_, query.norm, query.offset}, count, of_members, bound, estimates,
-      ids);
+      {block, query.code, bits_, query.norm, query.offset, places}, count, of_members, bound,
+      estimates, ids);
 }
 
 }  // namespace engram

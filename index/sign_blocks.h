@@ -24,16 +24,18 @@ namespace engram {
 // bits; a member costs an exclusive or, a population count and an addition for each word, a seventh
 // of a product of its signs with int8 numbers by VPDPBUSD.
 //
-// A block, block_bytes() from a cache line on:
-//   bits / 32 rows of kMembers words: word w of member m is that of bits 32 w to 32 w + 31
-//   kMembers floats: of a distance, what is the member's alone
-//   kMembers floats: its |r|, negative, and doubled for L2
+// A block of P places, block_bytes(P) from a cache line on:
+//   bits / 32 rows of P words: word w of member m is that of bits 32 w to 32 w + 31
+//   P floats: of a distance, what is the member's alone
+//   P floats: its |r|, negative, and doubled for L2
 // Members that were never set are zero, or whatever lay there: only the first `count` are used.
 //
 // Thread safety: constant after construction. No call allocates.
 class SignBlocks {
  public:
   static constexpr uint32_t kMembers = 64;
+  // A block has a multiple of so many places, kMembers unless told otherwise.
+  static constexpr uint32_t kLeastPlaces = 16;
 
   // A code as a query.
   struct Query {
@@ -47,16 +49,21 @@ class SignBlocks {
   explicit SignBlocks(const RabitqFormat& format)
       : SignBlocks(format.metric(), format.bits(), format.squared_norm_of_centroid()) {}
 
-  static constexpr size_t BlockBytes(size_t bits) {
-    return kMembers * (bits / 8 + 2 * sizeof(float));
+  static constexpr size_t BlockBytes(size_t bits, uint32_t places = kMembers) {
+    return places * (bits / 8 + 2 * sizeof(float));
   }
-  size_t block_bytes() const { return BlockBytes(bits_); }
+  size_t block_bytes(uint32_t places = kMembers) const { return BlockBytes(bits_, places); }
   size_t bits() const { return bits_; }
 
   // Member `place` becomes the code `row`, as RabitqFormat::Encode writes it.
-  void Set(std::byte* block, uint32_t place, const std::byte* row) const;
+  void Set(std::byte* block, uint32_t place, const std::byte* row,
+           uint32_t places = kMembers) const;
   // Member `to_place` of `to` becomes member `from_place` of `from`.
-  void Copy(const std::byte* from, uint32_t from_place, std::byte* to, uint32_t to_place) const;
+  void Copy(const std::byte* from, uint32_t from_place, std::byte* to, uint32_t to_place,
+            uint32_t from_places = kMembers, uint32_t to_places = kMembers) const;
+  // The first `count` members of `to` become those of `from`.
+  void CopyFirst(size_t count, const std::byte* from, uint32_t from_places, std::byte* to,
+                 uint32_t to_places) const;
   // Of a row, which stays while the query is used.
   Query QueryOf(const std::byte* row) const;
 
@@ -66,8 +73,8 @@ class SignBlocks {
   // `bound`; returns how many. `of_members`: the members' ids, with kSelectionSlack more behind
   // them, as there is room for behind what is appended.
   size_t AppendNearer(const std::byte* block, size_t count, const Query& query,
-                      const uint32_t* of_members, float bound, float* estimates,
-                      uint32_t* ids) const;
+                      const uint32_t* of_members, float bound, float* estimates, uint32_t* ids,
+                      uint32_t places = kMembers) const;
 
  private:
   struct Factors {

@@ -67,16 +67,20 @@ size_t Space::NextToLink(std::span<NodeId> nodes) {
   };
   const size_t count = take_run();
   if (2 * count >= std::min<size_t>(nodes.size(), linkable())) return count;
-  const FreshList::Snapshot before = fresh_.TakeSnapshot();
-  if (!fresh_.Renew([](NodeId) { return true; }, [](NodeId) {}, is_unlinked)) return count;
-  // What went behind those that are unlinked is scanned from now on.
-  for (uint64_t i = std::exchange(waiting_count_, 0); i-- > 0;) {
-    if (is_unlinked(before[i])) {
-      ++waiting_count_;
-    } else {
-      waiting_->Remove(before[i]);
+  // What goes behind those that are unlinked is scanned from now on.
+  uint64_t listed = waiting_count_;
+  uint64_t still_listed = 0;
+  const auto leads = [&](NodeId node) {
+    const bool unlinked = is_unlinked(node);
+    if (listed > 0) {
+      --listed;
+      still_listed += static_cast<uint64_t>(unlinked);
+      if (!unlinked) waiting_->Remove(node);
     }
-  }
+    return unlinked;
+  };
+  if (!fresh_.Renew([](NodeId) { return true; }, [](NodeId) {}, leads)) return count;
+  waiting_count_ = still_listed;
   return take_run();
 }
 

@@ -98,8 +98,9 @@ void WaitingProbe::ScanList(uint32_t list) {
           compared_by_int8_ += added;
         } else {
           members_ += block.nodes.size();
-          added = signs.AppendNearer(block.codes, block.nodes.size(), signs.QueryOf(code),
-                                     block.nodes.data(), bound_, estimates, candidates);
+          added = signs.AppendNearer(block.codes.block, block.nodes.size(), signs.QueryOf(code),
+                                     block.nodes.data(), bound_, estimates, candidates,
+                                     block.codes.places);
           work_ += block.nodes.size() / kMembersPerDistance + 1;
         }
         // Now, lest what has ended, or is not asked for, takes the places of what is beside it.

@@ -16,10 +16,10 @@ namespace {
 constexpr size_t kSmallStep = 8;
 constexpr size_t kSmallClasses = kCacheLineBytes / kSmallStep + 1;
 constexpr size_t kLargestPart = 48;  // of a line
-constexpr size_t kFewLinesBytes = 1'024;
+constexpr size_t kFewLinesBytes = 2'048;
 constexpr size_t kLineClasses = kFewLinesBytes / kCacheLineBytes - 1;
-constexpr size_t kSteps = 16;
-constexpr size_t kFirstExponent = 10;  // of kFewLinesBytes
+constexpr size_t kSteps = 32;
+constexpr size_t kFirstExponent = 11;  // of kFewLinesBytes
 static_assert(size_t{1} << kFirstExponent == kFewLinesBytes);
 static_assert(kFewLinesBytes / kSteps == kCacheLineBytes, "all larger sizes are whole lines");
 
@@ -83,7 +83,7 @@ std::byte* ArenaHeap::Pop(size_t size_class) {
   return reinterpret_cast<std::byte*>(entry);
 }
 
-// Each piece is the largest that fits, so what is left shrinks to a 17th or less with each, and is
+// Each piece is the largest that fits, so what is left shrinks to a 33rd or less with each, and is
 // a whole size from kFewLinesBytes on: a handful of pieces.
 void ArenaHeap::FileLines(std::byte* from, size_t bytes) {
   while (bytes > 0) {

@@ -29,13 +29,14 @@ TEST(ArenaHeapTest, BlocksHoldWhatWasAskedAndLittleMore) {
     last = block;
     if (bytes > 48) {
       ASSERT_EQ(block % kCacheLineBytes, 0u) << bytes;
-      ASSERT_LE(block - bytes, std::max(bytes / 16, kCacheLineBytes - 1)) << bytes;
+      ASSERT_LE(block - bytes, std::max(bytes / 32, kCacheLineBytes - 1)) << bytes;
     } else if (bytes >= 16) {
       ASSERT_LE(block - bytes, 7u) << bytes;
     }
   }
   EXPECT_EQ(ArenaHeap::BlockBytes(768 * 4), 768u * 4);
   EXPECT_EQ(ArenaHeap::BlockBytes(512 * 832), 512u * 832);
+  EXPECT_EQ(ArenaHeap::BlockBytes(512 * 784), 512u * 784);
   EXPECT_EQ(ArenaHeap::BlockBytes(size_t{1} << 40), size_t{1} << 40);
   EXPECT_EQ(ArenaHeap::BlockBytes(size_t{1} << 42), size_t{1} << 42);
 }

@@ -80,7 +80,33 @@ TEST_F(FreshListTest, IsAQueue) {
   }
 }
 
-// A walk over a long list would hold up everything else: what is left is copied ahead.
+// Memory is what is in the list, however long it was or however much went through it.
+TEST_F(FreshListTest, ALongListTakesWhatIsInIt) {
+  constexpr size_t kChunkBytes = size_t{72} << 10;
+  constexpr NodeId kNodes = 300'000;
+  TestHeap memory(size_t{16} << 20);
+  FreshList list(&memory.heap, &epochs_);
+  for (NodeId node = 0; node < kNodes; ++node) {
+    ASSERT_TRUE(Reserve(&list));
+    list.Append(node);
+    ASSERT_LE(list.bytes(), 8 * list.size() + 4 * kChunkBytes) << node;
+  }
+  while (list.size() > 1'000) list.PopFirst();
+  EXPECT_LE(list.bytes(), 4 * kChunkBytes);
+  // Through more tables than one, a reader inside now and then.
+  for (NodeId node = kNodes; node < 12 * kNodes; ++node) {
+    ASSERT_TRUE(Reserve(&list));
+    list.Append(node);
+    if (node % 50'000 == 0) epochs_.Enter(0);
+    if (node % 50'000 == 20'000) epochs_.Leave(0);
+    ASSERT_EQ(list.first(), node - 1'000);
+    list.PopFirst();
+    ASSERT_LE(list.bytes(), 7 * kChunkBytes) << node;
+    ASSERT_EQ(list.bytes(), memory.heap.live_bytes());
+  }
+}
+
+// A walk over a long list would hold up everything else: nothing of it is copied.
 TEST_F(FreshListTest, ALongListIsAQueueThatIsNeverWalked) {
   TestHeap memory(size_t{8} << 20);
   FreshList list(&memory.heap, &epochs_);
@@ -102,7 +128,7 @@ TEST_F(FreshListTest, ALongListIsAQueueThatIsNeverWalked) {
     model.push_back(next);
   }
   walked = 0;
-  // Short and long in turns, so that successors begin far from and near to the front.
+  // Short and long in turns, so that tables begin far from and near to the front.
   for (int turn = 0; turn < 12; ++turn) {
     const uint64_t pops_of_8 = turn % 3 == 0 ? 1 : 3 + random.Below(3);
     for (int step = 0; step < 40'000; ++step) {
@@ -124,7 +150,7 @@ TEST_F(FreshListTest, ALongListIsAQueueThatIsNeverWalked) {
     list.Reclaim();
   }
   EXPECT_EQ(walked, 0u);
-  // Renewed while a successor is half filled.
+  // Renewed from some place inside a chunk on.
   ASSERT_TRUE(list.Renew([](NodeId node) { return node % 2 == 0; }, [](NodeId) {}));
   std::erase_if(model, [](NodeId node) { return node % 2 != 0; });
   compare();

@@ -340,6 +340,40 @@ TEST(InvertedListsTest, AnEmptyListIsUsedAgain) {
   EXPECT_LE(rig.lists->count(), 16u);
 }
 
+// Many lists have few members each, or a few more than fill their blocks.
+TEST(InvertedListsTest, AListTakesLittleMoreThanItsMembers) {
+  ListsRig rig(Metric::kL2, 64);
+  const TestVectors data = ClusteredVectors(kMost, 64, 1, 11);
+  for (NodeId node = 0; node < data.size(); ++node) rig.WriteRow(node, data[node]);
+  // No chunk of what is by node is made later.
+  ASSERT_TRUE(rig.lists->Reserve(kMost));
+  const size_t empty = rig.lists->bytes();
+  const auto taken = [&] { return rig.lists->bytes() - empty; };
+  ASSERT_TRUE(rig.Add(0));
+  constexpr size_t kMemberBytes = 8 + 8 + 2 * sizeof(uint32_t);  // code, factors, node and hash
+  EXPECT_LE(taken(), 17 * kMemberBytes + 256);
+  for (NodeId node = 1; node < kMost; ++node) {
+    ASSERT_TRUE(rig.Add(node));
+    const size_t members = node + 1;
+    const size_t blocks = members / InvertedLists::kBlockMembers + 1;
+    const size_t over = members % InvertedLists::kBlockMembers;
+    ASSERT_LE(taken(), (members + std::max<size_t>(over, 16)) * kMemberBytes + blocks * 256)
+        << members;
+  }
+  for (NodeId node = 0; node + 4 < kMost; ++node) rig.Remove(node);
+  EXPECT_LE(taken(), 17 * kMemberBytes + 256);
+  // One that comes and goes at the end of a block has it doubled and halved once at most.
+  for (NodeId node = 0; node < 13; ++node) ASSERT_TRUE(rig.Add(node));
+  const size_t doubled = taken();
+  for (int turn = 0; turn < 10; ++turn) {
+    rig.Remove(0);
+    EXPECT_EQ(taken(), doubled);
+    ASSERT_TRUE(rig.Add(0));
+    EXPECT_EQ(taken(), doubled);
+  }
+  ASSERT_NO_FATAL_FAILURE(rig.ExpectAsModelled());
+}
+
 // Some members at a time, and sound between: what is removed or added meanwhile is as ever.
 TEST(InvertedListsTest, AreGivenBackInParts) {
   ListsRig rig(Metric::kL2, 8);

@@ -94,7 +94,28 @@ class SignRig {
     found.ids.resize(appended);
     found.estimates.resize(appended);
     ExpectAmongAll(found, query, count);
+    for (uint32_t places = SignBlocks::kLeastPlaces; places < SignBlocks::kMembers; places *= 2) {
+      if (count <= places) ExpectInBlockOf(places, found, query, count, bound);
+    }
     return found;
+  }
+  // The same in a block of fewer places.
+  void ExpectInBlockOf(uint32_t places, const Found& found, const std::byte* query, size_t count,
+                       float bound) const {
+    std::vector<uint32_t> words(signs_.block_bytes(places) / sizeof(uint32_t), 0x7F7F7F7F);
+    auto* const block = reinterpret_cast<std::byte*>(words.data());
+    signs_.CopyFirst(count, block_, SignBlocks::kMembers, block, places);
+    std::vector<uint32_t> of_members(places + kSlack);
+    for (uint32_t i = 0; i < places; ++i) of_members[i] = 1'000 + i;
+    std::vector<uint32_t> ids(places + kSlack);
+    std::vector<float> estimates(ids.size());
+    const size_t appended =
+        signs_.AppendNearer(block, count, signs_.QueryOf(query), of_members.data(), bound,
+                            estimates.data(), ids.data(), places);
+    ids.resize(appended);
+    estimates.resize(appended);
+    EXPECT_EQ(ids, found.ids) << places << " places";
+    EXPECT_EQ(estimates, found.estimates) << places << " places";
   }
   // The same as where all are estimated.
   void ExpectAmongAll(const Found& found, const std::byte* query, size_t count) const {
@@ -280,6 +301,22 @@ TEST_P(SignBlocksTest, HugeNumbersHideNoOthers) {
     const SignRig::Found found = rig.Nearer(code, SignBlocks::kMembers, 1'000.0F);
     ASSERT_EQ(found.ids, std::vector<uint32_t>{1'000 + near});
   }
+}
+
+TEST(SignBlocksMembers, ABlockOfFewerPlacesTakesAndCopiesTheSame) {
+  constexpr uint32_t kPlaces = 2 * SignBlocks::kLeastPlaces;
+  std::mt19937 random(6);
+  SignRig rig(Metric::kCosine, 200, Values(200, 0.0F));
+  std::vector<std::byte> copied(rig.signs().block_bytes(kPlaces), std::byte{1});
+  std::vector<std::byte> set(copied.size(), std::byte{2});
+  for (uint32_t place = 0; place < kPlaces; ++place) {
+    const std::byte* const row = rig.Encode(RandomVector(Metric::kCosine, 200, 1, &random));
+    rig.Set(SignBlocks::kMembers - 1 - place, row);
+    rig.signs().Set(set.data(), place, row, kPlaces);
+    rig.signs().Copy(rig.block(), SignBlocks::kMembers - 1 - place, copied.data(), place,
+                     SignBlocks::kMembers, kPlaces);
+  }
+  EXPECT_EQ(copied, set);
 }
 
 TEST(SignBlocksMembers, ACopyIsTheMember) {

@@ -37,7 +37,7 @@ inline bool HasCode(const SignBlocks& signs, const InvertedLists::Block& block, 
                     const std::byte* row) {
   std::vector<std::byte> found(signs.block_bytes());
   std::vector<std::byte> wanted(signs.block_bytes());
-  signs.Copy(block.codes, static_cast<uint32_t>(member), found.data(), 0);
+  signs.Copy(block.codes.block, static_cast<uint32_t>(member), found.data(), 0, block.codes.places);
   signs.Set(wanted.data(), 0, row);
   return found == wanted;
 }
