@@ -184,7 +184,8 @@ void FillAndDrop(std::initializer_list<uint64_t> counts) {
     EXPECT_EQ(memory.heap.live_bytes(), 0u);
     if (used == 0) used = memory.arena.used_bytes();
   }
-  EXPECT_LE(memory.arena.used_bytes(), used + used / 100);
+  // A block does for a smaller one where it is much larger, so a little more is taken.
+  EXPECT_LE(memory.arena.used_bytes(), used + used / 50);
 }
 
 TEST(SpaceBulkTest, ManyAreLinkedInBatchesAndAllMemoryComesBack) {
