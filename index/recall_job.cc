@@ -31,9 +31,9 @@ constexpr size_t kMaxKept = KeptFor(kMaxRecallResults);
 constexpr uint32_t PickedFor(uint32_t kept) { return 2 * kept + kept / 2; }
 constexpr size_t kMaxFound = std::max<size_t>(PickedFor(kMaxKept), kMaxEf);
 static_assert(kMaxFound <= FilteredScan::kMaxPicked);
-// In distances: what a walk takes for each place of its list, and what comparing all of the graph
-// takes for a node of the space.
-constexpr double kDistancesPerPlace = 55;
+// In distances: what a walk takes for each place where it has more than its list (fewer take less,
+// recall_job_filter.cc), and what comparing all of the graph takes for a node of the space.
+constexpr double kDistancesPerFarPlace = 55;
 constexpr double kDistancesPerNode = 0.75;
 // Where nobody says otherwise a walk has so many places for each of k, in a short recall and in a
 // long one: of 198,147 text vectors it finds 0.96 of the nearest 100 then, and 0.98 of 1,000.
@@ -296,7 +296,8 @@ bool RecallJob::ComparesWholeGraph() const {
   if (filtering_ == nullptr || filter_ != nullptr || ef_ <= GraphWalk<IsVisible>::kMaxListEf) {
     return false;
   }
-  return kDistancesPerNode * static_cast<double>(space_->node_count()) < kDistancesPerPlace * ef_;
+  return kDistancesPerNode * static_cast<double>(space_->node_count()) <
+         kDistancesPerFarPlace * ef_;
 }
 
 // What was found beside the graph stays.

@@ -1,7 +1,9 @@
 """Vectors for the short forms of the programs of perf/."""
 
 import array
+import pathlib
 import random
+import tempfile
 
 
 def write_fvecs(path, rows):
@@ -29,3 +31,16 @@ def latent_rows(count, dimension, latent, seed):
             row = [value + weight * part for value, part in zip(row, direction)]
         rows.append(row)
     return rows
+
+
+def store_vectors(case, name, rows, queries):
+    """For all tests of a case: files `base` and `queries` in a `root` of that name, which ends with
+    them."""
+    folder = tempfile.TemporaryDirectory()
+    case.addClassCleanup(folder.cleanup)
+    case.root = pathlib.Path(folder.name) / name
+    case.root.mkdir()
+    case.base = case.root / "base.fvecs"
+    case.queries = case.root / "query.fvecs"
+    write_fvecs(case.base, rows)
+    write_fvecs(case.queries, queries)

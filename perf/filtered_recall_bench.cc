@@ -30,16 +30,13 @@
 
 #include "index/recall_job.h"
 #include "index/space.h"
-#include "index/space_linker.h"
 #include "perf/bench_inputs.h"
+#include "perf/bench_space.h"
 #include "perf/bench_support.h"
 #include "perf/vector_set.h"
-#include "src/core/arena_heap.h"
 #include "src/core/attributes.h"
 #include "src/core/check.h"
 #include "src/core/hash.h"
-#include "src/core/huge_page_arena.h"
-#include "src/core/reader_epochs.h"
 #include "src/core/shard_port.h"
 #include "tools/engramctl/table.h"
 
@@ -150,22 +147,17 @@ class Bench {
         base_(std::move(sets.base)),
         queries_(std::move(sets.queries)),
         categories_(std::move(categories)),
-        arena_(Must(HugePageArena::Create({.reserve_bytes = ArenaBytes()}))),
-        heap_(&arena_),
-        space_("filtered", SpaceOptionsOf(), &heap_, &epochs_),
-        job_(&heap_, nullptr, RecallJob::Core::kOfShard),
+        bench_(SpaceOptionsOf(), base_.size()),
+        space_(bench_.space()),
+        job_(bench_.heap(), nullptr, RecallJob::Core::kOfShard),
         slot_(kResultSlotBytes) {}
 
   void Fill() {
-    SpaceLinker linker(&heap_, SpaceOptionsOf().build, BatchLinker::kMaxBatch);
-    for (size_t row = 0; row < base_.size();) {
-      const size_t end = std::min(row + BatchLinker::kMaxBatch, base_.size());
-      for (; row < end; ++row) Store(row);
-      while (linker.Begin(&space_) == SpaceLinker::Begun::kStarted) {
-        while (!linker.Step(kSliceDistances)) {
-        }
-      }
+    for (size_t row = 0; row < base_.size(); ++row) {
+      bench_.Store(base_.Bytes(row), WhenOf(row), AttributesOf(row));
+      if ((row + 1) % BatchLinker::kMaxBatch == 0) bench_.LinkAll();
     }
+    bench_.LinkAll();
   }
 
   std::vector<Figures> Run() {
@@ -180,34 +172,20 @@ class Bench {
   uint64_t time_bytes() const { return space_.times().bytes(); }
 
  private:
-  size_t ArenaBytes() const {
-    constexpr size_t kRowOverheadBytes = 1'536;
-    return (size_t{320} << 20) +
-           base_.size() * (size_t{base_.dimension()} * 5 + kRowOverheadBytes) * 5 / 4;
-  }
   SpaceOptions SpaceOptionsOf() const {
     SpaceOptions space = SpaceOf(options_.inputs, base_.dimension());
     space.filter_keys = {std::string(kCategoryKey)};
     return space;
   }
 
-  void Store(size_t row) {
-    const std::string id = std::to_string(row);
+  std::string AttributesOf(size_t row) const {
     std::string attributes;
     for (const Tag& tag : kTags) {
       if (DrawOf(row) < tag.below) (void)AppendAttribute(kTagKey, tag.name, &attributes);
     }
     (void)AppendAttribute(kWhoKey, std::to_string(WhoOf(row)), &attributes);
     if (!categories_.empty()) (void)AppendAttribute(kCategoryKey, categories_[row], &attributes);
-    ObservationRef observation;
-    observation.id = id;
-    observation.dtype = VectorDtype::kF32;
-    observation.dimension = base_.dimension();
-    observation.vector = base_.Bytes(row);
-    observation.when_ns = WhenOf(row);
-    observation.attributes = std::as_bytes(std::span<const char>(attributes));
-    const StoreOutcome outcome = space_.Upsert(observation, row + 1);
-    CHECK(outcome.reason == RefusalReason::kNone && outcome.node == row, "a row was refused");
+    return attributes;
   }
 
   // The rows found; fewer than kNearest where fewer match.
@@ -280,12 +258,8 @@ class Bench {
   // All of `nodes` by int8, eight rows asked for ahead, and the nearest of them again.
   void Scan(size_t query, const std::vector<NodeId>& nodes) {
     constexpr size_t kAtOnce = 16;
-    const WalkCodes* codes = nullptr;
-    const Space::QueryForms forms{.code = forms_.code, .exact = forms_.exact, .walk = nullptr};
-    CHECK(space_.PrepareQuery(VectorDtype::kF32, base_.dimension(), 1, queries_.Bytes(query),
-                              &codes, forms) == RefusalReason::kNone,
-          "a query was refused");
-    const SearchTarget target = space_.TargetFor(forms.code);
+    const BenchSpace::Compared compared = bench_.CompareWith(queries_.Bytes(query));
+    const SearchTarget& target = compared.by_int8;
     std::array<NeighbourKey, kCompared> kept;
     KeyHeap<FarthestFirst> nearest;
     nearest.Attach(kept.data());
@@ -309,8 +283,9 @@ class Bench {
     }
     const std::span<NeighbourKey> keys = nearest.keys();
     if (space_.has_exact()) {
-      const SearchTarget exact = space_.ExactTargetFor(forms.exact);
-      for (NeighbourKey& key : keys) key = KeyOf(exact.DistanceTo(NodeOf(key)), NodeOf(key));
+      for (NeighbourKey& key : keys) {
+        key = KeyOf(compared.exact.DistanceTo(NodeOf(key)), NodeOf(key));
+      }
     }
     std::ranges::sort(keys);
     std::array<NodeId, kNearest> answer;
@@ -338,23 +313,15 @@ class Bench {
     return rows;
   }
 
-  struct Forms {
-    alignas(64) std::byte code[Space::kMaxRowBytes];
-    alignas(64) std::byte exact[Space::kMaxRowBytes];
-  };
-
   const Options& options_;
   const VectorSet base_;
   const VectorSet queries_;
   const std::vector<std::string> categories_;
-  HugePageArena arena_;
-  ArenaHeap heap_;
-  ReaderEpochs epochs_{1};
-  Space space_;
+  BenchSpace bench_;
+  Space& space_;
   RecallJob job_;
   std::vector<std::byte> slot_;
   std::vector<std::byte> asked_;
-  Forms forms_;
   double unfiltered_us_ = 0;
 };
 

@@ -7,12 +7,10 @@ FILTERED_RECALL_BENCH names the program.
 
 import json
 import os
-import pathlib
 import subprocess
-import tempfile
 import unittest
 
-from check_vectors import latent_rows, write_fvecs
+from check_vectors import latent_rows, store_vectors
 
 DIMENSION = 32
 LATENT = 8
@@ -23,16 +21,10 @@ class FilteredRecallTest(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls.folder.cleanup)
-        root = pathlib.Path(cls.folder.name) / "latent"
-        root.mkdir()
-        cls.base = root / "base.fvecs"
-        cls.queries = root / "query.fvecs"
-        cls.categories = root / "base.tsv"
         rows = latent_rows(ROWS, DIMENSION, LATENT, 1)
-        write_fvecs(cls.base, rows)
-        write_fvecs(cls.queries, latent_rows(40, DIMENSION, LATENT, 2))
+        store_vectors(cls, "latent", rows,
+                      latent_rows(40, DIMENSION, LATENT, 2))
+        cls.categories = cls.root / "base.tsv"
         # What goes with what a row is: on which side of zero its first numbers are.
         lines = [f"{number}\tlatent\t{sum(2 ** bit for bit in range(3) if row[bit] > 0)}\tx\n"
                  for number, row in enumerate(rows)]

@@ -7,12 +7,10 @@ GROWTH_CURVE names the program.
 
 import json
 import os
-import pathlib
 import subprocess
-import tempfile
 import unittest
 
-from check_vectors import latent_rows, write_fvecs
+from check_vectors import latent_rows, store_vectors
 
 DIMENSION = 48
 LATENT = 8
@@ -23,14 +21,8 @@ class GrowthCurveTest(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls.folder.cleanup)
-        root = pathlib.Path(cls.folder.name) / "latent"
-        root.mkdir()
-        cls.base = root / "base.fvecs"
-        cls.queries = root / "query.fvecs"
-        write_fvecs(cls.base, latent_rows(ROWS, DIMENSION, LATENT, 1))
-        write_fvecs(cls.queries, latent_rows(200, DIMENSION, LATENT, 2))
+        store_vectors(cls, "latent", latent_rows(ROWS, DIMENSION, LATENT, 1),
+                      latent_rows(200, DIMENSION, LATENT, 2))
 
     def measure(self, *arguments):
         return subprocess.run(

@@ -8,13 +8,11 @@ INDEX_VS_PEERS names the program.
 import array
 import json
 import os
-import pathlib
 import subprocess
-import tempfile
 import unittest
 import xml.etree.ElementTree
 
-from check_vectors import normal_rows, write_fvecs
+from check_vectors import normal_rows, store_vectors, write_fvecs
 
 DIMENSION = 24
 # More than a space keeps without a graph.
@@ -29,14 +27,8 @@ class IndexVsPeersTest(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls.folder.cleanup)
-        cls.root = pathlib.Path(cls.folder.name)
-        cls.base = cls.root / "normal" / "base.fvecs"
-        cls.base.parent.mkdir()
-        cls.queries = cls.root / "normal" / "query.fvecs"
-        write_fvecs(cls.base, normal_rows(ROWS, DIMENSION, 1))
-        write_fvecs(cls.queries, normal_rows(QUERIES, DIMENSION, 2))
+        store_vectors(cls, "normal", normal_rows(ROWS, DIMENSION, 1),
+                      normal_rows(QUERIES, DIMENSION, 2))
 
     def compare(self, *arguments, queries=None):
         return subprocess.run(

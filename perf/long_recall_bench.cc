@@ -25,15 +25,12 @@
 
 #include "index/recall_job.h"
 #include "index/space.h"
-#include "index/space_linker.h"
 #include "perf/bench_inputs.h"
+#include "perf/bench_space.h"
 #include "perf/bench_support.h"
 #include "perf/shard_producer.h"
 #include "perf/vector_set.h"
-#include "src/core/arena_heap.h"
 #include "src/core/check.h"
-#include "src/core/huge_page_arena.h"
-#include "src/core/reader_epochs.h"
 #include "src/core/shard_port.h"
 #include "tools/engramctl/table.h"
 
@@ -43,7 +40,6 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr uint32_t kFirst = 10;
-constexpr uint32_t kSliceDistances = 1'024;  // as a shard's
 
 struct Options {
   BenchInputs inputs;
@@ -69,25 +65,19 @@ class Bench {
       : options_(options),
         base_(std::move(sets.base)),
         queries_(std::move(sets.queries)),
-        arena_(Must(HugePageArena::Create({.reserve_bytes = ArenaBytes()}))),
-        heap_(&arena_),
-        space_("long", SpaceOf(options.inputs, base_.dimension()), &heap_, &epochs_),
-        job_(&heap_, nullptr, RecallJob::Core::kOfShard),
+        bench_(SpaceOf(options.inputs, base_.dimension()), base_.size()),
+        space_(bench_.space()),
+        job_(bench_.heap(), nullptr, RecallJob::Core::kOfShard),
         slot_(kResultSlotBytes) {}
 
   void Fill() {
-    SpaceLinker linker(&heap_, SpaceOf(options_.inputs, base_.dimension()).build,
-                       BatchLinker::kMaxBatch);
     const size_t linked = base_.size() - std::min<size_t>(options_.waiting, base_.size());
-    for (size_t row = 0; row < linked;) {
-      const size_t end = std::min(row + BatchLinker::kMaxBatch, linked);
-      for (; row < end; ++row) Store(row);
-      while (linker.Begin(&space_) == SpaceLinker::Begun::kStarted) {
-        while (!linker.Step(kSliceDistances)) {
-        }
+    for (size_t row = 0; row < base_.size(); ++row) {
+      bench_.Store(base_.Bytes(row));
+      if (row + 1 == linked || (row < linked && (row + 1) % BatchLinker::kMaxBatch == 0)) {
+        bench_.LinkAll();
       }
     }
-    for (size_t row = linked; row < base_.size(); ++row) Store(row);
     while (space_.WantsListing()) space_.ListSome(1);
   }
 
@@ -116,23 +106,6 @@ class Bench {
   uint64_t waiting() const { return space_.waiting(); }
 
  private:
-  size_t ArenaBytes() const {
-    constexpr size_t kRowOverheadBytes = 1'536;
-    return (size_t{320} << 20) +
-           base_.size() * (size_t{base_.dimension()} * 5 + kRowOverheadBytes) * 5 / 4;
-  }
-
-  void Store(size_t row) {
-    const std::string id = std::to_string(row);
-    ObservationRef observation;
-    observation.id = id;
-    observation.dtype = VectorDtype::kF32;
-    observation.dimension = base_.dimension();
-    observation.vector = base_.Bytes(row);
-    const StoreOutcome outcome = space_.Upsert(observation, row + 1);
-    CHECK(outcome.reason == RefusalReason::kNone, "a row was refused");
-  }
-
   // The rows found, as they came.
   std::vector<int64_t> Recall(size_t query, uint32_t k, Figures* figures) {
     RecallRequest request;
@@ -154,7 +127,7 @@ class Bench {
     const RefusalReason reason = job_.Begin(space_, request, queries_.Bytes(query), options_.ef);
     CHECK(reason == RefusalReason::kNone, "a recall was refused");
     for (bool last = false; !last;) {
-      while (!job_.Search(kSliceDistances)) end_slice();
+      while (!job_.Search(BenchSpace::kSliceDistances)) end_slice();
       last = job_.EmitBatch(slot_);
       if (first_ns == 0) first_ns = ThreadCpuNs();
       end_slice();
@@ -167,12 +140,7 @@ class Bench {
   }
 
   void CompareAll(size_t query, uint32_t k) {
-    const WalkCodes* codes = nullptr;
-    const Space::QueryForms forms{.code = forms_.code, .exact = forms_.exact, .walk = nullptr};
-    CHECK(space_.PrepareQuery(VectorDtype::kF32, base_.dimension(), 1, queries_.Bytes(query),
-                              &codes, forms) == RefusalReason::kNone,
-          "a query was refused");
-    const SearchTarget target = space_.TargetFor(forms.code);
+    const SearchTarget target = bench_.CompareWith(queries_.Bytes(query)).by_int8;
     constexpr size_t kAtOnce = 16;
     std::array<const std::byte*, kAtOnce> rows;
     std::array<float, kAtOnce> distances;
@@ -192,22 +160,14 @@ class Bench {
     std::sort(keys_.begin(), nearest);
   }
 
-  struct Forms {
-    alignas(64) std::byte code[Space::kMaxRowBytes];
-    alignas(64) std::byte exact[Space::kMaxRowBytes];
-  };
-
   const Options& options_;
   const VectorSet base_;
   const VectorSet queries_;
-  HugePageArena arena_;
-  ArenaHeap heap_;
-  ReaderEpochs epochs_{1};
-  Space space_;
+  BenchSpace bench_;
+  Space& space_;
   RecallJob job_;
   std::vector<std::byte> slot_;
   std::vector<NeighbourKey> keys_;
-  Forms forms_;
 };
 
 double Quantile(std::vector<double> values, double quantile) {

@@ -7,12 +7,10 @@ LONG_RECALL_BENCH names the program.
 
 import json
 import os
-import pathlib
 import subprocess
-import tempfile
 import unittest
 
-from check_vectors import latent_rows, write_fvecs
+from check_vectors import latent_rows, store_vectors
 
 DIMENSION = 256
 ROWS = 6_000
@@ -22,14 +20,8 @@ class LongRecallTest(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls.folder.cleanup)
-        root = pathlib.Path(cls.folder.name) / "latent"
-        root.mkdir()
-        cls.base = root / "base.fvecs"
-        cls.queries = root / "query.fvecs"
-        write_fvecs(cls.base, latent_rows(ROWS, DIMENSION, 8, 1))
-        write_fvecs(cls.queries, latent_rows(10, DIMENSION, 8, 2))
+        store_vectors(cls, "latent", latent_rows(ROWS, DIMENSION, 8, 1),
+                      latent_rows(10, DIMENSION, 8, 2))
 
     def measure(self, *arguments):
         return subprocess.run(

@@ -7,12 +7,10 @@ SHARD_SCALING_BENCH names the program.
 
 import json
 import os
-import pathlib
 import subprocess
-import tempfile
 import unittest
 
-from check_vectors import normal_rows, write_fvecs
+from check_vectors import normal_rows, store_vectors
 
 DIMENSION = 32
 ROWS = 5_000
@@ -23,14 +21,8 @@ class ShardScalingTest(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls.folder.cleanup)
-        root = pathlib.Path(cls.folder.name) / "normal"
-        root.mkdir()
-        cls.base = root / "base.fvecs"
-        cls.queries = root / "query.fvecs"
-        write_fvecs(cls.base, normal_rows(MOST * ROWS, DIMENSION, 1))
-        write_fvecs(cls.queries, normal_rows(100, DIMENSION, 2))
+        store_vectors(cls, "normal", normal_rows(MOST * ROWS, DIMENSION, 1),
+                      normal_rows(100, DIMENSION, 2))
 
     def measure(self, *arguments):
         return subprocess.run(

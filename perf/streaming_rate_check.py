@@ -7,12 +7,10 @@ STREAMING_RATE names the program.
 
 import json
 import os
-import pathlib
 import subprocess
-import tempfile
 import unittest
 
-from check_vectors import normal_rows, write_fvecs
+from check_vectors import normal_rows, store_vectors
 
 DIMENSION = 72
 KEYS = {"seconds", "accepted_per_s", "accepted", "due", "linked", "backlog", "memory_bytes",
@@ -26,13 +24,8 @@ class StreamingRateTest(unittest.TestCase):
     def setUpClass(cls):
         if len(os.sched_getaffinity(0)) < 2:
             raise unittest.SkipTest("the shard and its client need a processor each")
-        cls.folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls.folder.cleanup)
-        root = pathlib.Path(cls.folder.name)
-        cls.base = root / "base.fvecs"
-        cls.queries = root / "query.fvecs"
-        write_fvecs(cls.base, normal_rows(2_000, DIMENSION, 1))
-        write_fvecs(cls.queries, normal_rows(100, DIMENSION, 2))
+        store_vectors(cls, "normal", normal_rows(2_000, DIMENSION, 1),
+                      normal_rows(100, DIMENSION, 2))
 
     def measure(self, *arguments):
         done = subprocess.run(

@@ -8,12 +8,10 @@ STREAMING_RUNBOOK and STREAMING_SCHEDULE name the programs.
 
 import json
 import os
-import pathlib
 import subprocess
-import tempfile
 import unittest
 
-from check_vectors import latent_rows, write_fvecs
+from check_vectors import latent_rows, store_vectors
 
 DIMENSION = 32
 LATENT = 6
@@ -64,15 +62,9 @@ class StreamingRunbookTest(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls.folder.cleanup)
-        root = pathlib.Path(cls.folder.name) / "latent"
-        root.mkdir()
-        cls.base = root / "base.fvecs"
-        cls.queries = root / "query.fvecs"
-        cls.runbook = root / "short_runbook.yaml"
-        write_fvecs(cls.base, latent_rows(ROWS, DIMENSION, LATENT, 1))
-        write_fvecs(cls.queries, latent_rows(200, DIMENSION, LATENT, 2))
+        store_vectors(cls, "latent", latent_rows(ROWS, DIMENSION, LATENT, 1),
+                      latent_rows(200, DIMENSION, LATENT, 2))
+        cls.runbook = cls.root / "short_runbook.yaml"
         cls.runbook.write_text(RUNBOOK)
 
     def run_it(self, *arguments):
