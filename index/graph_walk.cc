@@ -164,7 +164,7 @@ std::span<const NeighbourKey> GraphWalkSteps::SortedResultsOfList() {
   size_t count = 0;
   for (const WalkKey key : scratch_->list_.keys()) {
     if (key == kNoKey) break;
-    if (scratch_->list_.IsRetired(key)) continue;
+    if (scratch_->list_.IsRetired(key) || NodeAt(SlotOf(key)) == kNoNode) continue;
     // Nearly in order: a key's distance is short of some bits.
     const NeighbourKey full = FullKeyOf(SlotOf(key));
     size_t place = count++;

@@ -23,7 +23,8 @@ namespace engram {
 // 2. Beam search on level 0 with a WalkList. The distances of an expansion are taken several at
 //    once, and only those below the list's bound are looked at one by one.
 // 3. Where that is too small (more than kMaxWalkSlots evaluations, more places than the list has,
-//    or ef above kMaxListEf), BeamSearch goes on from what was found.
+//    or ef above kMaxListEf), BeamSearch goes on from what was found; but not where the caller has
+//    found half of ef elsewhere, and ef is not above kMaxListEf.
 // 4. The k nearest of the results are the answer, by their distances in full.
 // Each turn ends where memory has been asked for: the links of the next node, or the rows of its
 // neighbours. A core that has several walks takes their turns one after another, and so waits for
@@ -179,9 +180,17 @@ class GraphWalk : public GraphWalkSteps {
   explicit GraphWalk(IsLive is_live = IsLive()) : is_live_(is_live), beam_(is_live) {}
 
   // `ef` is raised to `k`; both are at most scratch->max_ef(). Nodes beyond the scratch's room
-  // (WalkScratch::Reserve) are not found.
-  void Begin(const SearchTarget& target, uint32_t k, uint32_t ef, WalkScratch* scratch) {
+  // (WalkScratch::Reserve) are not found. `known`: distances of at most ef live ones that the
+  // caller has found elsewhere, which take their places among the ef; they stay until the walk is
+  // complete. So of a graph in which all about the query has been replaced, no more is walked
+  // through than lies nearer than what replaced it.
+  void Begin(const SearchTarget& target, uint32_t k, uint32_t ef, WalkScratch* scratch,
+             std::span<const float> known = {}) {
     GraphWalkSteps::Begin(target, k, ef, scratch);
+    CHECK(known.size() <= ef_, "no more can be among the ef");
+    known_ = known;
+    first_known_ = UINT32_MAX;
+    end_known_ = UINT32_MAX;
     in_beam_ = false;
   }
 
@@ -202,8 +211,9 @@ class GraphWalk : public GraphWalkSteps {
     return complete();
   }
 
-  // Of a complete walk that needed no step 3: all nodes that were evaluated, with their distances,
-  // and the distance up to which it has looked about it, HUGE_VALF where that is everywhere.
+  // Of a complete walk that needed no step 3 and knew of none: all nodes that were evaluated, with
+  // their distances, and the distance up to which it has looked about it, HUGE_VALF where that is
+  // everywhere.
   bool is_in_list() const { return !in_beam_; }
   std::span<const NodeId> evaluated() const {
     return {scratch_->memory_->nodes.data(), scratch_->slots_};
@@ -218,8 +228,7 @@ class GraphWalk : public GraphWalkSteps {
   // Such a walk goes on with a larger ef, at most kMaxListEf.
   void Widen(uint32_t ef) {
     ef_ = ef;
-    scratch_->list_.Begin(ef_);
-    Offer(0);
+    BeginList();
     if (state_ != State::kBeam) ExpandNext(/*alone=*/false);
   }
 
@@ -270,7 +279,11 @@ class GraphWalk : public GraphWalkSteps {
   }
 
   void ExpandNext(bool alone) {
-    if (!HasRoomForAnExpansion()) return HandOver(scratch_->list_.keys());
+    if (!HasRoomForAnExpansion()) {
+      if (!KnowsEnough()) return HandOver(scratch_->list_.keys());
+      state_ = State::kComplete;
+      return;
+    }
     WalkKey nearest;
     WalkKey runner_up;
     if (!scratch_->list_.TakeNearest(&nearest, &runner_up)) {
@@ -287,11 +300,41 @@ class GraphWalk : public GraphWalkSteps {
   void BeginOnLevel0() {
     if (ef_ > kMaxListEf) {
       HandOver({});
+      for (const float distance : known_) beam_.AddKnown(distance);
       OfferToBeam(0);
       return;
     }
+    PlaceKnown();
+    BeginList();
+  }
+
+  // What is known takes slots of no node, which are never expanded.
+  void PlaceKnown() {
+    first_known_ = scratch_->slots_;
+    for (const float distance : known_) {
+      if (scratch_->slots_ == kMaxWalkSlots) break;
+      scratch_->memory_->nodes[scratch_->slots_] = kNoNode;
+      scratch_->memory_->distances[scratch_->slots_++] = distance;
+    }
+    end_known_ = scratch_->slots_;
+  }
+
+  // The list anew, of all that has been evaluated and all that is known.
+  void BeginList() {
     scratch_->list_.Begin(ef_);
+    InsertKnown();
     Offer(0);
+  }
+  void InsertKnown() {
+    WalkList& list = scratch_->list_;
+    for (uint32_t slot = first_known_; slot < end_known_;) {
+      const size_t count = std::min<size_t>(end_known_ - slot, kOfferedAtOnce);
+      const size_t kept = list.KeysBelowBound(scratch_->memory_->distances.data() + slot, count,
+                                              reference_, slot, keys_.data());
+      for (size_t i = 0; i < kept; ++i) keys_[i] |= kExpanded;
+      list.Insert(keys_.data(), kept);
+      slot += static_cast<uint32_t>(count);
+    }
   }
 
   // So far that keys hardly tell the list's distances apart: the descent ended in another cluster
@@ -309,15 +352,17 @@ class GraphWalk : public GraphWalkSteps {
   void Rebase() {
     const float* const distances = scratch_->memory_->distances.data();
     reference_ = *std::min_element(distances, distances + scratch_->slots_);
-    scratch_->list_.Begin(ef_);
-    Offer(0);
+    BeginList();
   }
 
   // Step 2 for the nodes from `slot` on.
   void Offer(uint32_t slot) {
     WalkList& list = scratch_->list_;
     while (slot < scratch_->slots_) {
-      const size_t count = std::min<size_t>(scratch_->slots_ - slot, kOfferedAtOnce);
+      if (slot == first_known_) slot = end_known_;
+      const uint32_t end =
+          slot < first_known_ ? std::min(first_known_, scratch_->slots_) : scratch_->slots_;
+      const size_t count = std::min<size_t>(end - slot, kOfferedAtOnce);
       size_t kept = list.KeysBelowBound(scratch_->memory_->distances.data() + slot, count,
                                         reference_, slot, keys_.data());
       // To ask whether a node is live may cost a cache miss.
@@ -335,6 +380,7 @@ class GraphWalk : public GraphWalkSteps {
       slot += static_cast<uint32_t>(count);
       for (size_t i = 0; i < retired; ++i) {
         if (retired_keys_[i] >= list.bound() || list.InsertRetired(retired_keys_[i])) continue;
+        if (KnowsEnough()) continue;
         HandOver(list.keys());
         for (; i < retired; ++i) beam_.AddSeed(FullKeyOf(SlotOf(retired_keys_[i])));
         return OfferToBeam(slot);
@@ -348,20 +394,35 @@ class GraphWalk : public GraphWalkSteps {
     in_beam_ = true;
     state_ = State::kBeam;
     beam_.Begin(target_, 0, ef_, &scratch_->beam_);
-    for (uint32_t slot = 0; slot < scratch_->slots_; ++slot) beam_.Visit(NodeAt(slot));
+    for (uint32_t slot = 0; slot < scratch_->slots_; ++slot) {
+      if (!IsKnown(slot)) beam_.Visit(NodeAt(slot));
+    }
     for (const WalkKey key : keys) {
       if (key == kNoKey) break;
+      if (IsKnown(SlotOf(key))) {
+        beam_.AddKnown(scratch_->memory_->distances[SlotOf(key)]);
+        continue;
+      }
       const bool is_done = (key & kExpanded) != 0 && scratch_->list_.IsRetired(key);
       if (!is_done) beam_.AddSeed(FullKeyOf(SlotOf(key)));
     }
   }
   void OfferToBeam(uint32_t slot) {
-    for (; slot < scratch_->slots_; ++slot) beam_.AddSeed(FullKeyOf(slot));
+    for (; slot < scratch_->slots_; ++slot) {
+      if (!IsKnown(slot)) beam_.AddSeed(FullKeyOf(slot));
+    }
   }
+  // So much that a walk through very many that have ended need not go on for the rest.
+  bool KnowsEnough() const { return 2 * known_.size() >= ef_; }
+  bool IsKnown(uint32_t slot) const { return slot >= first_known_ && slot < end_known_; }
 
   IsLive is_live_;
   BeamSearch<IsLive> beam_;
   bool in_beam_ = false;
+  std::span<const float> known_;
+  // Its slots, from the walk on level 0 on.
+  uint32_t first_known_ = UINT32_MAX;
+  uint32_t end_known_ = UINT32_MAX;
   std::array<WalkKey, kOfferedAtOnce + WalkList::kBlockKeys> keys_;
   std::array<WalkKey, kOfferedAtOnce> retired_keys_;
 };

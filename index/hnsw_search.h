@@ -230,6 +230,17 @@ class BeamSearch {
     Offer(seed);
   }
 
+  // A live one that was found elsewhere takes a place among the ef; it is no result.
+  void AddKnown(float distance) {
+    SearchScratch& s = *scratch_;
+    const NeighbourKey key = KeyOf(distance, kNoNode);
+    if (s.results_.size() < ef_) {
+      s.results_.Push(key);
+    } else if (key < s.results_.top()) {
+      s.results_.ReplaceTop(key);
+    }
+  }
+
   // For walks of the caller's own once the search is complete.
   void ForgetVisited() { scratch_->ForgetVisited(); }
   bool Visit(NodeId node) { return scratch_->Visit(node); }
@@ -271,8 +282,10 @@ class BeamSearch {
   // Once Step said false: up to ef live nodes, nearest first. Valid until the next Begin.
   std::span<const NeighbourKey> SortedResults() {
     const std::span<NeighbourKey> keys = scratch_->results_.keys();
-    std::sort(keys.begin(), keys.end());
-    return keys;
+    const auto known = std::partition(keys.begin(), keys.end(),
+                                      [](NeighbourKey key) { return NodeOf(key) != kNoNode; });
+    std::sort(keys.begin(), known);
+    return {keys.begin(), known};
   }
 
  private:

@@ -25,6 +25,7 @@ constexpr int kMeansRounds = 3;
 constexpr uint32_t kBoundarySample = 128;
 // So much more than was asked for may be chosen, to find the bound in few passes.
 constexpr float kScanTolerance = 1.15F;
+constexpr float kHomeTolerance = 2;
 // Where more lists are near enough than there is room for.
 constexpr float kEnough = 0.875F;
 // Of many lists so many times those that are needed are chosen by signs.
@@ -408,7 +409,9 @@ bool InvertedLists::ChooseEstimated(const Row& row, float members, float* estima
   const float needed = members * static_cast<float>(count_ - empty_) / static_cast<float>(members_);
   const float least = std::clamp(kPreselected * needed, kLeastPreselected, kEnoughPreselected);
   std::array<uint32_t, kMostPreselected + kSelectionSlack> near;
-  const float bound = BoundOfNearest(estimates, nullptr, count_, least, least * kScanTolerance);
+  // Where only the home is looked for, some more cost less than to find a narrow bound.
+  const float most = least * (members > 0 ? kScanTolerance : kHomeTolerance);
+  const float bound = BoundOfNearest(estimates, nullptr, count_, least, most);
   const size_t count = PlacesNearer(estimates, count_, bound, kMostPreselected, near.data());
   if (count == 0) return false;
   std::array<const std::byte*, kMostPreselected> centroids;

@@ -16,6 +16,7 @@ namespace {
 // Rows of the scan that are asked for ahead of the one that is compared, and compared in a turn.
 constexpr size_t kScanAhead = 4;
 constexpr size_t kScannedAtOnce = 64;
+constexpr size_t kComparedTogether = 8;
 constexpr uint64_t kProbedInTurn = 128;
 constexpr uint64_t kPickedInTurn = 128;
 constexpr uint64_t kNewestInTurn = 1'024;
@@ -35,6 +36,12 @@ static_assert(kMaxFound <= FilteredScan::kMaxPicked);
 // recall_job_filter.cc), and what comparing all of the graph takes for a node of the space.
 constexpr double kDistancesPerFarPlace = 55;
 constexpr double kDistancesPerNode = 0.75;
+// The most nodes, ended ones among them, that a walk's list has for each of ef, as far as what is
+// known allows it; and what it finds in the graph in any case, unless that has it pass through more
+// than so many.
+constexpr double kMostWalkedPerPlace = 3;
+constexpr double kLeastOfGraph = 8;
+constexpr double kMostWalkedForLeast = 4'096;
 // Where nobody says otherwise a walk has so many places for each of k, in a short recall and in a
 // long one: of 198,147 text vectors it finds 0.96 of the nearest 100 then, and 0.98 of 1,000.
 constexpr uint32_t kEfPerResult = 2;
@@ -79,6 +86,7 @@ RecallJob::RecallJob(ArenaHeap* heap, const LogWriter* log, Core core)
     found_across_ = std::make_unique_for_overwrite<FoundAcross[]>(kMaxFoundAcross);
   }
   nearest_.Attach(nearest_storage_.data());
+  known_.reserve(kMaxKept + WaitingProbe::kMaxFound);
   hits_.reserve(kMaxKept + kMaxFound);
   sent_.reserve(kMaxRecallResults);
 }
@@ -164,6 +172,7 @@ void RecallJob::TakeSnapshot(CommitStamp wanted) {
     latest = now;
   }
   snapshot_ = wanted == kNoStamp ? latest : wanted;
+  is_latest_ = snapshot_ == latest;
 }
 
 bool RecallJob::Search(uint32_t max_distances) {
@@ -228,13 +237,31 @@ void RecallJob::ScanSlice() {
   const size_t end = std::min<size_t>(fresh_.size(), scanned_ + kScannedAtOnce);
   scratch_.AddDistances(end - scanned_);
   AddWork(end - scanned_, target.vectors->row_bytes());
+  std::array<NodeId, kScannedAtOnce> nodes;
+  std::array<const std::byte*, kScannedAtOnce> rows;
+  std::array<float, kScannedAtOnce> distances;
+  size_t count = 0;
   for (; scanned_ < end; ++scanned_) {
-    if (scanned_ + kScanAhead < fresh_.size()) target.Prefetch(fresh_[scanned_ + kScanAhead]);
     const NodeId node = fresh_[scanned_];
     if (!space_->IsVisible(node, snapshot_)) continue;
     if (filter_ != nullptr && !filter_->Matches(node)) continue;
-    Offer(target.DistanceTo(node), node);
+    nodes[count] = node;
+    rows[count++] = target.vectors->Row(node);
   }
+  if (target.distances == nullptr) {
+    for (size_t i = 0; i < count; ++i) {
+      if (i + kScanAhead < count) target.Prefetch(nodes[i + kScanAhead]);
+      distances[i] = target.DistanceTo(nodes[i]);
+    }
+  } else {
+    for (size_t i = 0; i < count; i += kComparedTogether) {
+      const size_t ahead = std::min(count, i + 2 * kComparedTogether);
+      for (size_t j = i + kComparedTogether; j < ahead; ++j) target.Prefetch(nodes[j]);
+      target.distances(target.query, rows.data() + i, std::min(kComparedTogether, count - i),
+                       target.padded_dimension, distances.data() + i);
+    }
+  }
+  for (size_t i = 0; i < count; ++i) Offer(distances[i], nodes[i]);
 }
 
 void RecallJob::Offer(float distance, NodeId node) {
@@ -247,12 +274,36 @@ void RecallJob::Offer(float distance, NodeId node) {
 }
 
 void RecallJob::EndScan() {
+  NoteKnown();
   if (core_ != Core::kOfShard || space_->waiting() == 0) {
     BeginSearch();
     return;
   }
   probe_->Begin(space_, forms_, snapshot_, ef_, kept_, filter_);
   phase_ = Phase::kProbe;
+}
+
+// A walk passes through what has ended, and goes on until it has found ef that live: where most of
+// a graph has ended, as many places as that makes too many are taken by the nearest that were found
+// beside it. Others than the shard's core cannot tell.
+void RecallJob::LeaveKnown() {
+  size_t most = 0;
+  if (core_ == Core::kOfShard && filter_ == nullptr) {
+    const double share = static_cast<double>(space_->linked()) /
+                         static_cast<double>(std::max<uint64_t>(space_->graph_nodes(), 1));
+    const double found = std::max(kMostWalkedPerPlace * share * walk_ef_,
+                                  std::min(kLeastOfGraph, kMostWalkedForLeast * share));
+    most = walk_ef_ - std::min(static_cast<size_t>(found), size_t{walk_ef_});
+  }
+  if (known_.size() <= most) return;
+  std::ranges::nth_element(known_, known_.begin() + static_cast<ptrdiff_t>(most));
+  known_.resize(most);
+}
+
+// What was scanned.
+void RecallJob::NoteKnown() {
+  known_.clear();
+  for (const NeighbourKey key : nearest_.keys()) known_.push_back(DistanceOf(key));
 }
 
 void RecallJob::ProbeSlice(uint64_t max_distances) {
@@ -262,7 +313,10 @@ void RecallJob::ProbeSlice(uint64_t max_distances) {
   if (!is_done) return;
   AddWork(probe_->members(), space_->waiting_code_bytes());
   AddWork(probe_->compared(), space_->TargetFor(code_query_).vectors->row_bytes());
-  for (const Neighbour& found : probe_->found()) Offer(found.distance, found.node);
+  for (const Neighbour& found : probe_->found()) {
+    known_.push_back(found.distance);
+    Offer(found.distance, found.node);
+  }
   BeginSearch();
 }
 
@@ -275,7 +329,9 @@ SearchTarget RecallJob::WalkTarget() const {
 // 3. What was linked since the scan began is in the scan, so a graph that has begun since is left
 // alone.
 void RecallJob::BeginSearch() {
-  if (!space_->has_linked()) {
+  // Others than the shard's core cannot tell whether all of the graph has ended.
+  const bool all_ended = core_ == Core::kOfShard && space_->linked() == 0 && is_latest_;
+  if (!space_->has_linked() || all_ended) {
     Merge();
     return;
   }
@@ -287,7 +343,8 @@ void RecallJob::BeginSearch() {
   search_ =
       GraphWalk<IsVisible>(IsVisible{space_, snapshot_, filters_in_walk_ ? filter_ : nullptr});
   walk_began_ = distances();
-  search_.Begin(WalkTarget(), codes_ == nullptr ? kept_ : walk_ef_, walk_ef_, &scratch_);
+  LeaveKnown();
+  search_.Begin(WalkTarget(), codes_ == nullptr ? kept_ : walk_ef_, walk_ef_, &scratch_, known_);
   phase_ = Phase::kSearch;
 }
 

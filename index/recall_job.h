@@ -215,6 +215,8 @@ class RecallJob {
   void EndScan();
   void ProbeSlice(uint64_t max_distances);
   void Offer(float distance, NodeId node);
+  void NoteKnown();
+  void LeaveKnown();
   // What the graph is walked with.
   SearchTarget WalkTarget() const;
   void BeginSearch();
@@ -269,6 +271,7 @@ class RecallJob {
   std::unique_ptr<Filtering> filtering_;  // on the shard's core
   std::vector<NeighbourKey> nearest_storage_;
   KeyHeap<FarthestFirst> nearest_;  // of those scanned so far
+  std::vector<float> known_;        // distances of what was found beside the graph, at most ef
   std::vector<Neighbour> found_;    // by the graph
   Compared compared_again_;
   std::vector<NeighbourKey> hits_;  // nearest first
@@ -288,9 +291,10 @@ class RecallJob {
   const WalkCodes* codes_ = nullptr;  // that the graph is walked with, if not with code_query_
   FreshList::Snapshot fresh_;
   CommitStamp snapshot_ = kNoStamp;
-  uint32_t wanted_ = 0;    // in all stages
-  uint32_t first_ = 0;     // of a long recall; else 0
-  uint32_t asked_ef_ = 0;  // 0: nobody said
+  bool is_latest_ = false;  // the snapshot, when it was taken
+  uint32_t wanted_ = 0;     // in all stages
+  uint32_t first_ = 0;      // of a long recall; else 0
+  uint32_t asked_ef_ = 0;   // 0: nobody said
   uint32_t default_ef_ = 0;
   bool has_bound_ = false;
   float bound_ = 0;

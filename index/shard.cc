@@ -33,9 +33,14 @@ constexpr size_t kReclaimBatch = 64;
 // And this share of those that hold a place, up to a bound of the round: some 100 us.
 constexpr size_t kReclaimShare = 64;
 constexpr size_t kMostReclaimed = 2'048;
-// Where they end by age: from so many on that have ended and are scanned still, upkeep takes longer
-// slices.
-constexpr uint64_t kMostEndedListed = 1'024;
+// As many end as come, also where more than so many have, and a share of what lives.
+constexpr uint64_t kMostRetired = 1'024;
+constexpr uint64_t kRetiredShare = 16;
+// From so many on that have ended and are listed still, upkeep takes longer slices: nothing of them
+// is given back while a batch is linked.
+constexpr uint64_t kMostEndedListed = 8'192;
+// Of what is not linked, the share that has ended from which on the rest will too.
+constexpr uint64_t kFutileShare = 8;
 // Sessions that are moved or dropped in one round.
 constexpr size_t kSessionSteps = 16;
 // Id and payload of an observation that credit makes room for in the log.
@@ -440,9 +445,11 @@ int Shard::Upkeep(bool busy) {
 // A slice of the sweep or of the link under way, in turn where there are both; else a new one is
 // begun.
 int Shard::StepUpkeep(bool busy) {
-  if (!linker_.active() && !sweep_.repairing_tree() && !BeginUpkeep() && !sweep_.active()) return 0;
-  const bool is_behind = linker_.active() && entries_[linking_space_]->ends_by_age() &&
-                         spaces_[linking_space_]->ended_listed() > kMostEndedListed;
+  if (!linker_.active() && !sweep_.repairing_tree() && !BeginUpkeep(busy) && !sweep_.active()) {
+    return 0;
+  }
+  const bool is_behind =
+      linker_.active() && spaces_[linking_space_]->ended_listed() > kMostEndedListed;
   const uint32_t distances = busy && !is_behind ? kBusyLinkDistances : kIdleLinkDistances;
   sweep_turn_ = !sweep_turn_;
   if (sweep_.active() && (sweep_turn_ || !linker_.active())) {
@@ -454,9 +461,9 @@ int Shard::StepUpkeep(bool busy) {
 }
 
 // Looks at some spaces. False when none of the queue has anything to do now.
-bool Shard::BeginUpkeep() {
+bool Shard::BeginUpkeep(bool busy) {
   for (size_t tried = 0; tried < kUpkeepSpaces && !upkeep_queue_.empty(); ++tried) {
-    if (BeginUpkeepOfNext()) {
+    if (BeginUpkeepOfNext(busy)) {
       fruitless_turns_ = 0;
       return true;
     }
@@ -467,7 +474,7 @@ bool Shard::BeginUpkeep() {
 
 // The next space in turn: gives back, then sweeps or links. False when there is nothing to do, or
 // only once recalls of earlier snapshots can no longer come; it stays in the queue then.
-bool Shard::BeginUpkeepOfNext() {
+bool Shard::BeginUpkeepOfNext(bool busy) {
   upkeep_turn_ = (upkeep_turn_ + 1) % upkeep_queue_.size();
   const uint32_t index = upkeep_queue_[upkeep_turn_];
   if (entries_[index]->is_dropping()) return false;
@@ -479,7 +486,8 @@ bool Shard::BeginUpkeepOfNext() {
   // What a sweep took out is on no linker's way once the linker was free after it, as it is now,
   // and on that of the next sweep it never was. Where as many end as come, that one is not awaited.
   bool has_more = false;
-  if (entries_[index]->ends_by_age()) {
+  if (entries_[index]->ends_by_age() ||
+      space.retired() > kMostRetired + space.live() / kRetiredShare) {
     space.Reclaim(std::min(kReclaimBatch + space.retired() / kReclaimShare, kMostReclaimed));
   } else if (!sweep_.active()) {
     has_more = space.Reclaim(kReclaimBatch);
@@ -502,6 +510,7 @@ bool Shard::BeginUpkeepOfNext() {
   }
   if (node != kNoNode || space.WantsCodes()) {
     if (now_ns_ < link_retry_ns_) return has_freed;
+    if (busy && EndsBeforeItIsLinked(space)) return has_freed;
     if (WaitsForBatch(index)) return has_freed;
     link_began_ns_ = now_ns_;
     switch (linker_.Begin(&space)) {
@@ -533,6 +542,13 @@ bool Shard::BeginUpkeepOfNext() {
     AnnounceCredit(index);
   }
   return is_done;
+}
+
+// So much of what waited has ended within the time for which snapshots are kept that the rest will
+// have before its turn comes: the time for linking is better spent on taking more.
+bool Shard::EndsBeforeItIsLinked(const Space& space) {
+  const uint64_t ended = space.ended_listed();
+  return ended > kMostEndedListed && ended * kFutileShare > space.unlinked_count();
 }
 
 // A batch costs less a node than each of few, so these wait for others, but not long. A rebuild

@@ -336,8 +336,9 @@ class Shard {
   RefusalReason JudgeGrowth(uint32_t space, const ObserveRequest& request) const;
   int Upkeep(bool busy);
   int StepUpkeep(bool busy);
-  bool BeginUpkeep();
-  bool BeginUpkeepOfNext();
+  bool BeginUpkeep(bool busy);
+  bool BeginUpkeepOfNext(bool busy);
+  static bool EndsBeforeItIsLinked(const Space& space);
   bool WaitsForBatch(uint32_t index);
   void StepSweep(uint32_t distances);
   void StepLink(uint32_t distances);

@@ -88,7 +88,7 @@ struct SpaceOptions {
   static constexpr uint32_t kGraphFrom = 4'096;
   // Unlinked ones from which on it pays to list them: scanning so many takes as long as looking for
   // what is listed.
-  static constexpr uint32_t kListFrom = 4'096;
+  static constexpr uint32_t kListFrom = 2'048;
 
   Metric metric = Metric::kCosine;
   Precision precision = Precision::kF32;
@@ -434,6 +434,8 @@ class Space {
   uint64_t hidden() const { return hidden_; }
   uint64_t unlinked_count() const { return unlinked_; }
   uint64_t linked() const { return live_ - unlinked_; }
+  // Of the graph, with those that have ended and were not taken out yet.
+  uint64_t graph_nodes() const { return graph_.linked_count(); }
   // Updated or deleted, still holding a place.
   uint64_t retired() const { return retired_; }
   // Those that have ended and are scanned still.

@@ -19,16 +19,19 @@ constexpr uint64_t kLeastBusySweep = 64;
 // as they wait for the horizon first.
 constexpr uint64_t kGatheredShare = 4;
 constexpr uint64_t kEndedAtOnce = 64;
-// And where they end by age, as many as come, this share of all that are listed still, up to a
-// bound of the round: some 100 us.
+// And where as many end as come, this share of all that are listed still, up to a bound of the
+// round: some 100 us.
 constexpr uint64_t kEndedAtOnceShare = 16;
 constexpr uint64_t kMostEndedAtOnce = 2'048;
+// What has ended and is still wanted goes behind what is to be linked, unless it is more than this:
+// each that goes there is listed, and scanned, once more.
+constexpr uint64_t kMostMoved = 4'096;
 
 }  // namespace
 
 NodeId Space::NextToLink() {
-  const uint64_t share = aged_ ? ended_listed() / kEndedAtOnceShare : 0;
-  const uint64_t most = std::min(kEndedAtOnce + share, kMostEndedAtOnce);
+  const uint64_t most =
+      std::min(kEndedAtOnce + ended_listed() / kEndedAtOnceShare, kMostEndedAtOnce);
   for (uint64_t passed = 0; passed < most; ++passed) {
     const NodeId node = fresh_.first();
     if (node != kNoNode && nodes_[node].state == NodeState::kEnded && IsPast(node)) {
@@ -39,7 +42,7 @@ NodeId Space::NextToLink() {
       return kNoNode;
     } else if (node == kNoNode || (nodes_[node].state != NodeState::kEnded && !IsLifted(node))) {
       return node;
-    } else if (linkable() == 0 || !ReserveFresh()) {
+    } else if (linkable() == 0 || ended_listed() > kMostMoved || !ReserveFresh()) {
       return kNoNode;
     } else {
       MoveFreshToEnd();  // Still wanted; those behind it need not wait for the horizon.
@@ -67,6 +70,7 @@ size_t Space::NextToLink(std::span<NodeId> nodes) {
   };
   const size_t count = take_run();
   if (2 * count >= std::min<size_t>(nodes.size(), linkable())) return count;
+  if (ended_listed() > kMostMoved) return count;
   // What goes behind those that are unlinked is scanned from now on.
   uint64_t listed = waiting_count_;
   uint64_t still_listed = 0;

@@ -20,8 +20,7 @@ constexpr float kFewWaiting = 100'000;
 constexpr uint32_t kLeastKept = 128;
 // Lists that are looked in at most.
 constexpr size_t kMostLists = 4'096;
-constexpr size_t kMaxKept = std::max<size_t>(kMaxEf, kMaxRecallResults + kMaxRecallResults / 2);
-constexpr size_t kMostCandidates = 2 * kMaxKept + SignBlocks::kMembers;
+constexpr size_t kMostCandidates = 2 * WaitingProbe::kMaxFound + SignBlocks::kMembers;
 constexpr size_t kComparedAtOnce = 8;
 // Work, in distances of some 30 ns.
 constexpr uint64_t kMembersPerDistance = 16;
@@ -33,7 +32,7 @@ WaitingProbe::WaitingProbe()
     : lists_(kMostLists + kSelectionSlack),
       estimates_(kMostCandidates + kSelectionSlack),
       candidates_(kMostCandidates + kSelectionSlack),
-      found_(kMaxKept) {}
+      found_(kMaxFound) {}
 
 void WaitingProbe::Begin(const Space* space, const Space::QueryForms& query, CommitStamp snapshot,
                          uint32_t ef, uint32_t wanted, const NodeFilter* filter) {
@@ -43,7 +42,7 @@ void WaitingProbe::Begin(const Space* space, const Space::QueryForms& query, Com
   snapshot_ = snapshot;
   filter_ = filter;
   kept_ = std::max({ef, wanted, kLeastKept});
-  CHECK(kept_ <= kMaxKept, "as many as a recall may want");
+  CHECK(kept_ <= kMaxFound, "as many as a recall may want");
   bound_ = HUGE_VALF;
   next_list_ = 0;
   candidate_count_ = 0;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -25,6 +26,10 @@ namespace engram {
 // memory at construction only.
 class WaitingProbe {
  public:
+  // The most that are found.
+  static constexpr size_t kMaxFound =
+      std::max<size_t>(kMaxEf, kMaxRecallResults + kMaxRecallResults / 2);
+
   WaitingProbe();
 
   // How many members a recall with `ef` looks at where so many wait; all, where there are fewer.

@@ -73,7 +73,7 @@ struct StreamingFeed::Place {
   std::optional<ShardOnDisk> on_disk;
 };
 
-StreamingFeed::StreamingFeed(const FeedOptions& options, const GrownRows& rows,
+StreamingFeed::StreamingFeed(const FeedOptions& options, const FedRows& rows,
                              const VectorSet& queries)
     : options_(options),
       rows_(rows),
@@ -126,9 +126,21 @@ void StreamingFeed::WithShardAtRest(const std::function<void(const Shard&)>& wor
   while (rests_.load(std::memory_order_acquire)) std::this_thread::yield();
 }
 
-uint64_t StreamingFeed::backlog() const {
-  return shard_->counter(ShardCounter::kObservationsStored).Read() -
-         shard_->counter(ShardCounter::kObservationsLinked).Read();
+uint64_t StreamingFeed::backlog() {
+  uint64_t unlinked = 0;
+  WithShardAtRest([&unlinked](const Shard& shard) {
+    unlinked = shard.FindSpace(kSpaceName)->unlinked_count();
+  });
+  return unlinked;
+}
+
+// Looks now and then, as each look stops the shard.
+bool StreamingFeed::IsDrained() {
+  constexpr int64_t kLookEveryNs = 20 * kNanosPerMilli;
+  const int64_t now_ns = place_->clock.MonotonicNs();
+  if (now_ns < next_look_ns_) return false;
+  next_look_ns_ = now_ns + kLookEveryNs;
+  return backlog() == 0;
 }
 
 StreamingFeed::Counts StreamingFeed::CountsNow() const {
@@ -197,14 +209,14 @@ void StreamingFeed::Preload(uint64_t observations) {
 }
 
 void StreamingFeed::Drain() {
-  Run({.is_done = [this] { return backlog() == 0; }});
+  Run({.is_done = [this] { return IsDrained(); }});
 }
 
 void StreamingFeed::SendObservation(int64_t due_ns) {
   const uint64_t number = producer_->sent();
   rows_.Make(number, row_);
   due_of_[number % kDueRing] = due_ns;
-  (void)producer_->Observe(number, row_, 0, due_ns);
+  (void)producer_->Observe(rows_.IdOf(number), row_, 0, due_ns);
 }
 
 // False when too many are under way.
@@ -217,8 +229,9 @@ bool StreamingFeed::SendRecall(int64_t due_ns, const Schedule& schedule) {
   const bool asks_for_own =
       schedule.own_every > 0 && id % schedule.own_every == 0 && producer_->acked() > 0;
   if (asks_for_own) {
-    asked.recall.own = producer_->acked() - 1;
-    rows_.Make(asked.recall.own, row_);
+    const uint64_t latest = producer_->acked() - 1;
+    asked.recall.own = rows_.IdOf(latest);
+    rows_.Make(latest, row_);
   } else if (schedule.samples > 0) {
     // Evenly over the phase, as far as recalls come evenly.
     sample_due_ += static_cast<double>(schedule.samples) /
@@ -242,7 +255,7 @@ void StreamingFeed::TakeAnswers(FeedPhase* phase) {
                            UnderWay& asked = found->second;
                            phase->recall.Record(place_->clock.MonotonicNs() - asked.due_ns);
                            ++phase->recalls;
-                           if (asked.is_sampled || asked.recall.own != kNoNumber) {
+                           if (asked.is_sampled || asked.recall.own != kNoId) {
                              phase->sampled.push_back(std::move(asked.recall));
                            }
                            under_way_.erase(found);

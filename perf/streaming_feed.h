@@ -1,10 +1,12 @@
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -17,6 +19,48 @@
 #include "src/core/latency_histogram.h"
 
 namespace engram {
+
+// What is fed: observation number i has id IdOf(i), and one that has an id again replaces what had
+// it.
+class FedRows {
+ public:
+  virtual ~FedRows() = default;
+  virtual uint64_t IdOf(uint64_t number) const = 0;
+  virtual void Make(uint64_t number, std::span<float> row) const = 0;
+};
+
+// Ever more rows: those of a set and others like them.
+class GrowingFeed final : public FedRows {
+ public:
+  explicit GrowingFeed(const GrownRows& rows) : rows_(rows) {}
+  uint64_t IdOf(uint64_t number) const override { return number; }
+  void Make(uint64_t number, std::span<float> row) const override { rows_.Make(number, row); }
+
+ private:
+  const GrownRows& rows_;
+};
+
+// A set's rows again and again, so that it neither grows nor stays as it is: an id gets another row
+// of the set with each turn.
+class ReplacingFeed final : public FedRows {
+ public:
+  explicit ReplacingFeed(const VectorSet& rows) : rows_(rows) {}
+  uint64_t IdOf(uint64_t number) const override { return number % rows_.size(); }
+  void Make(uint64_t number, std::span<float> row) const override {
+    std::ranges::copy(rows_[RowOf(number)], row.begin());
+  }
+  size_t RowOf(uint64_t number) const {
+    constexpr uint64_t kShift = 7'919;
+    return (number + kShift * (number / rows_.size())) % rows_.size();
+  }
+  // The observation that an id is, once `lived` were stored.
+  uint64_t NumberOf(uint64_t id, uint64_t lived) const {
+    return (lived - 1 - id) / rows_.size() * rows_.size() + id;
+  }
+
+ private:
+  const VectorSet& rows_;
+};
 
 struct FeedOptions {
   SpaceOptions space;  // metric, precision, traversal
@@ -32,11 +76,11 @@ struct FeedOptions {
 struct AnsweredRecall {
   size_t query = 0;
   uint64_t lived = 0;  // observations that were acknowledged when it was sent
-  // The number of an observation that had just been acknowledged and was asked for, else kNoNumber.
+  // The id of an observation that had just been acknowledged and was asked for, else kNoId.
   uint64_t own = UINT64_MAX;
-  std::vector<uint64_t> hits;  // numbers of observations, nearest first
+  std::vector<uint64_t> hits;  // ids, nearest first
 };
-inline constexpr uint64_t kNoNumber = UINT64_MAX;
+inline constexpr uint64_t kNoId = UINT64_MAX;
 
 // What went on between two moments.
 struct FeedPhase {
@@ -56,11 +100,11 @@ struct FeedPhase {
 };
 
 // A shard on a thread of its own, and, on the caller's thread, a client that sends observations and
-// recalls by the clock, whatever the answers (open loop). Observation number i is row i of `rows`.
+// recalls by the clock, whatever the answers (open loop).
 class StreamingFeed {
  public:
   // `rows` and `queries` stay. Ends the program where the shard cannot be made.
-  StreamingFeed(const FeedOptions& options, const GrownRows& rows, const VectorSet& queries);
+  StreamingFeed(const FeedOptions& options, const FedRows& rows, const VectorSet& queries);
   StreamingFeed(const StreamingFeed&) = delete;
   StreamingFeed& operator=(const StreamingFeed&) = delete;
   ~StreamingFeed();
@@ -80,7 +124,9 @@ class StreamingFeed {
   void Drain();
 
   uint64_t sent() const { return producer_->sent(); }
-  uint64_t backlog() const;
+  // Observations that are not linked, and whether there are none. Stops the shard for a moment.
+  uint64_t backlog();
+  bool IsDrained();
   // Calls `work` with the shard at rest.
   void WithShardAtRest(const std::function<void(const Shard&)>& work);
   const VectorSet& queries() const { return queries_; }
@@ -108,7 +154,7 @@ class StreamingFeed {
   void TakeHits(uint64_t id, const std::byte* slot);
 
   const FeedOptions options_;
-  const GrownRows& rows_;
+  const FedRows& rows_;
   const VectorSet& queries_;
   std::unique_ptr<Place> place_;
   Shard* shard_ = nullptr;
@@ -118,6 +164,7 @@ class StreamingFeed {
   uint64_t told_ = 0;            // acknowledgements whose times were recorded
   std::unordered_map<uint64_t, UnderWay> under_way_;
   uint64_t recalls_sent_ = 0;
+  int64_t next_look_ns_ = 0;
   double sample_due_ = 0;
   // Shared with the shard's thread.
   std::atomic<LatencyHistogram*> slices_{nullptr};

@@ -1,13 +1,17 @@
 // streaming_rate: what a shard takes in a second while it is asked, by the clock (open loop).
 //
 //   streaming_rate --data BASE --queries Q [--metric cosine|ip|l2] [--rate N] [--recalls-per-s N]
-//                  [--seconds N] [--preload N] [--ef N] [--dir D] [--slices] [--lost-to N] [--json]
+//                  [--seconds N] [--preload N] [--grow] [--ef N] [--dir D] [--slices]
+//                  [--lost-to N] [--json]
 //
 // The shard has a thread and a processor of its own; this program's main thread is client and
-// ingress core. Rows are those of the set and, beyond, rows like them (perf/grown_set.h). With
-// --dir the shard logs there and acknowledges once it is durable; without it has no log.
+// ingress core. The set's rows come again and again, each turn with the ids moved on: once it has
+// all, each observation replaces another one, and the space neither grows nor stays as it is. With
+// --grow all are new instead: rows of the set and, beyond, rows like them (perf/grown_set.h); then
+// --rows should be some 40,000, as each row of the set is compared with all others. With --dir the
+// shard logs there and acknowledges once it is durable; without it has no log.
 //
-// 1. `preload` rows are stored and linked.
+// 1. `preload` rows are stored and linked; by default all of the set, or 20,000 with --grow.
 // 2. loaded: `rate` observations/s and `recalls-per-s` recalls/s for `seconds`.
 // 3. at rest, as loaded: the same recalls alone, one after the other, on the index as it is then.
 // 4. drained: until all is linked, with the same recalls.
@@ -15,9 +19,9 @@
 // With --lost-to N instead of 2 and 3: as many observations as credit allows, in turns without and
 // with N recalls/s, and what such a recall takes of the processor alone, before and after.
 //
-// recall@10 of sampled recalls is against the exact ten of what was acknowledged when the recall
-// was sent. `found own`: of recalls that ask for the observation that was acknowledged last, how
-// many have it first. Latencies count from when the schedule wanted it done.
+// recall@10 of sampled recalls is against the exact ten of what lived and was acknowledged when the
+// recall was sent. `found own`: of recalls that ask for the observation that was acknowledged last,
+// how many have it first. Latencies count from when the schedule wanted it done.
 
 #include <unistd.h>
 #include <CLI/CLI.hpp>
@@ -29,6 +33,8 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -58,7 +64,8 @@ struct Options {
   double recalls_per_s = 500;
   double seconds = 60;
   uint64_t rows = UINT32_MAX;
-  uint64_t preload = 20'000;
+  uint64_t preload = 0;
+  bool grow = false;
   uint32_t ef = 128;
   std::string dir;
   bool slices = false;
@@ -80,11 +87,10 @@ void AddOptions(CLI::App* app, Options* options) {
   app->add_option("--seconds", options->seconds, "Under load")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  app->add_option("--rows", options->rows, "Of the set; rows beyond are like them")
-      ->check(CLI::Range(kNearest, UINT32_MAX));
+  app->add_flag("--grow", options->grow, "All observations are new ones");
+  app->add_option("--rows", options->rows, "Of the set")->check(CLI::Range(kNearest, UINT32_MAX));
   app->add_option("--preload", options->preload, "Rows that are linked before")
-      ->check(CLI::Range(SpaceOptions::kGraphFrom + 1, UINT32_MAX))
-      ->capture_default_str();
+      ->check(CLI::Range(SpaceOptions::kGraphFrom + 1, UINT32_MAX));
   app->add_option("--ef", options->ef)->check(CLI::PositiveNumber)->capture_default_str();
   app->add_option("--dir", options->dir, "Where the log lies; default: no log");
   app->add_option("--waiting-limit", options->waiting_limit, "As ShardOptions")
@@ -106,76 +112,102 @@ struct Line {
   double found_own = NAN;
 };
 
-// Judges sampled recalls, all at once: each row is made once.
+// The sampled recalls of all phases, by the exact answers.
 class Judge {
  public:
-  Judge(const GrownRows& rows, const VectorSet& queries, Metric metric)
-      : rows_(rows), queries_(queries), distance_(DistanceFunction(Precision::kF32, metric)) {}
+  Judge(const VectorSet& queries, Metric metric)
+      : queries_(queries), distance_(DistanceFunction(Precision::kF32, metric)) {}
 
-  void Fill(std::vector<Line>* lines) {
-    struct Asked {
-      const AnsweredRecall* recall;
-      Line* line;
-      std::vector<float> nearest;  // a heap of distances
-    };
-    std::vector<Asked> all;
-    uint64_t rows = 0;
-    for (Line& line : *lines) {
-      size_t own = 0;
-      size_t found = 0;
-      for (const AnsweredRecall& recall : line.phase->sampled) {
-        if (recall.own != kNoNumber) {
-          ++own;
-          found += static_cast<size_t>(!recall.hits.empty() && IsSame(recall.hits[0], recall.own));
-        } else if (recall.lived >= kNearest) {
-          all.push_back({&recall, &line, {}});
-          rows = std::max(rows, recall.lived);
-        }
-      }
-      if (own > 0) line.found_own = static_cast<double>(found) / static_cast<double>(own);
-    }
+  // Each row is made once. Observations are rows by their numbers, and ids too.
+  void FillGrown(const GrownRows& rows, std::vector<Line>* lines) const {
+    std::vector<Asked> all = Sampled(lines);
+    uint64_t most = 0;
+    for (const Asked& asked : all) most = std::max(most, asked.recall->lived);
     VectorSet some = VectorSet::Zeros(kRowsAtOnce, queries_.dimension());
-    for (uint64_t first = 0; first < rows; first += kRowsAtOnce) {
-      const uint64_t end = std::min<uint64_t>(rows, first + kRowsAtOnce);
-      for (uint64_t row = first; row < end; ++row) rows_.Make(row, some.Row(row - first));
+    for (uint64_t first = 0; first < most; first += kRowsAtOnce) {
+      const uint64_t end = std::min<uint64_t>(most, first + kRowsAtOnce);
+      for (uint64_t row = first; row < end; ++row) rows.Make(row, some.Row(row - first));
       for (Asked& asked : all) {
         for (uint64_t row = first; row < std::min(end, asked.recall->lived); ++row) {
           Offer(Distance(asked.recall->query, some, row - first), &asked.nearest);
         }
       }
     }
-    VectorSet one = VectorSet::Zeros(1, queries_.dimension());
+    Count(all, lines,
+          [&](const AnsweredRecall&, uint64_t id, std::span<float> row) { rows.Make(id, row); });
+  }
+
+  void FillReplaced(const ReplacingFeed& feed, const VectorSet& rows,
+                    std::vector<Line>* lines) const {
+    std::vector<Asked> all = Sampled(lines);
     for (Asked& asked : all) {
-      size_t hits = 0;
-      for (const uint64_t number : asked.recall->hits) {
-        rows_.Make(number, one.Row(0));
-        constexpr float kRounding = 1e-6F;
-        hits += static_cast<size_t>(Distance(asked.recall->query, one, 0) <=
-                                    asked.nearest.front() + kRounding);
+      const uint64_t lived = asked.recall->lived;
+      for (uint64_t id = 0; id < std::min<uint64_t>(rows.size(), lived); ++id) {
+        Offer(Distance(asked.recall->query, rows, feed.RowOf(feed.NumberOf(id, lived))),
+              &asked.nearest);
       }
-      Line& line = *asked.line;
-      if (std::isnan(line.recall_at_10)) line.recall_at_10 = 0;
-      line.recall_at_10 += static_cast<double>(std::min<size_t>(hits, kNearest)) / kNearest;
     }
-    for (Line& line : *lines) {
-      const auto judged =
-          std::ranges::count_if(all, [&](const Asked& a) { return a.line == &line; });
-      if (judged > 0) line.recall_at_10 /= static_cast<double>(judged);
-    }
+    Count(all, lines, [&](const AnsweredRecall& recall, uint64_t id, std::span<float> row) {
+      feed.Make(feed.NumberOf(id, recall.lived), row);
+    });
   }
 
  private:
+  struct Asked {
+    const AnsweredRecall* recall;
+    Line* line;
+    std::vector<float> nearest;  // a heap of distances
+  };
+
+  std::vector<Asked> Sampled(std::vector<Line>* lines) const {
+    std::vector<Asked> all;
+    for (Line& line : *lines) {
+      for (const AnsweredRecall& recall : line.phase->sampled) {
+        if (recall.own == kNoId && recall.lived >= kNearest) all.push_back({&recall, &line, {}});
+      }
+    }
+    return all;
+  }
+  // What is as near as the tenth counts as found. `make_row` makes what an id was for a recall.
+  template <typename MakeRow>
+  void Count(const std::vector<Asked>& all, std::vector<Line>* lines,
+             const MakeRow& make_row) const {
+    constexpr float kRounding = 1e-6F;
+    VectorSet made = VectorSet::Zeros(2, queries_.dimension());
+    for (Line& line : *lines) {
+      size_t judged = 0;
+      size_t found = 0;
+      for (const Asked& asked : all) {
+        if (asked.line != &line) continue;
+        ++judged;
+        size_t hits = 0;
+        for (const uint64_t id : asked.recall->hits) {
+          make_row(*asked.recall, id, made.Row(0));
+          hits += static_cast<size_t>(Distance(asked.recall->query, made, 0) <=
+                                      asked.nearest.front() + kRounding);
+        }
+        found += std::min<size_t>(hits, kNearest);
+      }
+      if (judged > 0) {
+        line.recall_at_10 = static_cast<double>(found) / static_cast<double>(judged * kNearest);
+      }
+      size_t own = 0;
+      size_t own_first = 0;
+      for (const AnsweredRecall& recall : line.phase->sampled) {
+        if (recall.own == kNoId) continue;
+        ++own;
+        if (recall.hits.empty()) continue;
+        // The set has exact duplicates.
+        make_row(recall, recall.own, made.Row(0));
+        make_row(recall, recall.hits[0], made.Row(1));
+        own_first += static_cast<size_t>(std::ranges::equal(made[0], made[1]));
+      }
+      if (own > 0) line.found_own = static_cast<double>(own_first) / static_cast<double>(own);
+    }
+  }
+
   float Distance(size_t query, const VectorSet& rows, size_t row) const {
     return distance_(queries_.Bytes(query), rows.Bytes(row), queries_.padded_dimension());
-  }
-  // The set has exact duplicates.
-  bool IsSame(uint64_t hit, uint64_t own) const {
-    if (hit == own) return true;
-    std::vector<float> a(queries_.dimension());
-    std::vector<float> b(queries_.dimension());
-    rows_.Make(hit, a);
-    rows_.Make(own, b);
-    return a == b;
   }
   static void Offer(float distance, std::vector<float>* nearest) {
     if (nearest->size() == kNearest) {
@@ -187,7 +219,6 @@ class Judge {
     std::ranges::push_heap(*nearest);
   }
 
-  const GrownRows& rows_;
   const VectorSet& queries_;
   const DistanceFn distance_;
 };
@@ -205,13 +236,13 @@ class Bench {
       : options_(options),
         sets_(sets),
         metric_(MetricOfName(options.inputs.metric)),
-        rows_(sets.base, {.metric = metric_, .seed = options.inputs.seed}),
+        replaced_(sets.base),
         heap_arena_(Must(HugePageArena::Create({.reserve_bytes = size_t{1} << 30}))),
         heap_(&heap_arena_),
-        feed_(FeedOptionsOf(), rows_, sets.queries) {}
+        feed_(FeedOptionsOf(), FedOf(), sets.queries) {}
 
   void Run() {
-    feed_.Preload(options_.preload);
+    feed_.Preload(preload());
     if (options_.lost_to > 0) {
       MeasureLoss();
       return;
@@ -219,11 +250,19 @@ class Bench {
     Add("loaded", feed_.Run(Recalls(options_.rate, options_.seconds)));
     feed_.WithShardAtRest([this](const Shard& shard) { at_rest_ = RecallAlone(shard); });
     auto drain = Recalls(0, 0);
-    drain.is_done = [this] { return feed_.backlog() == 0; };
+    drain.is_done = [this] { return feed_.IsDrained(); };
     Add("drained", feed_.Run(drain));
     Add("idle", feed_.Run(Recalls(0, 2 * options_.turn_s)));
-    feed_.WithShardAtRest([this](const Shard& shard) { linked_ = RecallAlone(shard); });
-    Judge(rows_, sets_.queries, metric_).Fill(&lines_);
+    feed_.WithShardAtRest([this](const Shard& shard) {
+      linked_ = RecallAlone(shard);
+      // Millions of rows are compared: the shard's thread would only take time from that.
+      const Judge judge(sets_.queries, metric_);
+      if (grown_) {
+        judge.FillGrown(*grown_, &lines_);
+      } else {
+        judge.FillReplaced(replaced_, sets_.base, &lines_);
+      }
+    });
   }
 
   void Print() const {
@@ -251,10 +290,21 @@ class Bench {
     }
     const double seconds = options_.lost_to > 0 ? 7 * options_.turn_s : options_.seconds;
     const double rate = options_.lost_to > 0 ? 200'000 : options_.rate;
-    const double rows = static_cast<double>(options_.preload) + seconds * rate;
+    const double rows = options_.grow ? static_cast<double>(preload()) + seconds * rate
+                                      : 4 * static_cast<double>(sets_.base.size());
     feed.shard.memory_limit_bytes =
         (size_t{512} << 20) + static_cast<size_t>(rows) * BytesARow(sets_.base.dimension());
     return feed;
+  }
+  const FedRows& FedOf() {
+    if (!options_.grow) return replaced_;
+    grown_.emplace(sets_.base, GrowthOptions{.metric = metric_, .seed = options_.inputs.seed});
+    growing_.emplace(*grown_);
+    return *growing_;
+  }
+  uint64_t preload() const {
+    if (options_.preload > 0) return options_.preload;
+    return options_.grow ? 20'000 : sets_.base.size();
   }
   // As rows of int8 take it, and room for what is kept besides.
   size_t BytesARow(size_t dimension) const {
@@ -421,7 +471,9 @@ class Bench {
   const Options options_;
   const LoadedSets& sets_;
   const Metric metric_;
-  const GrownRows rows_;
+  const ReplacingFeed replaced_;
+  std::optional<GrownRows> grown_;  // with --grow
+  std::optional<GrowingFeed> growing_;
   HugePageArena heap_arena_;
   ArenaHeap heap_;
   StreamingFeed feed_;

@@ -24,20 +24,26 @@ class StreamingRateTest(unittest.TestCase):
     def setUpClass(cls):
         if len(os.sched_getaffinity(0)) < 2:
             raise unittest.SkipTest("the shard and its client need a processor each")
-        store_vectors(cls, "normal", normal_rows(2_000, DIMENSION, 1),
+        store_vectors(cls, "normal", normal_rows(6_000, DIMENSION, 1),
                       normal_rows(100, DIMENSION, 2))
 
     def measure(self, *arguments):
         done = subprocess.run(
             [os.environ["STREAMING_RATE"], "--data", self.base, "--queries", self.queries,
-             "--preload", "5000", "--json", *arguments],
+             "--json", *arguments],
             capture_output=True, text=True, timeout=200, check=False)
         self.assertEqual(done.returncode, 0, done.stderr)
         return [json.loads(line) for line in done.stdout.splitlines()]
 
-    def test_by_the_clock(self):
+    def test_new_ones_by_the_clock(self):
+        self.check_phases("--grow", "--rows", "2000", "--preload", "5000")
+
+    def test_replacing_ones_by_the_clock(self):
+        self.check_phases()
+
+    def check_phases(self, *arguments):
         phases = self.measure("--rate", "4000", "--recalls-per-s", "100", "--seconds", "1.5",
-                              "--turn-s", "0.3", "--samples", "40")[0]
+                              "--turn-s", "0.3", "--samples", "40", *arguments)[0]
         self.assertEqual(set(phases), {"loaded", "drained", "idle", "at_rest", "idle_alone"})
         for name in ("loaded", "drained", "idle"):
             self.assertEqual(set(phases[name]), KEYS, name)
@@ -50,7 +56,8 @@ class StreamingRateTest(unittest.TestCase):
         self.assertGreater(loaded["vectors_a_recall"], 100)
 
     def test_what_recalls_cost(self):
-        turns = self.measure("--lost-to", "50", "--turn-s", "0.3")
+        turns = self.measure("--grow", "--rows", "2000", "--preload", "5000", "--lost-to", "50",
+                             "--turn-s", "0.3")
         self.assertEqual(len(turns), 3)
         for turn in turns:
             self.assertGreater(turn["accepted_per_s"], 0)
