@@ -243,6 +243,7 @@ class GraphWalk : public GraphWalkSteps {
   }
 
  private:
+  static constexpr uint32_t kSlotsBeforeKnown = 384;
   // Keys of one Offer to the list.
   static constexpr size_t kOfferedAtOnce = HnswGraph::kMaxM0;
 
@@ -270,6 +271,11 @@ class GraphWalk : public GraphWalkSteps {
     if (!descending_) {
       Offer(first_slot_);
       if (state_ != State::kBeam && IsFarFromReference()) Rebase();
+      if (state_ != State::kBeam && first_known_ == UINT32_MAX && !known_.empty() &&
+          scratch_->slots_ >= kSlotsBeforeKnown) {
+        PlaceKnown();
+        BeginList();
+      }
     } else {
       if (Descend()) return;
       descending_ = false;
@@ -304,11 +310,11 @@ class GraphWalk : public GraphWalkSteps {
       OfferToBeam(0);
       return;
     }
-    PlaceKnown();
     BeginList();
   }
 
-  // What is known takes slots of no node, which are never expanded.
+  // What is known takes slots of no node, which are never expanded; once the walk has come near, as
+  // all that it begins with may be farther.
   void PlaceKnown() {
     first_known_ = scratch_->slots_;
     for (const float distance : known_) {

@@ -68,6 +68,43 @@ TEST(GraphWalkLimitsTest, ACrowdOfRetiredNodesIsWalkedThrough) {
   }
 }
 
+// A graph that has all but ended, and as many beside it as are looked for. Would catch a walk that
+// goes through all of it for the few that live, one that stops before it has come near, and one
+// that returns what it was told.
+TEST(GraphWalkLimitsTest, WhatIsKnownEndsAWalkThroughWhatHasEnded) {
+  WalkFixture fixture(Metric::kL2, 8, {});
+  const TestVectors data = GaussianVectors(kVectors, 8, 41);
+  fixture.Build(data);
+  constexpr NodeId kOneIn = 250;
+  const auto is_live = [](NodeId node) { return node % kOneIn == 0; };
+  // By the list, and by the heaps alone.
+  for (const uint32_t ef : {64U, GraphWalk<AllLive>::kMaxListEf + 88}) {
+    uint64_t work = 0;
+    uint64_t work_of_all = 0;
+    for (NodeId q = 0; q < kVectors; q += kOneIn) {
+      std::vector<float> known;
+      for (const Neighbour& near : fixture.ExactSearch(data[q], ef)) {
+        known.push_back(near.distance * 1.01F + 1e-3F);
+      }
+      const uint64_t before = fixture.walk_scratch.distances();
+      GraphWalk<decltype(is_live)> walk(is_live);
+      walk.Begin(fixture.Target(data[q]), ef, ef, &fixture.walk_scratch, known);
+      while (!walk.Step(100)) {
+      }
+      work += fixture.walk_scratch.distances() - before;
+      std::vector<Neighbour> found(ef);
+      found.resize(walk.TakeResults(found));
+      ASSERT_FALSE(found.empty()) << q;
+      EXPECT_EQ(found[0].node, q);
+      for (const Neighbour& neighbour : found) ASSERT_TRUE(is_live(neighbour.node));
+      const uint64_t between = fixture.walk_scratch.distances();
+      fixture.Walk(data[q], ef, ef);
+      work_of_all += fixture.walk_scratch.distances() - between;
+    }
+    EXPECT_LE(work, work_of_all + work_of_all / 4) << ef;
+  }
+}
+
 // The only way to the only live node leads through more retired ones than the list has places,
 // through the last of each one's links.
 TEST(GraphWalkLimitsTest, NoRetiredNodeIsLostWhereTheListIsFull) {

@@ -457,6 +457,70 @@ TEST(ShardWaitingTest, ARoundThatListsTakesFewFromOtherShards) {
   }
 }
 
+// Replaces observations 0 to `ids` - 1, in no order, by what is drawn for `first_drawn` and on.
+void Replace(WaitingRig* rig, uint64_t ids, uint64_t first_drawn) {
+  constexpr uint64_t kStep = 7'919;
+  for (uint64_t i = 0; i < ids || rig->outstanding(0) > 0;) {
+    for (; i < ids && rig->outstanding(0) < 200; ++i) {
+      const uint64_t id = i * kStep % ids;
+      rig->PushObserve(rig->session, rig->session.next++,
+                       Upsert(std::to_string(id), Spread(first_drawn + id)));
+    }
+    rig->Poll();
+    rig->TakeCompletions();
+    ASSERT_FALSE(rig->refusal.has_value()) << DescribeRefusal(rig->refusal->reason).name;
+  }
+}
+
+// Would catch a walk through the whole of a graph that has all but ended.
+TEST(ShardWaitingTest, WhatReplacesAGraphIsFoundWithoutAWalkThroughIt) {
+  constexpr uint64_t kAll = kSanitized ? 1'500 : 4'000;
+  constexpr uint64_t kLeft = 3;
+  WaitingRig rig(WaitingOptions(1'000'000));
+  ASSERT_NO_FATAL_FAILURE(rig.BeginLinked());
+  ASSERT_NO_FATAL_FAILURE(rig.Flood(Spread, kAll));
+  ASSERT_TRUE(rig.PollUntil([&] { return rig.space().unlinked_count() == 0; }, 1'000'000));
+  ASSERT_NO_FATAL_FAILURE(Replace(&rig, kAll - kLeft, kAll));
+  ASSERT_GT(rig.space().waiting(), kAll * 9 / 10);
+  uint64_t missed = 0;
+  uint64_t work = 0;
+  constexpr uint64_t kQueries = 50;
+  for (uint64_t i = 0; i < kQueries; ++i) {
+    const uint64_t id = i * (kAll - kLeft) / kQueries;
+    const uint64_t before = rig.counter(ShardCounter::kRecallVectors);
+    const RigAnswer answer = rig.Recall("s", Spread(kAll + id), {.k = 1, .ef = 64});
+    missed += static_cast<uint64_t>(answer.hits.empty() || answer.hits[0].id != std::to_string(id));
+    work += rig.counter(ShardCounter::kRecallVectors) - before;
+  }
+  EXPECT_EQ(missed, 0u);
+  EXPECT_LT(work, kQueries * (rig.space().unlinked_count() + kAll / 2));
+}
+
+// Would catch what has ended being kept for ever, what is not linked for now never being linked,
+// and one that is lost when it is passed over.
+TEST(ShardWaitingTest, WhatIsReplacedAgainAndAgainIsLinkedOnceItRests) {
+  constexpr uint64_t kAll = 10'000;
+  WaitingRig rig(WaitingOptions(1'000'000));
+  ASSERT_NO_FATAL_FAILURE(rig.BeginLinked());
+  ASSERT_NO_FATAL_FAILURE(rig.Flood(Spread, kAll));
+  ASSERT_NO_FATAL_FAILURE(Replace(&rig, kAll, kAll));
+  ASSERT_GT(rig.space().ended_listed(), kAll / 2);
+  ASSERT_NO_FATAL_FAILURE(Replace(&rig, kAll, 2 * kAll));
+  const Space& space = rig.space();
+  EXPECT_LE(space.unlinked_count() + space.ended_listed() - space.waiting(), 2 * kListFrom);
+  rig.clock.AdvanceNs(ShardOptions().snapshot_keep_ns);
+  EXPECT_TRUE(rig.PollUntil(
+      [&] {
+        return space.unlinked_count() == 0 && space.ended_listed() == 0 && space.retired() == 0;
+      },
+      1'000'000));
+  for (uint64_t id = 0; id < kAll; id += 100) {
+    const RigAnswer answer = rig.Recall("s", Spread(2 * kAll + id), {.k = 1, .ef = 128});
+    ASSERT_EQ(answer.hits.size(), 1u);
+    EXPECT_EQ(answer.hits[0].id, std::to_string(id));
+  }
+}
+
 TEST(ShardWaitingTest, NothingIsAllocatedByMalloc) {
   if (!AllocationsAreCounted()) GTEST_SKIP() << "a sanitizer has an allocator of its own";
   constexpr uint64_t kAll = 3'000;
