@@ -334,6 +334,15 @@ class Shard {
   void PublishUse(uint32_t space);
   RefusalReason JudgeQuota(uint32_t space, const ObserveRequest& request, bool* grows);
   RefusalReason JudgeGrowth(uint32_t space, const ObserveRequest& request) const;
+  // A link's slice, with no observations coming in.
+  static constexpr uint32_t kIdleLinkDistances = 256;
+  // Where recalls come and no observations, upkeep is owed as many distances as they took, which
+  // are a third as long: else recalls one after the other would keep it from what makes them slow.
+  // It gets some slices more in a round, while these are short; and where more than a round's is
+  // owed recalls wait for it, some 1 ms at most.
+  static constexpr int kMostSlices = 4;
+  // Nodes linked between two announcements of credit.
+  static constexpr uint64_t kCreditEvery = 256;
   int Upkeep(bool busy);
   int StepUpkeep(bool busy);
   bool BeginUpkeep(bool busy);
