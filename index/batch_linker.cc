@@ -133,7 +133,7 @@ bool BatchLinker::Step(uint32_t max_distances) {
         work += StepLink(max_distances);
         break;
       case Phase::kSplit:
-        if (target_.lists->SplitOne()) {
+        if (target_.lists->SplitOne() || target_.lists->MergeOne(products_)) {
           work += kWorkOfSplit;
         } else {
           Advance(Phase::kFree);

@@ -32,6 +32,8 @@ constexpr float kEnough = 0.875F;
 constexpr float kPreselected = 2.5F;
 constexpr float kLeastPreselected = 24;
 constexpr size_t kMostPreselected = 2 * InvertedLists::kMostChosen;
+// A list is merged into the nearest of those that have so many times a list's members together.
+constexpr uint32_t kMergedAmong = 8;
 constexpr float kEnoughPreselected = kEnough * kMostPreselected;
 constexpr size_t kMostCodeBytes = kMaxDimension / 8 + 2 * kCacheLineBytes;
 
@@ -194,11 +196,15 @@ void InvertedLists::SetCentroid(uint32_t list, const float* mean, const std::byt
   group->by_distance[place] = static_cast<float>(-2 * trailer.scale / unit);
 }
 
-void InvertedLists::CodeCentroid(uint32_t list) {
+void InvertedLists::EncodeCentroid(uint32_t list, std::byte* code) const {
   Numbers numbers;
   format_->Decode(Centroid(list), numbers.data());
+  coding_->Encode(numbers.data(), code);
+}
+
+void InvertedLists::CodeCentroid(uint32_t list) {
   alignas(kCacheLineBytes) std::array<std::byte, kMostCodeBytes> code;
-  coding_->Encode(numbers.data(), code.data());
+  EncodeCentroid(list, code.data());
   codes_.Set(CentroidCodes(list / kGroupLists), list % kGroupLists, code.data());
 }
 
@@ -627,6 +633,77 @@ float InvertedLists::FindBoundary(uint32_t list, uint32_t other) const {
   }
   std::sort(margins.begin(), margins.begin() + samples);
   return std::clamp(0.0F, margins[samples / 4], margins[samples - 1 - samples / 4]);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Merging
+
+// 1. The first list that has few members, or none.
+// 2. Its members move to the one whose centroid is nearest to its own.
+// 3. The last list takes its number, so that none is looked at for nothing.
+bool InvertedLists::MergeOne(const BlockProducts& products) {
+  if (count_ < 2) return false;
+  float* const end = sizes_ + count_;
+  const auto least = static_cast<float>(least_members());
+  const float* const found =
+      std::find_if(sizes_, end, [least](float size) { return size < least; });
+  if (found == end) return false;
+  const auto list = static_cast<uint32_t>(found - sizes_);
+  if (lists_[list].size > 0) {
+    const uint32_t other = NearestOther(products, list);
+    while (lists_[list].size > 0) {
+      if (!Move(list, lists_[list].size - 1, other)) return false;
+    }
+  }
+  DropEmpty(list);
+  return true;
+}
+
+// 3.
+void InvertedLists::DropEmpty(uint32_t list) {
+  const uint32_t last = count_ - 1;
+  if (list != last) {
+    ForEachBlock(last, [&](const Block& block) {
+      for (const NodeId node : block.nodes) home_of_[node] = list + 1;
+    });
+    lists_[list] = lists_[last];
+    sizes_[list] = sizes_[last];
+    Group* const to = groups_[list / kGroupLists];
+    const Group* const from = groups_[last / kGroupLists];
+    const uint32_t place = list % kGroupLists;
+    const uint32_t last_place = last % kGroupLists;
+    to->norms[place] = from->norms[last_place];
+    to->by_product[place] = from->by_product[last_place];
+    to->by_distance[place] = from->by_distance[last_place];
+    std::memcpy(Centroid(list), Centroid(last), format_->row_bytes());
+    codes_.Copy(CentroidCodes(last / kGroupLists), last_place, CentroidCodes(list / kGroupLists),
+                place);
+  }
+  sizes_[last] = 0;
+  --count_;
+  --empty_;
+  if (count_ % kGroupLists != 0) return;
+  bytes_ -= ArenaHeap::BlockBytes(GroupBytes());
+  heap_->Free(reinterpret_cast<std::byte*>(groups_[count_ / kGroupLists]), GroupBytes());
+}
+
+// By its centroid, among the lists about it; any where distances are beyond all numbers.
+uint32_t InvertedLists::NearestOther(const BlockProducts& products, uint32_t list) {
+  alignas(kCacheLineBytes) std::array<std::byte, kMostCodeBytes> code;
+  EncodeCentroid(list, code.data());
+  const Row row{Centroid(list), code.data()};
+  Choice about;
+  Choose(products, {&row, 1}, static_cast<float>(kMergedAmong * most_members()), &about);
+  uint32_t nearest = (list + 1) % count_;
+  float least = HUGE_VALF;
+  for (const uint32_t other : std::span(about.lists).first(about.count)) {
+    if (other == list) continue;
+    const float apart = Apart(Centroid(list), Centroid(other));
+    if (!(apart < least)) continue;
+    nearest = other;
+    least = apart;
+  }
+  return nearest;
 }
 
 // ---------------------------------------------------------------------------------------------

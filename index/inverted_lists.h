@@ -29,7 +29,8 @@ namespace engram {
 //
 // It begins with one list. A list that has grown too long is split in two by 2-means
 // over some of its members (as in SPFresh's LIRE, Xu et al. 2023); neither half is smaller than a
-// quarter, so lists stay of one size whatever the data.
+// quarter. One that has few members left is merged into a list beside it. So lists stay of one size
+// whatever comes and goes.
 //
 // Thread safety: the owner core's alone.
 // Invariants (CheckInvariants proves them): a node is in at most one list, once, and where it is
@@ -42,6 +43,7 @@ class InvertedLists {
   static constexpr uint32_t kFewestMembers = 192;
   static constexpr uint32_t kMostMembers = 384;
   static constexpr uint32_t kListsAimedAt = 1'200;
+  static constexpr uint32_t kLeastShare = 5;
   // Members that lie side by side.
   static constexpr uint32_t kBlockMembers = SignBlocks::kMembers;
   // Members of a list with the same code, unless told otherwise.
@@ -120,6 +122,8 @@ class InvertedLists {
     const size_t wanted = members_ * 3 / 2 / kListsAimedAt;
     return static_cast<uint32_t>(std::clamp<size_t>(wanted, kFewestMembers, kMostMembers));
   }
+  // Members that a list is merged below: fewer than a split leaves.
+  uint32_t least_members() const { return most_members() / kLeastShare; }
   // Of the first block of a list.
   Codes FirstCodes(uint32_t list) const { return CodesFrom(lists_[list].first); }
   template <typename Visit>
@@ -137,6 +141,9 @@ class InvertedLists {
   // Splits one list that has more than most_members(), if there is one and memory for it. False
   // where nothing was done.
   bool SplitOne();
+  // Merges one list that has fewer than least_members() into the nearest other one, if there is
+  // such a list; the last list has its number from then on. False where nothing was done.
+  bool MergeOne(const BlockProducts& products);
   // From here on codes are of `coding`, which has the metric and dimension of the one before. All
   // lists are Recoded before anything is asked or added.
   void Use(const RabitqFormat* coding);
@@ -244,8 +251,11 @@ class InvertedLists {
   bool ChooseEstimated(const Row& row, float members, float* estimates, Choice* choice);
   void LeaveOutEmpty(float* scores) const;
   bool Move(uint32_t list, uint32_t place, uint32_t other);
+  void DropEmpty(uint32_t list);
+  uint32_t NearestOther(const BlockProducts& products, uint32_t list);
   bool AddList();
   void SetCentroid(uint32_t list, const float* mean, const std::byte* instead);
+  void EncodeCentroid(uint32_t list, std::byte* code) const;
   void CodeCentroid(uint32_t list);
   Stored* AllocateBlock(uint32_t places);
   void FreeBlock(Stored* block);

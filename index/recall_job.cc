@@ -172,7 +172,6 @@ void RecallJob::TakeSnapshot(CommitStamp wanted) {
     latest = now;
   }
   snapshot_ = wanted == kNoStamp ? latest : wanted;
-  is_latest_ = snapshot_ == latest;
 }
 
 bool RecallJob::Search(uint32_t max_distances) {
@@ -245,6 +244,8 @@ void RecallJob::ScanSlice() {
     const NodeId node = fresh_[scanned_];
     if (!space_->IsVisible(node, snapshot_)) continue;
     if (filter_ != nullptr && !filter_->Matches(node)) continue;
+    // Those behind them are asked for while these are compared.
+    if (count < kComparedTogether) target.Prefetch(node);
     nodes[count] = node;
     rows[count++] = target.vectors->Row(node);
   }
@@ -286,24 +287,28 @@ void RecallJob::EndScan() {
 // A walk passes through what has ended, and goes on until it has found ef that live: where most of
 // a graph has ended, as many places as that makes too many are taken by the nearest that were found
 // beside it. Others than the shard's core cannot tell.
-void RecallJob::LeaveKnown() {
-  size_t most = 0;
-  if (core_ == Core::kOfShard && filter_ == nullptr) {
-    const double share = static_cast<double>(space_->linked()) /
-                         static_cast<double>(std::max<uint64_t>(space_->graph_nodes(), 1));
-    const double found = std::max(kMostWalkedPerPlace * share * walk_ef_,
-                                  std::min(kLeastOfGraph, kMostWalkedForLeast * share));
-    most = walk_ef_ - std::min(static_cast<size_t>(found), size_t{walk_ef_});
-  }
-  if (known_.size() <= most) return;
-  std::ranges::nth_element(known_, known_.begin() + static_cast<ptrdiff_t>(most));
-  known_.resize(most);
+size_t RecallJob::PlacesForKnown() const {
+  if (core_ != Core::kOfShard || filter_ != nullptr) return 0;
+  const double share = static_cast<double>(space_->linked()) /
+                       static_cast<double>(std::max<uint64_t>(space_->graph_nodes(), 1));
+  const double found = std::max(kMostWalkedPerPlace * share * walk_ef_,
+                                std::min(kLeastOfGraph, kMostWalkedForLeast * share));
+  return walk_ef_ - std::min(static_cast<size_t>(found), size_t{walk_ef_});
 }
 
 // What was scanned.
 void RecallJob::NoteKnown() {
   known_.clear();
+  if (PlacesForKnown() == 0) return;
   for (const NeighbourKey key : nearest_.keys()) known_.push_back(DistanceOf(key));
+}
+
+// The nearest of them, as many as there are places.
+void RecallJob::LeaveKnown() {
+  const size_t places = PlacesForKnown();
+  if (known_.size() <= places) return;
+  std::ranges::nth_element(known_, known_.begin() + static_cast<ptrdiff_t>(places));
+  known_.resize(places);
 }
 
 void RecallJob::ProbeSlice(uint64_t max_distances) {
@@ -313,8 +318,9 @@ void RecallJob::ProbeSlice(uint64_t max_distances) {
   if (!is_done) return;
   AddWork(probe_->members(), space_->waiting_code_bytes());
   AddWork(probe_->compared(), space_->TargetFor(code_query_).vectors->row_bytes());
+  const bool takes_known = PlacesForKnown() > 0;
   for (const Neighbour& found : probe_->found()) {
-    known_.push_back(found.distance);
+    if (takes_known) known_.push_back(found.distance);
     Offer(found.distance, found.node);
   }
   BeginSearch();
@@ -330,7 +336,8 @@ SearchTarget RecallJob::WalkTarget() const {
 // alone.
 void RecallJob::BeginSearch() {
   // Others than the shard's core cannot tell whether all of the graph has ended.
-  const bool all_ended = core_ == Core::kOfShard && space_->linked() == 0 && is_latest_;
+  const bool all_ended =
+      core_ == Core::kOfShard && space_->linked() == 0 && space_->latest_stamp() <= snapshot_;
   if (!space_->has_linked() || all_ended) {
     Merge();
     return;

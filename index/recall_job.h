@@ -215,6 +215,7 @@ class RecallJob {
   void EndScan();
   void ProbeSlice(uint64_t max_distances);
   void Offer(float distance, NodeId node);
+  size_t PlacesForKnown() const;
   void NoteKnown();
   void LeaveKnown();
   // What the graph is walked with.
@@ -291,10 +292,9 @@ class RecallJob {
   const WalkCodes* codes_ = nullptr;  // that the graph is walked with, if not with code_query_
   FreshList::Snapshot fresh_;
   CommitStamp snapshot_ = kNoStamp;
-  bool is_latest_ = false;  // the snapshot, when it was taken
-  uint32_t wanted_ = 0;     // in all stages
-  uint32_t first_ = 0;      // of a long recall; else 0
-  uint32_t asked_ef_ = 0;   // 0: nobody said
+  uint32_t wanted_ = 0;    // in all stages
+  uint32_t first_ = 0;     // of a long recall; else 0
+  uint32_t asked_ef_ = 0;  // 0: nobody said
   uint32_t default_ef_ = 0;
   bool has_bound_ = false;
   float bound_ = 0;

@@ -123,7 +123,8 @@ bool Shard::BeginUpkeepOfNext(bool busy) {
   }
   if (node != kNoNode || space.WantsCodes()) {
     if (now_ns_ < link_retry_ns_) return has_freed;
-    if (busy && EndsBeforeItIsLinked(space)) return has_freed;
+    // Codes pay under load most of all.
+    if (busy && !space.WantsCodes() && EndsBeforeItIsLinked(space)) return has_freed;
     if (WaitsForBatch(index)) return has_freed;
     link_began_ns_ = now_ns_;
     switch (linker_.Begin(&space)) {

@@ -39,7 +39,7 @@ size_t Space::ListSome(size_t most) {
     if (!waiting_->Add(choices[listed].home, node, codes->rows().Row(node))) break;
     ++waiting_count_;
   }
-  waiting_->SplitOne();
+  if (!waiting_->SplitOne()) (void)waiting_->MergeOne(block_products_);
   return listed;
 }
 

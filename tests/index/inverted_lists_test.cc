@@ -106,6 +106,14 @@ class ListsRig {
     for (int splits = 0; lists->SplitOne(); ++splits) ASSERT_LT(splits, 1'000) << "it goes on";
     for (uint32_t list = 0; list < lists->count(); ++list) ASSERT_LE(lists->size(list), kMost);
   }
+  // Merges until nothing is left to do; no list is too short then, but for the only one.
+  void MergeAll() {
+    for (int merges = 0; lists->MergeOne(products); ++merges) ASSERT_LT(merges, 1'000);
+    if (lists->count() == 1) return;
+    for (uint32_t list = 0; list < lists->count(); ++list) {
+      ASSERT_GE(lists->size(list), lists->least_members());
+    }
+  }
   // Nodes 0 to `count` - 1, with their rows written.
   void AddAndSplit(NodeId count) {
     for (NodeId node = 0; node < count; ++node) {
@@ -181,9 +189,11 @@ TEST(InvertedListsTest, EveryProgramAgreesWithItsModel) {
         if (!rig.members.contains(node)) {
           ASSERT_TRUE(rig.Add(node));
         }
-      } else if (what < 97) {
+      } else if (what < 96) {
         rig.Remove(node);  // also of one that is in no list
         ASSERT_FALSE(rig.lists->Has(node));
+      } else if (what == 96) {
+        (void)rig.lists->MergeOne(rig.products);
       } else if (what == 97) {
         (void)rig.lists->SplitOne();
       } else if (what == 98) {
@@ -197,7 +207,7 @@ TEST(InvertedListsTest, EveryProgramAgreesWithItsModel) {
           });
         }
       }
-      if (step % 250 == 0 || what == 97) {
+      if (step % 250 == 0 || what == 96 || what == 97) {
         ASSERT_NO_FATAL_FAILURE(rig.ExpectAsModelled()) << "step " << step;
       }
     }
@@ -295,6 +305,73 @@ TEST(InvertedListsTest, ListsStayShortWhateverTheData) {
         // sample cannot see.
         EXPECT_LE(rig.lists->count(), kCount / (kMost / 6)) << "lists of next to nothing";
       }
+    }
+  }
+}
+
+// Where most leave, the lists that stay are few, and hold what is left; whatever the data.
+TEST(InvertedListsTest, ListsOfFewMembersAreMerged) {
+  constexpr NodeId kCount = 2'500;
+  for (const Shape& shape : kShapes) {
+    for (const Metric metric : {Metric::kL2, Metric::kInnerProduct}) {
+      SCOPED_TRACE(std::string(shape.name) + " " + std::string(MetricName(metric)));
+      const TestVectors data = shape.draw(kCount, 64);
+      ListsRig rig(metric, 64);
+      for (NodeId node = 0; node < kCount; ++node) rig.WriteRow(node, data[node]);
+      ASSERT_NO_FATAL_FAILURE(rig.AddAndSplit(kCount));
+      SplitMix64 random(3);
+      for (const uint64_t kept_of_100 : {60U, 10U, 1U, 0U}) {
+        for (NodeId node = 0; node < kCount; ++node) {
+          if (random.Below(100) >= kept_of_100) rig.Remove(node);
+        }
+        ASSERT_NO_FATAL_FAILURE(rig.MergeAll());
+        ASSERT_NO_FATAL_FAILURE(rig.ExpectAsModelled());
+        ASSERT_NO_FATAL_FAILURE(rig.SplitAll());
+        EXPECT_LE(rig.lists->count(), 1 + rig.members.size() / rig.lists->least_members());
+      }
+      EXPECT_EQ(rig.lists->count(), 1u);
+      ASSERT_NO_FATAL_FAILURE(rig.AddAndSplit(kCount));
+      ASSERT_NO_FATAL_FAILURE(rig.ExpectAsModelled());
+      rig.lists.reset();
+      EXPECT_EQ(rig.memory.heap.live_bytes(), 0u);
+    }
+  }
+}
+
+// What is left of a list goes to what is like it.
+TEST(InvertedListsTest, AListIsMergedIntoTheNearest) {
+  constexpr NodeId kCount = 8 * kMost;
+  for (const Metric metric : kMetrics) {
+    SCOPED_TRACE(MetricName(metric));
+    ListsRig rig(metric, 64);
+    const TestVectors data = ClusteredVectors(kCount, 64, 2, 9);
+    for (NodeId node = 0; node < kCount; ++node) {
+      rig.WriteRow(node, data[node]);
+      rig.Encode(node);
+    }
+    ASSERT_NO_FATAL_FAILURE(rig.AddAndSplit(kCount));
+    const uint32_t before = rig.lists->count();
+    // Of every third list a few are left, and of one none.
+    for (uint32_t list = 0; list < before; list += 3) {
+      const std::vector<NodeId> nodes = rig.MembersOf(list);
+      for (size_t i = list == 3 ? 0 : 9; i < nodes.size(); ++i) rig.Remove(nodes[i]);
+    }
+    ASSERT_NO_FATAL_FAILURE(rig.MergeAll());
+    EXPECT_EQ(rig.lists->count(), before - (before + 2) / 3);
+    for (uint32_t list = 0; list < rig.lists->count(); ++list) {
+      std::set<NodeId> parities;
+      for (const NodeId node : rig.MembersOf(list)) parities.insert(node % 2);
+      EXPECT_EQ(parities.size(), 1u) << "list " << list;
+    }
+    ASSERT_NO_FATAL_FAILURE(rig.ExpectAsModelled());
+    // Each list is found by its centroid, also those that have another's number now.
+    for (const NodeId node : rig.members) {
+      const InvertedLists::Choice choice = rig.Choose({&node, 1}, kMost)[0];
+      EXPECT_EQ(rig.MembersOf(choice.home).front() % 2, node % 2);
+      std::array<uint32_t, 1 + kSelectionSlack> nearest;
+      const InvertedLists::Row row{rig.rows.Row(node), rig.codes.Row(node)};
+      ASSERT_EQ(rig.lists->ChooseMany(rig.products, row, 1, nearest), 1u);
+      EXPECT_EQ(rig.MembersOf(nearest[0]).front() % 2, node % 2) << "by signs";
     }
   }
 }
