@@ -17,6 +17,7 @@
 #include "src/core/arena_heap.h"
 #include "src/core/ids.h"
 #include "src/core/result.h"
+#include "src/core/spsc_ring.h"
 
 namespace engram {
 
@@ -173,6 +174,7 @@ class InvertedLists {
 
   static constexpr uint32_t kNoList = 0;  // in home_of_, where a list is its number + 1
   static constexpr uint32_t kGroupLists = 64;
+  static constexpr size_t kMostCodeBytes = kMaxDimension / 8 + 2 * kCacheLineBytes;
 
   // Behind it lie the nodes, with room for kSelectionSlack more, hashes of the codes, and the codes
   // from a cache line on.
