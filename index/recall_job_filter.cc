@@ -32,7 +32,7 @@ constexpr double kWidenBy = 1.1;
 constexpr double kCheapWalks = 1.25;
 // Of a walk's list, for each of k that is expected to match, by a count or by some that were tried,
 // and what it has room for in any case.
-constexpr double kSeenPerK = 1.5;
+constexpr double kSeenPerK = 1.7;
 constexpr double kSeenPerKGuessed = 3;
 constexpr uint32_t kMostSeen = 400;
 constexpr double kMatchingPerK = 1.8;

@@ -1,7 +1,7 @@
 // filtered_recall_bench: what a filter costs a recall, and what it finds.
 //
 //   filtered_recall_bench --data BASE --queries Q [--categories TSV] [--count N] [--ef N]
-//                         [--metric cosine|ip|l2] [--rounds N] [--json]
+//                         [--metric cosine|ip|l2] [--rounds N] [--only FILTER] [--json]
 //
 // 1. The rows are stored with attributes, and linked: tags that half, a tenth, a hundredth and a
 //    thousandth of them have, whatever they are; a `who` of a hundred; a `when` in another order
@@ -56,6 +56,7 @@ struct Options {
   std::string categories;
   uint64_t count = UINT32_MAX;
   uint32_t ef = 128;
+  std::string only;
 };
 
 struct Filter {
@@ -163,7 +164,9 @@ class Bench {
   std::vector<Figures> Run() {
     unfiltered_us_ = Time([this](size_t query) { Recall(query, {}); });
     std::vector<Figures> all;
-    for (const Filter& filter : FiltersFor(categories_)) all.push_back(Measure(filter));
+    for (const Filter& filter : FiltersFor(categories_)) {
+      if (options_.only.empty() || options_.only == filter.name) all.push_back(Measure(filter));
+    }
     return all;
   }
   double unfiltered_us() const { return unfiltered_us_; }
@@ -397,6 +400,7 @@ int Main(int argc, char** argv) {
   app.add_option("--categories", options.categories, "Of the rows: the third column, by tabs");
   app.add_option("--count", options.count, "Only the first rows")->check(CLI::PositiveNumber);
   app.add_option("--ef", options.ef)->check(CLI::Range(kNearest, kMaxEf))->capture_default_str();
+  app.add_option("--only", options.only, "One of the filters, by its name in the table");
   return RunBench(&app, argc, argv, "filtered_recall_bench",
                   [&options] { return Measure(options); });
 }
