@@ -133,7 +133,15 @@ bool BatchLinker::Step(uint32_t max_distances) {
         work += StepLink(max_distances);
         break;
       case Phase::kSplit:
-        if (target_.lists->SplitOne() || target_.lists->MergeOne(products_)) {
+        if (target_.lists->SplitOne()) {
+          work += kWorkOfSplit;
+        } else {
+          Advance(Phase::kMerge);
+        }
+        break;
+      // Not in turn with splits: what one leaves the other might undo, without end.
+      case Phase::kMerge:
+        if (target_.lists->MergeOne(products_)) {
           work += kWorkOfSplit;
         } else {
           Advance(Phase::kFree);

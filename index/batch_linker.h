@@ -49,7 +49,7 @@ struct BatchTarget {
 //    of the rest, are what HnswLinker selects its links on level 0 from; levels above it searches
 //    as for any node. For one that is far it searches level 0 as well, by int8; likewise where the
 //    candidates' distances show that their estimates were useless.
-// 5. Lists that have grown too long are split.
+// 5. Lists that have grown too long are split, then those that few members are left in merged.
 //
 // Thread safety: the owner core's alone; readers of other cores may be in the graph at any moment.
 // Invariants: the graph is sound (HnswGraph::CheckInvariants) between any two slices; the same
@@ -108,6 +108,7 @@ class BatchLinker {
     kScan,
     kLink,
     kSplit,
+    kMerge,
   };
   struct Entry {
     SignBlocks::Query code;

@@ -123,7 +123,7 @@ class InvertedLists {
     const size_t wanted = members_ * 3 / 2 / kListsAimedAt;
     return static_cast<uint32_t>(std::clamp<size_t>(wanted, kFewestMembers, kMostMembers));
   }
-  // Members that a list is merged below: fewer than a split leaves.
+  // Members that a list is merged below; a split seldom leaves fewer, as it looks at some alone.
   uint32_t least_members() const { return most_members() / kLeastShare; }
   // Of the first block of a list.
   Codes FirstCodes(uint32_t list) const { return CodesFrom(lists_[list].first); }

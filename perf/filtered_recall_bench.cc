@@ -362,6 +362,11 @@ Result<void> Measure(const Options& options) {
   Bench bench(options, *std::move(sets), *std::move(categories));
   bench.Fill();
   const std::vector<Figures> all = bench.Run();
+  if (all.empty()) {
+    return Fail(
+        ErrorCode::kInvalidArgument,
+        "--only: " + options.only + " is none of the filters; without it the table names all");
+  }
   const auto bytes_each = [&bench](uint64_t bytes) {
     return static_cast<double>(bytes) / static_cast<double>(bench.rows());
   };

@@ -113,6 +113,28 @@ TEST(BatchLinkerTest, TheGraphIsSoundAndSearchableBetweenAnyTwoSlices) {
   }
 }
 
+// Sweeps take members out of lists all over; the next batch leaves none that few are left in.
+TEST(BatchLinkerTest, ListsThatFewAreLeftInAreMerged) {
+  BatchRig rig(Metric::kL2, 16, kSmallBuild);
+  const TestVectors data = GaussianVectors(4'010, 16, 8);
+  rig.StoreAll(data);
+  for (NodeId first = 0; first < 4'000; first += 500) {
+    rig.LinkBatch(BatchRig::Range(first, 500), 400, [] {});
+  }
+  const uint32_t before = rig.lists.count();
+  ASSERT_GT(before, 10u);
+  for (NodeId node = 0; node < 4'000; ++node) {
+    if (node % 10 != 0) rig.lists.Remove(node);
+  }
+  rig.LinkBatch(BatchRig::Range(4'000, 10), 400, [] {});
+  EXPECT_LT(rig.lists.count(), before / 2);
+  for (uint32_t list = 0; list < rig.lists.count(); ++list) {
+    EXPECT_GE(rig.lists.size(list), rig.lists.least_members());
+  }
+  EXPECT_EQ(rig.lists.members(), 410u);
+  EXPECT_EQ(rig.ListsViolation(), "");
+}
+
 // Beyond its budget a slice does one unit of work: counted in distances, as nothing else tells what
 // a slice has done on every machine.
 TEST(BatchLinkerTest, SlicesAreShort) {

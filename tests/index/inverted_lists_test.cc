@@ -727,6 +727,8 @@ TEST(InvertedListsTest, WithoutMemoryNothingIsLost) {
     // What leaves makes room for others.
     const std::vector<NodeId> all(rig.members.begin(), rig.members.end());
     for (size_t i = 0; i < all.size(); i += 2) rig.Remove(all[i]);
+    (void)rig.lists->MergeOne(rig.products);
+    ASSERT_NO_FATAL_FAILURE(rig.ExpectAsModelled());
     for (size_t i = 0; i < all.size(); i += 2) {
       (void)rig.Add(all[i]);
       (void)rig.lists->SplitOne();
