@@ -2,7 +2,6 @@
 #include <liburing.h>
 #include <poll.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,6 +16,7 @@
 #include "src/core/clock.h"
 #include "src/core/huge_page_arena.h"
 #include "src/core/socket_network.h"
+#include "src/core/uring_setup.h"
 
 namespace engram {
 
@@ -26,15 +26,8 @@ constexpr unsigned kSubmissionEntries = 2048;
 constexpr unsigned kCompletionEntriesMin = 4096;
 constexpr unsigned kCompletionEntriesMax = 32768;
 constexpr uint32_t kReceiveBuffersMax = 32768;  // of one ring of provided buffers
-constexpr int kBufferGroup = 0;
 constexpr size_t kSendIovecs = 8;
-constexpr size_t kPageBytes = 4096;
 static_assert(kSendIovecs * kSendBlockBytes == 128 * 1024, "one send is worth a system call");
-
-// One thread submits, and completions are worked off only when that thread asks for them; a flag
-// in the shared ring says when there is something to ask for.
-constexpr unsigned kSetupFlags =
-    IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG;
 
 enum class Operation : uint8_t { kAccept = 1, kReceive, kSend, kCancel, kCancelAccept, kWake };
 
@@ -62,55 +55,6 @@ Completion Decode(const io_uring_cqe& cqe) {
 struct SendArguments {
   msghdr message;
   std::array<iovec, kSendIovecs> iovecs;
-};
-
-std::unexpected<Error> Refused(const std::string& what, int error) {
-  auto failure = FailErrno(what, error);
-  if (failure.error().code != ErrorCode::kPermissionDenied) {
-    failure.error().code = ErrorCode::kUnavailable;
-  }
-  return failure;
-}
-
-// A ring of provided buffers over memory of the caller: the ring itself, then the buffers.
-class BufferRing {
- public:
-  static size_t MemoryBytes(size_t buffer_bytes, uint32_t count) {
-    return RingBytes(count) + buffer_bytes * count;
-  }
-  int Register(io_uring* ring, std::byte* memory, size_t buffer_bytes, uint32_t count) {
-    entries_ = reinterpret_cast<io_uring_buf_ring*>(memory);
-    buffers_ = memory + RingBytes(count);
-    buffer_bytes_ = buffer_bytes;
-    mask_ = static_cast<int>(std::bit_ceil(count) - 1);
-    io_uring_buf_reg registration{};
-    registration.ring_addr = std::bit_cast<uintptr_t>(entries_);
-    registration.ring_entries = std::bit_ceil(count);
-    registration.bgid = kBufferGroup;
-    io_uring_buf_ring_init(entries_);
-    const int result = io_uring_register_buf_ring(ring, &registration, 0);
-    if (result != 0) return result;
-    for (uint32_t i = 0; i < count; ++i) Recycle(static_cast<uint16_t>(i));
-    return 0;
-  }
-  // Makes the buffers' pages present, so that the first receives do not take the page faults.
-  void Touch(uint32_t count) {
-    for (size_t at = 0; at < buffer_bytes_ * count; at += kPageBytes) buffers_[at] = std::byte{0};
-  }
-  std::byte* At(uint16_t id) const { return buffers_ + id * buffer_bytes_; }
-  void Recycle(uint16_t id) {
-    io_uring_buf_ring_add(entries_, At(id), static_cast<unsigned>(buffer_bytes_), id, mask_, 0);
-    io_uring_buf_ring_advance(entries_, 1);
-  }
-
- private:
-  static size_t RingBytes(uint32_t count) {
-    return (std::bit_ceil(count) * sizeof(io_uring_buf) + kPageBytes - 1) / kPageBytes * kPageBytes;
-  }
-  io_uring_buf_ring* entries_ = nullptr;
-  std::byte* buffers_ = nullptr;
-  size_t buffer_bytes_ = 0;
-  int mask_ = 0;
 };
 
 // io_uring. One multishot accept a listener, one multishot receive a connection, at most one
@@ -179,109 +123,8 @@ class UringNetwork final : public SocketNetwork {
   std::unique_ptr<SendArguments[]> send_arguments_;
 };
 
-// Whether what Create builds on really works; a kernel or a sandbox may accept the set-up and
-// refuse the operations. On a ring of its own, since the network's belongs to another thread.
-class Probe {
- public:
-  ~Probe() {
-    if (has_ring_) io_uring_queue_exit(&ring_);
-    for (int fd : fds_) {
-      if (fd >= 0) close(fd);
-    }
-  }
-  Result<void> Run();
-
- private:
-  Result<void> Receive();
-  Result<void> Accept();
-  bool Complete(io_uring_cqe* out);
-
-  io_uring ring_{};
-  bool has_ring_ = false;
-  std::array<int, 4> fds_{-1, -1, -1, -1};
-  alignas(kPageBytes) std::array<std::byte, 2 * kPageBytes> memory_{};
-  BufferRing buffers_;
-};
-
-Result<void> Probe::Run() {
-  if (const int error = io_uring_queue_init(8, &ring_, kSetupFlags); error != 0) {
-    return Refused("io_uring_queue_init", -error);
-  }
-  has_ring_ = true;
-  if ((ring_.features & IORING_FEAT_SUBMIT_STABLE) == 0 ||
-      (ring_.features & IORING_FEAT_NODROP) == 0 || (ring_.features & IORING_FEAT_EXT_ARG) == 0) {
-    return Fail(ErrorCode::kUnavailable, "io_uring lacks features; it needs Linux 6.1 or later");
-  }
-  if (auto received = Receive(); !received) return received;
-  return Accept();
-}
-
-bool Probe::Complete(io_uring_cqe* out) {
-  __kernel_timespec timeout{.tv_sec = 1, .tv_nsec = 0};
-  io_uring_cqe* cqe = nullptr;
-  if (io_uring_submit_and_wait_timeout(&ring_, &cqe, 1, &timeout, nullptr) < 0) return false;
-  if (cqe == nullptr) return false;
-  *out = *cqe;
-  io_uring_cqe_seen(&ring_, cqe);
-  return true;
-}
-
-Result<void> Probe::Receive() {
-  static_assert(sizeof(memory_) >= kPageBytes + 64);
-  if (const int error = buffers_.Register(&ring_, memory_.data(), 64, 1); error != 0) {
-    return Refused("io_uring_register_buf_ring", -error);
-  }
-  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, fds_.data()) != 0) {
-    return Refused("socketpair", errno);
-  }
-  io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
-  io_uring_prep_recv_multishot(sqe, fds_[0], nullptr, 0, 0);
-  sqe->flags |= IOSQE_BUFFER_SELECT;
-  sqe->buf_group = kBufferGroup;
-  io_uring_submit(&ring_);
-  io_uring_cqe cqe;
-  if (write(fds_[1], "x", 1) != 1 || !Complete(&cqe)) {
-    return Fail(ErrorCode::kUnavailable, "io_uring multishot receive does not complete");
-  }
-  if (cqe.res < 0) return Refused("io_uring multishot receive", -cqe.res);
-  const unsigned expected = IORING_CQE_F_BUFFER | IORING_CQE_F_MORE;
-  if (cqe.res != 1 || (cqe.flags & expected) != expected) {
-    return Fail(ErrorCode::kUnavailable, "io_uring receives, but not multishot into buffers");
-  }
-  return {};
-}
-
-Result<void> Probe::Accept() {
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;  // No path: the kernel picks an abstract name.
-  socklen_t length = sizeof(sa_family_t);
-  fds_[2] = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-  fds_[3] = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-  sockaddr* any = reinterpret_cast<sockaddr*>(&address);
-  if (fds_[2] < 0 || fds_[3] < 0 || bind(fds_[2], any, length) != 0 || listen(fds_[2], 1) != 0) {
-    return Refused("a socket to try io_uring with", errno);
-  }
-  length = sizeof(address);
-  if (getsockname(fds_[2], any, &length) != 0) return Refused("getsockname", errno);
-  io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
-  io_uring_prep_multishot_accept(sqe, fds_[2], nullptr, nullptr, SOCK_CLOEXEC);
-  io_uring_submit(&ring_);
-  io_uring_cqe cqe;
-  if (connect(fds_[3], any, length) != 0 || !Complete(&cqe)) {
-    return Fail(ErrorCode::kUnavailable, "io_uring multishot accept does not complete");
-  }
-  if (cqe.res < 0) return Refused("io_uring multishot accept", -cqe.res);
-  close(cqe.res);
-  if ((cqe.flags & IORING_CQE_F_MORE) == 0) {
-    return Fail(ErrorCode::kUnavailable, "io_uring accepts, but not multishot");
-  }
-  return {};
-}
-
 Result<std::unique_ptr<Network>> UringNetwork::Create(const NetworkOptions& options) {
-  if (auto probed = std::make_unique<Probe>()->Run(); !probed) {
-    return std::unexpected(probed.error());
-  }
+  if (auto probed = ProbeUring(); !probed) return std::unexpected(probed.error());
   auto members = CreateMembers(options);
   if (!members) return std::unexpected(members.error());
   const uint32_t buffers = std::min(options.receive_buffers, kReceiveBuffersMax);
@@ -307,26 +150,26 @@ UringNetwork::UringNetwork(Members members, HugePageArena arena)
 Result<void> UringNetwork::Open(uint32_t receive_buffers) {
   io_uring_params params{};
   // Disabled until Start: the thread that enables the ring is the one that may use it.
-  params.flags = kSetupFlags | IORING_SETUP_R_DISABLED | IORING_SETUP_CQSIZE;
+  params.flags = kUringSetupFlags | IORING_SETUP_R_DISABLED | IORING_SETUP_CQSIZE;
   // A connection rarely has more than a receive, a send and a cancellation to report. When it is
   // more at once the kernel keeps the rest and multishot operations end, to be armed again.
   params.cq_entries = std::clamp(std::bit_ceil(options_.max_connections) * 4, kCompletionEntriesMin,
                                  kCompletionEntriesMax);
   if (const int error = io_uring_queue_init_params(kSubmissionEntries, &ring_, &params);
       error != 0) {
-    return Refused("io_uring_queue_init", -error);
+    return UringRefused("io_uring_queue_init", -error);
   }
   has_ring_ = true;
   // The ring's descriptor is not registered: that belongs to a thread, and ending the network on
   // another one could undo that thread's own registration.
   buffer_count_ = receive_buffers;
   std::byte* memory = arena_.Allocate(
-      BufferRing::MemoryBytes(options_.receive_buffer_bytes, receive_buffers), kPageBytes);
+      BufferRing::MemoryBytes(options_.receive_buffer_bytes, receive_buffers), kUringPageBytes);
   CHECK(memory != nullptr, "an arena holds what it was made for");
   if (const int error =
           buffers_.Register(&ring_, memory, options_.receive_buffer_bytes, receive_buffers);
       error != 0) {
-    return Refused("io_uring_register_buf_ring", -error);
+    return UringRefused("io_uring_register_buf_ring", -error);
   }
   return {};
 }
