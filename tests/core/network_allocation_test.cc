@@ -14,6 +14,7 @@
 
 #include "src/core/clock.h"
 #include "src/core/network.h"
+#include "src/core/stream_network.h"
 #include "tests/support/allocation_counter.h"
 
 namespace engram {
@@ -93,6 +94,59 @@ TEST_P(NetworkAllocationTest, NothingAllocatesAfterStart) {
   EXPECT_EQ(AllocationCount(), before);
   EXPECT_EQ(handler.accepted, wanted);
   EXPECT_EQ(handler.closed, wanted);
+}
+
+// A client's end that throws away what it reads.
+struct ReadingClient final : StreamClient {
+  void OnReady() override { Read(); }
+  void OnGone() override { pipe = nullptr; }
+  void Read() const {
+    for (auto bytes = pipe->Peek(); !bytes.empty(); bytes = pipe->Peek()) {
+      pipe->Consume(bytes.size());
+    }
+  }
+  StreamPipe* pipe = nullptr;
+};
+
+TEST(StreamNetworkAllocationTest, NothingButConnectAllocatesAfterStart) {
+  constexpr int kConnections = 32;
+  StreamNetworkOptions options;
+  options.max_connections = kConnections;
+  options.ring_bytes = 4096;
+  options.send_pool_bytes = size_t{1} << 20;
+  auto created = StreamNetwork::Create(options);
+  ASSERT_TRUE(created.has_value() && (*created)->Start().has_value());
+  StreamNetwork& network = **created;
+  EchoHandler handler(&network);
+  std::array<ReadingClient, kConnections> clients;
+  const std::array<std::byte, 3'000> bytes{};
+  const std::array<std::span<const std::byte>, 1> parts{bytes};
+  std::array<std::byte, 10'000> large{};
+  for (int round = 0; round < 3; ++round) {
+    const uint64_t before_connect = AllocationCount();
+    for (ReadingClient& client : clients) {
+      client.pipe = network.Connect(&client);
+      ASSERT_NE(client.pipe, nullptr);
+    }
+    const uint64_t before = AllocationCount();
+    if (round > 0) {
+      EXPECT_EQ(before, before_connect) << "pipes are used again";
+    }
+    for (int step = 0; step < 50; ++step) {
+      for (ReadingClient& client : clients) {
+        if (!client.pipe->Write(parts)) (void)client.pipe->AwaitRoom(bytes.size());
+      }
+      network.Poll(handler, 16);
+      // More than a ring holds, so that there is a backlog.
+      network.Send({.index = 1, .generation = static_cast<uint32_t>(round) + 1}, large);
+      network.Wait(1);
+    }
+    for (ReadingClient& client : clients) client.pipe->Close();
+    while (network.open_pipes() > 0) network.Poll(handler, 16);
+    EXPECT_EQ(AllocationCount(), before);
+  }
+  EXPECT_EQ(handler.accepted, 3 * kConnections);
+  EXPECT_EQ(handler.closed, 3 * kConnections);
 }
 
 // The counter counts: else the test above would prove nothing.
