@@ -40,11 +40,13 @@ RefusalReason FaultOf(const RecordHeader& record) {
 
 RefusalReason ObserveReader::Open(std::span<const std::byte> body, ObserveReader* reader) {
   if (body.size() < sizeof(ObserveBody)) return RefusalReason::kBadFrame;
-  const auto count = LoadAs<ObserveBody>(body.data()).count;
+  const auto head = LoadAs<ObserveBody>(body.data());
+  const uint16_t count = head.count;
   std::span<const std::byte> rest = body.subspan(sizeof(ObserveBody));
   reader->next_ = rest.data();
   reader->remaining_ = count;
-  if (count == 0) return RefusalReason::kBadFrame;
+  reader->payload_kind_ = head.payload_kind;
+  if (count == 0 || head.payload_kind > PayloadKind::kMemory) return RefusalReason::kBadFrame;
   for (uint16_t i = 0; i < count; ++i) {
     if (rest.size() < sizeof(RecordHeader)) return RefusalReason::kBadFrame;
     const auto record = LoadAs<RecordHeader>(rest.data());
@@ -72,6 +74,7 @@ ObservationView ObserveReader::Next() {
   view.scale = record.scale;
   view.confidence = record.confidence;
   view.when_ns = record.when_ns;
+  view.payload_kind = payload_kind_;
   view.fault = FaultOf(record);
   if (view.fault == RefusalReason::kNone) {
     view.vector = next_ + sizeof(RecordHeader);
@@ -140,6 +143,15 @@ RefusalReason DecodeRecall(std::span<const std::byte> body, uint16_t flags, Reca
   }
   recall->vector = body.data() + sizeof(RecallBody);
   return CheckFilter(recall->filter);
+}
+
+RefusalReason DecodeFlow(std::span<const std::byte> body, FlowRequestBody* flow) {
+  if (body.size() != sizeof(FlowRequestBody)) return RefusalReason::kBadFrame;
+  *flow = LoadAs<FlowRequestBody>(body.data());
+  const bool known =
+      flow->action >= FlowAction::kPause && flow->action <= FlowAction::kBufferStatus;
+  const bool is_rate = std::isfinite(flow->preferred_rate) && flow->preferred_rate >= 0;
+  return known && is_rate ? RefusalReason::kNone : RefusalReason::kBadFlow;
 }
 
 RefusalReason DecodeScroll(std::span<const std::byte> body, ScrollBody* scroll) {

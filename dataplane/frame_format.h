@@ -26,6 +26,7 @@ enum class FrameType : uint8_t {
   kObserve = 3,
   kAck = 4,
   kNak = 5,
+  kFlow = 6,
   kRecall = 7,
   kResult = 8,
   kPing = 9,
@@ -64,6 +65,8 @@ inline constexpr uint16_t kFrameFlagAcross = 32;      // recall: of all spaces
 inline constexpr uint32_t kFeatureNoSession = 1;      // hello
 inline constexpr uint32_t kFeatureAttributes = 2;     // hello: attributes and filters
 inline constexpr uint32_t kFeatureWideRecalls = 4;    // hello: bounds, all spaces, no vector
+inline constexpr uint32_t kFeatureNeverGoesBack = 8;  // hello: what is refused uses up its number
+inline constexpr uint32_t kFeatureFlow = 16;          // hello: flow frames
 inline constexpr uint8_t kNakFlagConsumed = 1;
 inline constexpr uint8_t kNakFlagClosing = 2;
 
@@ -90,7 +93,8 @@ static_assert(sizeof(HelloAckBody) == 24);
 
 struct ObserveBody {
   uint16_t count = 0;
-  uint16_t zero = 0;
+  PayloadKind payload_kind = PayloadKind::kOpaque;  // of all records
+  uint8_t zero = 0;
 };
 static_assert(sizeof(ObserveBody) == 4);
 
@@ -122,6 +126,45 @@ struct NakBody {
   uint16_t zero[3] = {};
 };
 static_assert(sizeof(NakBody) == 24);
+
+enum class FlowAction : uint8_t {
+  kPause = 1,
+  kResume = 2,
+  kSlowDown = 3,
+  kSpeedUp = 4,
+  kBufferStatus = 5,
+};
+
+// A client's flow frame: how it takes answers from now on.
+struct FlowRequestBody {
+  FlowAction action = FlowAction::kPause;
+  uint8_t zero[3] = {};
+  int32_t buffer_remaining = 0;  // kBufferStatus: result frames that it has room for
+  float preferred_rate = 0;      // kSlowDown, kSpeedUp: result frames a second
+  uint32_t zero2 = 0;
+};
+static_assert(sizeof(FlowRequestBody) == 16);
+
+enum class FlowState : uint8_t {
+  kActive = 1,
+  kPaused = 2,
+  kBackpressure = 3,
+  kOverloaded = 4,
+  kError = 5,
+  kClosed = 6,
+};
+
+// The server's.
+struct FlowBody {
+  FlowState state = FlowState::kActive;
+  uint8_t zero[3] = {};
+  uint32_t retry_after_ms = 0;
+  uint32_t queue_depth = 0;     // observations under way
+  uint32_t queue_capacity = 0;  // that there may be
+  float pressure = 0;           // 0 to 1
+  float preferred_rate = 0;     // result frames a second at most; 0: no bound
+};
+static_assert(sizeof(FlowBody) == 24);
 
 // The vector follows; where there is a bound then a float, and in a filtered recall the filter's
 // length, of two bytes, and the filter.

@@ -69,6 +69,12 @@ void SendNak(Network* network, ConnectionId connection, RefusalReason reason,
             Parts2{BytesOf(body), BytesOf(std::string_view(text.data(), text_bytes))});
 }
 
+void SendFlow(Network* network, ConnectionId connection, uint64_t session, uint64_t sequence,
+              const FlowBody& body) {
+  const FrameHeader header{.type = FrameType::kFlow, .session = session, .sequence = sequence};
+  SendFrame(network, connection, header, Parts1{BytesOf(body)});
+}
+
 void SendResult(Network* network, ConnectionId connection, uint64_t session, uint64_t request_id,
                 const ResultBody& body, bool more, std::span<const std::byte> hits) {
   const FrameHeader header{.type = FrameType::kResult,

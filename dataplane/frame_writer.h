@@ -33,6 +33,8 @@ void SendAck(Network* network, ConnectionId connection, uint64_t session, uint64
              uint64_t credit);
 void SendNak(Network* network, ConnectionId connection, RefusalReason reason,
              const NakDetail& detail);
+void SendFlow(Network* network, ConnectionId connection, uint64_t session, uint64_t sequence,
+              const FlowBody& body);
 void SendResult(Network* network, ConnectionId connection, uint64_t session, uint64_t request_id,
                 const ResultBody& body, bool more, std::span<const std::byte> hits);
 void SendIntrospection(Network* network, ConnectionId connection, uint64_t session,

@@ -59,6 +59,7 @@ void IngestCore::Deliver(Connection& connection, ShardId shard, const Completion
       break;
     case CompletionKind::kObserve:
       SettleObservation(connection, completion);
+      PassRefused(connection);
       break;
     case CompletionKind::kRecallDone:
       FinishRecall(connection, completion.reason, completion.sequence);
@@ -170,14 +171,8 @@ void IngestCore::SettleObservation(Connection& connection, const Completion& com
   } else if (HasEffect(completion.reason, RefusalEffect::kWaits) &&
              completion.sequence < connection.next_sequence) {
     // What was pushed behind it comes back as gaps, which stay silent.
-    connection.next_sequence = completion.sequence;
-    connection.refused_ahead = true;
-    CountNak(completion.reason);
-    SendNak(network_, connection.id, completion.reason,
-            {.session = connection.session.value(),
-             .sequence = completion.sequence,
-             .retry_after_ms = std::max(completion.retry_after_ms, uint32_t{1}),
-             .expected = completion.sequence});
+    RefuseForNow(connection, completion.reason, completion.sequence,
+                 std::max(completion.retry_after_ms, uint32_t{1}));
   }
 }
 

@@ -12,7 +12,8 @@ namespace engram {
 namespace {
 
 constexpr size_t kCompletionBatch = 256;
-constexpr uint32_t kKnownFeatures = kFeatureNoSession | kFeatureAttributes | kFeatureWideRecalls;
+constexpr uint32_t kKnownFeatures = kFeatureNoSession | kFeatureAttributes | kFeatureWideRecalls |
+                                    kFeatureNeverGoesBack | kFeatureFlow;
 // Share of each slot size that is kept for those who go first.
 constexpr uint32_t kNormalKeepFreePercent = 20;  // for high priority and recalls
 constexpr uint32_t kHighKeepFreePercent = 10;    // for recalls
@@ -177,6 +178,8 @@ bool IngestCore::TakeFrame(Connection& connection, const FrameHeader& header,
       return TakeObserve(connection, header, body);
     case FrameType::kRecall:
       return TakeRecall(connection, header, body);
+    case FrameType::kFlow:
+      return TakeFlow(connection, header, body);
     case FrameType::kCommand:
       return TakeCommand(connection, header, body);
     case FrameType::kScroll:
@@ -243,17 +246,7 @@ bool IngestCore::TakeObserve(Connection& connection, const FrameHeader& header,
   }
   counters_[IngestCounter::kObservationsReceived].Add(reader.remaining());
   if (header.sequence > connection.next_sequence) {
-    if (!connection.refused_ahead) {
-      connection.refused_ahead = true;
-      CountNak(RefusalReason::kSequenceGap);
-      SendNak(network_, connection.id, RefusalReason::kSequenceGap,
-              {.session = header.session,
-               .sequence = header.sequence,
-               .expected = connection.next_sequence,
-               .has_numbers = true,
-               .got = header.sequence,
-               .wanted = connection.next_sequence});
-    }
+    RefuseGap(connection, header.sequence);
     return true;
   }
   uint64_t pushed = 0;
@@ -264,26 +257,40 @@ bool IngestCore::TakeObserve(Connection& connection, const FrameHeader& header,
       MarkAckDirty(connection);
       continue;
     }
-    const RefusalReason refused = PushObservation(connection, view, sequence);
+    const bool is_paused = connection.flow.is_paused();
+    const RefusalReason refused =
+        is_paused ? RefusalReason::kPaused : PushObservation(connection, view, sequence);
     if (refused != RefusalReason::kNone) {
-      connection.refused_ahead = true;
-      CountNak(refused);
-      SendNak(network_, connection.id, refused,
-              {.session = header.session,
-               .sequence = sequence,
-               .retry_after_ms = RetryAfterMs(connection),
-               .expected = sequence});
-      break;
+      RefuseForNow(connection, refused, sequence, is_paused ? 0 : RetryAfterMs(connection));
+      if (!Has(connection, kFeatureNeverGoesBack)) break;
+      continue;
     }
     connection.next_sequence = sequence + 1;
     connection.refused_ahead = false;
     ++pushed;
   }
+  PassRefused(connection);
   if (pushed > 0) {
     const int64_t took_ns = clock_->MonotonicNs() - now_ns_;
     for (uint64_t i = 0; i < pushed; ++i) receive_to_ring_.Record(took_ns);
   }
   return true;
+}
+
+// Said once: what is under way behind it is passed over in silence until the expected one is there.
+// Who never goes back would wait for ever for an answer to that, so each is named.
+void IngestCore::RefuseGap(Connection& connection, Sequence sequence) {
+  if (connection.refused_ahead) return;
+  connection.refused_ahead = !Has(connection, kFeatureNeverGoesBack);
+  CountNak(RefusalReason::kSequenceGap);
+  SendNak(network_, connection.id, RefusalReason::kSequenceGap,
+          {.session = connection.session.value(),
+           .sequence = sequence,
+           .expected = connection.next_sequence,
+           .has_numbers = true,
+           .got = sequence,
+           .wanted = connection.next_sequence});
+  PauseIfUnread(connection);
 }
 
 // Validate, copy once, route. An observation that may not enter goes as a skip, so that its number
@@ -303,6 +310,7 @@ RefusalReason IngestCore::PushObservation(Connection& connection, const Observat
   request->session_slot = connection.session_slot;
   request->session = connection.session;
   request->sequence = sequence;
+  request->may_skip = Has(connection, kFeatureNeverGoesBack);
   request->origin = OriginOf(connection);
   request->received_ns = now_ns_;
   const bool pushed = ring.TryPush(slot);

@@ -12,6 +12,7 @@
 
 #include "dataplane/admission_gate.h"
 #include "dataplane/decoder.h"
+#include "dataplane/flow_gate.h"
 #include "dataplane/frame_assembler.h"
 #include "dataplane/frame_format.h"
 #include "dataplane/frame_writer.h"
@@ -35,7 +36,7 @@ struct IngestOptions {
   // In which a client that is waited for takes at least half of send_pause_bytes.
   int64_t slow_reader_timeout_ns = 30 * kNanosPerSecond;
   // In which it takes the whole of an answer that is there and keeps files of the logs from being
-  // removed.
+  // removed; of a client that may hold answers back, of any answer.
   int64_t answer_timeout_ns = 300 * kNanosPerSecond;
   int64_t drain_timeout_ns = 5 * kNanosPerSecond;  // to settle and say close
   uint32_t max_recalls = 16;                       // of a connection, under way
@@ -87,8 +88,9 @@ constexpr Lane LaneOfPriority(Priority priority) {
 // PushObservation (admission gate, ring mesh), in ingest_core.cc; back:
 // TakeCompletions -> SettleObservation -> FlushAcks, in ingest_answers.cc. Recalls, which go to
 // every partition of a space and come back as one answer, are in ingest_recall.cc; scrolls and
-// checks, which go to one at a time, in ingest_scroll.cc; refusals,
-// closing and timeouts in ingest_upkeep.cc, what the core says of itself in ingest_status.cc.
+// checks, which go to one at a time, in ingest_scroll.cc; how clients hold answers back in
+// ingest_flow.cc; refusals, closing and timeouts in ingest_upkeep.cc, what the core says of itself
+// in ingest_status.cc.
 //
 // Thread safety: one core's alone; counters and histograms may be read by others.
 // Invariants: a connection's observations are pushed in the order of their sequence numbers, on one
@@ -173,6 +175,7 @@ class IngestCore final : public NetworkHandler {
     int64_t paused_since_ns = 0;
     size_t backlog_seen = 0;  // of what is to be sent, while paused
     size_t taken_bytes = 0;   // by the peer since paused_since_ns, as far as was seen
+    FlowGate flow;            // of its result frames
     uint64_t send_round = 0;  // in which the first of its merges was not sent to its end
     FileLease::Owner lease_owner = FileLease::kNobody;  // drawn when it first holds files
     FrameAssembler assembler;
@@ -210,10 +213,12 @@ class IngestCore final : public NetworkHandler {
                    std::span<const std::byte> body);
   RefusalReason PushObservation(Connection& connection, const ObservationView& view,
                                 Sequence sequence);
+  void RefuseGap(Connection& connection, Sequence sequence);
   bool TakeRecall(Connection& connection, const FrameHeader& header,
                   std::span<const std::byte> body);
   RefusalReason PushRecall(Connection& connection, const RecallView& view,
                            const FrameHeader& header);
+  bool TakeFlow(Connection& connection, const FrameHeader& header, std::span<const std::byte> body);
   bool TakeScroll(Connection& connection, const FrameHeader& header,
                   std::span<const std::byte> body);
   RefusalReason PushScroll(Connection& connection, const ScrollBody& scroll,
@@ -221,6 +226,9 @@ class IngestCore final : public NetworkHandler {
   bool TakeCheck(Connection& connection, const FrameHeader& header,
                  std::span<const std::byte> body);
   RefusalReason PushCheck(Connection& connection, const CheckBody& check, uint64_t request_id);
+  void ChooseShards(const Connection& connection, bool across);
+  RecallMerger::MergeId BeginMerge(const Connection& connection, size_t partitions, uint32_t k,
+                                   const RecallMerger::Order& order);
   RefusalReason AcquireForEach(std::span<const ShardId> shards, size_t slot_bytes);
   void ReleaseForEach(size_t shards);
   bool TakeIntrospect(Connection& connection, const FrameHeader& header,
@@ -252,6 +260,11 @@ class IngestCore final : public NetworkHandler {
   int SendMerged();
   void EndMerge(RecallMerger::MergeId merge);
   bool SendMerge(Connection& connection, RecallMerger::MergeId merge, bool is_first);
+  bool MaySendResult(const Connection& connection) const;
+  bool IsOverdue(const Connection& connection, RecallMerger::MergeId merge) const;
+  void RefuseHeld(Connection& connection, RecallMerger::MergeId merge, RefusalReason reason);
+  void GiveWayTo(const Connection& connection);
+  FlowBody FlowOf(const Connection& connection) const;
   void ForwardHits(Connection& connection, ShardId shard, const Completion& completion);
   void ForwardRecords(Connection& connection, ShardId shard, const Completion& completion);
   void FlushAcks();
@@ -259,6 +272,9 @@ class IngestCore final : public NetworkHandler {
   void GrantCredit(Connection& connection, uint64_t credit_sequence);
 
   // Refusals and endings.
+  void RefuseForNow(Connection& connection, RefusalReason reason, Sequence sequence,
+                    uint32_t retry_after_ms);
+  void PassRefused(Connection& connection);
   void RefuseRequest(Connection& connection, RefusalReason reason, FrameType type,
                      uint64_t request_id);
   bool RefuseAndClose(Connection& connection, RefusalReason reason, FrameType type,
@@ -271,7 +287,9 @@ class IngestCore final : public NetworkHandler {
   // Upkeep.
   void SweepTimeouts();
   void SweepConnection(Connection& connection);
+  bool WaitsForAnswers(const Connection& connection) const;
   void PauseReceiving(Connection& connection);
+  void PauseIfUnread(Connection& connection);
   void NoteTaken(Connection& connection);
   void ReviewPaused();
   void MeasureDrainRate();
@@ -285,6 +303,9 @@ class IngestCore final : public NetworkHandler {
   Connection* FindOrigin(Origin origin) {
     return Find({.index = static_cast<uint32_t>(origin >> 32),
                  .generation = static_cast<uint32_t>(origin)});
+  }
+  static bool Has(const Connection& connection, uint32_t feature) {
+    return (connection.features & feature) != 0;
   }
   static Origin OriginOf(const Connection& connection) {
     return (uint64_t{connection.id.index} << 32) | connection.id.generation;

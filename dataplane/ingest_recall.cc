@@ -7,7 +7,8 @@
 // 2. The one partition of a space that has no more answers with the connection's origin, and its
 //    batches are forwarded as they come (ForwardHits), where ids are asked for.
 // 3. Several answer with the origin of a merge (TakePartition), which copies their batches; so does
-//    one where the answer names a snapshot, or where payload or vector lie in a log.
+//    one where the answer names a snapshot, where payload or vector lie in a log, or where the
+//    client may hold it back.
 // 4. When all have answered, SendMerged sends the merge as fast as the client reads, and as records
 //    are read; of a long recall, what comes first, once all have said which of it they have.
 
@@ -41,7 +42,7 @@ bool IngestCore::TakeRecall(Connection& connection, const FrameHeader& header,
   } else if (reason != RefusalReason::kNone) {
     RefuseRequest(connection, reason, header.type, header.sequence);
   }
-  if (connection.recalls_in_flight >= options_.max_recalls) PauseReceiving(connection);
+  if (WaitsForAnswers(connection)) PauseReceiving(connection);
   return true;
 }
 
@@ -59,15 +60,7 @@ RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& v
   const bool across = (header.flags & kFrameFlagAcross) != 0;
   // Its metric is the one that is recalled by.
   if (across && entry == nullptr) return RefusalReason::kUnknownSpace;
-  request_shards_.clear();
-  if (across) {
-    for (uint16_t s = 0; s < shards(); ++s) request_shards_.push_back(ShardId(s));
-  } else if (entry == nullptr) {
-    request_shards_.push_back(port_.catalogue->FirstShard(connection.space.view()));
-  } else {
-    const uint16_t partitions = entry->partitions();
-    for (uint16_t p = 0; p < partitions; ++p) request_shards_.push_back(entry->ShardOf(p));
-  }
+  ChooseShards(connection, across);
   const size_t partitions = request_shards_.size();
   const size_t slot_bytes = SlotBytesFor(view);
   RefusalReason reason = AcquireForEach(request_shards_, slot_bytes);
@@ -81,10 +74,11 @@ RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& v
   const bool at_snapshot = (header.flags & kFrameFlagSnapshot) != 0;
   const bool reads =
       records_ != nullptr && (header.flags & (kFrameFlagWithPayload | kFrameFlagWithVector)) != 0;
-  if (reason == RefusalReason::kNone && (partitions > 1 || at_snapshot || reads)) {
-    merge = merger_->Begin(static_cast<uint16_t>(partitions), view.body.k,
-                           {.first = request->IsLong() ? request->first : 0,
-                            .latest_first = view.body.dimension == 0});
+  const bool merges = partitions > 1 || at_snapshot || reads || Has(connection, kFeatureFlow);
+  if (reason == RefusalReason::kNone && merges) {
+    merge = BeginMerge(connection, partitions, view.body.k,
+                       {.first = request->IsLong() ? request->first : 0,
+                        .latest_first = view.body.dimension == 0});
     if (merge == RecallMerger::kNone) reason = RefusalReason::kMergesFull;
   }
   if (reason != RefusalReason::kNone) {
@@ -114,6 +108,26 @@ RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& v
   }
   ++connection.recalls_in_flight;
   return RefusalReason::kNone;
+}
+
+// Who is asked: request_shards_.
+void IngestCore::ChooseShards(const Connection& connection, bool across) {
+  const SpaceEntry* entry = connection.entry;
+  request_shards_.clear();
+  if (across) {
+    for (uint16_t s = 0; s < shards(); ++s) request_shards_.push_back(ShardId(s));
+  } else if (entry == nullptr) {
+    request_shards_.push_back(port_.catalogue->FirstShard(connection.space.view()));
+  } else {
+    const uint16_t partitions = entry->partitions();
+    for (uint16_t p = 0; p < partitions; ++p) request_shards_.push_back(entry->ShardOf(p));
+  }
+}
+
+RecallMerger::MergeId IngestCore::BeginMerge(const Connection& connection, size_t partitions,
+                                             uint32_t k, const RecallMerger::Order& order) {
+  if (merger_->free_merges() == 0) GiveWayTo(connection);
+  return merger_->Begin(static_cast<uint16_t>(partitions), k, order);
 }
 
 // The latest stamp up to which all shards are complete: also one without a partition of a space may
@@ -153,9 +167,7 @@ void IngestCore::ForwardHits(Connection& connection, ShardId shard, const Comple
     if (ends) break;
   }
   NoteTaken(connection);
-  if (network_->SendBacklog(connection.id) > options_.send_pause_bytes) {
-    PauseReceiving(connection);
-  }
+  PauseIfUnread(connection);
 }
 
 // What one partition answers. Where the connection has gone, its answers are only counted.
@@ -197,7 +209,9 @@ int IngestCore::SendMerged() {
       const bool is_first = connection->send_round != send_round_;
       if (connection->state != State::kClosing && !SendMerge(*connection, merge, is_first)) {
         connection->send_round = send_round_;
-        return false;
+        if (!IsOverdue(*connection, merge)) return false;
+        RefuseHeld(*connection, merge, RefusalReason::kDeadlinePassed);
+        return true;
       }
       if (!merger_->is_whole(merge)) return false;
       if (recall.is_scroll) {
@@ -220,7 +234,7 @@ void IngestCore::EndMerge(RecallMerger::MergeId merge) {
 }
 
 // False while the client has to read first, as an answer may be larger than the backlog at which
-// the network gives a connection up, or while records are read.
+// the network gives a connection up, while it holds answers back, or while records are read.
 bool IngestCore::SendMerge(Connection& connection, RecallMerger::MergeId merge, bool is_first) {
   const size_t most_backlog = is_first ? options_.send_pause_bytes : options_.send_pause_bytes / 4;
   NoteTaken(connection);
@@ -229,8 +243,14 @@ bool IngestCore::SendMerge(Connection& connection, RecallMerger::MergeId merge, 
   const uint32_t max_hits = merged_[merge].is_scroll ? kMaxRecallResults : options_.recall_batch;
   bool done = merger_->is_whole(merge) && merger_->reason(merge) != RefusalReason::kNone;
   while (!done && network_->SendBacklog(connection.id) <= most_backlog) {
+    if (!MaySendResult(connection)) {
+      // Others have use for the room of what was read ahead.
+      if (connection.flow.HoldsLong(now_ns_)) merger_->DropReads(merge);
+      return false;
+    }
     const size_t bytes = merger_->Emit(merge, buffer, max_hits);
     if (bytes == 0) return false;
+    connection.flow.NoteSent(now_ns_);
     const auto batch = LoadAs<ResultBatch>(buffer.data());
     SendResult(network_, connection.id, connection.session.value(), merged_[merge].request_id,
                {.count = batch.count, .metric = batch.metric, .snapshot = merged_[merge].snapshot},
@@ -239,13 +259,13 @@ bool IngestCore::SendMerge(Connection& connection, RecallMerger::MergeId merge, 
     done = batch.is_last();
   }
   NoteTaken(connection);
-  if (network_->SendBacklog(connection.id) > options_.send_pause_bytes) PauseReceiving(connection);
+  PauseIfUnread(connection);
   if (network_->SendBacklog(connection.id) <= most_backlog) return done;
   // Others have use for the room.
   merger_->DropReads(merge);
   const bool is_overdue =
       merged_[merge].pins != 0 && now_ns_ - merged_[merge].sendable_ns > options_.answer_timeout_ns;
-  if (!done && is_first && is_overdue) {
+  if (!done && is_first && is_overdue && !Has(connection, kFeatureFlow)) {
     RefuseAndClose(connection, RefusalReason::kSlowReader, FrameType::kRecall,
                    merged_[merge].request_id);
     return true;

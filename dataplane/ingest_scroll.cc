@@ -30,7 +30,7 @@ bool IngestCore::TakeScroll(Connection& connection, const FrameHeader& header,
   if (reason != RefusalReason::kNone) {
     RefuseRequest(connection, reason, header.type, header.sequence);
   }
-  if (connection.recalls_in_flight >= options_.max_recalls) PauseReceiving(connection);
+  if (WaitsForAnswers(connection)) PauseReceiving(connection);
   return true;
 }
 
@@ -44,7 +44,7 @@ RefusalReason IngestCore::PushScroll(Connection& connection, const ScrollBody& s
   RefusalReason reason = AcquireForEach({&shard, 1}, kRequestBodyOffset);
   if (reason != RefusalReason::kNone) return reason;
   // The merge keeps what comes: a page may have some more hits than were asked for.
-  const RecallMerger::MergeId merge = merger_->Begin(1, kMaxRecallResults);
+  const RecallMerger::MergeId merge = BeginMerge(connection, 1, kMaxRecallResults, {});
   if (merge == RecallMerger::kNone) {
     ReleaseForEach(1);
     return RefusalReason::kMergesFull;
@@ -103,7 +103,7 @@ bool IngestCore::TakeCheck(Connection& connection, const FrameHeader& header,
   if (reason != RefusalReason::kNone) {
     RefuseRequest(connection, reason, header.type, header.sequence);
   }
-  if (connection.recalls_in_flight >= options_.max_recalls) PauseReceiving(connection);
+  if (WaitsForAnswers(connection)) PauseReceiving(connection);
   return true;
 }
 

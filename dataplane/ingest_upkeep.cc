@@ -23,6 +23,34 @@ void IngestCore::CountNak(RefusalReason reason) {
   refusals_[static_cast<size_t>(reason)].Add(1);
 }
 
+// An observation that may be sent again: the client goes back to it. Who never goes back has used
+// up its number, however near to an end what lacked was.
+void IngestCore::RefuseForNow(Connection& connection, RefusalReason reason, Sequence sequence,
+                              uint32_t retry_after_ms) {
+  const bool uses_up = Has(connection, kFeatureNeverGoesBack);
+  connection.next_sequence = uses_up ? std::max(connection.next_sequence, sequence + 1) : sequence;
+  connection.refused_ahead = !uses_up;
+  CountNak(reason);
+  SendNak(network_, connection.id, reason,
+          {.session = connection.session.value(),
+           .sequence = sequence,
+           .flags = uses_up ? kNakFlagConsumed : uint8_t{0},
+           .retry_after_ms = retry_after_ms,
+           .expected = uses_up ? sequence + 1 : sequence});
+  PauseIfUnread(connection);
+}
+
+// What was refused and does not come any more is settled once nothing before it is under way; that
+// is told by what is answered behind it, or else by there being nothing. Credit counts numbers, so
+// it may have been used up by refusals alone: who keeps to it may try the next one.
+void IngestCore::PassRefused(Connection& connection) {
+  if (!Has(connection, kFeatureNeverGoesBack) || connection.observations_in_flight > 0) return;
+  if (connection.settled_sequence + 1 == connection.next_sequence) return;
+  connection.settled_sequence = connection.next_sequence - 1;
+  connection.credit_sequence = std::max(connection.credit_sequence, connection.next_sequence);
+  MarkAckDirty(connection);
+}
+
 void IngestCore::RefuseRequest(Connection& connection, RefusalReason reason, FrameType type,
                                uint64_t request_id) {
   CountNak(reason);
@@ -136,11 +164,13 @@ void IngestCore::SweepConnection(Connection& connection) {
     case State::kOpen:
       break;
   }
+  // Who holds answers back need not read on at once.
+  const int64_t patience_ns = connection.flow.HoldsLong(now_ns_) ? options_.answer_timeout_ns
+                                                                 : options_.slow_reader_timeout_ns;
   if (connection.partial_since_ns != 0 && !connection.paused &&
       now_ns_ - connection.partial_since_ns > options_.frame_timeout_ns) {
     RefuseAndClose(connection, RefusalReason::kFrameTimeout, FrameType::kObserve, 0);
-  } else if (connection.paused &&
-             now_ns_ - connection.paused_since_ns > options_.slow_reader_timeout_ns &&
+  } else if (connection.paused && now_ns_ - connection.paused_since_ns > patience_ns &&
              network_->SendBacklog(connection.id) > options_.send_pause_bytes / 2) {
     RefuseAndClose(connection, RefusalReason::kSlowReader, FrameType::kObserve, 0);
   } else if (!connection.paused &&
@@ -157,6 +187,11 @@ void IngestCore::PauseReceiving(Connection& connection) {
   connection.taken_bytes = 0;
   paused_.push_back(connection.id.index);
   network_->SetReceivePaused(connection.id, true);
+}
+
+// Answers that are small, and many.
+void IngestCore::PauseIfUnread(Connection& connection) {
+  if (network_->SendBacklog(connection.id) > options_.send_pause_bytes) PauseReceiving(connection);
 }
 
 // What the peer takes is seen in a backlog that shrinks, so look before and after more is sent.
@@ -180,7 +215,7 @@ void IngestCore::ReviewPaused() {
       connection.paused_since_ns = now_ns_;
       connection.taken_bytes = 0;
     }
-    if (connection.recalls_in_flight >= options_.max_recalls || !waits_for_us) return false;
+    if (WaitsForAnswers(connection) || !waits_for_us) return false;
     connection.paused = false;
     connection.last_received_ns = now_ns_;
     if (connection.partial_since_ns != 0) connection.partial_since_ns = now_ns_;

@@ -1,6 +1,9 @@
 // How a home shard takes observations (see shard.h; DESIGN, principles 3 and 4).
 //
-// 1. The session's rules: the next number, a repeat, a gap, fenced.
+// 1. The session's rules: the next number, a repeat, a gap, fenced. Who never goes back has gaps:
+//    what was refused for lack of room, here or on the way here, is not remembered, and the next
+//    one that is taken closes the gap behind it. So a session that is resumed goes on where it last
+//    took something, as after a restart.
 // 2. What the observation must not be refused for later: vector, dimension, room in the backlog, in
 //    memory, in the log and in the ledger of forwards. What can never be taken uses up its number,
 //    which is logged too.
@@ -75,7 +78,8 @@ void Shard::TakeObservation(size_t producer, SlotId slot) {
   }
 }
 
-// Why the observation cannot be taken now, whatever it is; kNone for the next one and for repeats.
+// Why the observation cannot be taken now, whatever it is; kNone for one that may be the next, and
+// for repeats.
 RefusalReason Shard::JudgeSession(const Session* session, size_t producer,
                                   const ObserveRequest& request) const {
   if (session == nullptr) return RefusalReason::kSessionExpired;
@@ -83,7 +87,9 @@ RefusalReason Shard::JudgeSession(const Session* session, size_t producer,
       (session->origin != request.origin || session->producer.value() != producer)) {
     return RefusalReason::kFenced;
   }
-  if (request.sequence > session->last_sequence + 1) return RefusalReason::kSequenceGap;
+  if (request.sequence > session->last_sequence + 1 && !request.may_skip) {
+    return RefusalReason::kSequenceGap;
+  }
   // Its answer would have to wait for earlier ones.
   if (session->first_forward != 0 && ledger_.room() == 0) return RefusalReason::kQueueFull;
   return RefusalReason::kNone;

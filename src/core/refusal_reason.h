@@ -61,6 +61,7 @@ enum class RefusalEffect : uint8_t {
     "the space takes as much memory as quota_mib allows; delete some, raise it, or set "          \
     "quota_when_full = \"evict_oldest\"")                                                         \
   X(49, kSpaceDropping, "space_dropping", kWaits, "the space is being dropped; try again soon")   \
+  X(50, kPaused, "paused", kWaits, "the session is paused; send resume, then this number again")  \
   X(60, kSequenceGap, "sequence_gap", kAnswers, "send the expected sequence number next")         \
   X(61, kSessionExpired, "session_expired", kCloses, "the session is not known; begin a new one") \
   X(62, kFenced, "fenced", kCloses, "another connection took over this session")                  \
@@ -88,7 +89,10 @@ enum class RefusalEffect : uint8_t {
   X(77, kBadFilter, "bad_filter", kAnswers,                                                       \
     "a filter has at most 16 clauses and 64 values in 4096 bytes, and follows the grammar")       \
   X(78, kUnknownFilterKey, "unknown_filter_key", kAnswers,                                        \
-    "the space keeps no such key; list it in filter_keys of the configuration")
+    "the space keeps no such key; list it in filter_keys of the configuration")                   \
+  X(79, kBadFlow, "bad_flow", kAnswers,                                                           \
+    "a flow's action is 1 to 5 and its preferred_rate a number of 0 or more, and its hello asks " \
+    "for flow")
 
 enum class RefusalReason : uint16_t {
   kNone = 0,
@@ -98,7 +102,7 @@ enum class RefusalReason : uint16_t {
 };
 
 // Codes are below this; a counter per code is an array of this size.
-inline constexpr size_t kRefusalCodes = 79;
+inline constexpr size_t kRefusalCodes = 80;
 
 struct RefusalInfo {
   RefusalReason reason = RefusalReason::kNone;

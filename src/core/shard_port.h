@@ -112,6 +112,9 @@ struct ObserveRequest {
   uint16_t id_bytes = 0;
   PayloadKind payload_kind = PayloadKind::kOpaque;
   bool existed = false;  // answer, without a session: there was an observation with this id
+  // The next number of the session or a later one: those between were refused and do not come any
+  // more.
+  bool may_skip = false;
   uint32_t payload_bytes = 0;
   uint16_t attribute_bytes = 0;
   uint32_t session_slot = 0;

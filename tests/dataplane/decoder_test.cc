@@ -168,6 +168,21 @@ TEST(ObserveReaderTest, CountsMustMatch) {
   EXPECT_EQ(OpenBody(WireWriter().U16(0).U16(0).Take()), RefusalReason::kBadFrame);
 }
 
+TEST(ObserveReaderTest, ThePayloadKindIsEveryRecords) {
+  const std::vector<WireRecord> records{Example(), DeleteRecord("gone"), Example(8, 0)};
+  for (const uint8_t kind : {0, 1, 2}) {
+    const Exact body(ObserveBodyOf(records, kind));
+    ObserveReader reader;
+    ASSERT_EQ(ObserveReader::Open(body.get(), &reader), RefusalReason::kNone);
+    while (reader.remaining() > 0) {
+      EXPECT_EQ(static_cast<uint8_t>(reader.Next().payload_kind), kind);
+    }
+  }
+  for (const uint8_t kind : {3, 4, 128, 255}) {
+    EXPECT_EQ(OpenBody(ObserveBodyOf(records, kind)), RefusalReason::kBadFrame);
+  }
+}
+
 TEST(ObserveReaderTest, RecordBytesMustFit) {
   const WireBytes sound = ObserveBodyOf(std::vector<WireRecord>{Example(), Example()});
   const uint64_t right = WireNumber(sound, kBodyStart, 4);
@@ -466,6 +481,44 @@ TEST(DecodeRecallTest, FaultsOfAFilterAreNamed) {
   wire.filter = SomeFilter();
   wire.k = 0;
   EXPECT_EQ(decode(RecallBodyOf(wire, kFiltered)), RefusalReason::kBadRecall);
+}
+
+RefusalReason FlowOf(const WireFlowRequest& flow, FlowRequestBody* read) {
+  const WireBytes frame = FlowBytes(flow);
+  const Exact body({frame.begin() + 32, frame.end()});
+  return DecodeFlow(body.get(), read);
+}
+
+TEST(DecodeFlowTest, KnowsItsActionsAndWhatIsARate) {
+  FlowRequestBody read;
+  for (int action = 0; action < 256; ++action) {
+    const RefusalReason reason = FlowOf({.action = static_cast<uint8_t>(action)}, &read);
+    const bool known = action >= 1 && action <= 5;
+    EXPECT_EQ(reason, known ? RefusalReason::kNone : RefusalReason::kBadFlow) << action;
+  }
+  EXPECT_EQ(FlowOf({.action = 5, .buffer_remaining = -7, .preferred_rate = 2.5F}, &read),
+            RefusalReason::kNone);
+  EXPECT_EQ(read.action, FlowAction::kBufferStatus);
+  EXPECT_EQ(read.buffer_remaining, -7);
+  EXPECT_EQ(read.preferred_rate, 2.5F);
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (const float rate :
+       {-1e-30F, -1.0F, kInfinity, -kInfinity, std::numeric_limits<float>::quiet_NaN()}) {
+    for (const uint8_t action : {1, 3, 4}) {
+      EXPECT_EQ(FlowOf({.action = action, .preferred_rate = rate}, &read), RefusalReason::kBadFlow)
+          << rate;
+    }
+  }
+  EXPECT_EQ(FlowOf({.action = 3, .preferred_rate = std::numeric_limits<float>::max()}, &read),
+            RefusalReason::kNone);
+}
+
+TEST(DecodeFlowTest, HasOneLength) {
+  for (size_t bytes = 0; bytes <= 24; ++bytes) {
+    const Exact body(WireBytes(bytes, std::byte{1}));
+    FlowRequestBody read;
+    EXPECT_EQ(DecodeFlow(body.get(), &read) == RefusalReason::kBadFrame, bytes != 16) << bytes;
+  }
 }
 
 TEST(DecodeScrollTest, ReadsEachFieldAndNamesFaults) {

@@ -60,11 +60,12 @@ TEST(FrameFormatTest, HeaderLiesAsThePageSays) {
 }
 
 TEST(FrameFormatTest, TypesAndFlagsHaveTheirNumbers) {
-  const std::array<std::pair<FrameType, int>, 11> types{{{FrameType::kHello, 1},
+  const std::array<std::pair<FrameType, int>, 12> types{{{FrameType::kHello, 1},
                                                          {FrameType::kHelloAck, 2},
                                                          {FrameType::kObserve, 3},
                                                          {FrameType::kAck, 4},
                                                          {FrameType::kNak, 5},
+                                                         {FrameType::kFlow, 6},
                                                          {FrameType::kRecall, 7},
                                                          {FrameType::kResult, 8},
                                                          {FrameType::kPing, 9},
@@ -83,6 +84,8 @@ TEST(FrameFormatTest, TypesAndFlagsHaveTheirNumbers) {
   EXPECT_EQ(kFeatureNoSession, 1u);
   EXPECT_EQ(kFeatureAttributes, 2u);
   EXPECT_EQ(kFeatureWideRecalls, 4u);
+  EXPECT_EQ(kFeatureNeverGoesBack, 8u);
+  EXPECT_EQ(kFeatureFlow, 16u);
   EXPECT_EQ(kNakFlagConsumed, 1);
   EXPECT_EQ(kNakFlagClosing, 2);
   EXPECT_EQ(kMaxFrameBodyBytes, 1'048'576u);
@@ -114,7 +117,30 @@ TEST(FrameFormatTest, BodiesLieAsThePageSays) {
                                     .U32(0x05060708)
                                     .Take());
 
-  EXPECT_EQ(BytesIn(ObserveBody{.count = 0x0102}), WireWriter().U16(0x0102).U16(0).Take());
+  EXPECT_EQ(BytesIn(ObserveBody{.count = 0x0102, .payload_kind = PayloadKind::kMemory}),
+            WireWriter().U16(0x0102).U8(2).U8(0).Take());
+
+  FlowRequestBody asked{
+      .action = FlowAction::kBufferStatus, .buffer_remaining = -2, .preferred_rate = 0.5F};
+  EXPECT_EQ(BytesIn(asked), WireWriter().U8(5).Zeros(3).U32(0xFFFFFFFE).F32(0.5F).U32(0).Take());
+  FlowBody flow{.state = FlowState::kPaused,
+                .retry_after_ms = 0x01020304,
+                .queue_depth = 0x05060708,
+                .queue_capacity = 0x090A0B0C,
+                .pressure = 0.25F,
+                .preferred_rate = 3};
+  EXPECT_EQ(BytesIn(flow), WireWriter()
+                               .U8(2)
+                               .Zeros(3)
+                               .U32(0x01020304)
+                               .U32(0x05060708)
+                               .U32(0x090A0B0C)
+                               .F32(0.25F)
+                               .F32(3)
+                               .Take());
+  EXPECT_EQ(static_cast<int>(FlowAction::kPause), 1);
+  EXPECT_EQ(static_cast<int>(FlowState::kActive), 1);
+  EXPECT_EQ(static_cast<int>(FlowState::kClosed), 6);
 
   RecordHeader record{.record_bytes = 0x01020304,
                       .op = ObservationOp::kDelete,

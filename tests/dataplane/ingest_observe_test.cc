@@ -55,6 +55,22 @@ TEST_F(IngestObserveTest, AttributesArriveWithTheirObservation) {
   }
 }
 
+TEST_F(IngestObserveTest, AFramesPayloadKindIsThatOfItsObservations) {
+  TestClient& client = Greeted();
+  client.Send(
+      ObserveBytes(client.session(), 1, std::vector<WireRecord>{RecordOf(1), RecordOf(2)}, 2));
+  client.Send(Observations(client.session(), 3));
+  EXPECT_EQ(LastAcked(client), 3u);
+  const auto& settled = SessionOf(client).settled;
+  ASSERT_EQ(settled.size(), 3u);
+  EXPECT_EQ(settled[0].payload_kind, PayloadKind::kMemory);
+  EXPECT_EQ(settled[1].payload_kind, PayloadKind::kMemory);
+  EXPECT_EQ(settled[2].payload_kind, PayloadKind::kOpaque);
+  client.Send(ObserveBytes(client.session(), 4, std::vector<WireRecord>{RecordOf(4)}, 3));
+  ExpectRefusedAndClosed(client, RefusalReason::kBadFrame);
+  EXPECT_EQ(SessionOf(client).settled.size(), 3u);
+}
+
 TEST_F(IngestObserveTest, BadAttributesConsumeTheirNumber) {
   TestClient& client = Greeted({.features = 2});
   std::vector<WireRecord> records{RecordOf(1), RecordOf(2), RecordOf(3), RecordOf(4)};
@@ -328,6 +344,142 @@ TEST_F(IngestObserveTest, AFullRingIsRefusedWithRetryAfter) {
   EXPECT_EQ(LastAcked(client), 16u);
   client.Send(Observations(client.session(), 17, 4));
   EXPECT_EQ(LastAcked(client), 20u);
+}
+
+constexpr uint32_t kNeverGoesBack = 8;
+
+// The refusal of one number, which is used up by it.
+void ExpectUsedUp(const WireFrame& frame, Sequence sequence, RefusalReason reason) {
+  const WireNak nak = ParseNak(frame);
+  EXPECT_EQ(nak.reason, CodeOf(reason)) << nak.text;
+  EXPECT_EQ(frame.sequence, sequence);
+  EXPECT_EQ(nak.refused_type, kWireObserve);
+  EXPECT_TRUE(nak.consumed);
+  EXPECT_FALSE(nak.closing);
+  EXPECT_EQ(nak.expected, sequence + 1);
+  EXPECT_GE(nak.retry_after_ms, 1u);
+}
+
+std::vector<Sequence> NumbersOf(const std::vector<FakeShard::Settled>& settled) {
+  std::vector<Sequence> numbers;
+  for (const FakeShard::Settled& one : settled) numbers.push_back(one.sequence);
+  return numbers;
+}
+
+TEST_F(IngestObserveTest, WhoNeverGoesBackUsesUpWhatTheShardHasNoRoomFor) {
+  TestClient& client = Greeted({.features = kNeverGoesBack});
+  h().shard().judge = [](const ObserveRequest& request, std::string_view) {
+    return request.sequence == 3 || request.sequence >= 6 ? RefusalReason::kMemoryFull
+                                                          : RefusalReason::kNone;
+  };
+  client.Send(Observations(client.session(), 1, 7));
+  EXPECT_EQ(LastAcked(client), 7u);
+  const auto naks = client.Of(kWireNak);
+  ASSERT_EQ(naks.size(), 3u);
+  ExpectUsedUp(naks[0], 3, RefusalReason::kMemoryFull);
+  ExpectUsedUp(naks[1], 6, RefusalReason::kMemoryFull);
+  ExpectUsedUp(naks[2], 7, RefusalReason::kMemoryFull);
+  h().shard().judge = nullptr;
+  // One that was refused is a repeat; the next one goes on.
+  client.Send(Observations(client.session(), 6, 3));
+  EXPECT_EQ(LastAcked(client), 8u);
+  EXPECT_EQ(client.Of(kWireNak).size(), 3u);
+  EXPECT_EQ(NumbersOf(SessionOf(client).settled), (std::vector<Sequence>{1, 2, 4, 5, 8}));
+}
+
+TEST_F(IngestObserveTest, WhoNeverGoesBackIsAckedBehindARingThatWasFull) {
+  HarnessOptions options = CalmOptions();
+  options.lane_capacity = 16;
+  Start(options);
+  TestClient& client = Greeted({.features = kNeverGoesBack});
+  h().shard().SetStalled(true);
+  client.Send(Observations(client.session(), 1, 20));
+  const auto naks = client.Await(kWireNak);
+  ASSERT_GE(naks.size(), 4u);
+  const Sequence taken = 20 - naks.size();
+  for (size_t i = 0; i < naks.size(); ++i) {
+    ExpectUsedUp(naks[i], taken + 1 + i, RefusalReason::kSlotsExhausted);
+  }
+  EXPECT_TRUE(client.Of(kWireAck).empty()) << "what is under way before them is not settled";
+  h().shard().SetStalled(false);
+  EXPECT_EQ(LastAcked(client), 20u);
+  client.Send(Observations(client.session(), 21, 2));
+  EXPECT_EQ(LastAcked(client), 22u);
+  EXPECT_EQ(client.Of(kWireNak).size(), naks.size());
+  EXPECT_EQ(SessionOf(client).settled.size(), taken + 2);
+  EXPECT_EQ(SessionOf(client).settled.back().id, "id-22");
+}
+
+TEST_F(IngestObserveTest, WithNothingUnderWayRefusalsAreSettledAndGiveCreditForAnotherTry) {
+  HarnessOptions options = CalmOptions();
+  options.lane_capacity = 4;
+  Start(options);
+  h().shard().credit = 3;
+  TestClient& client = Greeted({.features = kNeverGoesBack});
+  TestClient& other = Greeted();
+  h().shard().SetStalled(true);
+  other.Send(Observations(other.session(), 1, 4));
+  h().Settle();
+  for (Sequence sequence = 1; sequence <= 6; ++sequence) {
+    client.Forget();
+    client.Send(Observations(client.session(), sequence));
+    const auto acks = client.Await(kWireAck);
+    ASSERT_EQ(acks.size(), 1u);
+    EXPECT_EQ(acks[0].sequence, sequence);
+    EXPECT_EQ(WireNumber(acks[0].body, 0, 8), std::max<uint64_t>(3, sequence + 1));
+    const auto all = client.Of(kWireNak);
+    ASSERT_EQ(all.size(), 1u);
+    EXPECT_TRUE(ParseNak(all[0]).consumed);
+  }
+  // The session knows nothing of these, so a resume finds it where it was.
+  h().shard().SetStalled(false);
+  client.Close();
+  h().Settle();
+  TestClient& again = NewClient();
+  again.Hello({.features = kNeverGoesBack, .session = client.session()});
+  EXPECT_EQ(again.Of(kWireHelloAck).at(0).sequence, 0u);
+  again.Send(Observations(again.session(), 1, 2));
+  EXPECT_EQ(LastAcked(again), 2u);
+}
+
+TEST_F(IngestObserveTest, WhoNeverGoesBackIsToldOfEachGapWhichUsesUpNothing) {
+  TestClient& client = Greeted({.features = kNeverGoesBack});
+  client.Send(Observations(client.session(), 1));
+  for (const Sequence sequence : {3, 4, 7}) client.Send(Observations(client.session(), sequence));
+  const auto naks = client.Await(kWireNak);
+  ASSERT_EQ(naks.size(), 3u);
+  for (size_t i = 0; i < 3; ++i) {
+    const WireNak nak = ParseNak(naks[i]);
+    EXPECT_EQ(nak.reason, CodeOf(RefusalReason::kSequenceGap));
+    EXPECT_EQ(nak.expected, 2u);
+    EXPECT_FALSE(nak.consumed);
+  }
+  EXPECT_EQ(LastAcked(client), 1u);
+  client.Send(Observations(client.session(), 2));
+  EXPECT_EQ(LastAcked(client), 2u);
+}
+
+// Each small frame is answered by many naks.
+TEST_F(IngestObserveTest, WhoDoesNotReadItsRefusalsIsNotReadFrom) {
+  HarnessOptions options = CalmOptions();
+  options.lane_capacity = 4;
+  options.ingest.send_pause_bytes = 32 * 1024;
+  options.network.client_window_bytes = 4096;
+  options.network.max_chunk_bytes = 1000;
+  Start(options);
+  TestClient& client = Greeted({.features = kNeverGoesBack});
+  h().shard().SetStalled(true);
+  for (Sequence first = 1; first <= 5000; first += 100) {
+    client.Send(
+        ObserveBytes(client.session(), first, std::vector<WireRecord>(100, DeleteRecord("gone"))));
+  }
+  h().Settle();
+  const uint64_t read = h().counted(IngestCounter::kObservationsReceived);
+  EXPECT_LT(read, 1000u);
+  size_t naks = client.Await(kWireNak).size();
+  EXPECT_EQ(h().counted(IngestCounter::kObservationsReceived), 5000u);
+  EXPECT_GE(naks, 5000u - 4);
+  EXPECT_FALSE(client.closed());
 }
 
 TEST_F(IngestObserveTest, HighPriorityAndRecallsPassWhenNormalSlotsAreSpent) {

@@ -47,8 +47,8 @@ TEST_F(IngestStreamsTest, BrokenFramesAreRefusedByName) {
 
 TEST_F(IngestStreamsTest, OnlyAClientsTypesAreTaken) {
   for (int type = 0; type < 256; ++type) {
-    const std::set<int> known{kWireHello,      kWireObserve, kWireRecall, kWirePing, kWireClose,
-                              kWireIntrospect, kWireCommand, kWireScroll, kWireCheck};
+    const std::set<int> known{kWireHello,      kWireObserve, kWireRecall, kWirePing,  kWireClose,
+                              kWireIntrospect, kWireCommand, kWireScroll, kWireCheck, kWireFlow};
     if (known.contains(type) || (type > 20 && type % 50 != 0)) continue;
     TestClient& client = Greeted();
     client.Send(MakeFrame(static_cast<uint8_t>(type), {}));

@@ -24,6 +24,7 @@ enum WireType : uint8_t {
   kWireObserve = 3,
   kWireAck = 4,
   kWireNak = 5,
+  kWireFlow = 6,
   kWireRecall = 7,
   kWireResult = 8,
   kWirePing = 9,
@@ -178,16 +179,16 @@ inline WireBytes RecordBytesOf(const WireRecord& record) {
   out.Zeros(padded - used);
   return out.Take();
 }
-inline WireBytes ObserveBodyOf(std::span<const WireRecord> records) {
+inline WireBytes ObserveBodyOf(std::span<const WireRecord> records, uint8_t payload_kind = 0) {
   WireWriter body;
-  body.U16(records.size()).U16(0);
+  body.U16(records.size()).U8(payload_kind).U8(0);
   for (const WireRecord& record : records) body.Raw(RecordBytesOf(record));
   return body.Take();
 }
 inline WireBytes ObserveBytes(uint64_t session, uint64_t sequence,
-                              std::span<const WireRecord> records) {
+                              std::span<const WireRecord> records, uint8_t payload_kind = 0) {
   return MakeFrame(kWireObserve, {.session = session, .sequence = sequence},
-                   ObserveBodyOf(records));
+                   ObserveBodyOf(records, payload_kind));
 }
 
 struct WireRecall {
@@ -219,6 +220,28 @@ inline WireBytes RecallBodyOf(const WireRecall& recall, uint16_t flags = 0) {
 inline WireBytes RecallBytes(uint64_t request_id, const WireRecall& recall, uint16_t flags = 0) {
   return MakeFrame(kWireRecall, {.flags = flags, .sequence = request_id},
                    RecallBodyOf(recall, flags));
+}
+enum WireFlowAction : uint8_t {
+  kWirePause = 1,
+  kWireResume = 2,
+  kWireSlowDown = 3,
+  kWireSpeedUp = 4,
+  kWireBufferStatus = 5,
+};
+struct WireFlowRequest {
+  uint8_t action = kWirePause;
+  int32_t buffer_remaining = 0;
+  float preferred_rate = 0;
+};
+inline WireBytes FlowBytes(const WireFlowRequest& flow, uint64_t sequence = 0) {
+  return MakeFrame(kWireFlow, {.sequence = sequence},
+                   WireWriter()
+                       .U8(flow.action)
+                       .Zeros(3)
+                       .U32(static_cast<uint32_t>(flow.buffer_remaining))
+                       .F32(flow.preferred_rate)
+                       .U32(0)
+                       .Take());
 }
 inline WireBytes IntrospectBytes(uint64_t request_id, uint8_t what) {
   return MakeFrame(kWireIntrospect, {.sequence = request_id}, WireWriter().U8(what).Take());
@@ -346,6 +369,23 @@ inline WireNak ParseNak(const WireFrame& frame) {
           .retry_after_ms = static_cast<uint32_t>(WireNumber(frame.body, 4, 4)),
           .expected = WireNumber(frame.body, 8, 8),
           .text = WireText(std::span(frame.body).subspan(24, text_bytes))};
+}
+
+struct WireFlowState {
+  uint8_t state = 0;
+  uint32_t retry_after_ms = 0;
+  uint32_t queue_depth = 0;
+  uint32_t queue_capacity = 0;
+  float pressure = 0;
+  float preferred_rate = 0;
+};
+inline WireFlowState ParseFlow(const WireFrame& frame) {
+  return {.state = static_cast<uint8_t>(WireNumber(frame.body, 0, 1)),
+          .retry_after_ms = static_cast<uint32_t>(WireNumber(frame.body, 4, 4)),
+          .queue_depth = static_cast<uint32_t>(WireNumber(frame.body, 8, 4)),
+          .queue_capacity = static_cast<uint32_t>(WireNumber(frame.body, 12, 4)),
+          .pressure = WireFloat(frame.body, 16),
+          .preferred_rate = WireFloat(frame.body, 20)};
 }
 
 }  // namespace engram

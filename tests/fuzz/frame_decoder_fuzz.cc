@@ -24,6 +24,7 @@
 
 #include "dataplane/admission_gate.h"
 #include "dataplane/decoder.h"
+#include "dataplane/flow_gate.h"
 #include "dataplane/frame_assembler.h"
 #include "dataplane/frame_format.h"
 #include "src/core/attributes.h"
@@ -86,6 +87,7 @@ void ReadSlot(const std::byte* slot) {
   CHECK(request->id_bytes > 0 && request->id_bytes <= kMaxIdBytes, "an id of no allowed length");
   CHECK(CheckAttributes({at + request->id_bytes, request->attribute_bytes}) == RefusalReason::kNone,
         "unsound attributes came in");
+  CHECK(request->payload_kind <= PayloadKind::kMemory, "a kind of payload that is none");
   CHECK(request->confidence >= 0 && request->confidence <= 1, "a confidence beyond 0 to 1");
 }
 
@@ -140,6 +142,18 @@ void DecodeFrame(const WireBytes& frame) {
             slot.get() + kRequestBodyOffset + VectorBytes(request->dtype, request->dimension);
         CHECK(CheckFilter({filter, request->filter_bytes}) == RefusalReason::kNone,
               "an unsound filter came in");
+      }
+      break;
+    }
+    case FrameType::kFlow: {
+      FlowRequestBody flow;
+      if (DecodeFlow(body, &flow) != RefusalReason::kNone) break;
+      CHECK(flow.preferred_rate >= 0 && flow.preferred_rate - flow.preferred_rate == 0,
+            "a rate that is none");
+      FlowGate gate;
+      for (int64_t now_ns = 0; now_ns < 1'000'000'000; now_ns += 50'000'000) {
+        gate.Take(flow, now_ns);
+        if (gate.MaySend(now_ns)) gate.NoteSent(now_ns);
       }
       break;
     }
@@ -218,13 +232,17 @@ WireBytes SoundRecall(SplitMix64& random, std::span<const float> vector) {
 // A sound frame of any type.
 WireBytes SoundFrame(SplitMix64& random) {
   const std::array<float, 3> vector{1, 2, 3};
-  switch (random.Below(5)) {
+  switch (random.Below(6)) {
     case 0:
       return HelloBytes({.dimension = 3, .space = "a-space"});
     case 1:
       return SoundRecall(random, vector);
     case 2:
       return IntrospectBytes(1, 1);
+    case 3:
+      return FlowBytes({.action = static_cast<uint8_t>(random.Below(7)),
+                        .buffer_remaining = static_cast<int32_t>(random.Below(9)) - 4,
+                        .preferred_rate = static_cast<float>(random.Below(9)) - 1});
     default: {
       std::vector<WireRecord> records;
       const size_t count = 1 + random.Below(3);
@@ -242,7 +260,7 @@ WireBytes SoundFrame(SplitMix64& random) {
         if (record.op == 1) record.attributes = SomeAttributes(random);
         records.push_back(record);
       }
-      return ObserveBytes(7, 1, records);
+      return ObserveBytes(7, 1, records, static_cast<uint8_t>(random.Below(4)));
     }
   }
 }
@@ -268,8 +286,8 @@ void Repair(std::span<std::byte> stream) {
 void WriteEdge(std::span<std::byte> stream, SplitMix64& random) {
   if (stream.size() < 36) return;
   // Offsets in a first observe frame whose numbers are lengths or counts.
-  constexpr std::array<std::array<size_t, 2>, 9> kFields{
-      {{8, 4}, {32, 2}, {36, 4}, {40, 1}, {41, 1}, {42, 2}, {44, 2}, {46, 2}, {48, 4}}};
+  constexpr std::array<std::array<size_t, 2>, 10> kFields{
+      {{8, 4}, {32, 2}, {34, 1}, {36, 4}, {40, 1}, {41, 1}, {42, 2}, {44, 2}, {46, 2}, {48, 4}}};
   const auto& field = kFields[random.Below(kFields.size())];
   size_t offset = field[0];
   if (random.Below(3) == 0) offset = random.Below(stream.size());

@@ -36,6 +36,9 @@ struct Place {
   uint64_t session = 0;
   Sequence next = 1;
   Sequence acked = 0;
+  Sequence used_up = 0;  // the last that was refused for lack of room and never comes again
+  bool paused = false;   // so says the server
+  bool ends = false;     // it may have been told to, so nothing is held back
 };
 
 class Machine {
@@ -81,6 +84,9 @@ class Machine {
     if (!place->client) {
       place->client = std::make_unique<TestClient>(&harness_);
       place->acked = 0;
+      place->used_up = 0;
+      place->paused = false;
+      place->ends = drains_;
     }
     return *place->client;
   }
@@ -99,12 +105,20 @@ class Machine {
       } else if (frame.type == kWireAck) {
         CHECK(frame.sequence >= place->acked, "an ack does not go back");
         if (const auto last = LastAtShard(frame.session)) {
-          CHECK(frame.sequence <= *last, "acked more than the shard took");
+          CHECK(frame.sequence <= std::max(*last, place->used_up),
+                "acked more than the shard took and was refused");
         }
         place->acked = frame.sequence;
       } else if (frame.type == kWireNak) {
         const WireNak nak = ParseNak(frame);
         if (nak.refused_type == kWireObserve && nak.expected != 0) place->next = nak.expected;
+        if (nak.refused_type == kWireObserve && nak.consumed) {
+          place->used_up = std::max(place->used_up, frame.sequence);
+        }
+      } else if (frame.type == kWireFlow) {
+        place->paused = ParseFlow(frame).state == 2;
+      } else if (frame.type == kWireResult) {
+        CHECK(!place->paused || place->ends, "a result in a pause");
       }
     }
     CHECK(ClientOf(place).sound(), "every frame of the server's is sealed");
@@ -122,7 +136,7 @@ class Machine {
 
   WireBytes Hello(Place* place) {
     const uint8_t choice = program_->Byte();
-    return HelloBytes({.features = (choice & 1u) | (choice & 2u),
+    return HelloBytes({.features = (choice & 1u) | (choice & 2u) | (program_->Byte() & 24u),
                        .dimension = static_cast<uint16_t>((choice >> 1) & 1 ? 2 : 0),
                        .metric = static_cast<uint8_t>((choice >> 2) & 3),
                        .priority = static_cast<uint8_t>((choice >> 4) & 1),
@@ -185,7 +199,16 @@ class Machine {
         return CommandBytes(choice, which & 3, std::string(1, static_cast<char>('a' + which / 32)));
     }
   }
+  WireBytes Flow() {
+    constexpr std::array<float, 6> kRates{0,     2,  5'000,
+                                          1e30F, -1, std::numeric_limits<float>::quiet_NaN()};
+    const uint8_t choice = program_->Byte();
+    return FlowBytes({.action = static_cast<uint8_t>(choice & 7),
+                      .buffer_remaining = (choice >> 3 & 3) - 1,
+                      .preferred_rate = kRates[(choice >> 5) % kRates.size()]});
+  }
   WireBytes RawFrame(Place* place) {
+    place->ends = true;
     const uint8_t type = program_->Byte();
     const uint8_t sequence = program_->Byte();
     const WireBytes body = program_->Bytes(program_->Byte());
@@ -211,15 +234,24 @@ class Machine {
       case 3:
         ClientOf(place).Send(Question());
         break;
-      case 4:
-        ClientOf(place).Send(MakeFrame((program_->Byte() & 1) != 0 ? kWireClose : kWirePing, {}));
+      case 4: {
+        TestClient& client = ClientOf(place);
+        const uint8_t choice = program_->Byte() % 4;
+        place->ends |= choice == 0;
+        client.Send(choice > 1 ? Flow() : MakeFrame(choice == 0 ? kWireClose : kWirePing, {}));
         break;
-      case 5:
-        ClientOf(place).Send(RawFrame(place));
+      }
+      case 5: {
+        TestClient& client = ClientOf(place);
+        client.Send(RawFrame(place));
         break;
-      case 6:
-        ClientOf(place).Send(program_->Bytes(program_->Byte()));
+      }
+      case 6: {
+        TestClient& client = ClientOf(place);
+        place->ends = true;
+        client.Send(program_->Bytes(program_->Byte()));
         break;
+      }
       case 7: {
         const WireBytes frame = Observe(place, 1000);
         ClientOf(place).Send(std::span(frame).first(program_->Byte() * frame.size() / 256));
@@ -247,7 +279,10 @@ class Machine {
         Misbehave(&shard);
         break;
       case 13:
-        if (program_->Byte() == 13) harness_.core().BeginDrain();
+        if (program_->Byte() != 13) break;
+        harness_.core().BeginDrain();
+        drains_ = true;
+        for (Place& each : places_) each.ends = true;
         break;
       case 14:
         harness_.Run(8, 100 * kNanosPerMicro);
@@ -306,6 +341,7 @@ class Machine {
   IngestHarness harness_;
   std::array<Place, kClients> places_;
   RefusalReason shard_refusal_ = RefusalReason::kNone;
+  bool drains_ = false;
 };
 
 }  // namespace

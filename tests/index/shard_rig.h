@@ -37,6 +37,7 @@ struct RigSession {
   Sequence next = 1;
   uint64_t credit_sequence = 0;
   Lane lane = Lane::kNormal;
+  bool may_skip = false;  // it never goes back
 };
 
 struct HelloParams {
@@ -219,6 +220,7 @@ class ShardRig {
     request->session_slot = session.slot;
     request->session = session.id;
     request->sequence = sequence;
+    request->may_skip = session.may_skip;
     request->space = SpaceName(session.space);
     request->origin = session.origin;
     request->received_ns = clock.MonotonicNs();

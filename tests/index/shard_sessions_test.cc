@@ -67,6 +67,34 @@ TEST(ShardSessionsTest, SequencesAreTakenInOrderOnce) {
   EXPECT_EQ(rig.shard->FindSpace("s")->live(), 2u);
 }
 
+// Numbers that were refused, on the way or here, leave gaps that the next one taken closes.
+TEST(ShardSessionsTest, WhoNeverGoesBackHasGaps) {
+  ShardRig rig;
+  RigSession session = rig.Open(0, 1, "s", {.metric = Metric::kCosine});
+  session.may_skip = true;
+  EXPECT_EQ(rig.ObserveAs(&session, 4, Upsert("d", {4, 1})).reason, kNone);
+  EXPECT_TRUE(rig.ObserveAs(&session, 2, Upsert("b", {2, 1})).repeated) << "it is settled";
+  EXPECT_EQ(rig.ObserveAs(&session, 5, Skip(RefusalReason::kMemoryFull)).reason,
+            RefusalReason::kMemoryFull);
+  EXPECT_EQ(rig.ObserveAs(&session, 6, Skip(RefusalReason::kMemoryFull)).reason,
+            RefusalReason::kMemoryFull);
+  rig.Detach(session);
+  RigSession resumed = rig.Open(0, 2, "s", {.session = session.id});
+  resumed.may_skip = true;
+  EXPECT_EQ(resumed.last_settled, 4u) << "what waits is not remembered";
+  EXPECT_GT(resumed.credit_sequence, 4u);
+  EXPECT_FALSE(rig.ObserveAs(&resumed, 5, Upsert("e", {5, 1})).repeated);
+  EXPECT_EQ(rig.ObserveAs(&resumed, 9, Upsert("zero", {0, 0})).reason, RefusalReason::kZeroVector);
+  EXPECT_TRUE(rig.ObserveAs(&resumed, 8, Upsert("h", {8, 1})).repeated);
+  EXPECT_EQ(rig.shard->FindSpace("s")->live(), 2u);
+  // A client that goes back resumes it: no gaps for that one.
+  rig.Detach(resumed);
+  RigSession strict = rig.Open(0, 3, "s", {.session = session.id});
+  EXPECT_EQ(strict.last_settled, 9u) << "what is refused for good is remembered";
+  EXPECT_EQ(rig.ObserveAs(&strict, 11, Upsert("k", {1, 1})).reason, RefusalReason::kSequenceGap);
+  EXPECT_EQ(rig.ObserveAs(&strict, 10, Upsert("k", {1, 1})).reason, kNone);
+}
+
 TEST(ShardSessionsTest, SkipsAndInvalidObservationsUseUpTheirNumber) {
   ShardRig rig;
   RigSession session = rig.Open(0, 1, "s", {.metric = Metric::kCosine});

@@ -19,15 +19,18 @@ VERSION = 1
 HEADER = struct.Struct("<IBBHIIQQ")
 MAX_FRAME_BYTES = 1_048_576
 
-(HELLO, HELLO_ACK, OBSERVE, ACK, NAK) = (1, 2, 3, 4, 5)
+(HELLO, HELLO_ACK, OBSERVE, ACK, NAK, FLOW) = (1, 2, 3, 4, 5, 6)
 (RECALL, RESULT, PING, CLOSE, INTROSPECT, INTROSPECTION) = (7, 8, 9, 10, 11, 12)
 (COMMAND, COMMAND_DONE) = (13, 14)
 (SCROLL, SCROLLED, CHECK, CHECKED) = (15, 16, 17, 18)
-NO_SESSION, ATTRIBUTES, WIDE_RECALLS = 1, 2, 4  # features of hello
+NO_SESSION, ATTRIBUTES, WIDE_RECALLS, NEVER_GOES_BACK, FLOWS = 1, 2, 4, 8, 16  # features of hello
+PAUSE, RESUME, SLOW_DOWN, SPEED_UP, BUFFER_STATUS = 1, 2, 3, 4, 5  # actions of flow
+ACTIVE, PAUSED = 1, 2  # states of flow
 COSINE, INNER_PRODUCT, L2 = 1, 2, 3
 UPSERT, DELETE = 1, 2
 COMPACT, DROP, REBUILD = 1, 2, 3
 F32, F16, BF16, INT8 = 1, 2, 3, 4
+OPAQUE, EPISODE, MEMORY = 0, 1, 2  # kinds of payload
 SPACES, STATUS = 1, 2
 CONSUMED, CLOSED = 1, 2  # flags of nak
 PAYLOAD_LEFT_OUT = 1     # flag of a hit
@@ -46,7 +49,7 @@ REASONS = {
     "fenced": 62, "bad_space_id": 65, "metric_mismatch": 66, "dimension_mismatch": 67,
     "unknown_space": 68, "bad_recall": 69, "no_session": 70, "session_space_mismatch": 71,
     "busy": 72, "merges_full": 73, "quota_observations": 47, "quota_memory": 48,
-    "disk_full": 44, "log_busy": 46,
+    "disk_full": 44, "log_busy": 46, "paused": 50, "bad_flow": 79,
 }
 REASON_NAMES = {code: name for name, code in REASONS.items()}
 
@@ -180,8 +183,12 @@ def record(identity, vector=None, *, op=UPSERT, dtype=F32, scale=0.0, payload=b"
                        len(attributes), len(payload), scale, confidence, when_ns) + rest
 
 
-def observe_body(records):
-    return struct.pack("<HH", len(records), 0) + b"".join(records)
+def observe_body(records, payload_kind=OPAQUE):
+    return struct.pack("<HBx", len(records), payload_kind) + b"".join(records)
+
+
+def flow_body(action, *, buffer_remaining=0, preferred_rate=0.0):
+    return struct.pack("<B3xifI", action, buffer_remaining, preferred_rate, 0)
 
 
 def recall_body(vector, k=10, *, ef=0, dtype=F32, scale=0.0, filter=None, bound=None):
@@ -203,6 +210,8 @@ HelloAck = collections.namedtuple(
                 "max_recalls")
 Nak = collections.namedtuple(
     "Nak", "name reason refused_type flags retry_after_ms expected text sequence session")
+Flow = collections.namedtuple(
+    "Flow", "state retry_after_ms queue_depth queue_capacity pressure preferred_rate sequence")
 Hit = collections.namedtuple(
     "Hit", "id score when_ns confidence payload flags stamp payload_kind vector space")
 Space = collections.namedtuple(
@@ -220,7 +229,7 @@ def decode_header(data):
     magic, version, frame_type, flags, length, crc, session, sequence = HEADER.unpack(data)
     require(magic == MAGIC, f"magic {magic:#x}")
     require(version == VERSION, f"version {version}")
-    require(frame_type in (HELLO_ACK, ACK, NAK, RESULT, PING, CLOSE, INTROSPECTION),
+    require(frame_type in (HELLO_ACK, ACK, NAK, FLOW, RESULT, PING, CLOSE, INTROSPECTION),
             f"type {frame_type} is not one that a server sends")
     known = 1 if frame_type in (RESULT, PING, INTROSPECTION) else 0
     require(flags & ~known == 0, f"flags {flags:#x} of type {frame_type}")
@@ -250,6 +259,16 @@ def decode_nak(got):
     require(text, "a nak has a text")
     return Nak(REASON_NAMES.get(reason, str(reason)), reason, refused_type, flags, retry_ms,
                expected, text, got.sequence, got.session)
+
+
+def decode_flow(got):
+    require(len(got.body) == 24, "flow has 24 bytes")
+    state, zeros, *numbers = struct.unpack("<B3sIIIff", got.body)
+    require(zeros == bytes(3), "flow's zero fields are zero")
+    require(state in (ACTIVE, PAUSED), f"flow's state {state}")
+    flow = Flow(state, *numbers, got.sequence)
+    require(0 <= flow.pressure <= 1 and flow.preferred_rate >= 0, f"flow's numbers {flow}")
+    return flow
 
 
 def decode_result(got):
@@ -405,12 +424,13 @@ class Client:
         self.acked, self.credit = ack.sequence, ack.credit
         return ack
 
-    def send_observe(self, records, sequence=None):
+    def send_observe(self, records, sequence=None, **fields):
         """Sends one frame once there is credit for it; returns the sequence of its last record."""
         sequence = self.next_sequence if sequence is None else sequence
         while self.credit < sequence + len(records) - 1:
             self.wait_for(ACK)
-        self.send(frame(OBSERVE, observe_body(records), session=self.session, sequence=sequence))
+        self.send(frame(OBSERVE, observe_body(records, **fields), session=self.session,
+                        sequence=sequence))
         self.next_sequence = sequence + len(records)
         return self.next_sequence - 1
 
@@ -418,10 +438,10 @@ class Client:
         while self.acked < sequence:
             self.wait_for(ACK)
 
-    def observe(self, records):
+    def observe(self, records, **fields):
         """Sends one frame and waits until all of it is settled. Returns its naks."""
         seen = len(self.naks)
-        self.wait_acked(self.send_observe(records))
+        self.wait_acked(self.send_observe(records, **fields))
         return self.naks[seen:]
 
     def recall(self, vector, k=10, **fields):
@@ -451,6 +471,11 @@ class Client:
         self.last_snapshot = snapshots.pop()
         require((self.last_snapshot != 0) == snapshot, "a snapshot where it was asked for")
         return frames
+
+    def flow(self, action, **fields):
+        """Says it; the answer, which only BUFFER_STATUS does not get."""
+        self.send(frame(FLOW, flow_body(action, **fields), session=self.session))
+        return None if action == BUFFER_STATUS else decode_flow(self.wait_for(FLOW))
 
     def introspect(self, what):
         """Space records, or the status text."""

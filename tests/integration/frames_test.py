@@ -38,6 +38,21 @@ class EncodingTest(unittest.TestCase):
                          (48, 1, 1, 1, 3, 0, 5, 0.0, 0.5, -2))
         self.assertEqual(made[32:], struct.pack("<f", 1.0) + b"abchello" + bytes(4))
 
+    def test_the_payload_kind_is_the_frames(self):
+        self.assertEqual(frames.observe_body([b"record"], frames.MEMORY), b"\x01\x00\x02\x00record")
+
+    def test_flow(self):
+        self.assertEqual(frames.flow_body(frames.BUFFER_STATUS, buffer_remaining=-2,
+                                          preferred_rate=0.5),
+                         b"\x05\x00\x00\x00\xfe\xff\xff\xff\x00\x00\x00\x3f" + bytes(4))
+        body = b"\x02\x00\x00\x00" + struct.pack("<IIIff", 7, 3, 4, 0.75, 2.5)
+        got = frames.Frame(frames.FLOW, 0, 1, 9, body)
+        self.assertEqual(frames.decode_flow(got),
+                         frames.Flow(frames.PAUSED, 7, 3, 4, 0.75, 2.5, 9))
+        for at, byte in ((0, b"\x00"), (0, b"\x07"), (1, b"\x01"), (19, b"\xbf")):
+            with self.subTest(at=at), self.assertRaises(frames.FormatError):
+                frames.decode_flow(got._replace(body=body[:at] + byte + body[at + 1:]))
+
     def test_bf16_rounds_to_nearest_even(self):
         for value, wanted in ((1.0, 0x3F80), (-2.5, 0xC020), (0.0, 0), (math.inf, 0x7F80),
                               (1 + 2**-8, 0x3F80), (1 + 3 * 2**-8, 0x3F82),

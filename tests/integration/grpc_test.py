@@ -850,6 +850,32 @@ class Surroundings(GrpcCase):
         self.assertEqual((odd.id, odd.id_bytes), ("", b"\xfe\xff"))
 
 
+    def test_a_native_payload_says_what_it_is(self):
+        episode = m.Episode(what="seen natively", who=["ann", "bob"])
+        memory = m.Memory(content="known natively", tags=["red"])
+        with self.daemon.client(self.space, metric=frames.COSINE) as native:
+            refused = native.observe([
+                frames.record(b"episode", [1.0, 0.0], payload=episode.SerializeToString()),
+                frames.record(b"no episode", [0.0, 1.0], payload=b"\x1a\xff")],
+                payload_kind=frames.EPISODE)
+            refused += native.observe([
+                frames.record(b"memory", [-1.0, 0.0], payload=memory.SerializeToString()),
+                frames.record(b"no memory", [0.0, -1.0], payload=b"\x52\x01\xff")],
+                payload_kind=frames.MEMORY)
+            self.assertEqual(refused, [])
+            kinds = {hit.id: hit.payload_kind for hit in native.recall([1.0, 0.0], k=4)}
+            native.close()
+        self.assertEqual(kinds, {b"episode": 1, b"no episode": 1, b"memory": 2, b"no memory": 2})
+        seen, known = self.client.get(self.space, "episode", "memory")
+        self.assertEqual((seen.content, seen.metadata["who"]), ("seen natively", "ann, bob"))
+        self.assertEqual((known.content, list(known.tags)), ("known natively", ["red"]))
+        for text, payload in (("no episode", b"\x1a\xff"), ("no memory", b"\x52\x01\xff")):
+            [odd] = self.client.get(self.space, text)
+            self.assertEqual((odd.content, odd.payload), ("", payload))
+        found = self.client.recall(self.space, [1, 0], max_results=4).memories
+        self.assertEqual(len(found), 4, "what cannot be read does not fail a recall")
+
+
 class Start(unittest.TestCase):
     def test_off(self):
         with daemon.running({"listen.grpc": ""}) as running:

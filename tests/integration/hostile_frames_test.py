@@ -23,7 +23,8 @@ def bad_frames():
         "http": ("bad_magic", None, b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n"),
         "version": ("bad_version", None, frame(frames.PING, version=2)),
         "unknown type": ("bad_type", 200, frame(200)),
-        "reserved type flow": ("bad_type", 6, frame(6)),
+        "flow without a body": ("bad_frame", frames.FLOW, frame(frames.FLOW)),
+        "flow a byte too long": ("bad_frame", frames.FLOW, frame(frames.FLOW, bytes(17))),
         "a server's type": ("bad_type", frames.ACK, frame(frames.ACK, bytes(8))),
         "length 4 GiB": ("frame_too_long", observe, frame(observe, length=2**32 - 1)),
         "length 1 MiB + 1": ("frame_too_long", observe, frame(observe, length=2**20 + 1)),
@@ -33,6 +34,8 @@ def bad_frames():
         "crc of an empty frame": ("bad_crc", frames.PING, frame(frames.PING, crc=0)),
         "count of 2 for 1 record": ("bad_frame", observe, changed(0, b"\x02\x00")),
         "count of 0": ("bad_frame", observe, frame(observe, frames.observe_body([]), sequence=2)),
+        "a kind of payload that is none": (
+            "bad_frame", observe, frame(observe, frames.observe_body([GOOD], 3), sequence=2)),
         "no body": ("bad_frame", observe, frame(observe, sequence=2)),
         "bytes behind the last record": ("bad_frame", observe,
                                          frame(observe, body + bytes(8), sequence=2)),

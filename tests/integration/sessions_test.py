@@ -2,6 +2,7 @@
 """Sessions: numbers go on after a lost connection, nothing is stored twice, one connection each."""
 
 import concurrent.futures
+import time
 
 import daemon
 import frames
@@ -83,6 +84,62 @@ class SessionsTest(daemon.DaemonCase):
             space = [space for space in client.introspect(frames.SPACES)
                      if space.name == "again"][0]
             self.assertEqual((space.observations, space.retired), (total, 0))
+
+    def test_a_pause_holds_results_and_refuses_observations(self):
+        with self.daemon.client("pause", metric=frames.L2, features=frames.FLOWS) as client:
+            self.assertEqual(client.hello_ack.features, frames.FLOWS)
+            client.observe([record(b"1", [1.0])])
+            paused = client.flow(frames.PAUSE)
+            self.assertEqual((paused.state, paused.sequence), (frames.PAUSED, 1))
+            client.send(frames.frame(frames.RECALL, frames.recall_body([0.0]), sequence=77))
+            client.send_observe([record(b"2", [2.0])])
+            refused = client.wait_for(frames.NAK)
+            self.assertEqual((refused.name, refused.sequence, refused.flags), ("paused", 2, 0))
+            client.ping()  # which would meet the result, if there were one
+            client.send(frames.frame(frames.FLOW, frames.flow_body(frames.RESUME)))
+            self.assertEqual(frames.decode_flow(client.wait_for(frames.FLOW)).state, frames.ACTIVE)
+            self.assertEqual(client.wait_for(frames.RESULT).sequence, 77)
+            client.next_sequence = 2
+            self.assertEqual(client.observe([record(b"2", [2.0])]), [])
+            with self.assertRaises(frames.Refused) as wrong:
+                client.flow(9)
+            self.assertEqual(wrong.exception.nak.name, "bad_flow")
+            # Nothing is held from a close.
+            client.flow(frames.PAUSE)
+            client.send(frames.frame(frames.RECALL, frames.recall_body([0.0]), sequence=78))
+            client.send(frames.frame(frames.CLOSE, session=client.session))
+            self.assertEqual(client.wait_for(frames.RESULT).sequence, 78)
+            self.assertEqual(client.wait_for(frames.CLOSE).sequence, 2)
+
+    def test_results_come_at_the_rate_that_was_asked_for(self):
+        with self.daemon.client("rate", metric=frames.L2, features=frames.FLOWS) as client:
+            client.observe([record(b"%d" % i, [float(i)]) for i in range(150)])
+            self.assertEqual(client.flow(frames.SLOW_DOWN, preferred_rate=25.0).preferred_rate, 25)
+            began = time.monotonic()
+            self.assertEqual(len(client.recall_frames([0.0], 150)), 15)
+            # Two at once, then one each 40 ms, though nothing wakes the daemon for them.
+            self.assertGreater(time.monotonic() - began, 0.5)
+            self.assertEqual(client.flow(frames.SPEED_UP, preferred_rate=1e6).state, frames.ACTIVE)
+            self.assertEqual(len(client.recall_frames([0.0], 150)), 15)
+
+    def test_who_never_goes_back_goes_on_behind_a_refusal(self):
+        with self.daemon.client("onwards", metric=frames.L2,
+                                features=frames.FLOWS | frames.NEVER_GOES_BACK) as client:
+            client.observe([record(b"1", [1.0])])
+            client.flow(frames.PAUSE)
+            naks = client.observe([record(b"2", [2.0]), record(b"3", [3.0])])
+            self.assertEqual([(nak.name, nak.sequence, nak.flags) for nak in naks],
+                             [("paused", 2, frames.CONSUMED), ("paused", 3, frames.CONSUMED)])
+            client.flow(frames.RESUME)
+            self.assertEqual(client.observe([record(b"4", [4.0])]), [])
+            self.assertEqual(self.ids(client), {b"1", b"4"})
+            client.flow(frames.PAUSE)
+            self.assertEqual(len(client.observe([record(b"5", [5.0])])), 1)
+            self.assertEqual(client.close(), 5)
+        # What was refused last is free again.
+        with self.daemon.client("onwards", session=client.session) as again:
+            self.assertEqual(again.hello_ack.sequence, 4)
+            self.assertEqual(again.observe([record(b"5", [5.0])]), [])
 
     def test_a_second_connection_fences_the_first(self):
         with self.daemon.client("fence", metric=frames.L2) as first:
