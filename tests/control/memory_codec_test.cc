@@ -105,9 +105,11 @@ TEST(MemoryCodecTest, AnEpisodesPayloadLacksOnlyWhatTheShardKeeps) {
   EXPECT_EQ(kept.id(), "");
   EXPECT_FALSE(kept.has_when());
   EXPECT_EQ(kept.embedding_size(), 0);
+  EXPECT_FALSE(kept.has_packed_embedding());
   episode.clear_id();
   episode.clear_when();
   episode.clear_embedding();
+  episode.clear_packed_embedding();
   EXPECT_TRUE(MessageDifferencer::Equals(kept, episode)) << kept.DebugString();
 }
 
@@ -118,6 +120,7 @@ TEST(MemoryCodecTest, AMemorysPayloadLacksOnlyWhatTheShardKeeps) {
   ASSERT_TRUE(kept.ParseFromString(PayloadOf(memory)));
   memory.clear_id();
   memory.clear_embedding();
+  memory.clear_packed_embedding();
   // Of answers only.
   memory.clear_id_bytes();
   memory.clear_content_omitted();

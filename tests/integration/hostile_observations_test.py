@@ -46,7 +46,7 @@ def faults():
         "confidence -0.1": ("bad_confidence", record(b"bad", good, confidence=-0.1)),
         "confidence NaN": ("bad_confidence", record(b"bad", good, confidence=NAN)),
         "operation 0": ("bad_operation", record(b"bad", good, op=0)),
-        "operation 3": ("bad_operation", record(b"bad", good, op=3)),
+        "operation 3": ("bad_field", record(b"bad", good, op=3)),
         "operation 255": ("bad_operation", record(b"bad", good, op=255)),
     }
 
