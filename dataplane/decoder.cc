@@ -15,6 +15,8 @@ bool IsVectorDtype(VectorDtype dtype) { return ElementBytes(dtype) != 0; }
 // What is wrong with the record's numbers. The order is that of FORMAT.md's fields, so that a
 // client is told of the first one.
 RefusalReason FaultOf(const RecordHeader& record) {
+  // Whoever sent it found it wrong.
+  if (record.op == ObservationOp::kSkip) return RefusalReason::kBadField;
   const bool has_vector = record.op == ObservationOp::kUpsert;
   if (!has_vector && record.op != ObservationOp::kDelete) return RefusalReason::kBadOperation;
   if (has_vector) {
