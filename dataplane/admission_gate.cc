@@ -80,6 +80,7 @@ RefusalReason AdmitObservation(const ObservationView& view, const SpaceRules& ru
   request->id_bytes = static_cast<uint16_t>(view.id.size());
   request->attribute_bytes = static_cast<uint16_t>(view.attributes.size());
   request->payload_bytes = static_cast<uint32_t>(view.payload.size());
+  request->payload_kind = view.payload_kind;
   request->when_ns = view.when_ns;
   request->confidence = view.confidence;
   request->scale = view.scale;

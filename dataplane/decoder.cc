@@ -42,11 +42,13 @@ RefusalReason FaultOf(const RecordHeader& record) {
 
 RefusalReason ObserveReader::Open(std::span<const std::byte> body, ObserveReader* reader) {
   if (body.size() < sizeof(ObserveBody)) return RefusalReason::kBadFrame;
-  const auto count = LoadAs<ObserveBody>(body.data()).count;
+  const auto head = LoadAs<ObserveBody>(body.data());
+  const uint16_t count = head.count;
   std::span<const std::byte> rest = body.subspan(sizeof(ObserveBody));
   reader->next_ = rest.data();
   reader->remaining_ = count;
-  if (count == 0) return RefusalReason::kBadFrame;
+  reader->payload_kind_ = head.payload_kind;
+  if (count == 0 || head.payload_kind > PayloadKind::kMemory) return RefusalReason::kBadFrame;
   for (uint16_t i = 0; i < count; ++i) {
     if (rest.size() < sizeof(RecordHeader)) return RefusalReason::kBadFrame;
     const auto record = LoadAs<RecordHeader>(rest.data());
@@ -74,6 +76,7 @@ ObservationView ObserveReader::Next() {
   view.scale = record.scale;
   view.confidence = record.confidence;
   view.when_ns = record.when_ns;
+  view.payload_kind = payload_kind_;
   view.fault = FaultOf(record);
   if (view.fault == RefusalReason::kNone) {
     view.vector = next_ + sizeof(RecordHeader);

@@ -24,6 +24,7 @@ struct ObservationView {
   std::string_view id;
   std::span<const std::byte> attributes;  // of a sound length; else not looked at
   std::span<const std::byte> payload;
+  PayloadKind payload_kind = PayloadKind::kOpaque;  // the frame's
   // What is wrong with the record's numbers, if anything; the views above are empty then.
   RefusalReason fault = RefusalReason::kNone;
 };
@@ -31,7 +32,8 @@ struct ObservationView {
 // Reads the records of an observe body in order.
 class ObserveReader {
  public:
-  // kBadFrame when any record does not fit the body; nothing of the frame is taken then.
+  // kBadFrame when any record does not fit the body, or its payloads are of a kind that is not
+  // known; nothing of the frame is taken then.
   static RefusalReason Open(std::span<const std::byte> body, ObserveReader* reader);
 
   uint16_t remaining() const { return remaining_; }
@@ -41,6 +43,7 @@ class ObserveReader {
  private:
   const std::byte* next_ = nullptr;
   uint16_t remaining_ = 0;
+  PayloadKind payload_kind_ = PayloadKind::kOpaque;
 };
 
 struct HelloView {

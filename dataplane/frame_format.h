@@ -90,7 +90,8 @@ static_assert(sizeof(HelloAckBody) == 24);
 
 struct ObserveBody {
   uint16_t count = 0;
-  uint16_t zero = 0;
+  PayloadKind payload_kind = PayloadKind::kOpaque;  // of all records
+  uint8_t zero = 0;
 };
 static_assert(sizeof(ObserveBody) == 4);
 

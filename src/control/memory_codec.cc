@@ -81,7 +81,14 @@ bool AddPayload(const HitView& hit, v1::Memory* memory) {
       return true;
     }
     case PayloadKind::kMemory:
-      return memory->ParseFromArray(hit.payload.data(), static_cast<int>(hit.payload.size()));
+      if (!memory->ParseFromArray(hit.payload.data(), static_cast<int>(hit.payload.size()))) {
+        return false;
+      }
+      // Native clients may have written what answers alone say.
+      memory->clear_embedding();
+      memory->clear_id_bytes();
+      memory->clear_content_omitted();
+      return true;
     case PayloadKind::kOpaque:
       break;
   }

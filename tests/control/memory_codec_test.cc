@@ -180,9 +180,39 @@ TEST(MemoryCodecTest, BytesThatAreNoTextGoIntoBytesFields) {
     EXPECT_EQ(memory.id(), "");
     EXPECT_EQ(memory.id_bytes(), bad);
   }
-  const v1::Memory damaged = Decoded(HitOf(PayloadKind::kEpisode, "e", "\x1a\xff"));
-  EXPECT_EQ(damaged.id(), "e");
-  EXPECT_EQ(damaged.payload(), "\x1a\xff") << "what cannot be read is handed out as it is";
+}
+
+// Native clients say of what kind a payload is, and nobody has looked into it.
+TEST(MemoryCodecTest, APayloadThatIsNotOfItsKindIsHandedOutAsItIs) {
+  // Cut off, a length beyond the end, a wire type that is none; in field 10, which both have as a
+  // text: no UTF-8, and one that is sound before one that is cut off.
+  for (const std::string_view bad :
+       {"\x1a", "\x1a\xff", "\x1f", "\x52\x01\xff", "\x52\x02ok\x52\x09no"}) {
+    for (const PayloadKind kind : {PayloadKind::kEpisode, PayloadKind::kMemory}) {
+      const v1::Memory memory = Decoded(HitOf(kind, "e", bad));
+      EXPECT_EQ(memory.payload(), bad);
+      EXPECT_EQ(memory.content(), "");
+      EXPECT_TRUE(memory.metadata().empty());
+      EXPECT_EQ(memory.id(), "e");
+      EXPECT_EQ(memory.confidence().value(), 0.9F);
+      std::string sent;
+      EXPECT_TRUE(memory.SerializeToString(&sent));
+      EXPECT_TRUE(v1::Memory().ParseFromString(sent)) << "the answer can be read";
+    }
+  }
+}
+
+TEST(MemoryCodecTest, WhatAnswersAloneSayIsNotTakenFromAPayload) {
+  v1::Memory forged;
+  FillAll(&forged);
+  const v1::Memory memory =
+      Decoded(HitOf(PayloadKind::kMemory, "the id", forged.SerializeAsString()));
+  EXPECT_EQ(memory.content(), forged.content());
+  EXPECT_EQ(memory.id(), "the id");
+  EXPECT_EQ(memory.id_bytes(), "");
+  EXPECT_EQ(memory.embedding_size(), 0);
+  EXPECT_FALSE(memory.content_omitted());
+  EXPECT_EQ(memory.memory_space_id(), "");
 }
 
 TEST(MemoryCodecTest, HitsAreReadOneAfterTheOther) {

@@ -46,8 +46,8 @@ struct Admission {
 };
 
 // Record to wire bytes, through the decoder, into a slot.
-Admission Admit(const WireRecord& record, const SpaceRules& rules) {
-  const WireBytes body = ObserveBodyOf(std::span(&record, 1));
+Admission Admit(const WireRecord& record, const SpaceRules& rules, uint8_t payload_kind = 0) {
+  const WireBytes body = ObserveBodyOf(std::span(&record, 1), payload_kind);
   ObserveReader reader;
   EXPECT_EQ(ObserveReader::Open(body, &reader), RefusalReason::kNone);
   const ObservationView view = reader.Next();
@@ -99,6 +99,14 @@ TEST(AdmissionGateTest, SlotHoldsWhatCame) {
   const WireBytes expected =
       WireWriter().Raw(record.vector).Text("the-id").Text("the-payload").Take();
   EXPECT_EQ(admission.body, expected);
+}
+
+TEST(AdmissionGateTest, ThePayloadKindGoesIntoTheSlot) {
+  const std::array<float, 1> vector{1};
+  for (const uint8_t kind : {0, 1, 2}) {
+    const Admission admission = Admit(F32Record("id", vector, "payload"), {}, kind);
+    EXPECT_EQ(static_cast<uint8_t>(admission.request.payload_kind), kind);
+  }
 }
 
 TEST(AdmissionGateTest, AttributesLieBetweenIdAndPayload) {

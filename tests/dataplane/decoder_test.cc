@@ -168,6 +168,21 @@ TEST(ObserveReaderTest, CountsMustMatch) {
   EXPECT_EQ(OpenBody(WireWriter().U16(0).U16(0).Take()), RefusalReason::kBadFrame);
 }
 
+TEST(ObserveReaderTest, ThePayloadKindIsEveryRecords) {
+  const std::vector<WireRecord> records{Example(), DeleteRecord("gone"), Example(8, 0)};
+  for (const uint8_t kind : {0, 1, 2}) {
+    const Exact body(ObserveBodyOf(records, kind));
+    ObserveReader reader;
+    ASSERT_EQ(ObserveReader::Open(body.get(), &reader), RefusalReason::kNone);
+    while (reader.remaining() > 0) {
+      EXPECT_EQ(static_cast<uint8_t>(reader.Next().payload_kind), kind);
+    }
+  }
+  for (const uint8_t kind : {3, 4, 128, 255}) {
+    EXPECT_EQ(OpenBody(ObserveBodyOf(records, kind)), RefusalReason::kBadFrame);
+  }
+}
+
 TEST(ObserveReaderTest, RecordBytesMustFit) {
   const WireBytes sound = ObserveBodyOf(std::vector<WireRecord>{Example(), Example()});
   const uint64_t right = WireNumber(sound, kBodyStart, 4);

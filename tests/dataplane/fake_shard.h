@@ -34,6 +34,7 @@ class FakeShard {
     std::string id = {};
     std::string payload = {};
     std::string attributes = {};
+    PayloadKind payload_kind = PayloadKind::kOpaque;
   };
   struct Session {
     std::string space = {};
@@ -301,7 +302,8 @@ class FakeShard {
          .dimension = request->dimension,
          .id = id,
          .payload = skip ? "" : std::string(payload, request->payload_bytes),
-         .attributes = skip ? "" : std::string(attributes, request->attribute_bytes)});
+         .attributes = skip ? "" : std::string(attributes, request->attribute_bytes),
+         .payload_kind = request->payload_kind});
   }
 
   bool AnswerRecall(Waiting* waiting) {

@@ -114,7 +114,8 @@ TEST(FrameFormatTest, BodiesLieAsThePageSays) {
                                     .U32(0x05060708)
                                     .Take());
 
-  EXPECT_EQ(BytesIn(ObserveBody{.count = 0x0102}), WireWriter().U16(0x0102).U16(0).Take());
+  EXPECT_EQ(BytesIn(ObserveBody{.count = 0x0102, .payload_kind = PayloadKind::kMemory}),
+            WireWriter().U16(0x0102).U8(2).U8(0).Take());
 
   RecordHeader record{.record_bytes = 0x01020304,
                       .op = ObservationOp::kDelete,

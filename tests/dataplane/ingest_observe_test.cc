@@ -55,6 +55,22 @@ TEST_F(IngestObserveTest, AttributesArriveWithTheirObservation) {
   }
 }
 
+TEST_F(IngestObserveTest, AFramesPayloadKindIsThatOfItsObservations) {
+  TestClient& client = Greeted();
+  client.Send(
+      ObserveBytes(client.session(), 1, std::vector<WireRecord>{RecordOf(1), RecordOf(2)}, 2));
+  client.Send(Observations(client.session(), 3));
+  EXPECT_EQ(LastAcked(client), 3u);
+  const auto& settled = SessionOf(client).settled;
+  ASSERT_EQ(settled.size(), 3u);
+  EXPECT_EQ(settled[0].payload_kind, PayloadKind::kMemory);
+  EXPECT_EQ(settled[1].payload_kind, PayloadKind::kMemory);
+  EXPECT_EQ(settled[2].payload_kind, PayloadKind::kOpaque);
+  client.Send(ObserveBytes(client.session(), 4, std::vector<WireRecord>{RecordOf(4)}, 3));
+  ExpectRefusedAndClosed(client, RefusalReason::kBadFrame);
+  EXPECT_EQ(SessionOf(client).settled.size(), 3u);
+}
+
 TEST_F(IngestObserveTest, BadAttributesConsumeTheirNumber) {
   TestClient& client = Greeted({.features = 2});
   std::vector<WireRecord> records{RecordOf(1), RecordOf(2), RecordOf(3), RecordOf(4)};

@@ -178,16 +178,16 @@ inline WireBytes RecordBytesOf(const WireRecord& record) {
   out.Zeros(padded - used);
   return out.Take();
 }
-inline WireBytes ObserveBodyOf(std::span<const WireRecord> records) {
+inline WireBytes ObserveBodyOf(std::span<const WireRecord> records, uint8_t payload_kind = 0) {
   WireWriter body;
-  body.U16(records.size()).U16(0);
+  body.U16(records.size()).U8(payload_kind).U8(0);
   for (const WireRecord& record : records) body.Raw(RecordBytesOf(record));
   return body.Take();
 }
 inline WireBytes ObserveBytes(uint64_t session, uint64_t sequence,
-                              std::span<const WireRecord> records) {
+                              std::span<const WireRecord> records, uint8_t payload_kind = 0) {
   return MakeFrame(kWireObserve, {.session = session, .sequence = sequence},
-                   ObserveBodyOf(records));
+                   ObserveBodyOf(records, payload_kind));
 }
 
 struct WireRecall {

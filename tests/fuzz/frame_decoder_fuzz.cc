@@ -86,6 +86,7 @@ void ReadSlot(const std::byte* slot) {
   CHECK(request->id_bytes > 0 && request->id_bytes <= kMaxIdBytes, "an id of no allowed length");
   CHECK(CheckAttributes({at + request->id_bytes, request->attribute_bytes}) == RefusalReason::kNone,
         "unsound attributes came in");
+  CHECK(request->payload_kind <= PayloadKind::kMemory, "a kind of payload that is none");
   CHECK(request->confidence >= 0 && request->confidence <= 1, "a confidence beyond 0 to 1");
 }
 
@@ -242,7 +243,7 @@ WireBytes SoundFrame(SplitMix64& random) {
         if (record.op == 1) record.attributes = SomeAttributes(random);
         records.push_back(record);
       }
-      return ObserveBytes(7, 1, records);
+      return ObserveBytes(7, 1, records, static_cast<uint8_t>(random.Below(4)));
     }
   }
 }
@@ -268,8 +269,8 @@ void Repair(std::span<std::byte> stream) {
 void WriteEdge(std::span<std::byte> stream, SplitMix64& random) {
   if (stream.size() < 36) return;
   // Offsets in a first observe frame whose numbers are lengths or counts.
-  constexpr std::array<std::array<size_t, 2>, 9> kFields{
-      {{8, 4}, {32, 2}, {36, 4}, {40, 1}, {41, 1}, {42, 2}, {44, 2}, {46, 2}, {48, 4}}};
+  constexpr std::array<std::array<size_t, 2>, 10> kFields{
+      {{8, 4}, {32, 2}, {34, 1}, {36, 4}, {40, 1}, {41, 1}, {42, 2}, {44, 2}, {46, 2}, {48, 4}}};
   const auto& field = kFields[random.Below(kFields.size())];
   size_t offset = field[0];
   if (random.Below(3) == 0) offset = random.Below(stream.size());

@@ -28,6 +28,7 @@ COSINE, INNER_PRODUCT, L2 = 1, 2, 3
 UPSERT, DELETE = 1, 2
 COMPACT, DROP, REBUILD = 1, 2, 3
 F32, F16, BF16, INT8 = 1, 2, 3, 4
+OPAQUE, EPISODE, MEMORY = 0, 1, 2  # kinds of payload
 SPACES, STATUS = 1, 2
 CONSUMED, CLOSED = 1, 2  # flags of nak
 PAYLOAD_LEFT_OUT = 1     # flag of a hit
@@ -180,8 +181,8 @@ def record(identity, vector=None, *, op=UPSERT, dtype=F32, scale=0.0, payload=b"
                        len(attributes), len(payload), scale, confidence, when_ns) + rest
 
 
-def observe_body(records):
-    return struct.pack("<HH", len(records), 0) + b"".join(records)
+def observe_body(records, payload_kind=OPAQUE):
+    return struct.pack("<HBx", len(records), payload_kind) + b"".join(records)
 
 
 def recall_body(vector, k=10, *, ef=0, dtype=F32, scale=0.0, filter=None, bound=None):
@@ -405,12 +406,13 @@ class Client:
         self.acked, self.credit = ack.sequence, ack.credit
         return ack
 
-    def send_observe(self, records, sequence=None):
+    def send_observe(self, records, sequence=None, **fields):
         """Sends one frame once there is credit for it; returns the sequence of its last record."""
         sequence = self.next_sequence if sequence is None else sequence
         while self.credit < sequence + len(records) - 1:
             self.wait_for(ACK)
-        self.send(frame(OBSERVE, observe_body(records), session=self.session, sequence=sequence))
+        self.send(frame(OBSERVE, observe_body(records, **fields), session=self.session,
+                        sequence=sequence))
         self.next_sequence = sequence + len(records)
         return self.next_sequence - 1
 
@@ -418,10 +420,10 @@ class Client:
         while self.acked < sequence:
             self.wait_for(ACK)
 
-    def observe(self, records):
+    def observe(self, records, **fields):
         """Sends one frame and waits until all of it is settled. Returns its naks."""
         seen = len(self.naks)
-        self.wait_acked(self.send_observe(records))
+        self.wait_acked(self.send_observe(records, **fields))
         return self.naks[seen:]
 
     def recall(self, vector, k=10, **fields):

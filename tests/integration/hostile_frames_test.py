@@ -33,6 +33,8 @@ def bad_frames():
         "crc of an empty frame": ("bad_crc", frames.PING, frame(frames.PING, crc=0)),
         "count of 2 for 1 record": ("bad_frame", observe, changed(0, b"\x02\x00")),
         "count of 0": ("bad_frame", observe, frame(observe, frames.observe_body([]), sequence=2)),
+        "a kind of payload that is none": (
+            "bad_frame", observe, frame(observe, frames.observe_body([GOOD], 3), sequence=2)),
         "no body": ("bad_frame", observe, frame(observe, sequence=2)),
         "bytes behind the last record": ("bad_frame", observe,
                                          frame(observe, body + bytes(8), sequence=2)),
