@@ -26,6 +26,7 @@ enum class FrameType : uint8_t {
   kObserve = 3,
   kAck = 4,
   kNak = 5,
+  kFlow = 6,
   kRecall = 7,
   kResult = 8,
   kPing = 9,
@@ -263,3 +264,12 @@ RefusalReason CheckFrameHeader(const std::byte* bytes, FrameHeader* header);
 RefusalReason CheckFrameCrc(const FrameHeader& header, std::span<const std::byte> frame);
 
 }  // namespace engram
+// TEMP-FLOW
+namespace engram {
+inline constexpr uint32_t kFeatureNeverGoesBack = 8;
+inline constexpr uint32_t kFeatureFlow = 16;
+enum class FlowAction : uint8_t { kPause = 1, kResume, kSlowDown, kSpeedUp, kBufferStatus };
+struct FlowActionBody { FlowAction action = FlowAction::kPause; uint8_t zero[3] = {}; int32_t buffer_remaining = 0; float preferred_rate = 0; uint32_t zero2 = 0; };
+struct FlowStateBody { uint8_t state = 0; uint8_t zero[3] = {}; uint32_t retry_after_ms = 0; uint32_t queue_depth = 0; uint32_t queue_capacity = 0; float pressure = 0; float preferred_rate = 0; };
+inline constexpr uint16_t kFrameFlagAtTime = 64;
+}

@@ -230,14 +230,13 @@ RefusalReason GatewayCore::StartRecall(Place* place) {
   // Of all spaces: the shards.
   const uint16_t partitions = question.across ? shards() : space.partitions();
   const auto shard_of = [&](uint16_t p) { return question.across ? ShardId(p) : space.ShardOf(p); };
-  const RecallView view{
-      .body = {.k = question.k,
-               .ef = question.ef,
-               .dimension = static_cast<uint16_t>(question.vector.dimension),
-               .dtype = question.vector.dtype,
-               .scale = question.vector.scale},
-      .vector = question.vector.bytes,
-      .filter = std::as_bytes(std::span(question.filter))};
+  const RecallView view{.body = {.k = question.k,
+                                 .ef = question.ef,
+                                 .dimension = static_cast<uint16_t>(question.vector.dimension),
+                                 .dtype = question.vector.dtype,
+                                 .scale = question.vector.scale},
+                        .vector = question.vector.bytes,
+                        .filter = std::as_bytes(std::span(question.filter))};
   const size_t bytes = SlotBytesFor(view);
   const SpaceRules rules{.metric = space.metric(), .dimension = space.dimension()};
   // All slots or none, and the rings' room looked at beforehand: nobody else fills them.

@@ -216,8 +216,8 @@ using StreamsAsBytes = v1::EngramService::WithRawCallbackMethod_ObserveStream<
         v1::EngramService::WithRawCallbackMethod_RecallStream<Service>>>;
 
 class EngramService final
-    : public StreamsAsBytes<UnaryAsBytes<
-          v1::EngramService::WithCallbackMethod_Stream<v1::EngramService::Service>>> {
+    : public StreamsAsBytes<
+          UnaryAsBytes<v1::EngramService::WithCallbackMethod_Stream<v1::EngramService::Service>>> {
  public:
   explicit EngramService(CallContext* context) : context_(context) {}
 
@@ -305,8 +305,7 @@ class ThreadsOn {
 class GrpcServer final : public GrpcGateway {
  public:
   GrpcServer(const GrpcOptions& options, GatewayDoor door, Clock* clock,
-             const CounterCatalogue* counters, const SpaceCatalogue* spaces,
-             StreamNetwork* streams)
+             const CounterCatalogue* counters, const SpaceCatalogue* spaces, StreamNetwork* streams)
       : endpoint_(options.endpoint),
         context_{.door = std::move(door),
                  .clock = clock,

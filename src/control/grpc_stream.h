@@ -127,8 +127,7 @@ class GrpcStream : public StreamClient {
     }
     do {
       Answer();
-      if (is_finished_) return;
-    } while (!end_ && Take());
+    } while (!is_finished_ && !end_ && (Take() || end_));
   }
 
   // Writes what there is. It is known whether more follows when a write begins: gRPC then waits

@@ -24,8 +24,7 @@ std::string SessionText(SessionId session) {
   std::array<char, 16> digits;
   digits.fill('0');
   std::array<char, 16> text;
-  const auto end =
-      std::to_chars(text.data(), text.data() + text.size(), session.value(), 16).ptr;
+  const auto end = std::to_chars(text.data(), text.data() + text.size(), session.value(), 16).ptr;
   const auto size = static_cast<size_t>(end - text.data());
   std::copy(text.data(), end, digits.data() + digits.size() - size);
   return {digits.data(), digits.size()};
@@ -48,8 +47,8 @@ v1::StreamStatus::State StateOf(RefusalReason reason) {
 // One recall of a stream that is under way.
 struct StreamedRecall {
   uint64_t request_id = 0;  // the client's
-  RecallLimits limits;
-  RecallTold told;
+  RecallLimits limits{};
+  RecallTold told{};
   int64_t began_ns = 0;
 };
 
@@ -96,7 +95,9 @@ class ObserveStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   void BeginWrite(const grpc::ByteBuffer* response, grpc::WriteOptions options) override {
     StartWrite(response, options);
   }
-  void BeginFinish(grpc::Status status) override { grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>::Finish(std::move(status)); }
+  void BeginFinish(grpc::Status status) override {
+    grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>::Finish(std::move(status));
+  }
 
   // ---- What the client asks ----
 
@@ -235,8 +236,7 @@ class ObserveStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   Taken TakeBatch() {
     const auto& episodes = request_.batch().observations();
     for (; next_of_batch_ < episodes.size(); ++next_of_batch_) {
-      const Sequence sequence =
-          request_.sequence_number() + static_cast<Sequence>(next_of_batch_);
+      const Sequence sequence = request_.sequence_number() + static_cast<Sequence>(next_of_batch_);
       if (TakeObservation(sequence, episodes[next_of_batch_]) == Taken::kNoRoom) {
         // What has room is not kept back with what has none.
         (void)stream().Flush();
@@ -266,8 +266,7 @@ class ObserveStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
         action.action = FlowAction::kBufferStatus;
         break;
       default:
-        SayFault("flow.action: " + std::to_string(flow.action()) +
-                 "; expected an Action, 1 to 5");
+        SayFault("flow.action: " + std::to_string(flow.action()) + "; expected an Action, 1 to 5");
         return Taken::kTaken;
     }
     action.buffer_remaining = flow.buffer_remaining();
@@ -339,10 +338,10 @@ class ObserveStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
         End(grpc::Status::OK);
         break;
       case StreamEvent::Kind::kEnded:
-        End(RefusalStatus(event.reason,
-                          std::string(DescribeRefusal(event.reason).name) + ": " +
-                              std::string(event.text),
-                          event.retry_after_ms));
+        End(RefusalStatus(
+            event.reason,
+            std::string(DescribeRefusal(event.reason).name) + ": " + std::string(event.text),
+            event.retry_after_ms));
         break;
     }
   }
@@ -441,14 +440,14 @@ class ObserveStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
   // Of whoever pumps. One message each way, used again and again.
   v1::ObservationRequest request_;
   v1::ObservationResponse response_;
-  bool is_read_ = false;       // request_ is what request_bytes_ says
+  bool is_read_ = false;  // request_ is what request_bytes_ says
   int next_of_batch_ = 0;
   int64_t received_unix_ns_ = 0;
   CallText text_;
   GatewayQuestion question_;
-  bool has_begun_ = false;     // init was sent on
-  bool is_closing_ = false;    // close was sent on
-  bool says_closed_ = false;   // the client asked for it
+  bool has_begun_ = false;    // init was sent on
+  bool is_closing_ = false;   // close was sent on
+  bool says_closed_ = false;  // the client asked for it
   std::string session_text_;
   std::string space_text_;
   uint64_t recalls_asked_ = 0;
@@ -458,7 +457,7 @@ class ObserveStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
 // One recall, told as it is found.
 class RecallStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>, public GrpcStream {
  public:
-  using GrpcStream::GrpcStream;
+  explicit RecallStream(CallContext* context) : GrpcStream(context) {}
 
   void Begin(const grpc::CallbackServerContext& grpc_context,
              const grpc::ByteBuffer& request_bytes) {
@@ -479,7 +478,9 @@ class RecallStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>, pu
   void BeginWrite(const grpc::ByteBuffer* response, grpc::WriteOptions options) override {
     StartWrite(response, options);
   }
-  void BeginFinish(grpc::Status status) override { grpc::ServerWriteReactor<grpc::ByteBuffer>::Finish(std::move(status)); }
+  void BeginFinish(grpc::Status status) override {
+    grpc::ServerWriteReactor<grpc::ByteBuffer>::Finish(std::move(status));
+  }
 
   Asked Ask(const grpc::CallbackServerContext& grpc_context) {
     const auto metadata = SpaceOfMetadata(grpc_context);
@@ -513,10 +514,10 @@ class RecallStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>, pu
         break;
       case StreamEvent::Kind::kRecallRefused:
       case StreamEvent::Kind::kEnded:
-        End(RefusalStatus(event.reason,
-                          std::string(DescribeRefusal(event.reason).name) + ": " +
-                              std::string(event.text),
-                          event.retry_after_ms));
+        End(RefusalStatus(
+            event.reason,
+            std::string(DescribeRefusal(event.reason).name) + ": " + std::string(event.text),
+            event.retry_after_ms));
         break;
       default:
         break;

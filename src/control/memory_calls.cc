@@ -279,8 +279,8 @@ std::string RefusalMessage(const GatewayQuestion& question, const GatewayAnswer&
              "; expected finite numbers";
     }
     case RefusalReason::kZeroVector:
-      return field + ": all " + std::to_string(question.vector.dimension) + " values are 0; " + space +
-             " compares directions (cosine) and needs one that is not";
+      return field + ": all " + std::to_string(question.vector.dimension) + " values are 0; " +
+             space + " compares directions (cosine) and needs one that is not";
     case RefusalReason::kUnknownSpace:
       return space + " holds nothing yet";
     case RefusalReason::kUnknownFilterKey:

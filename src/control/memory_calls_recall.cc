@@ -69,9 +69,9 @@ Asked AskCue(const Request& request, uint32_t most_results,
     if (request.all_spaces()) return Invalid("all_spaces: true; it needs cue.embedding");
   } else {
     const v1::EmbeddingCue& embedding = cue.embedding();
-    const auto checked = CheckVector(embedding.vector(), embedding.has_packed_vector(),
-                                     embedding.packed_vector(), "cue.embedding.vector",
-                                     "cue.embedding.packed_vector");
+    const auto checked =
+        CheckVector(embedding.vector(), embedding.has_packed_vector(), embedding.packed_vector(),
+                    "cue.embedding.vector", "cue.embedding.packed_vector");
     if (!checked) return std::unexpected(checked.error());
     vector = *checked;
   }

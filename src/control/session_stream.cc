@@ -48,8 +48,8 @@ void SessionStream::Open(const StreamOpening& opening) {
   std::memcpy(body.data(), &hello, sizeof(hello));
   std::memcpy(body.data() + sizeof(hello), space.data(), space.size());
   session_ = opening.session;
-  const bool written = WriteFrame({.type = FrameType::kHello},
-                                  std::span(body).first(sizeof(hello) + space.size()));
+  const bool written =
+      WriteFrame({.type = FrameType::kHello}, std::span(body).first(sizeof(hello) + space.size()));
   CHECK(written, "a new pipe has room for hello");
 }
 
@@ -75,8 +75,8 @@ SessionStream::Turn SessionStream::TurnOf(Sequence sequence) {
   if (sequence > next_ || sequence == 0) {
     AnswerGap(sequence);
   } else {
-    own_.push_back({{.kind = StreamEvent::Kind::kAcked, .sequence = sequence, .first = sequence},
-                    {}});
+    own_.push_back(
+        {{.kind = StreamEvent::Kind::kAcked, .sequence = sequence, .first = sequence}, {}});
   }
   return Turn::kAnswered;
 }
@@ -159,10 +159,9 @@ SessionStream::Taken SessionStream::RefuseObservation(Sequence sequence, std::st
 // Room for one more record in the frame that is made; false where that has to go out first and
 // cannot.
 bool SessionStream::PrepareFrame(PayloadKind kind, size_t record_bytes) {
-  const bool fits = out_records_ == 0 ||
-                    (out_kind_ == kind && out_first_ + out_records_ == next_ &&
-                     out_records_ < kFrameRecordsMax &&
-                     out_.size() + record_bytes <= kFrameTargetBytes);
+  const bool fits = out_records_ == 0 || (out_kind_ == kind && out_first_ + out_records_ == next_ &&
+                                          out_records_ < kFrameRecordsMax &&
+                                          out_.size() + record_bytes <= kFrameTargetBytes);
   if (!fits && Flush() == Taken::kNoRoom) return false;
   if (out_records_ == 0) {
     out_first_ = next_;
@@ -317,9 +316,8 @@ std::optional<StreamEvent> SessionStream::Next() {
     if (has_ended_ || !pipe_->ended()) return std::nullopt;
     has_ended_ = true;
     const RefusalReason reason = RefusalReason::kShuttingDown;
-    return StreamEvent{.kind = StreamEvent::Kind::kEnded,
-                       .reason = reason,
-                       .text = DescribeRefusal(reason).text};
+    return StreamEvent{
+        .kind = StreamEvent::Kind::kEnded, .reason = reason, .text = DescribeRefusal(reason).text};
   }
 }
 

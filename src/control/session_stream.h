@@ -20,11 +20,11 @@ namespace engram {
 // How a client begins its stream.
 struct StreamOpening {
   SpaceName space;
-  SessionId session;         // 0: a new one
-  bool has_session = true;   // else the stream only recalls
-  bool goes_back = false;    // it knows go-back-N; else every refusal uses its number up
-  bool cumulative = false;   // one ack may stand for several
-  bool hears_flow = true;    // of pressure
+  SessionId session{};      // 0: a new one
+  bool has_session = true;  // else the stream only recalls
+  bool goes_back = false;   // it knows go-back-N; else every refusal uses its number up
+  bool cumulative = false;  // one ack may stand for several
+  bool hears_flow = true;   // of pressure
   Priority priority = Priority::kNormal;
   uint32_t client_buffer = 0;  // observations without an ack that it keeps; 0: any number
 };
@@ -48,14 +48,14 @@ struct StreamEvent {
   uint32_t retry_after_ms = 0;
   Sequence sequence = 0;
   Sequence first = 0;
-  Sequence expected = 0;      // kRefused: the number that is taken next
+  Sequence expected = 0;  // kRefused: the number that is taken next
   uint64_t request = 0;
-  std::string_view id;        // kAcked, kRefused: of the observation; empty where it is not known
-  std::string_view text;      // for a person: what was wrong and what to do
+  std::string_view id{};    // kAcked, kRefused: of the observation; empty where it is not known
+  std::string_view text{};  // for a person: what was wrong and what to do
   FlowStateBody flow{};
   Metric metric = Metric::kUnspecified;
   CommitStamp snapshot = kNoStamp;
-  std::span<const std::byte> hits;  // as HitReader reads them
+  std::span<const std::byte> hits{};  // as HitReader reads them
 };
 
 // One client's stream, whatever its transport: what it asks becomes native frames (FORMAT.md) in a
@@ -157,19 +157,19 @@ class SessionStream {
   StreamOpening opening_;
   SessionId session_;
   bool is_open_ = false;
-  bool has_closed_ = false;      // Close was asked
-  bool has_ended_ = false;       // the last event was made
-  bool gap_was_told_ = false;    // of a client that goes back: silent until next_ comes
+  bool has_closed_ = false;    // Close was asked
+  bool has_ended_ = false;     // the last event was made
+  bool gap_was_told_ = false;  // of a client that goes back: silent until next_ comes
   uint32_t max_recalls_ = 0;
-  uint32_t recalls_ = 0;         // under way
-  uint64_t credit_ = 0;          // the highest number that may be sent
-  Sequence next_ = 1;            // the number that is taken next
-  Sequence settled_ = 0;         // all up to it are answered
-  Sequence told_ = 0;            // and of these the client was told
-  std::vector<Asked> asked_;     // by number, a power of two of them
+  uint32_t recalls_ = 0;      // under way
+  uint64_t credit_ = 0;       // the highest number that may be sent
+  Sequence next_ = 1;         // the number that is taken next
+  Sequence settled_ = 0;      // all up to it are answered
+  Sequence told_ = 0;         // and of these the client was told
+  std::vector<Asked> asked_;  // by number, a power of two of them
   std::deque<OwnAnswer> own_;
 
-  std::vector<std::byte> out_;   // body of the observe frame that is made
+  std::vector<std::byte> out_;  // body of the observe frame that is made
   uint16_t out_records_ = 0;
   Sequence out_first_ = 0;
   PayloadKind out_kind_ = PayloadKind::kOpaque;

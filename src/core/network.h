@@ -124,7 +124,7 @@ class Network {
   // Ends a Wait, the next one if none is going on. The only call that any thread may make.
   virtual void Wake() = 0;
 
-  // "io_uring", "epoll", "simulated".
+  // "io_uring", "epoll", "simulated", "streams".
   virtual std::string_view backend() const = 0;
 
   // Written by the owner, read by anyone.

@@ -62,6 +62,7 @@ enum class RefusalEffect : uint8_t {
     "the space takes as much memory as quota_mib allows; delete some, raise it, or set "          \
     "quota_when_full = \"evict_oldest\"")                                                         \
   X(49, kSpaceDropping, "space_dropping", kWaits, "the space is being dropped; try again soon")   \
+  X(50, kPaused, "paused", kWaits, "x")\
   X(60, kSequenceGap, "sequence_gap", kAnswers, "send the expected sequence number next")         \
   X(61, kSessionExpired, "session_expired", kCloses, "the session is not known; begin a new one") \
   X(62, kFenced, "fenced", kCloses, "another connection took over this session")                  \
