@@ -23,8 +23,9 @@ constexpr int64_t kControlPeriodNs = 10 * kNanosPerMilli;
 constexpr int64_t kFlushSlackNs = kNanosPerSecond;
 // Damaged places that are named one by one.
 constexpr size_t kUnreadableNoted = 1'000;
-// For calls that are under way when the daemon is told to stop; within kDrainDeadlineNs.
-constexpr int64_t kGrpcDrainNs = 5 * kNanosPerSecond;
+// For calls that are under way when the daemon is told to stop, of each gateway; both within
+// kDrainDeadlineNs.
+constexpr int64_t kGatewayDrainNs = 5 * kNanosPerSecond;
 // A restart is faster by a checkpoint before the stop, where more than this would be replayed.
 constexpr uint64_t kWorthACheckpointBytes = uint64_t{4} << 20;
 constexpr uint64_t kWorthACheckpointRecords = 1'000;
@@ -53,8 +54,6 @@ void NoteFieldsNotHonoured(const Config& config, const NoteFn& note) {
   note({Severity::kWarning, "configuration: set, but not honoured yet: " + names +
                                 " (config/engram.toml says what happens instead)"});
 }
-
-bool ServesGrpc(const Config& config) { return config.grpc && GrpcGateway::IsBuilt(); }
 
 uint64_t ToMib(uint64_t bytes) { return bytes >> 20; }
 
@@ -94,10 +93,7 @@ Result<std::unique_ptr<Daemon>> Daemon::Start(const Config& config, const Topolo
                                               const ReplayHook& before_replay) {
   std::unique_ptr<Daemon> daemon(new Daemon(clock));
   NoteFieldsNotHonoured(config, note);
-  if (config.grpc && !GrpcGateway::IsBuilt()) {
-    note(
-        {Severity::kWarning, "grpc: this engramd was built without it; listen.grpc is not served"});
-  }
+  daemon->plan_ = GatewayPlan::Of(config, note);
   if (auto made = daemon->MakeNetworks(config, note); !made) return std::unexpected(made.error());
   if (auto made = daemon->MakeLogs(config, topology, directory, note); !made) {
     return std::unexpected(made.error());
@@ -120,7 +116,7 @@ Result<std::unique_ptr<Daemon>> Daemon::Start(const Config& config, const Topolo
   }
   daemon->serving_.store(true, std::memory_order_release);
   for (const auto& core : daemon->cores_) core->runner->WakeIfSleeping();
-  if (daemon->grpc_ != nullptr) daemon->grpc_->SetServing();
+  if (daemon->gateways_ != nullptr) daemon->gateways_->SetServing();
   return daemon;
 }
 
@@ -131,13 +127,17 @@ Result<void> Daemon::Recover(const Config& config, DataDirectory* directory,
   {
     const ReplayCrashHandler handler(directory->path());
     if (auto started = StartThreads(); !started) return started;
-    if (auto started = StartGrpc(config); !started) return started;
+    if (auto started = StartGateways(config); !started) return started;
     for (const Endpoint& endpoint : endpoints_) {
       note({Severity::kInfo, "recovering: " + endpoint.ToString() + " answers with how far it is"});
     }
-    if (grpc_ != nullptr) {
+    if (grpc() != nullptr) {
       note({Severity::kInfo,
-            "recovering: grpc health at " + grpc_->endpoint().ToString() + " is NOT_SERVING"});
+            "recovering: grpc health at " + grpc()->endpoint().ToString() + " is NOT_SERVING"});
+    }
+    if (http() != nullptr) {
+      note({Severity::kInfo,
+            "recovering: http://" + http()->endpoint().ToString() + "/health/ready answers 503"});
     }
     if (auto recovered = AwaitRecovery(stop, note); !recovered) return recovered;
   }
@@ -184,7 +184,7 @@ Result<void> Daemon::MakeNetworks(const Config& config, const NoteFn& note) {
     networks_.push_back(*std::move(network));
   }
   endpoints_ = wanted;
-  if (!ServesGrpc(config)) return {};
+  if (!plan_.any()) return {};
   auto streams = StreamNetwork::Create({.max_connections = config.limits.max_connections});
   if (!streams) return std::unexpected(streams.error());
   streams_ = *std::move(streams);
@@ -317,7 +317,7 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
   options.shard.build.keep_pruned = config.index.keep_pruned;
   options.shard.build.alpha = static_cast<float>(config.index.alpha);
   options.shard.seed = SecretSeed();
-  options.gateway = ServesGrpc(config);
+  options.gateway = plan_.any();
   options.mesh.huge_pages = config.huge_pages;
   for (const int cpu : config.ingress_cpus) {
     options.mesh.producer_numa_node.push_back(topology.NodeOf(cpu));
@@ -515,17 +515,18 @@ std::string Daemon::DescribeRecovery() const {
 }
 
 // Once the gateway core polls: what a client asks is answered from the first call on.
-Result<void> Daemon::StartGrpc(const Config& config) {
+Result<void> Daemon::StartGateways(const Config& config) {
   if (gateway_ == nullptr) return {};
-  GrpcOptions options;
-  options.endpoint = *config.grpc;
-  options.cpus = config.control_cpus;
-  options.recovering = [this] { return DescribeRecovery(); };
-  auto door = gateway_->OpenDoor([runner = gateway_runner_] { runner->WakeIfSleeping(); });
-  auto grpc = GrpcGateway::Start(options, std::move(door), clock_, &appliance_->counters(),
-                                 &appliance_->spaces(), streams_.get());
-  if (!grpc) return std::unexpected(grpc.error());
-  grpc_ = *std::move(grpc);
+  auto gateways = Gateways::Start(config, plan_,
+                                  {.clock = clock_,
+                                   .core = gateway_.get(),
+                                   .wake = [runner = gateway_runner_] { runner->WakeIfSleeping(); },
+                                   .counters = &appliance_->counters(),
+                                   .spaces = &appliance_->spaces(),
+                                   .streams = streams_.get(),
+                                   .recovering = [this] { return DescribeRecovery(); }});
+  if (!gateways) return std::unexpected(gateways.error());
+  gateways_ = *std::move(gateways);
   return {};
 }
 
@@ -645,7 +646,7 @@ bool Daemon::ServeUntil(const std::atomic<bool>& stop, const NoteFn& note) {
   const int64_t deadline_ns = clock_->MonotonicNs() + kDrainDeadlineNs;
   drain_.store(true);
   for (const auto& core : cores_) core->runner->WakeIfSleeping();
-  if (grpc_ != nullptr) grpc_->Shutdown(kGrpcDrainNs);
+  if (gateways_ != nullptr) gateways_->Shutdown(kGatewayDrainNs);
   const auto all_drained = [&] {
     return std::ranges::all_of(drained_, [](const auto& flag) { return flag->load(); });
   };
@@ -703,7 +704,7 @@ bool Daemon::LogsSettled() const {
 
 void Daemon::Join() {
   // Its calls are answered by a core that still runs.
-  grpc_.reset();
+  gateways_.reset();
   for (const auto& core : cores_) core->runner->Stop();
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();

@@ -14,7 +14,6 @@
 #include "src/checkpointer.h"
 #include "src/control/config.h"
 #include "src/control/gateway_core.h"
-#include "src/control/grpc_gateway.h"
 #include "src/core/data_directory.h"
 #include "src/core/doorbell.h"
 #include "src/core/log_address.h"
@@ -24,6 +23,7 @@
 #include "src/core/stream_network.h"
 #include "src/core/topology.h"
 #include "src/core_runner.h"
+#include "src/gateways.h"
 #include "src/health_watch.h"
 #include "src/log_store.h"
 
@@ -56,8 +56,9 @@ class Daemon {
   bool ServeUntil(const std::atomic<bool>& stop, const NoteFn& note);
 
   const std::vector<Endpoint>& endpoints() const { return endpoints_; }
-  // Where gRPC is served; nullptr: nowhere.
-  const GrpcGateway* grpc() const { return grpc_.get(); }
+  // Where gRPC and HTTP are served; nullptr: nowhere.
+  const GrpcGateway* grpc() const { return gateways_ ? gateways_->grpc() : nullptr; }
+  const HttpGateway* http() const { return gateways_ ? gateways_->http() : nullptr; }
 
  private:
   // What runs on one processor.
@@ -89,7 +90,7 @@ class Daemon {
   bool LogsSettled() const;
   bool IsWorthACheckpoint() const;
   void KeepRoomForCheckpoint();
-  Result<void> StartGrpc(const Config& config);
+  Result<void> StartGateways(const Config& config);
   void RunCore(const Core& core, std::atomic<int>* started, std::atomic<bool>* failed);
   bool Prefault();
   void NoteGrowth(const NoteFn& note);
@@ -99,6 +100,7 @@ class Daemon {
   void Join();
 
   Clock* const clock_;
+  GatewayPlan plan_;
   std::vector<std::unique_ptr<Network>> networks_;
   std::unique_ptr<StreamNetwork> streams_;  // of the gateway; nullptr: nothing needs it
   std::vector<Endpoint> endpoints_;
@@ -121,7 +123,7 @@ class Daemon {
   std::atomic<bool> drain_{false};
   std::vector<std::unique_ptr<std::atomic<bool>>> drained_;  // by ingress core
   // Last: its threads use what stands above.
-  std::unique_ptr<GrpcGateway> grpc_;
+  std::unique_ptr<Gateways> gateways_;
 };
 
 }  // namespace engram

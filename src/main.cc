@@ -79,6 +79,9 @@ int Serve(Config config) {
   if (const GrpcGateway* grpc = (*daemon)->grpc(); grpc != nullptr) {
     spdlog::info("grpc: serving engram.v1.EngramService at {}", grpc->endpoint().ToString());
   }
+  if (const HttpGateway* http = (*daemon)->http(); http != nullptr) {
+    spdlog::info("http: serving at {}", http->endpoint().ToString());
+  }
   spdlog::info("ready");
   const bool drained = (*daemon)->ServeUntil(g_stop, note);
   if (!drained) spdlog::warn("some connections did not end in time and were cut");

@@ -123,6 +123,7 @@ class Process {
     Config config;
     config.listen = {{.host = "127.0.0.1", .port = 0}};
     config.grpc = Endpoint{.host = "127.0.0.1", .port = 0};
+    config.http = Endpoint{.host = "127.0.0.1", .port = 0};
     config.memory_limit_mib = 256;
     config.segment_mib = 1;
     config.huge_pages = HugePagePolicy::kOff;

@@ -17,7 +17,8 @@ bool IsWildcard(const Endpoint& endpoint) {
 
 bool IsIpv6(const Endpoint& endpoint) { return endpoint.host.find(':') != std::string::npos; }
 
-// Whether the second could not be bound beside the first. gRPC's "::" takes IPv4 as well.
+// Whether the second could not be bound beside the first. The "::" of gRPC and HTTP takes IPv4 as
+// well.
 bool Clash(const Endpoint& a, const Endpoint& b, bool dual_stack) {
   if (a.port == 0 || a.port != b.port) return false;
   if (a.host == b.host) return true;
@@ -78,12 +79,30 @@ class ConfigChecker {
                                 TomlQuoted(tcp[j].ToString()) +
                                 " cannot both be listened on; take one out or change its port");
       }
-      if (config_.grpc.has_value() && Clash(tcp[i], *config_.grpc, true)) {
-        Add({"listen.grpc", "listen.tcp"},
-            TomlQuoted(config_.grpc->ToString()) + " of listen.grpc clashes with " +
-                TomlQuoted(tcp[i].ToString()) + " of listen.tcp; give one of them another port");
-      }
+      CheckGateway("listen.grpc", config_.grpc, "listen.tcp", tcp[i]);
+      CheckGateway("listen.http", config_.http, "listen.tcp", tcp[i]);
     }
+    if (config_.grpc.has_value()) {
+      CheckGateway("listen.http", config_.http, "listen.grpc", *config_.grpc);
+    }
+    for (const std::string& origin : config_.http_origins) {
+      const size_t scheme = origin.find("://");
+      const bool is_origin = scheme != std::string::npos && scheme > 0 &&
+                             scheme + 3 < origin.size() &&
+                             origin.find('/', scheme + 3) == std::string::npos;
+      if (is_origin) continue;
+      Add({"listen.http_origins"}, TomlQuoted(origin) +
+                                       " is no origin; write scheme, host and port as browsers do, "
+                                       "like \"https://example.com\"");
+    }
+  }
+
+  void CheckGateway(std::string_view field, const std::optional<Endpoint>& endpoint,
+                    std::string_view other_field, const Endpoint& other) {
+    if (!endpoint || !Clash(other, *endpoint, true)) return;
+    Add({field, other_field}, TomlQuoted(endpoint->ToString()) + " of " + std::string(field) +
+                                  " clashes with " + TomlQuoted(other.ToString()) + " of " +
+                                  std::string(other_field) + "; give one of them another port");
   }
 
   void CheckCores() {

@@ -90,6 +90,8 @@ struct Config {
   // [listen]
   std::vector<Endpoint> listen = {{.host = "127.0.0.1", .port = 7654}};
   std::optional<Endpoint> grpc = Endpoint{.host = "127.0.0.1", .port = 50051};
+  std::optional<Endpoint> http = Endpoint{.host = "127.0.0.1", .port = 8080};
+  std::vector<std::string> http_origins;
   NetworkBackend network_backend = NetworkBackend::kAuto;
   // [data]
   std::string data_directory = "./engram-data";

@@ -126,6 +126,8 @@ std::vector<SchemaField> FieldsOf(Config* config) {
   const auto add = [&fields](SchemaField field) { fields.push_back(std::move(field)); };
   add({"listen", "tcp", EndpointListField{&config->listen}});
   add({"listen", "grpc", EndpointField{&config->grpc}});
+  add({"listen", "http", EndpointField{&config->http}});
+  add({"listen", "http_origins", NameListField{&config->http_origins}});
   add({"listen", "backend",
        Choice(&config->network_backend, NetworkBackend::kAuto, {"auto", "io_uring", "posix"})});
   add({"data", "directory", TextField{&config->data_directory, PathFault}});

@@ -1,6 +1,7 @@
 #include "src/control/grpc_call.h"
 
 #include <algorithm>
+#include <chrono>
 
 #include "src/control/grpc_status.h"
 

@@ -1,6 +1,5 @@
 #include "src/control/grpc_streams.h"
 
-#include <charconv>
 #include <string_view>
 #include <unordered_map>
 #include <utility>
@@ -10,6 +9,7 @@
 #include "src/control/grpc_stream.h"
 #include "src/control/memory_calls.h"
 #include "src/control/memory_codec.h"
+#include "src/control/session_text.h"
 #include "src/core/clock.h"
 
 namespace engram {
@@ -18,25 +18,6 @@ namespace {
 
 // The version of the streams' own rules, beyond Engram's.
 constexpr uint32_t kProtocolVersion = 1;
-
-// A session's id as text: 16 hexadecimal digits.
-std::string SessionText(SessionId session) {
-  std::array<char, 16> digits;
-  digits.fill('0');
-  std::array<char, 16> text;
-  const auto end = std::to_chars(text.data(), text.data() + text.size(), session.value(), 16).ptr;
-  const auto size = static_cast<size_t>(end - text.data());
-  std::copy(text.data(), end, digits.data() + digits.size() - size);
-  return {digits.data(), digits.size()};
-}
-
-// Nothing where it is no id that a server gave.
-std::optional<SessionId> ReadSession(std::string_view text) {
-  uint64_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value, 16);
-  const bool whole = error == std::errc() && end == text.data() + text.size() && value != 0;
-  return whole ? std::optional(SessionId(value)) : std::nullopt;
-}
 
 v1::StreamStatus::State StateOf(RefusalReason reason) {
   if (reason == RefusalReason::kPaused) return v1::StreamStatus::STATE_PAUSED;

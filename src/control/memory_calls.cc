@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "src/control/memory_codec.h"
+#include "src/control/space_records.h"
 #include "src/core/check.h"
 #include "src/health_watch.h"
 
@@ -18,41 +19,6 @@ namespace engram {
 namespace {
 
 constexpr int kMaxMetricsOfCall = 1'000;
-
-struct SpaceSums {
-  uint64_t observations = 0;
-  uint64_t linked = 0;
-  uint64_t unlinked = 0;
-  uint64_t retired = 0;
-  uint64_t resident_bytes = 0;
-  uint16_t dimension = 0;
-  uint16_t partitions = 0;
-
-  void Add(const SpaceRecord& record) {
-    observations += record.observations;
-    linked += record.linked;
-    unlinked += record.unlinked;
-    retired += record.retired;
-    resident_bytes += record.resident_bytes;
-    dimension = std::max(dimension, record.dimension);
-    ++partitions;
-  }
-};
-
-template <typename Visit>
-void ForEachRecord(std::span<const std::byte> records, Visit visit) {
-  while (!records.empty()) {
-    SpaceRecord record;
-    CHECK(records.size() >= sizeof(record), "an answer is whole records");
-    std::memcpy(&record, records.data(), sizeof(record));
-    CHECK(record.record_bytes <= records.size() &&
-              record.record_bytes >= sizeof(record) + record.name_bytes,
-          "a record holds what its header says");
-    visit(record, std::string_view(reinterpret_cast<const char*>(records.data()) + sizeof(record),
-                                   record.name_bytes));
-    records = records.subspan(record.record_bytes);
-  }
-}
 
 void AddMetrics(const v1::IntrospectRequest& request, const SpaceSums& space,
                 const CounterCatalogue& counters, v1::IntrospectResponse* response) {
@@ -248,7 +214,7 @@ void TellIntrospect(const v1::IntrospectRequest& request, const GatewayQuestion&
   SpaceSums space;
   SpaceSums all;
   std::unordered_map<uint16_t, SpaceSums> shards;
-  ForEachRecord(answer.records, [&](const SpaceRecord& record, std::string_view name) {
+  ForEachSpaceRecord(answer.records, [&](const SpaceRecord& record, std::string_view name) {
     all.Add(record);
     shards[record.shard].Add(record);
     if (name == question.space.view()) space.Add(record);

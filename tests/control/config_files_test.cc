@@ -150,6 +150,7 @@ TEST(ConfigWriterTest, WhatIsWrittenIsReadBackAsTheSame) {
 [listen]
 tcp = ["127.0.0.1:1", "[::1]:2"]
 grpc = ""
+http = ""
 [data]
 directory = "a \"quoted\"\tpath\\ of caf\u00e9"
 [cores]

@@ -267,6 +267,7 @@ TEST(ConfigLoaderTest, ValuesArriveWhereTheyBelong) {
 [listen]
 tcp = ["127.0.0.1:1", "[::1]:2"]
 grpc = ""
+http = ""
 backend = "posix"
 [data]
 directory = "/srv/\u00e9"

@@ -94,7 +94,7 @@ class ConfigCommandTest(unittest.TestCase):
     def test_show_without_a_file_runs_the_daemon(self):
         done = daemon.engramctl("config", "show")
         self.assertEqual(done.returncode, 0, done.stderr)
-        text = done.stdout.replace("127.0.0.1:7654", "127.0.0.1:0").replace(":50051", ":0")
+        text = done.stdout.replace("127.0.0.1:7654", "127.0.0.1:0").replace(":50051", ":0").replace(":8080", ":0")
         with daemon.running(config_text=text + "\n") as running:
             self.assertNotIn("not honoured", running.log.text())
 
@@ -135,7 +135,7 @@ class TopologyCommandTest(unittest.TestCase):
 class SpacesTest(unittest.TestCase):
 
     def test_a_configured_space_is_there_from_the_start(self):
-        text = daemon.toml({"listen.tcp": "127.0.0.1:0", "listen.grpc": "",
+        text = daemon.toml({"listen.tcp": "127.0.0.1:0", "listen.grpc": "", "listen.http": "",
                             "memory.limit_mib": 512})
         text += '[[space]]\nname = "films"\ndimension = 2\nmetric = "l2"\nprecision = "bf16"\n'
         with daemon.running(config_text=text) as running:

@@ -112,7 +112,7 @@ class Daemon:
         self.path = pathlib.Path(self._directory.name)
         self.config = self.path / "engram.toml"
         self.config.write_text(config_text or toml({
-            "listen.tcp": "127.0.0.1:0", "listen.grpc": "",
+            "listen.tcp": "127.0.0.1:0", "listen.grpc": "", "listen.http": "",
             "data.directory": str(self.path / "data"),
             "memory.limit_mib": 1024, **(settings or {})}))
         self.spawn()

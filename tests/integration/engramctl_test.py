@@ -281,6 +281,7 @@ QUOTA_CONFIG = """
 [listen]
 tcp = "127.0.0.1:0"
 grpc = ""
+http = ""
 [memory]
 limit_mib = 1024
 [data]

@@ -13,6 +13,7 @@ CONFIG = """
 [listen]
 tcp = "127.0.0.1:0"
 grpc = ""
+http = ""
 [data]
 directory = "{directory}"
 [memory]

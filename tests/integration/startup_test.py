@@ -81,7 +81,7 @@ class ConfigurationTest(unittest.TestCase):
 
 
 def settings(directory, **more):
-    return daemon.toml({"listen.tcp": "127.0.0.1:0", "listen.grpc": "",
+    return daemon.toml({"listen.tcp": "127.0.0.1:0", "listen.grpc": "", "listen.http": "",
                         "data.directory": str(directory), "memory.limit_mib": 512, **more})
 
 
