@@ -160,10 +160,7 @@ class Reading {
                     [this](std::string_view name, value each) { return EpisodeField(name, each); });
     }
     if (key == "sequence_number") {
-      Sequence sequence = 0;
-      ENGRAM_JSON_TRY(Unsigned(key, item, UINT64_MAX, &sequence));
-      request_->sequence = sequence;
-      return simdjson::SUCCESS;
+      return Unsigned(key, item, UINT64_MAX, [this](uint64_t v) { request_->sequence = v; });
     }
     if (key == "session_id" || key == "resume_session_id") {
       return Text(key, item, &request_->session);
@@ -174,7 +171,10 @@ class Reading {
       return Choice(key, item, {"cosine", "ip", "l2"},
                     [this](size_t place) { request_->metric = static_cast<Metric>(place + 1); });
     }
-    if (key == "dimension") return Unsigned(key, item, kMaxDimension, &request_->dimension);
+    if (key == "dimension") {
+      return Unsigned(key, item, kMaxDimension,
+                      [this](uint64_t v) { request_->dimension = static_cast<uint16_t>(v); });
+    }
     if (key == "action" || key == "buffer_remaining" || key == "preferred_rate") {
       return FlowField(key, item);
     }
@@ -226,10 +226,9 @@ class Reading {
   error_code FlowField(std::string_view key, value item) {
     if (key == "preferred_rate") return Number(key, item, &request_->flow.preferred_rate);
     if (key == "buffer_remaining") {
-      uint64_t remaining = 0;
-      ENGRAM_JSON_TRY(Unsigned(key, item, INT32_MAX, &remaining));
-      request_->flow.buffer_remaining = static_cast<int32_t>(remaining);
-      return simdjson::SUCCESS;
+      return Unsigned(key, item, INT32_MAX, [this](uint64_t v) {
+        request_->flow.buffer_remaining = static_cast<int32_t>(v);
+      });
     }
     return Choice(key, item, {"pause", "resume", "slow_down", "speed_up", "buffer_status"},
                   [this](size_t place) { request_->action = static_cast<FlowAction>(place + 1); });
@@ -406,8 +405,9 @@ class Reading {
     return item.get_bool().get(*flag);
   }
 
-  template <typename T>
-  error_code Unsigned(std::string_view key, value item, uint64_t most, T* number) {
+  // Up to `most`.
+  template <typename Set>
+  error_code Unsigned(std::string_view key, value item, uint64_t most, const Set& set) {
     uint64_t read = 0;
     // Whatever else it is.
     if (item.get_uint64().get(read) != simdjson::SUCCESS) {
@@ -417,16 +417,14 @@ class Reading {
       NoteFault(key, std::to_string(read) + "; expected 0 to " + std::to_string(most));
       return simdjson::SUCCESS;
     }
-    *number = static_cast<T>(read);
+    set(read);
     return simdjson::SUCCESS;
   }
 
   template <typename Set>
   error_code Unsigned32(std::string_view key, value item, const Set& set) {
-    uint32_t number = 0;
-    ENGRAM_JSON_TRY(Unsigned(key, item, UINT32_MAX, &number));
-    set(number);
-    return simdjson::SUCCESS;
+    return Unsigned(key, item, UINT32_MAX,
+                    [&set](uint64_t read) { set(static_cast<uint32_t>(read)); });
   }
 
   error_code Number(std::string_view key, value item, float* number) {
