@@ -14,8 +14,10 @@ bool SameText(std::string_view a, std::string_view b) {
 
 // Of "host", "host:port" or "[v6]:port".
 std::string_view WithoutPort(std::string_view authority) {
-  if (authority.starts_with('[')) return authority.substr(0, authority.find(']') + 1);
-  return authority.substr(0, authority.find(':'));
+  const size_t end = authority.starts_with('[') ? authority.find(']') + 1 : authority.find(':');
+  // What follows the address is a port, or it is no address.
+  if (end < authority.size() && authority[end] != ':') return authority;
+  return authority.substr(0, end);
 }
 
 }  // namespace

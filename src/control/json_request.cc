@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include <simdjson.h>
@@ -73,8 +74,8 @@ error_code Skip(value item, int nesting) {
       break;
   }
   bool is_null = false;
-  ENGRAM_JSON_TRY(item.is_null().get(is_null));
-  return is_null ? simdjson::SUCCESS : simdjson::N_ATOM_ERROR;
+  const error_code read = item.is_null().get(is_null);
+  return read == simdjson::SUCCESS && is_null ? simdjson::SUCCESS : simdjson::N_ATOM_ERROR;
 }
 
 std::string ListOf(std::initializer_list<std::string_view> names) {
@@ -107,7 +108,10 @@ std::string TextOf(error_code code) {
 // Reads the fields of one text into a request.
 class Reading {
  public:
-  explicit Reading(JsonRequest* request) : request_(request) {}
+  // Where the numbers of a vector are gathered.
+  using Gathered = std::array<float, kMaxDimension>;
+
+  Reading(JsonRequest* request, Gathered* numbers) : request_(request), numbers_(numbers) {}
 
   error_code Message(simdjson::ondemand::object object) {
     for (auto field : object) {
@@ -438,34 +442,42 @@ class Reading {
 
   // NaN, Infinity and what is too large are told as what they are, though JSON has no such words.
   error_code NotFinite(std::string_view key, value item) {
-    json_type type{};
-    const bool is_known = item.type().get(type) == simdjson::SUCCESS;
-    if (is_known && type != json_type::number) return Wrong(key, item, kNumberExpected);
-    NoteFault(key, TokenOf(&item) + "; expected " + std::string(kNumberExpected));
-    return simdjson::SUCCESS;
+    const std::string token = TokenOf(&item);
+    if (IsNumberLike(token)) {
+      NoteFault(key, token + "; expected " + std::string(kNumberExpected));
+      return simdjson::SUCCESS;
+    }
+    return Is(json_type::number, item) ? simdjson::NUMBER_ERROR : Wrong(key, item, kNumberExpected);
+  }
+
+  // A number, if maybe no good one, or a word that some programs write for one.
+  static bool IsNumberLike(std::string_view token) {
+    if (token.starts_with('-')) token.remove_prefix(1);
+    for (const std::string_view word : {"NaN", "nan", "Infinity", "infinity", "Inf", "inf"}) {
+      if (token == word) return true;
+    }
+    return token.find_first_not_of("0123456789.eE+-") == std::string_view::npos;
   }
 
   error_code Numbers(std::string_view key, value item,
                      google::protobuf::RepeatedField<float>* numbers) {
     if (!Is(json_type::array, item)) return Wrong(key, item, "a list of numbers");
-    numbers->Clear();
     size_t count = 0;
     for (auto element : item.get_array()) {
       value each;
       ENGRAM_JSON_TRY(element.get(each));
       double read = 0;
-      float number = 0;
-      if (each.get_double().get(read) == simdjson::SUCCESS)
-        number = static_cast<float>(read);
-      else
-        read = HUGE_VAL;
-      if (!std::isfinite(read) || !std::isfinite(number)) [[unlikely]] {
+      const bool is_number = each.get_double().get(read) == simdjson::SUCCESS;
+      const auto number = static_cast<float>(read);
+      if (!is_number || !(std::fabs(number) <= std::numeric_limits<float>::max())) [[unlikely]] {
         const std::string place = std::string(key) + "[" + std::to_string(count) + "]";
         ENGRAM_JSON_TRY(NotFinite(place, each));
       }
-      if (count < kMaxDimension) numbers->Add(number);
+      if (count < kMaxDimension) (*numbers_)[count] = number;
       ++count;
     }
+    numbers->Clear();
+    numbers->Add(numbers_->begin(), numbers_->begin() + std::min<size_t>(count, kMaxDimension));
     if (count > kMaxDimension) {
       NoteFault(key, std::to_string(count) + " values; expected 1 to 4096");
     }
@@ -512,6 +524,7 @@ class Reading {
   static constexpr std::string_view kNumberExpected = "a finite number that float32 can hold";
 
   JsonRequest* const request_;
+  Gathered* const numbers_;
   std::string prefix_;
 };
 
@@ -556,11 +569,13 @@ class JsonReader::Parser {
   }
 
  private:
-  static error_code ReadDocument(simdjson::ondemand::document* document, Form form,
-                                 JsonRequest* request) {
+  error_code ReadDocument(simdjson::ondemand::document* document, Form form, JsonRequest* request) {
+    json_type type{};
+    ENGRAM_JSON_TRY(document->type().get(type));
+    if (type != json_type::object) return simdjson::INCORRECT_TYPE;
     simdjson::ondemand::object object;
     ENGRAM_JSON_TRY(document->get_object().get(object));
-    Reading reading(request);
+    Reading reading(request, &numbers_);
     ENGRAM_JSON_TRY(form == Form::kMessage ? reading.Message(object) : reading.Episode(object));
     // Where nothing follows there is no place.
     const bool is_whole = document->current_location().error() == simdjson::OUT_OF_BOUNDS;
@@ -568,6 +583,7 @@ class JsonReader::Parser {
   }
 
   simdjson::ondemand::parser parser_;
+  Reading::Gathered numbers_;
 };
 
 JsonReader::JsonReader() : parser_(std::make_unique<Parser>()) {}
