@@ -17,8 +17,8 @@
 namespace engram {
 
 struct HttpOptions {
-  Endpoint endpoint;      // port 0: any free one
-  std::vector<int> cpus;  // where its thread runs
+  Endpoint endpoint = {};      // port 0: any free one
+  std::vector<int> cpus = {};  // where its thread runs
   // Origins whose pages browsers may be served for, beside those of IsServedOrigin.
   std::vector<std::string> origins = {};
   uint32_t max_connections = 10'000;
