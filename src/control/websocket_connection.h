@@ -80,6 +80,8 @@ class WebSocketConnection final : public BeastConnection {
       ToPipe();
       return;
     }
+    // What came may make room without a word to the client.
+    Write();
     session_.TakeAgain();
     Write();
     if (session_.takes() && !is_reading_) Read();
