@@ -13,15 +13,20 @@ void JsonSession::Take(std::string_view text) {
   received_unix_ns_ = around_.clock->WallNs();
   if (const auto fault = around_.reader->Read(text, JsonReader::Form::kMessage, &request_)) {
     SayError("bad_json", *fault);
+    if (text.size() > kKeptBytes) request_ = {};
     return;
   }
   is_waiting_ = true;
+  is_large_ = text.size() > kKeptBytes;
   TakeAgain();
 }
 
 void JsonSession::TakeAgain() {
   if (!is_waiting_ || texts_.size() >= kTextsAhead) return;
   is_waiting_ = !ending_ && TakeRequest() == Taken::kNoRoom;
+  if (is_waiting_ || !std::exchange(is_large_, false)) return;
+  request_ = {};
+  text_ = {};
 }
 
 JsonSession::Taken JsonSession::TakeRequest() {
@@ -248,7 +253,8 @@ void JsonSession::TellHitsOf(const StreamEvent& event) {
 }
 
 void JsonSession::TellEnd(const StreamEvent& event) {
-  if (event.reason == RefusalReason::kShuttingDown && !session_text_.empty()) {
+  const bool goes_away = event.reason == RefusalReason::kShuttingDown;
+  if (goes_away && !session_text_.empty()) {
     TellJsonClosed(session_text_, std::max(last_, event.sequence), Say());
     ending_ = Ending::kGoingAway;
     return;
@@ -258,7 +264,8 @@ void JsonSession::TellEnd(const StreamEvent& event) {
                  .session = session_text_,
                  .retry_after_ms = event.retry_after_ms},
                 Say());
-  ending_ = HasEffect(event.reason, RefusalEffect::kWaits) ? Ending::kTryLater : Ending::kRefused;
+  const bool is_busy = HasEffect(event.reason, RefusalEffect::kWaits);
+  ending_ = goes_away ? Ending::kGoingAway : is_busy ? Ending::kTryLater : Ending::kRefused;
 }
 
 void JsonSession::SayError(std::string_view code, std::string_view message, bool of_request) {

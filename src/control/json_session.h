@@ -52,6 +52,8 @@ class JsonSession {
 
   // Takes the next text: none waits for room in the pipe, or for texts to be taken out.
   bool takes() const { return !is_waiting_ && texts_.size() < kTextsAhead && !ending_; }
+  // The last text is still needed, as what was made of it waits.
+  bool is_waiting() const { return is_waiting_; }
   // A text came; JsonReader::kPaddingBytes follow it.
   void Take(std::string_view text);
   // After the pipe was ready, or a text was taken out.
@@ -73,6 +75,8 @@ class JsonSession {
  private:
   using Taken = SessionStream::Taken;
   static constexpr size_t kTextsAhead = 8;
+  // What is made of a text that is larger is not kept for the next one.
+  static constexpr size_t kKeptBytes = size_t{64} << 10;
 
   // One recall that is under way.
   struct Recalled {
@@ -105,6 +109,7 @@ class JsonSession {
   std::optional<Ending> ending_;
   JsonRequest request_;
   bool is_waiting_ = false;  // request_
+  bool is_large_ = false;    // it was made of a large text
   bool is_closing_ = false;  // close was sent on
   int64_t received_unix_ns_ = 0;
   CallText text_;

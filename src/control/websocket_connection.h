@@ -83,6 +83,7 @@ class WebSocketConnection final : public BeastConnection {
     // What came may make room without a word to the client.
     Write();
     session_.TakeAgain();
+    Shrink();
     Write();
     if (session_.takes() && !is_reading_) Read();
   }
@@ -171,11 +172,16 @@ class WebSocketConnection final : public BeastConnection {
     in_.prepare(JsonReader::kPaddingBytes);
     session_.Take({static_cast<const char*>(in_.data().data()), bytes});
     in_.consume(bytes);
-    if (in_.capacity() > kKeptBytes) {
-      in_.shrink_to_fit();
-      CHECK(memory_.Set(in_.capacity()), "less is taken");
-    }
     Pump();
+  }
+
+  // While a request waits the buffer stays, and stands for the memory that the request takes.
+  void Shrink() {
+    if (session_.is_waiting() || is_reading_ || in_.size() > 0 || in_.capacity() <= kKeptBytes) {
+      return;
+    }
+    in_.shrink_to_fit();
+    CHECK(memory_.Set(in_.capacity()), "less is taken");
   }
 
   void Write() {
