@@ -15,6 +15,8 @@ bool IsVectorDtype(VectorDtype dtype) { return ElementBytes(dtype) != 0; }
 // What is wrong with the record's numbers. The order is that of FORMAT.md's fields, so that a
 // client is told of the first one.
 RefusalReason FaultOf(const RecordHeader& record) {
+  // Whoever sent it found it wrong.
+  if (record.op == ObservationOp::kSkip) return RefusalReason::kBadField;
   const bool has_vector = record.op == ObservationOp::kUpsert;
   if (!has_vector && record.op != ObservationOp::kDelete) return RefusalReason::kBadOperation;
   if (has_vector) {
@@ -124,6 +126,13 @@ RefusalReason DecodeRecall(std::span<const std::byte> body, uint16_t flags, Reca
     recall->bound = LoadAs<float>(rest.data());
     rest = rest.subspan(sizeof(float));
   }
+  recall->at_unix_ns = 0;
+  const bool at_time = (flags & kFrameFlagAtTime) != 0;
+  if (at_time) {
+    if (rest.size() < sizeof(int64_t)) return RefusalReason::kBadFrame;
+    recall->at_unix_ns = LoadAs<int64_t>(rest.data());
+    rest = rest.subspan(sizeof(int64_t));
+  }
   if ((flags & kFrameFlagFiltered) != 0) {
     if (rest.size() < sizeof(uint16_t)) return RefusalReason::kBadFrame;
     const auto filter_bytes = LoadAs<uint16_t>(rest.data());
@@ -135,6 +144,9 @@ RefusalReason DecodeRecall(std::span<const std::byte> body, uint16_t flags, Reca
   if (!rest.empty()) return RefusalReason::kBadFrame;
   if (numbers.k == 0 || numbers.k > kMaxRecallResults || numbers.ef > kMaxEf ||
       (recall->has_bound && std::isnan(recall->bound))) {
+    return RefusalReason::kBadRecall;
+  }
+  if (at_time && (recall->at_unix_ns <= 0 || (flags & kFrameFlagSnapshot) == 0)) {
     return RefusalReason::kBadRecall;
   }
   if (is_newest &&

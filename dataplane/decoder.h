@@ -58,9 +58,10 @@ struct RecallView {
   std::span<const std::byte> filter;  // sound (attributes.h); empty: none
   bool has_bound = false;
   float bound = 0;
+  int64_t at_unix_ns = 0;  // the moment of the snapshot; 0: the latest, where one is asked for
 };
 // `flags` are the frame's. kBadFrame for a wrong length; kBadDtype, kWrongDimension or kBadRecall
-// for wrong numbers, or a bound that is none; kBadFilter.
+// for wrong numbers, or a bound or a moment that is none; kBadFilter.
 RefusalReason DecodeRecall(std::span<const std::byte> body, uint16_t flags, RecallView* recall);
 
 // kBadFrame for a wrong length; kBadFlow for an action that is not known, or a rate that is none.

@@ -62,11 +62,13 @@ inline constexpr uint16_t kFrameFlagSnapshot = 4;     // recall
 inline constexpr uint16_t kFrameFlagFiltered = 8;     // recall
 inline constexpr uint16_t kFrameFlagBounded = 16;     // recall
 inline constexpr uint16_t kFrameFlagAcross = 32;      // recall: of all spaces
+inline constexpr uint16_t kFrameFlagAtTime = 64;      // recall: at the snapshot of a moment
 inline constexpr uint32_t kFeatureNoSession = 1;      // hello
 inline constexpr uint32_t kFeatureAttributes = 2;     // hello: attributes and filters
 inline constexpr uint32_t kFeatureWideRecalls = 4;    // hello: bounds, all spaces, no vector
 inline constexpr uint32_t kFeatureNeverGoesBack = 8;  // hello: what is refused uses up its number
 inline constexpr uint32_t kFeatureFlow = 16;          // hello: flow frames
+inline constexpr uint32_t kFeatureSnapshotTime = 32;  // hello: recalls at a moment
 inline constexpr uint8_t kNakFlagConsumed = 1;
 inline constexpr uint8_t kNakFlagClosing = 2;
 
@@ -166,8 +168,8 @@ struct FlowBody {
 };
 static_assert(sizeof(FlowBody) == 24);
 
-// The vector follows; where there is a bound then a float, and in a filtered recall the filter's
-// length, of two bytes, and the filter.
+// The vector follows; where there is a bound then a float, at a moment then that in nanoseconds
+// since 1970, and in a filtered recall the filter's length, of two bytes, and the filter.
 struct RecallBody {
   uint32_t k = 0;
   uint32_t ef = 0;

@@ -11,10 +11,8 @@ namespace engram {
 
 namespace {
 
-// What credit makes room for: id and payload of an observation, and its vector until the space's
-// dimension is known.
+// What credit makes room for beside the vector: id and payload of an observation.
 constexpr size_t kUsualTextBytes = 512;
-constexpr size_t kUsualDimension = 768;
 // A usual frame's observations, so that who sends whole frames only is never stuck. With very many
 // sessions that is more than there are slots; then some are refused and sent again.
 constexpr uint64_t kLeastShare = 16;
@@ -188,11 +186,11 @@ void IngestCore::ForwardRecords(Connection& connection, ShardId shard,
 }
 
 // What the shard grants, but no more than the connection's share of the slots that its vectors
-// take. A sixth is dealt out at a time: shares granted in turn to N sessions add up to 1 + ln N
-// times that.
+// take, which until the space's dimension is known may be the largest. A sixth is dealt out at a
+// time: shares granted in turn to N sessions add up to 1 + ln N times that.
 void IngestCore::GrantCredit(Connection& connection, uint64_t credit_sequence) {
   const size_t dimension =
-      connection.rules.dimension != 0 ? connection.rules.dimension : kUsualDimension;
+      connection.rules.dimension != 0 ? connection.rules.dimension : kMaxDimension;
   const uint64_t slots =
       port_.slab->SlotsFor(kRequestBodyOffset + dimension * sizeof(float) + kUsualTextBytes);
   const uint64_t share = std::max<uint64_t>(kLeastShare, slots / 6 / std::max(open_sessions_, 1U));

@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kCompletionBatch = 256;
 constexpr uint32_t kKnownFeatures = kFeatureNoSession | kFeatureAttributes | kFeatureWideRecalls |
-                                    kFeatureNeverGoesBack | kFeatureFlow;
+                                    kFeatureNeverGoesBack | kFeatureFlow | kFeatureSnapshotTime;
 // Share of each slot size that is kept for those who go first.
 constexpr uint32_t kNormalKeepFreePercent = 20;  // for high priority and recalls
 constexpr uint32_t kHighKeepFreePercent = 10;    // for recalls

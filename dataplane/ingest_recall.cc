@@ -93,6 +93,9 @@ RefusalReason IngestCore::PushRecall(Connection& connection, const RecallView& v
   request->request_id = header.sequence;
   request->received_ns = now_ns_;
   if (at_snapshot) request->snapshot = LatestSnapshot();
+  if (view.at_unix_ns != 0) {
+    request->snapshot = std::min(request->snapshot, StampAt(view.at_unix_ns));
+  }
   if (merge != RecallMerger::kNone) {
     merged_[merge] = {.origin = request->origin,
                       .request_id = request->request_id,

@@ -54,6 +54,8 @@ void NoteFieldsNotHonoured(const Config& config, const NoteFn& note) {
                                 " (config/engram.toml says what happens instead)"});
 }
 
+bool ServesGrpc(const Config& config) { return config.grpc && GrpcGateway::IsBuilt(); }
+
 uint64_t ToMib(uint64_t bytes) { return bytes >> 20; }
 
 const Counter& CounterNamed(const CounterCatalogue& counters, std::string_view core,
@@ -182,6 +184,10 @@ Result<void> Daemon::MakeNetworks(const Config& config, const NoteFn& note) {
     networks_.push_back(*std::move(network));
   }
   endpoints_ = wanted;
+  if (!ServesGrpc(config)) return {};
+  auto streams = StreamNetwork::Create({.max_connections = config.limits.max_connections});
+  if (!streams) return std::unexpected(streams.error());
+  streams_ = *std::move(streams);
   return {};
 }
 
@@ -214,7 +220,7 @@ Result<void> Daemon::MakeLogs(const Config& config, const Topology& topology,
   if (!how.empty()) note({Severity::kInfo, "disk: " + how});
   logs_ = *std::move(logs);
   health_ = std::make_unique<HealthWatch>(options.shards);
-  pins_ = std::make_unique<ReadPins>(static_cast<uint32_t>(config.ingress_cpus.size()) + 1);
+  pins_ = std::make_unique<ReadPins>(static_cast<uint32_t>(config.ingress_cpus.size()) + 2);
   checkpointer_ = std::make_unique<Checkpointer>(
       CheckpointerOptions{.every_bytes = uint64_t{config.checkpoint_mib} << 20, .retention = {}},
       &directory->disk(), logs_.get(), clock_, options.checkpoint, pins_.get());
@@ -311,16 +317,21 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
   options.shard.build.keep_pruned = config.index.keep_pruned;
   options.shard.build.alpha = static_cast<float>(config.index.alpha);
   options.shard.seed = SecretSeed();
-  options.gateway = config.grpc && GrpcGateway::IsBuilt();
+  options.gateway = ServesGrpc(config);
   options.mesh.huge_pages = config.huge_pages;
   for (const int cpu : config.ingress_cpus) {
     options.mesh.producer_numa_node.push_back(topology.NodeOf(cpu));
+  }
+  // The ingress core of streams and the gateway.
+  for (int i = 0; i < 2; ++i) {
+    options.mesh.producer_numa_node.push_back(topology.NodeOf(config.control_cpus.front()));
   }
   for (const int cpu : config.shard_cpus) {
     options.mesh.shard_numa_node.push_back(topology.NodeOf(cpu));
   }
   std::vector<Network*> networks;
   for (const auto& network : networks_) networks.push_back(network.get());
+  if (streams_ != nullptr) networks.push_back(streams_.get());
   auto appliance = Appliance::Create(options, clock_, networks);
   if (!appliance) return std::unexpected(appliance.error());
   appliance_ = *std::move(appliance);
@@ -330,7 +341,7 @@ Result<void> Daemon::MakeAppliance(const Config& config, const Topology& topolog
 // Its core shares the control plane's first processor with gRPC's threads, so it sleeps when there
 // is nothing to do, whatever the other cores do.
 Result<void> Daemon::MakeGateway(const Config& config) {
-  if (!config.grpc || !GrpcGateway::IsBuilt()) return {};
+  if (streams_ == nullptr) return {};
   GatewayOptions options;
   options.huge_pages = config.huge_pages;
   auto gateway = GatewayCore::Create(options, clock_, appliance_->TakeGatewayPort(),
@@ -342,6 +353,8 @@ Result<void> Daemon::MakeGateway(const Config& config) {
   if (!core) return std::unexpected(core.error());
   gateway_runner_ = (*core)->runner.get();
   gateway_runner_->AddPoll([gateway = gateway_.get()] { return gateway->Poll(); });
+  streams_->SetWake([runner = gateway_runner_] { runner->WakeIfSleeping(); });
+  MakeIngress(gateway_runner_, networks_.size(), streams_.get(), config.limits.max_connections);
   return {};
 }
 
@@ -375,7 +388,11 @@ Result<Daemon::Core*> Daemon::CoreOn(int cpu, const Config& config) {
   return cores_.back().get();
 }
 
-void Daemon::MakeIngress(CoreRunner* runner, size_t index) {
+// Until it serves, a greeter answers in its place.
+void Daemon::MakeIngress(CoreRunner* runner, size_t index, Network* network,
+                         uint32_t max_connections) {
+  greeters_.push_back(std::make_unique<RecoveryGreeter>(network, max_connections,
+                                                        [this] { return DescribeRecovery(); }));
   drained_.push_back(std::make_unique<std::atomic<bool>>(false));
   IngestCore* ingest = &appliance_->ingest(index);
   std::atomic<bool>* drained = drained_.back().get();
@@ -395,13 +412,11 @@ void Daemon::MakeIngress(CoreRunner* runner, size_t index) {
 }
 
 Result<void> Daemon::MakeCores(const Config& config) {
-  greeters_.reserve(config.ingress_cpus.size());
+  greeters_.reserve(config.ingress_cpus.size() + 1);
   for (size_t i = 0; i < config.ingress_cpus.size(); ++i) {
     auto core = CoreOn(config.ingress_cpus[i], config);
     if (!core) return std::unexpected(core.error());
-    greeters_.push_back(std::make_unique<RecoveryGreeter>(
-        networks_[i].get(), config.limits.max_connections, [this] { return DescribeRecovery(); }));
-    MakeIngress((*core)->runner.get(), i);
+    MakeIngress((*core)->runner.get(), i, networks_[i].get(), config.limits.max_connections);
   }
   for (size_t i = 0; i < config.shard_cpus.size(); ++i) {
     auto core = CoreOn(config.shard_cpus[i], config);
@@ -508,7 +523,7 @@ Result<void> Daemon::StartGrpc(const Config& config) {
   options.recovering = [this] { return DescribeRecovery(); };
   auto door = gateway_->OpenDoor([runner = gateway_runner_] { runner->WakeIfSleeping(); });
   auto grpc = GrpcGateway::Start(options, std::move(door), clock_, &appliance_->counters(),
-                                 &appliance_->spaces());
+                                 &appliance_->spaces(), streams_.get());
   if (!grpc) return std::unexpected(grpc.error());
   grpc_ = *std::move(grpc);
   return {};
@@ -519,6 +534,7 @@ void Daemon::RunCore(const Core& core, std::atomic<int>* started, std::atomic<bo
   const SignalStack signal_stack;
   bool sound = PinThisThread(core.cpu).has_value();
   if (sound && core.network != nullptr) sound = core.network->Start().has_value();
+  if (sound && core.runner.get() == gateway_runner_) sound = streams_->Start().has_value();
   if (!sound) failed->store(true);
   started->fetch_add(1);
   started->notify_all();

@@ -21,6 +21,7 @@
 #include "src/core/note.h"
 #include "src/core/read_pins.h"
 #include "src/core/result.h"
+#include "src/core/stream_network.h"
 #include "src/core/topology.h"
 #include "src/core_runner.h"
 #include "src/health_watch.h"
@@ -76,7 +77,7 @@ class Daemon {
   Result<void> MakeAppliance(const Config& config, const Topology& topology,
                              const InstanceId& instance);
   Result<void> MakeCores(const Config& config);
-  void MakeIngress(CoreRunner* runner, size_t index);
+  void MakeIngress(CoreRunner* runner, size_t index, Network* network, uint32_t max_connections);
   Result<void> MakeGateway(const Config& config);
   Result<Core*> CoreOn(int cpu, const Config& config);
   Result<void> StartThreads();
@@ -99,6 +100,7 @@ class Daemon {
 
   Clock* const clock_;
   std::vector<std::unique_ptr<Network>> networks_;
+  std::unique_ptr<StreamNetwork> streams_;  // of the gateway; nullptr: nothing needs it
   std::vector<Endpoint> endpoints_;
   std::unique_ptr<LogStore> logs_;
   std::unique_ptr<ReadPins> pins_;  // of the cores that answer

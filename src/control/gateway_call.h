@@ -11,6 +11,7 @@
 #include "src/core/observation.h"
 #include "src/core/refusal_reason.h"
 #include "src/core/shard_port.h"
+#include "src/core/vector_dtype.h"
 
 namespace engram {
 
@@ -22,17 +23,34 @@ enum class CallKind : uint8_t {
   kIntrospect,  // every shard's spaces
 };
 
+// A vector as a client sent it.
+struct VectorRef {
+  VectorRef() = default;
+  explicit VectorRef(std::span<const float> numbers)
+      : dtype(numbers.empty() ? VectorDtype::kNone : VectorDtype::kF32),
+        dimension(static_cast<uint32_t>(numbers.size())),
+        bytes(std::as_bytes(numbers).data()) {}
+
+  bool empty() const { return dimension == 0; }
+
+  VectorDtype dtype = VectorDtype::kNone;
+  uint32_t dimension = 0;
+  float scale = 1;                   // of int8
+  const std::byte* bytes = nullptr;  // VectorBytes(dtype, dimension) of them, not aligned
+};
+
 // What the calling thread asks. The views point into what the call owns.
 struct GatewayQuestion {
   CallKind kind = CallKind::kObserve;
   bool with_payload = true;
   bool with_vector = false;
   bool snapshot_isolation = false;
+  int64_t snapshot_unix_ns = 0;  // with snapshot_isolation: the moment; 0: now
   SpaceName space;
   int64_t deadline_ns = 0;  // on the monotonic clock; 0: none
   // kObserve (upsert), kRecall: 1 to kMaxDimension numbers. Of a recall with a filter also none:
   // the latest of what matches.
-  std::span<const float> vector;
+  VectorRef vector;
   std::string_view id;          // kObserve: 1 to kMaxIdBytes
   std::string_view attributes;  // kObserve: as in attributes.h; none: empty
   std::string_view payload;     // kObserve: up to kMaxPayloadBytes

@@ -197,11 +197,12 @@ RefusalReason GatewayCore::StartObserve(Place* place) {
   const uint16_t partition = PartitionOf(SpaceCatalogue::HashOfId(question.id), space.partitions());
   const ShardId shard = space.ShardOf(partition);
   const ObservationView view{.op = question.op,
-                             .dtype = upsert ? VectorDtype::kF32 : VectorDtype::kNone,
-                             .dimension = static_cast<uint16_t>(question.vector.size()),
+                             .dtype = upsert ? question.vector.dtype : VectorDtype::kNone,
+                             .dimension = static_cast<uint16_t>(question.vector.dimension),
+                             .scale = question.vector.scale,
                              .confidence = question.confidence,
                              .when_ns = question.when_ns,
-                             .vector = std::as_bytes(question.vector).data(),
+                             .vector = question.vector.bytes,
                              .id = question.id,
                              .attributes = std::as_bytes(std::span(question.attributes)),
                              .payload = std::as_bytes(std::span(question.payload))};
@@ -229,13 +230,13 @@ RefusalReason GatewayCore::StartRecall(Place* place) {
   // Of all spaces: the shards.
   const uint16_t partitions = question.across ? shards() : space.partitions();
   const auto shard_of = [&](uint16_t p) { return question.across ? ShardId(p) : space.ShardOf(p); };
-  const RecallView view{
-      .body = {.k = question.k,
-               .ef = question.ef,
-               .dimension = static_cast<uint16_t>(question.vector.size()),
-               .dtype = question.vector.empty() ? VectorDtype::kNone : VectorDtype::kF32},
-      .vector = std::as_bytes(question.vector).data(),
-      .filter = std::as_bytes(std::span(question.filter))};
+  const RecallView view{.body = {.k = question.k,
+                                 .ef = question.ef,
+                                 .dimension = static_cast<uint16_t>(question.vector.dimension),
+                                 .dtype = question.vector.dtype,
+                                 .scale = question.vector.scale},
+                        .vector = question.vector.bytes,
+                        .filter = std::as_bytes(std::span(question.filter))};
   const size_t bytes = SlotBytesFor(view);
   const SpaceRules rules{.metric = space.metric(), .dimension = space.dimension()};
   // All slots or none, and the rings' room looked at beforehand: nobody else fills them.

@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
-#include <mutex>
 #include <span>
 #include <string>
 #include <string_view>
@@ -17,16 +15,15 @@
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/generic/async_generic_service.h>
 #include <grpcpp/health_check_service_interface.h>
-#include <grpcpp/impl/codegen/proto_utils.h>
 #include <grpcpp/resource_quota.h>
 #include <grpcpp/server.h>
 #include <grpcpp/server_builder.h>
-#include <grpcpp/support/byte_buffer.h>
 
 #include "engram/v1/service.grpc.pb.h"
+#include "src/control/grpc_call.h"
 #include "src/control/grpc_status.h"
+#include "src/control/grpc_streams.h"
 #include "src/control/memory_calls.h"
-#include "src/control/memory_wire.h"
 
 namespace engram {
 
@@ -34,9 +31,6 @@ namespace {
 
 constexpr const char* kServiceName = "engram.v1.EngramService";
 constexpr const char* kLivenessName = "liveness";
-constexpr uint32_t kRecoveryRetryMs = 1'000;
-// A deadline further away than this is none.
-constexpr auto kLongestDeadline = std::chrono::hours(24 * 365);
 // At the end calls are refused with UNAVAILABLE, which clients take as a word to try again
 // elsewhere, for this long before the server goes: what reaches gRPC later it breaks off as
 // CANCELLED.
@@ -47,131 +41,7 @@ constexpr auto kLastWords = std::chrono::milliseconds(500);
 std::string NotServed(std::string_view method) {
   return std::string(method) +
          " is not served: this appliance serves Engram's streaming API, of which this version has "
-         "Remember, Recall, Forget and Introspect";
-}
-
-// Counts the calls that are not through, so that the end can wait for them.
-//
-// Thread safety: any thread may call anything.
-class CallCount {
- public:
-  // False once Close was called: the call is not taken.
-  [[nodiscard]] bool Enter() {
-    if ((state_.fetch_add(kCall) & kClosed) == 0) return true;
-    Leave();
-    return false;
-  }
-  void Leave() {
-    if (state_.fetch_sub(kCall) - kCall != kClosed) return;
-    const std::lock_guard lock(mutex_);
-    none_left_.notify_all();
-  }
-  void Close() { state_.fetch_or(kClosed); }
-  // After Close: waits until all have left. False when `timeout` passed before.
-  bool WaitForNone(std::chrono::nanoseconds timeout) {
-    std::unique_lock lock(mutex_);
-    return none_left_.wait_for(lock, timeout, [this] { return state_.load() == kClosed; });
-  }
-
- private:
-  static constexpr uint64_t kClosed = 1;
-  static constexpr uint64_t kCall = 2;
-
-  std::atomic<uint64_t> state_{0};
-  std::mutex mutex_;
-  std::condition_variable none_left_;
-};
-
-// The bytes of answers that gRPC has and clients have not read yet. A client that does not read
-// would else fill the memory with them.
-//
-// Thread safety: any thread may call anything.
-class UnreadAnswers {
- public:
-  // Answers up to kSmallBytes may take `most_small` beyond `most`.
-  UnreadAnswers(size_t most, size_t most_small) : most_(most), most_small_(most_small) {}
-  // False where they would be too many; nothing is counted then.
-  [[nodiscard]] bool Add(size_t bytes) {
-    const size_t most = bytes <= kSmallBytes ? most_ + most_small_ : most_;
-    if (bytes == 0) return true;
-    if (bytes_.fetch_add(bytes, std::memory_order_relaxed) + bytes <= most) return true;
-    Remove(bytes);
-    return false;
-  }
-  void Remove(size_t bytes) { bytes_.fetch_sub(bytes, std::memory_order_relaxed); }
-
- private:
-  static constexpr size_t kSmallBytes = size_t{64} << 10;
-
-  const size_t most_;
-  const size_t most_small_;
-  std::atomic<size_t> bytes_{0};
-};
-
-// What every call needs of its surroundings; lives as long as the server.
-struct CallContext {
-  GatewayDoor door;
-  Clock* clock;
-  const CounterCatalogue* counters;
-  const SpaceCatalogue* spaces;
-  UnreadAnswers unread;
-  CallCount calls;
-  std::function<std::string()> recovering;
-  std::atomic<bool> serves;  // what was recovered is there
-};
-
-// The call's deadline on our monotonic clock; 0: none.
-int64_t DeadlineNs(const grpc::CallbackServerContext& context, int64_t now_ns) {
-  const auto now = std::chrono::system_clock::now();
-  const auto deadline = context.deadline();
-  if (deadline > now + kLongestDeadline) return 0;
-  const auto left = std::chrono::duration_cast<std::chrono::nanoseconds>(deadline - now).count();
-  return std::max<int64_t>(now_ns + left, 1);
-}
-
-// The one space that the metadata names; several must agree.
-std::expected<std::string_view, CallError> SpaceOfMetadata(
-    const grpc::CallbackServerContext& context) {
-  std::string_view name;
-  const auto [begin, end] = context.client_metadata().equal_range("x-memory-space");
-  for (auto entry = begin; entry != end; ++entry) {
-    const std::string_view value(entry->second.data(), entry->second.size());
-    if (value.empty()) continue;
-    if (!name.empty() && value != name) {
-      return std::unexpected(
-          CallError{"x-memory-space: given twice with different values; "
-                    "expected one space"});
-    }
-    name = value;
-  }
-  return name;
-}
-
-grpc::Status StatusOf(const CallError& error) {
-  return {grpc::StatusCode::INVALID_ARGUMENT, error.message};
-}
-
-// Fills in `message`. gRPC's own reading would answer bytes that are none with UNIMPLEMENTED and
-// without a word.
-template <typename Message>
-grpc::Status ReadMessage(const grpc::ByteBuffer& bytes, Message* message) {
-  grpc::ByteBuffer taken = bytes;
-  if (grpc::SerializationTraits<Message>::Deserialize(&taken, message).ok()) {
-    // Fields that we do not know can be large, and the call may wait.
-    message->DiscardUnknownFields();
-    return grpc::Status::OK;
-  }
-  grpc::Slice whole;
-  std::string fault;
-  if (bytes.DumpToSingleSlice(&whole).ok()) {
-    fault = WireFault(*Message::descriptor(),
-                      {reinterpret_cast<const char*>(whole.begin()), whole.size()});
-  }
-  if (fault.empty()) {
-    fault = "request: " + std::to_string(bytes.Length()) + " bytes; expected a message";
-  }
-  return {grpc::StatusCode::INVALID_ARGUMENT,
-          fault + " (as " + Message::descriptor()->full_name() + ")"};
+         "Remember, Recall, Forget, Introspect, ObserveStream, MemoryStream and RecallStream";
 }
 
 // One unary call from its arrival to its answer. gRPC's thread makes it, checks the request and
@@ -192,8 +62,7 @@ class UnaryCall : public grpc::ServerUnaryReactor, public GatewayCall {
       return;
     }
     if (!context_->serves.load(std::memory_order_acquire)) {
-      Finish(StatusWithRetry(StatusCodeOf(RefusalReason::kRecovering),
-                             "recovering: " + context_->recovering(), kRecoveryRetryMs));
+      Finish(RecoveringStatus(*context_));
       return;
     }
     if (auto read = ReadMessage(request_bytes, &request_); !read.ok()) {
@@ -336,12 +205,19 @@ class RefusedStream final : public Reactor {
   void OnDone() override { delete this; }
 };
 
-// Unary requests come as bytes: see ReadMessage.
+// Requests come as bytes: see ReadMessage.
+template <typename Service>
 using UnaryAsBytes = v1::EngramService::WithRawCallbackMethod_Remember<
     v1::EngramService::WithRawCallbackMethod_Recall<v1::EngramService::WithRawCallbackMethod_Forget<
-        v1::EngramService::WithRawCallbackMethod_Introspect<v1::EngramService::CallbackService>>>>;
+        v1::EngramService::WithRawCallbackMethod_Introspect<Service>>>>;
+template <typename Service>
+using StreamsAsBytes = v1::EngramService::WithRawCallbackMethod_ObserveStream<
+    v1::EngramService::WithRawCallbackMethod_MemoryStream<
+        v1::EngramService::WithRawCallbackMethod_RecallStream<Service>>>;
 
-class EngramService final : public UnaryAsBytes {
+class EngramService final
+    : public StreamsAsBytes<
+          UnaryAsBytes<v1::EngramService::WithCallbackMethod_Stream<v1::EngramService::Service>>> {
  public:
   explicit EngramService(CallContext* context) : context_(context) {}
 
@@ -366,19 +242,17 @@ class EngramService final : public UnaryAsBytes {
     return Begin<IntrospectCall>(*context, *request, response);
   }
 
-  grpc::ServerBidiReactor<v1::ObservationRequest, v1::ObservationResponse>* ObserveStream(
-      grpc::CallbackServerContext*) override {
-    return new RefusedStream<
-        grpc::ServerBidiReactor<v1::ObservationRequest, v1::ObservationResponse>>("ObserveStream");
+  grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* ObserveStream(
+      grpc::CallbackServerContext* context) override {
+    return BeginObserveStream(context_, *context, StreamKind::kObserve);
   }
-  grpc::ServerBidiReactor<v1::ObservationRequest, v1::ObservationResponse>* MemoryStream(
-      grpc::CallbackServerContext*) override {
-    return new RefusedStream<
-        grpc::ServerBidiReactor<v1::ObservationRequest, v1::ObservationResponse>>("MemoryStream");
+  grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* MemoryStream(
+      grpc::CallbackServerContext* context) override {
+    return BeginObserveStream(context_, *context, StreamKind::kMemory);
   }
-  grpc::ServerWriteReactor<v1::StreamingRecallResponse>* RecallStream(
-      grpc::CallbackServerContext*, const v1::StreamingRecallRequest*) override {
-    return new RefusedStream<grpc::ServerWriteReactor<v1::StreamingRecallResponse>>("RecallStream");
+  grpc::ServerWriteReactor<grpc::ByteBuffer>* RecallStream(
+      grpc::CallbackServerContext* context, const grpc::ByteBuffer* request) override {
+    return BeginRecallStream(context_, *context, *request);
   }
   grpc::ServerWriteReactor<v1::StreamResponse>* Stream(grpc::CallbackServerContext*,
                                                        const v1::StreamRequest*) override {
@@ -431,12 +305,13 @@ class ThreadsOn {
 class GrpcServer final : public GrpcGateway {
  public:
   GrpcServer(const GrpcOptions& options, GatewayDoor door, Clock* clock,
-             const CounterCatalogue* counters, const SpaceCatalogue* spaces)
+             const CounterCatalogue* counters, const SpaceCatalogue* spaces, StreamNetwork* streams)
       : endpoint_(options.endpoint),
         context_{.door = std::move(door),
                  .clock = clock,
                  .counters = counters,
                  .spaces = spaces,
+                 .streams = streams,
                  .unread = UnreadAnswers(options.unread_bytes, options.unread_small_bytes),
                  .calls = {},
                  .recovering = options.recovering,
@@ -528,8 +403,10 @@ bool GrpcGateway::IsBuilt() { return true; }
 Result<std::unique_ptr<GrpcGateway>> GrpcGateway::Start(const GrpcOptions& options,
                                                         GatewayDoor door, Clock* clock,
                                                         const CounterCatalogue* counters,
-                                                        const SpaceCatalogue* spaces) {
-  auto server = std::make_unique<GrpcServer>(options, std::move(door), clock, counters, spaces);
+                                                        const SpaceCatalogue* spaces,
+                                                        StreamNetwork* streams) {
+  auto server =
+      std::make_unique<GrpcServer>(options, std::move(door), clock, counters, spaces, streams);
   if (auto listening = server->Listen(options); !listening) {
     return std::unexpected(listening.error());
   }

@@ -12,6 +12,7 @@
 #include "src/core/network.h"
 #include "src/core/result.h"
 #include "src/core/space_catalogue.h"
+#include "src/core/stream_network.h"
 
 namespace engram {
 
@@ -37,9 +38,9 @@ struct GrpcOptions {
   std::function<std::string()> recovering = {};
 };
 
-// Engram's unary calls over gRPC (engram.v1.EngramService), with grpc.health.v1 and server
-// reflection. Threads are gRPC's own; they reach the appliance through the gateway core's door
-// only.
+// Engram's calls and streams over gRPC (engram.v1.EngramService), with grpc.health.v1 and server
+// reflection. Threads are gRPC's own; they reach the appliance through the gateway core's door and
+// the pipes of streams only.
 //
 // Lifecycle: Start, once the gateway core polls; SetServing, where the options asked for it;
 // Shutdown, while it still does; destructor.
@@ -50,11 +51,13 @@ class GrpcGateway {
  public:
   // Whether this program was built with gRPC; without it Start fails with kUnavailable.
   static bool IsBuilt();
-  // `clock`, `counters` (read by Introspect, filled before Start) and `spaces` outlive the gateway.
+  // `clock`, `counters` (read by Introspect, filled before Start), `spaces` and `streams` (whose
+  // ingress core polls until Shutdown has returned) outlive the gateway.
   // Errors name listen.grpc and the remedy.
   static Result<std::unique_ptr<GrpcGateway>> Start(const GrpcOptions& options, GatewayDoor door,
                                                     Clock* clock, const CounterCatalogue* counters,
-                                                    const SpaceCatalogue* spaces);
+                                                    const SpaceCatalogue* spaces,
+                                                    StreamNetwork* streams);
   virtual ~GrpcGateway() = default;
 
   // With the port that was given.

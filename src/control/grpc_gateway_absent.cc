@@ -8,7 +8,7 @@ bool GrpcGateway::IsBuilt() { return false; }
 
 Result<std::unique_ptr<GrpcGateway>> GrpcGateway::Start(const GrpcOptions& options, GatewayDoor,
                                                         Clock*, const CounterCatalogue*,
-                                                        const SpaceCatalogue*) {
+                                                        const SpaceCatalogue*, StreamNetwork*) {
   return Fail(ErrorCode::kUnavailable,
               "listen.grpc: " + options.endpoint.ToString() +
                   " cannot be served: this engramd was built without gRPC. Install libgrpc++-dev "

@@ -23,7 +23,16 @@ grpc::StatusCode StatusCodeOf(RefusalReason reason) {
     case RefusalReason::kUnknownSpace:
       return grpc::StatusCode::NOT_FOUND;
     case RefusalReason::kSpaceLimit:
+    case RefusalReason::kSessionLimit:
+    case RefusalReason::kConnectionLimit:
+    case RefusalReason::kSlowReader:
       return grpc::StatusCode::RESOURCE_EXHAUSTED;
+    case RefusalReason::kSessionExpired:
+      return grpc::StatusCode::NOT_FOUND;
+    case RefusalReason::kFenced:
+      return grpc::StatusCode::ABORTED;
+    case RefusalReason::kIdleTimeout:
+      return grpc::StatusCode::DEADLINE_EXCEEDED;
     case RefusalReason::kShuttingDown:
     case RefusalReason::kRecovering:
       return grpc::StatusCode::UNAVAILABLE;
@@ -33,6 +42,9 @@ grpc::StatusCode StatusCodeOf(RefusalReason reason) {
     case RefusalReason::kBadFilter:
     case RefusalReason::kUnknownFilterKey:
     case RefusalReason::kBadSpaceId:
+    case RefusalReason::kSessionSpaceMismatch:
+    case RefusalReason::kMetricMismatch:
+    case RefusalReason::kDimensionMismatch:
       return grpc::StatusCode::INVALID_ARGUMENT;
     default:
       break;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <expected>
 #include <optional>
@@ -12,8 +13,8 @@
 #include "src/control/gateway_call.h"
 #include "src/core/counters.h"
 
-// Engram's unary calls: Ask... checks a request and makes the gateway core's question of it,
-// Tell... makes the response of the answer. No transport here: gRPC today, JSON later.
+// Engram's calls and streams: Ask... checks a request and makes the question of it that the gateway
+// core or a stream's session takes, Tell... makes the response of the answer. No transport here.
 
 namespace engram {
 
@@ -32,7 +33,19 @@ struct RecallLimits {
   bool has_least_similarity = false;
   float least_confidence = 0;
   bool with_metadata = false;
+  // What was stored after this moment, in nanoseconds since 1970, is marked as recent.
+  int64_t recent_from_unix_ns = INT64_MAX;
 };
+
+// What was told of a recall so far.
+struct RecallTold {
+  int found = 0;  // by the index
+  int told = 0;   // of these, what passed the limits
+  double activation_sum = 0;
+};
+
+// What the confidence of a memory that came during a recall is multiplied with.
+inline constexpr float kRecentConfidence = 0.9F;
 
 // The space of a call: what the request says, else what the metadata x-memory-space says (empty: it
 // is not there), else `default`.
@@ -45,6 +58,12 @@ std::expected<SpaceName, CallError> SpaceOfCall(std::string_view request,
 Asked AskRemember(const v1::RememberRequest& request, int64_t now_unix_ns,
                   std::span<const std::string> filter_keys, CallText* text,
                   GatewayQuestion* question);
+// Of a stream. `text` may be used again and again.
+Asked AskEpisode(const v1::Episode& episode, int64_t now_unix_ns, CallText* text,
+                 GatewayQuestion* question);
+Asked AskStreamingRecall(const v1::StreamingRecallRequest& request, int64_t now_unix_ns,
+                         std::span<const std::string> filter_keys, CallText* text,
+                         RecallLimits* limits, GatewayQuestion* question);
 Asked AskRecall(const v1::RecallRequest& request, std::span<const std::string> filter_keys,
                 CallText* text, RecallLimits* limits, GatewayQuestion* question);
 Asked AskForget(const v1::ForgetRequest& request, GatewayQuestion* question);
@@ -55,6 +74,10 @@ void TellRemember(const GatewayQuestion& question, const GatewayAnswer& answer,
                   v1::RememberResponse* response);
 void TellRecall(const GatewayQuestion& question, const GatewayAnswer& answer,
                 const RecallLimits& limits, int64_t took_ns, v1::RecallResponse* response);
+// Adds what of `hits` (as HitReader reads them) passes the limits.
+void TellHits(Metric metric, std::span<const std::byte> hits, const RecallLimits& limits,
+              RecallTold* told, google::protobuf::RepeatedPtrField<v1::Memory>* memories);
+void TellMetadata(const RecallTold& told, int64_t took_ns, v1::RecallMetadata* metadata);
 void TellForget(const GatewayQuestion& question, const GatewayAnswer& answer,
                 v1::ForgetResponse* response);
 void TellIntrospect(const v1::IntrospectRequest& request, const GatewayQuestion& question,

@@ -184,6 +184,18 @@ void AddContext(const v1::ContextCue& context, const std::string& field, FilterB
   }
 }
 
+template <typename Request>
+Asked FilterOfRequest(const Request& request, std::span<const std::string> filter_keys,
+                      std::string* bytes) {
+  FilterBuilder builder(filter_keys);
+  if (request.has_filter()) AddFilter(request.filter(), &builder);
+  if (request.has_context()) AddContext(request.context(), "context", &builder);
+  const bool by_context = request.cue().has_context();
+  if (by_context) AddContext(request.cue().context(), "cue.context", &builder);
+  *bytes = by_context ? builder.BytesOfAny() : builder.Bytes();
+  return builder.asked();
+}
+
 }  // namespace
 
 Asked AttributesOf(const v1::Episode& episode, std::string* bytes) {
@@ -213,13 +225,12 @@ Asked AttributesOf(const v1::Memory& memory, std::span<const std::string> filter
 
 Asked FilterOf(const v1::RecallRequest& request, std::span<const std::string> filter_keys,
                std::string* bytes) {
-  FilterBuilder builder(filter_keys);
-  if (request.has_filter()) AddFilter(request.filter(), &builder);
-  if (request.has_context()) AddContext(request.context(), "context", &builder);
-  const bool by_context = request.cue().has_context();
-  if (by_context) AddContext(request.cue().context(), "cue.context", &builder);
-  *bytes = by_context ? builder.BytesOfAny() : builder.Bytes();
-  return builder.asked();
+  return FilterOfRequest(request, filter_keys, bytes);
+}
+
+Asked FilterOf(const v1::StreamingRecallRequest& request, std::span<const std::string> filter_keys,
+               std::string* bytes) {
+  return FilterOfRequest(request, filter_keys, bytes);
 }
 
 }  // namespace engram

@@ -22,5 +22,7 @@ Asked AttributesOf(const v1::Memory& memory, std::span<const std::string> filter
 // for a cue; empty: there is none. Never empty with such a cue.
 Asked FilterOf(const v1::RecallRequest& request, std::span<const std::string> filter_keys,
                std::string* bytes);
+Asked FilterOf(const v1::StreamingRecallRequest& request, std::span<const std::string> filter_keys,
+               std::string* bytes);
 
 }  // namespace engram

@@ -28,6 +28,11 @@ constexpr CommitStamp StampBefore(int64_t unix_ns) {
   return (static_cast<CommitStamp>(unix_ns) >> kStampShardBits << kStampShardBits) - 1;
 }
 
+// Not before any that a shard has drawn at that moment or earlier.
+constexpr CommitStamp StampAt(int64_t unix_ns) {
+  return static_cast<CommitStamp>(unix_ns) | ((CommitStamp{1} << kStampShardBits) - 1);
+}
+
 constexpr int64_t UnixNsOf(CommitStamp stamp) {
   return static_cast<int64_t>(stamp >> kStampShardBits << kStampShardBits);
 }

@@ -67,7 +67,7 @@ enum class Priority : uint8_t { kNormal = 0, kHigh = 1 };
 enum class ObservationOp : uint8_t {
   kUpsert = 1,  // store, replacing what has the same id in the space
   kDelete = 2,  // remove by id; deleting what is not there is no error
-  kSkip = 3,    // inside the appliance only: the sequence number of an observation that was refused
+  kSkip = 3,    // uses up the sequence number of an observation that was refused
   // Of requests without a session alone; no frame carries them.
   kSuppress = 4,  // hide by id, until it is restored, replaced or deleted
   kRestore = 5,   // bring back what is hidden

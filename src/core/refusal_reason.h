@@ -47,6 +47,8 @@ enum class RefusalEffect : uint8_t {
   X(28, kBadOperation, "bad_operation", kConsumes, "the record's operation is not known")         \
   X(29, kBadAttributes, "bad_attributes", kConsumes,                                              \
     "attributes are at most 64 in 4096 bytes, a key at most 64 bytes and a value 255, a tag 1")   \
+  X(30, kBadField, "bad_field", kConsumes,                                                        \
+    "a field of the observation is not what its API expects")                                     \
   X(40, kQueueFull, "queue_full", kWaits, "the ring to the shard is full")                        \
   X(41, kSlotsExhausted, "slots_exhausted", kWaits, "no slot of that size is free")               \
   X(42, kBacklogFull, "backlog_full", kWaits, "the space has too many unlinked observations")     \

@@ -91,7 +91,7 @@ class GatewayRig {
     call->vector = std::move(vector);
     call->payload = "about " + call->id;
     call->question.id = call->id;
-    call->question.vector = call->vector;
+    call->question.vector = VectorRef(call->vector);
     call->question.payload = call->payload;
     call->question.confidence = 0.5F;
     call->question.when_ns = 12;
@@ -107,7 +107,7 @@ class GatewayRig {
   TestCall* Recall(std::vector<float> vector, uint32_t k, std::string_view space = "s") {
     TestCall* call = NewCall(CallKind::kRecall, space);
     call->vector = std::move(vector);
-    call->question.vector = call->vector;
+    call->question.vector = VectorRef(call->vector);
     call->question.k = k;
     return call;
   }

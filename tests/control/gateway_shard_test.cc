@@ -69,7 +69,7 @@ class Rig {
     call->id = std::move(id);
     call->vector = std::move(vector);
     call->question.id = call->id;
-    call->question.vector = call->vector;
+    call->question.vector = VectorRef(call->vector);
     return call;
   }
   TestCall* Forget(std::string id, ObservationOp op = ObservationOp::kDelete) {
@@ -82,7 +82,7 @@ class Rig {
   TestCall* Recall(std::vector<float> vector, uint32_t k) {
     TestCall* call = NewCall(CallKind::kRecall);
     call->vector = std::move(vector);
-    call->question.vector = call->vector;
+    call->question.vector = VectorRef(call->vector);
     call->question.k = k;
     return call;
   }

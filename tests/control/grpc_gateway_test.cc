@@ -47,7 +47,8 @@ class Served {
     core_ = GatewayCore::Create(gateway, &clock_, std::move(port)).value();
     grpc.endpoint = {.host = "127.0.0.1", .port = 0};
     server_ =
-        GrpcGateway::Start(grpc, core_->OpenDoor([] {}), &clock_, &counters_, &catalogue_).value();
+        GrpcGateway::Start(grpc, core_->OpenDoor([] {}), &clock_, &counters_, &catalogue_, nullptr)
+            .value();
     thread_ = std::jthread([this](const std::stop_token& stop) {
       while (!stop.stop_requested()) {
         {

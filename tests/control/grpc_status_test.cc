@@ -44,7 +44,10 @@ TEST(GrpcStatusTest, OtherRefusalsHaveTheirCode) {
            {RefusalReason::kSpaceLimit, StatusCode::RESOURCE_EXHAUSTED},
            {RefusalReason::kShuttingDown, StatusCode::UNAVAILABLE},
            {RefusalReason::kRecovering, StatusCode::UNAVAILABLE},
-           {RefusalReason::kFenced, StatusCode::INTERNAL}}) {
+           {RefusalReason::kFenced, StatusCode::ABORTED},
+           {RefusalReason::kSessionExpired, StatusCode::NOT_FOUND},
+           {RefusalReason::kSessionSpaceMismatch, StatusCode::INVALID_ARGUMENT},
+           {RefusalReason::kBadCrc, StatusCode::INTERNAL}}) {
     const grpc::Status status = RefusalStatus(reason, "text", 5);
     EXPECT_EQ(status.error_code(), code) << DescribeRefusal(reason).name;
     EXPECT_EQ(status.error_message(), "text");

@@ -84,7 +84,7 @@ TEST(MemoryCallsTest, AnEpisodesQuestion) {
   EXPECT_EQ(question.id.size(), 32u);
   EXPECT_EQ(question.when_ns, 77);
   EXPECT_EQ(question.confidence, 0.7F);
-  EXPECT_EQ(question.vector.size(), 2u);
+  EXPECT_EQ(question.vector.dimension, 2u);
   EXPECT_EQ(question.payload_kind, PayloadKind::kEpisode);
   EXPECT_EQ(question.payload, PayloadOf(request.episode()));
   const std::string first(question.id);
@@ -437,7 +437,7 @@ TEST(MemoryCallsTest, ARefusalSaysWhatIsWrongWithTheVector) {
   const std::vector<float> vector = {1, std::numeric_limits<float>::quiet_NaN(), 3};
   GatewayQuestion question;
   question.space = SpaceName("x");
-  question.vector = vector;
+  question.vector = VectorRef(vector);
   GatewayAnswer answer;
   answer.reason = RefusalReason::kWrongDimension;
   answer.space_dimension = 768;

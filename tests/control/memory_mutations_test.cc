@@ -220,8 +220,8 @@ void ExpectId(std::string_view id) {
 }
 
 void ExpectVector(const GatewayQuestion& question) {
-  ASSERT_GE(question.vector.size(), 1u);
-  ASSERT_LE(question.vector.size(), size_t{kMaxDimension});
+  ASSERT_GE(question.vector.dimension, 1u);
+  ASSERT_LE(question.vector.dimension, kMaxDimension);
 }
 
 // As the gateway core does it: the gate looks at the numbers.
@@ -229,10 +229,10 @@ void ExpectAdmittable(const GatewayQuestion& question) {
   const bool upsert = question.op == ObservationOp::kUpsert;
   const ObservationView view{.op = question.op,
                              .dtype = upsert ? VectorDtype::kF32 : VectorDtype::kNone,
-                             .dimension = static_cast<uint16_t>(question.vector.size()),
+                             .dimension = static_cast<uint16_t>(question.vector.dimension),
                              .confidence = question.confidence,
                              .when_ns = question.when_ns,
-                             .vector = std::as_bytes(question.vector).data(),
+                             .vector = question.vector.bytes,
                              .id = question.id,
                              .attributes = std::as_bytes(std::span(question.attributes)),
                              .payload = std::as_bytes(std::span(question.payload))};

@@ -70,12 +70,10 @@ TEST(RefusalReasonTest, CodesOnTheWireStayWhatTheyAre) {
   EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(40)).name, "queue_full");
   EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(47)).name, "quota_observations");
   EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(48)).name, "quota_memory");
-  EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(50)).name, "paused");
   EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(60)).name, "sequence_gap");
   EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(71)).name, "session_space_mismatch");
   EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(73)).name, "merges_full");
   EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(75)).name, "cancelled");
-  EXPECT_EQ(DescribeRefusal(static_cast<RefusalReason>(79)).name, "bad_flow");
 }
 
 // kWaits promises that the same number may be sent again; kConsumes that it may not.

@@ -230,9 +230,10 @@ TEST(ObserveReaderTest, PartLengthsMustFitTheRecord) {
 TEST(ObserveReaderTest, EachFaultIsNamedAndSkipped) {
   const WireRecord record = Example();
   EXPECT_EQ(FaultWith(kOpAt, 1, 1, record), RefusalReason::kNone);
-  for (const uint64_t op : {0, 3, 4, 5, 6, 255}) {  // 3 to 5 are the appliance's own
+  for (const uint64_t op : {0, 4, 5, 6, 255}) {  // 4 and 5 are the appliance's own
     EXPECT_EQ(FaultWith(kOpAt, 1, op, record), RefusalReason::kBadOperation) << op;
   }
+  EXPECT_EQ(FaultWith(kOpAt, 1, 3, record), RefusalReason::kBadField);
   for (const uint64_t dtype : {0, 5, 255}) {
     EXPECT_EQ(FaultWith(kDtypeAt, 1, dtype, record), RefusalReason::kBadDtype) << dtype;
   }
@@ -348,6 +349,30 @@ TEST(DecodeRecallTest, ReadsEachField) {
   EXPECT_EQ(recall.body.dimension, 3);
   EXPECT_TRUE(std::ranges::equal(std::span(recall.vector, sizeof(vector)),
                                  std::as_bytes(std::span(vector))));
+}
+
+TEST(DecodeRecallTest, AMomentIsOfASnapshotAndAfter1970) {
+  const std::vector<float> vector{1, 2};
+  WireRecall wire = F32Recall(vector);
+  wire.bound = 0.5F;
+  wire.at_unix_ns = 1'234'567'890'123;
+  RecallView recall;
+  for (const uint16_t flags : {4 + 64, 4 + 16 + 64, 4 + 8 + 64}) {
+    const Exact body(RecallBodyOf(wire, flags));
+    ASSERT_EQ(DecodeRecall(body.get(), flags, &recall), RefusalReason::kNone) << flags;
+    EXPECT_EQ(recall.at_unix_ns, wire.at_unix_ns);
+  }
+  const Exact without(RecallBodyOf(wire, 4));
+  ASSERT_EQ(DecodeRecall(without.get(), 4, &recall), RefusalReason::kNone);
+  EXPECT_EQ(recall.at_unix_ns, 0);
+  EXPECT_EQ(DecodeRecall(without.get(), 4 + 64, &recall), RefusalReason::kBadFrame);
+  const Exact no_snapshot(RecallBodyOf(wire, 64));
+  EXPECT_EQ(DecodeRecall(no_snapshot.get(), 64, &recall), RefusalReason::kBadRecall);
+  for (const int64_t bad : {int64_t{0}, int64_t{-1}, INT64_MIN}) {
+    wire.at_unix_ns = bad;
+    const Exact body(RecallBodyOf(wire, 4 + 64));
+    EXPECT_EQ(DecodeRecall(body.get(), 4 + 64, &recall), RefusalReason::kBadRecall) << bad;
+  }
 }
 
 TEST(DecodeRecallTest, ABoundLiesBetweenVectorAndFilter) {

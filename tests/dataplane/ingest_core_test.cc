@@ -33,8 +33,8 @@ TEST_F(IngestCoreTest, HelloMakesASession) {
   EXPECT_EQ(h().shard().sessions().begin()->second.space, "docs");
 }
 
-TEST_F(IngestCoreTest, FeaturesAreGrantedToWhoAsksForThem) {
-  for (const uint32_t features : {0u, 1u, 2u, 3u, 8u, 24u}) {
+TEST_F(IngestCoreTest, AttributesAreGrantedToWhoAsksForThem) {
+  for (const uint32_t features : {0u, 1u, 2u, 3u}) {
     TestClient& client = NewClient();
     client.Send(HelloBytes({.features = features}));
     const auto acks = client.Await(kWireHelloAck);
@@ -49,7 +49,7 @@ TEST_F(IngestCoreTest, HelloWithoutASessionOnlyAsks) {
   const auto acks = client.Await(kWireHelloAck);
   ASSERT_EQ(acks.size(), 1u);
   EXPECT_EQ(acks[0].session, 0u);
-  EXPECT_EQ(WireNumber(acks[0].body, 0, 4), 31u);  // unknown features are not granted
+  EXPECT_EQ(WireNumber(acks[0].body, 0, 4), 63u);  // unknown features are not granted
   EXPECT_EQ(WireNumber(acks[0].body, 7, 1), 1u);
   EXPECT_TRUE(h().shard().sessions().empty());
   client.Send(Observations(0, 1));

@@ -550,6 +550,24 @@ TEST_F(IngestPartitionsTest, AShardThatSleepsIsCompleteUpToNow) {
   EXPECT_LT(snapshot, static_cast<CommitStamp>(h().clock().WallNs()));
 }
 
+TEST_F(IngestPartitionsTest, ASnapshotOfAMomentIsNotLaterThanWhatIsComplete) {
+  Start(Options(2));
+  TestClient& client = Greeted();
+  for (uint16_t s = 0; s < 3; ++s) ShardOf(s).PublishStamp(100'000);
+  WireRecall recall = F32Recall(kVector);
+  uint64_t request = 0;
+  for (const auto& [at, snapshot] : {std::pair(int64_t{51'200}, uint64_t{51'200 + 255}),
+                                     std::pair(int64_t{51'199}, uint64_t{51'199}),
+                                     std::pair(int64_t{200'000}, uint64_t{100'000})}) {
+    recall.at_unix_ns = at;
+    client.Forget();
+    client.Send(RecallBytes(++request, recall, 4 + 64));
+    EXPECT_EQ(AnswerTo(client, request).size(), 10u);
+    EXPECT_EQ(ShardOf(0).recalls().back().snapshot, snapshot);
+    EXPECT_EQ(WireNumber(client.Of(kWireResult).at(0).body, 8, 8), snapshot);
+  }
+}
+
 TEST_F(IngestPartitionsTest, OnePartitionGivesSnapshotsToo) {
   Start(Options(1));
   TestClient& client = Greeted();

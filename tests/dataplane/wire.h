@@ -200,18 +200,21 @@ struct WireRecall {
   WireBytes vector = {};
   std::string filter = {};
   float bound = 0;
+  int64_t at_unix_ns = 0;
 };
 inline WireRecall F32Recall(std::span<const float> vector) {
   const auto bytes = std::as_bytes(vector);
   return {.dimension = static_cast<uint16_t>(vector.size()),
           .vector = WireBytes(bytes.begin(), bytes.end())};
 }
-// With flag 16 (bounded) there is a bound, with flag 8 (filtered) a filter, maybe an empty one.
+// With flag 16 (bounded) there is a bound, with flag 64 a moment, with flag 8 (filtered) a filter,
+// maybe an empty one.
 inline WireBytes RecallBodyOf(const WireRecall& recall, uint16_t flags = 0) {
   WireWriter body;
   body.U32(recall.k).U32(recall.ef).U16(recall.dimension).U8(recall.dtype).U8(0);
   body.F32(recall.scale).Raw(recall.vector);
   if ((flags & 16) != 0) body.F32(recall.bound);
+  if ((flags & 64) != 0) body.U64(static_cast<uint64_t>(recall.at_unix_ns));
   if ((flags & 8) != 0) body.U16(recall.filter.size()).Text(recall.filter);
   return body.Take();
 }
