@@ -32,15 +32,15 @@ void UnlinkNext(std::vector<Entry>& entries, uint32_t* last) {
 
 }  // namespace
 
-FairQueue::FairQueue(uint32_t capacity) : places_(capacity) {
+FairQueue::FairQueue(uint32_t capacity, uint32_t spaces, uint32_t sessions)
+    : places_(capacity), sessions_(sessions), spaces_(spaces) {
   CHECK(capacity > 0, "something can wait");
   for (uint32_t i = 0; i < capacity; ++i) places_[i].next = i + 1 < capacity ? i + 1 : kNone;
 }
 
 void FairQueue::Push(uint32_t space, uint32_t session, Item item) {
   CHECK(free_place_ != kNone, "the queue has a place for each slot that may come");
-  if (space >= spaces_.size()) spaces_.resize(size_t{space} + 1);
-  if (session >= sessions_.size()) sessions_.resize(size_t{session} + 1);
+  CHECK(space < spaces_.size() && session < sessions_.size(), "numbers are below the limits");
   const uint32_t place = free_place_;
   free_place_ = places_[place].next;
   places_[place] = {.item = item, .next = kNone};

@@ -17,8 +17,7 @@ namespace engram {
 // Deficit round robin (Shreedhar & Varghese 1995) at two levels, with turns of a fixed number of
 // observations, as these cost about the same each.
 //
-// Thread safety: the shard's alone. Takes no memory after construction, but for a space or session
-// number above all earlier ones.
+// Thread safety: the shard's alone. Takes no memory after construction.
 // Invariants: a space is in the ring of spaces while it has a session in its own ring, a session is
 // in its space's ring while it has observations; size() is the number of all of them.
 class FairQueue {
@@ -32,11 +31,12 @@ class FairQueue {
   static constexpr uint32_t kSessionTurn = 4;
   static constexpr uint32_t kSpaceTurn = 16;
 
-  // At most `capacity` wait at a time.
-  explicit FairQueue(uint32_t capacity);
+  // At most `capacity` wait at a time, of spaces and sessions with numbers below `spaces` and
+  // `sessions`.
+  FairQueue(uint32_t capacity, uint32_t spaces, uint32_t sessions);
 
-  // `session` is any number that stands for the session, small since a table has it as an index;
-  // its observations that wait are all of one space. size() is below the capacity.
+  // `session` is any number that stands for the session; its observations that wait are all of one
+  // space. size() is below the capacity.
   void Push(uint32_t space, uint32_t session, Item item);
   // The next one, nothing where none waits.
   std::optional<Item> Pop();

@@ -18,6 +18,15 @@ constexpr size_t kSessionSteps = 16;
 // Id and payload of an observation that credit makes room for in the log.
 constexpr size_t kUsualTextBytes = 512;
 
+// What the rings of a lane hold, of all producers.
+uint32_t LaneRoom(const ShardPort& port, Lane lane) {
+  size_t room = 0;
+  for (const ShardLink& link : port.producers) {
+    room += link.lanes[static_cast<size_t>(lane)].capacity();
+  }
+  return static_cast<uint32_t>(room);
+}
+
 }  // namespace
 
 Result<std::unique_ptr<Shard>> Shard::Create(const ShardOptions& options, Clock* clock,
@@ -58,7 +67,11 @@ Shard::Shard(const ShardOptions& options, Clock* clock, ShardPort port, const Sh
       sweep_(&heap_, options.build),
       answers_{Reply(&heap_, storage.log), Reply(&heap_, storage.log), Reply(&heap_, storage.log),
                Reply(&heap_, storage.log)},
-      batch_(kObservationBatch) {
+      batch_(kObservationBatch),
+      waiting_high_(LaneRoom(port_, Lane::kHigh), port_.catalogue->max_spaces(),
+                    options.max_sessions + port_.catalogue->max_spaces()),
+      waiting_normal_(LaneRoom(port_, Lane::kNormal), port_.catalogue->max_spaces(),
+                      options.max_sessions + port_.catalogue->max_spaces()) {
   const uint32_t max_spaces = port_.catalogue->max_spaces();
   spaces_.reserve(max_spaces);
   entries_.reserve(max_spaces);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "index/checkpoint/shard_saver.h"
+#include "index/fair_queue.h"
 #include "index/forward_ledger.h"
 #include "index/hnsw_params.h"
 #include "index/hnsw_sweep.h"
@@ -236,6 +237,8 @@ class Shard {
   void FinishAnswer(Reply* answer, CompletionKind kind, RefusalReason reason);
 
   int TakeObservations(Lane lane);
+  void GatherObservations(Lane lane, FairQueue* waiting);
+  std::pair<uint32_t, uint32_t> LineOf(const ObserveRequest& request);
   void TakeObservation(size_t producer, SlotId slot);
   RefusalReason JudgeSession(const Session* session, size_t producer,
                              const ObserveRequest& request) const;
@@ -465,6 +468,8 @@ class Shard {
   bool has_checked_ = false;    // in this round
   std::vector<NodeId> listed_;  // of a get or a scroll
   std::vector<SlotId> batch_;
+  FairQueue waiting_high_;  // of each lane
+  FairQueue waiting_normal_;
   // Observations were listed in the round before, and are in this one.
   bool lists_ = false;
   bool listed_now_ = false;

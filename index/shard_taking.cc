@@ -35,24 +35,55 @@ constexpr size_t kSpacePayloadBytes = sizeof(SpaceDefinition) + sizeof(CommitSta
 
 }  // namespace
 
+// In turn between spaces and sessions, whatever each has sent.
 int Shard::TakeObservations(Lane lane) {
-  int work = 0;
-  size_t left = lists_ ? kMostListedAtOnce : SIZE_MAX;
-  for (size_t i = 0; i < port_.producers.size() && left > 0; ++i) {
+  FairQueue& waiting = lane == Lane::kHigh ? waiting_high_ : waiting_normal_;
+  GatherObservations(lane, &waiting);
+  if (waiting.size() == 0) return 0;
+  // Later than all that was acknowledged when these were sent.
+  unix_ns_ = clock_->WallNs();
+  const size_t most = lists_ ? kMostListedAtOnce : batch_.size();
+  size_t taken = 0;
+  for (auto next = waiting.Pop(); next;) {
+    const FairQueue::Item item = *next;
+    next = ++taken < most ? waiting.Pop() : std::nullopt;
+    if (next) {
+      __builtin_prefetch(port_.producers[next->producer.value()].producer_slab->At(next->slot));
+    }
+    TakeObservation(item.producer.value(), item.slot);
+  }
+  return static_cast<int>(taken);
+}
+
+// What has come on the lane stands in line behind what its session sent before.
+void Shard::GatherObservations(Lane lane, FairQueue* waiting) {
+  for (size_t i = 0; i < port_.producers.size(); ++i) {
     const size_t producer = (first_producer_ + i) % port_.producers.size();
     ShardLink& link = port_.producers[producer];
+    const size_t room = waiting->capacity() - waiting->size();
     const size_t count = link.lanes[static_cast<size_t>(lane)].PopBatch(
-        std::span(batch_).first(std::min(left, batch_.size())));
-    left -= count;
-    // Later than all that was acknowledged when these were sent.
-    if (count > 0) unix_ns_ = clock_->WallNs();
+        std::span(batch_).first(std::min(room, batch_.size())));
     for (size_t n = 0; n < count; ++n) {
       if (n + 1 < count) __builtin_prefetch(link.producer_slab->At(batch_[n + 1]));
-      TakeObservation(producer, batch_[n]);
+      const auto& request =
+          *reinterpret_cast<const ObserveRequest*>(link.producer_slab->At(batch_[n]));
+      const auto [space, line] = LineOf(request);
+      waiting->Push(space, line, {ProducerId(static_cast<uint16_t>(producer)), batch_[n]});
     }
-    work += static_cast<int>(count);
   }
-  return work;
+}
+
+// The numbers of its space and of its session; those without one stand in a line of their space.
+std::pair<uint32_t, uint32_t> Shard::LineOf(const ObserveRequest& request) {
+  if (request.session.value() != 0) {
+    const Session* session = sessions_.At(request.session_slot, request.session);
+    // One that is not known any more is refused in its turn, whatever that is.
+    return {session != nullptr ? entries_[session->space]->index() : 0,
+            std::min(request.session_slot, options_.max_sessions - 1)};
+  }
+  const SpaceEntry* entry = port_.catalogue->Find(request.space.view());
+  const uint32_t space = entry != nullptr ? entry->index() : 0;
+  return {space, options_.max_sessions + space};
 }
 
 void Shard::TakeObservation(size_t producer, SlotId slot) {

@@ -22,7 +22,7 @@ std::vector<uint32_t> TakeAll(FairQueue* queue) {
 }
 
 TEST(FairQueueTest, OneSessionComesInItsOrder) {
-  FairQueue queue(100);
+  FairQueue queue(100, 8, 1'000);
   EXPECT_EQ(queue.Pop().has_value(), false);
   std::vector<uint32_t> pushed;
   for (uint32_t i = 0; i < 100; ++i) {
@@ -39,7 +39,7 @@ TEST(FairQueueTest, OneSessionComesInItsOrder) {
 
 // Who comes into a long line of another space waits for one turn of it, not for the line.
 TEST(FairQueueTest, AQuietSpaceWaitsForOneTurnOfANoisyOne) {
-  FairQueue queue(2'000);
+  FairQueue queue(2'000, 8, 1'000);
   for (uint32_t i = 0; i < 1'000; ++i) queue.Push(0, i % 50, ItemOf(i));
   for (uint32_t i = 0; i < 3; ++i) (void)queue.Pop();
   queue.Push(1, 60, ItemOf(5'000));
@@ -50,7 +50,7 @@ TEST(FairQueueTest, AQuietSpaceWaitsForOneTurnOfANoisyOne) {
 }
 
 TEST(FairQueueTest, AQuietSessionWaitsForOneTurnOfEachOther) {
-  FairQueue queue(2'000);
+  FairQueue queue(2'000, 8, 1'000);
   for (uint32_t i = 0; i < 1'000; ++i) queue.Push(0, i % 3, ItemOf(i));
   queue.Push(0, 9, ItemOf(5'000));
   uint32_t before = 0;
@@ -60,7 +60,7 @@ TEST(FairQueueTest, AQuietSessionWaitsForOneTurnOfEachOther) {
 
 // A space with many sessions gets no more than one with few.
 TEST(FairQueueTest, SpacesShareAlikeWhateverTheirSessions) {
-  FairQueue queue(10'000);
+  FairQueue queue(10'000, 8, 1'000);
   std::map<uint32_t, uint32_t> space_of;
   uint32_t next = 0;
   for (uint32_t i = 0; i < 4'000; ++i) {
@@ -80,7 +80,7 @@ TEST(FairQueueTest, SpacesShareAlikeWhateverTheirSessions) {
 TEST(FairQueueTest, AgreesWithAModelOfDeques) {
   for (uint64_t seed = 1; seed <= 20; ++seed) {
     SplitMix64 random(seed);
-    FairQueue queue(500);
+    FairQueue queue(500, 8, 1'000);
     std::map<uint32_t, std::deque<uint32_t>> model;  // by session
     std::map<uint32_t, uint32_t> session_of;         // by number
     std::map<uint32_t, uint32_t> passed;             // by space that waits
