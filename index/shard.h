@@ -264,6 +264,7 @@ class Shard {
   RefusalReason JudgeLogRoom(uint32_t space, const ObserveRequest& request) const;
   size_t RecordBytes(uint32_t space, const ObserveRequest& request) const;
   static size_t AttributeRoom(const ObserveRequest& request);
+  bool HasMemoryFor(uint32_t space, const ObserveRequest& request) const;
   static size_t PendingBytes(const ObserveRequest& request);
   void Append(uint32_t space, RefusalReason skip_reason, CommitStamp stamp,
               ObserveRequest* request);

@@ -250,13 +250,22 @@ RefusalReason Shard::Judge(uint32_t space, const ObserveRequest& request, bool i
     if (reason != RefusalReason::kNone) return reason;
   }
   const bool frees = request.op == ObservationOp::kDelete;
+  if (frees || HasMemoryFor(space, request)) return RefusalReason::kNone;
+  spaces_[space]->NoteMemoryShort();
+  QueueForUpkeep(space);
+  return RefusalReason::kMemoryFull;
+}
+
+// What ended in the space left nodes with their rows, which never go back to the heap: an upsert
+// for which there is one takes only what its text and attributes do, and of those as many have
+// gone.
+bool Shard::HasMemoryFor(uint32_t space, const ObserveRequest& request) const {
   const size_t margin =
       std::max(kLeastMemoryMargin, options_.memory_limit_bytes / kMemoryMarginShare);
-  if (!frees && heap_.available_bytes() < margin + pending_bytes_ + PendingBytes(request)) {
-    QueueForUpkeep(space);
-    return RefusalReason::kMemoryFull;
-  }
-  return RefusalReason::kNone;
+  const size_t available = heap_.available_bytes();
+  if (available >= margin + pending_bytes_ + PendingBytes(request)) return true;
+  return request.op == ObservationOp::kUpsert && spaces_[space]->free_nodes() > pending_[space] &&
+         available >= margin / 2 + pending_bytes_ + PendingBytes(request);
 }
 
 // A bound of what attributes take: their bytes, and what the index has for each.

@@ -419,6 +419,7 @@ NodeId Space::TakeNode() {
     // A node that was made before there was a dimension has no rows yet.
     if (!ReserveRows(size_t{node} + 1)) return kNoNode;
     first_free_ = nodes_[node].next;
+    --free_nodes_;
     ++nodes_taken_;
     return node;
   }
@@ -476,6 +477,7 @@ void Space::FreeNode(NodeId node) {
   nodes_[node].state = NodeState::kFree;
   nodes_[node].next = first_free_;
   first_free_ = node;
+  ++free_nodes_;
 }
 
 bool Space::WriteText(Node* node, const ObservationRef& observation) {

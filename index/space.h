@@ -438,6 +438,10 @@ class Space {
   uint64_t graph_nodes() const { return graph_.linked_count(); }
   // Updated or deleted, still holding a place.
   uint64_t retired() const { return retired_; }
+  // Nodes whose rows are there for the next upserts.
+  uint64_t free_nodes() const { return free_nodes_; }
+  // An upsert was refused for want of memory: what has ended is given back sooner.
+  void NoteMemoryShort() { memory_short_ = true; }
   // Those that have ended and are scanned still.
   uint64_t ended_listed() const { return fresh_.size() - unlinked_; }
   // Nodes that upkeep is behind by: those that wait for the graph, and the retired ones in it
@@ -706,6 +710,7 @@ class Space {
   AttributeIndex attributes_;
   TimeIndex times_;
   NodeId first_free_ = kNoNode;
+  uint64_t free_nodes_ = 0;
   uint64_t nodes_taken_ = 0;  // ever
   // Retired nodes in the graph; those that a sweep may take once the horizon has passed sweep_end_
   // and then no reader of sweep_epoch_, closed at that time, is inside.

@@ -88,6 +88,34 @@ TEST_F(ShardLogTest, WhatWasAcknowledgedIsThereAfterAPowerCutAtOnce) {
   }
 }
 
+// Memory that is full of observations takes others again once some were deleted: their rows stay
+// with the space.
+TEST_F(ShardLogTest, AFullMemoryTakesAsManyAsWereDeleted) {
+  Start(SmallSetup());
+  RigSession session = OpenAt(0);
+  const auto observe = [&](const Observation& observation) {
+    RefusalReason reason = RefusalReason::kLogBusy;
+    for (int n = 0; n < 1'000 && reason == RefusalReason::kLogBusy; ++n) {
+      reason = rig_.shards->Observe(&session, observation).reason;
+    }
+    return reason;
+  };
+  const std::string name(200, 'n');
+  int stored = 0;
+  RefusalReason reason = kNone;
+  while ((reason = observe(Upsert(name + std::to_string(stored), "p"))) == kNone) ++stored;
+  ASSERT_EQ(reason, RefusalReason::kMemoryFull);
+  ASSERT_GT(stored, 1'000);
+  for (int i = 0; i < 500; ++i) {
+    ASSERT_EQ(observe({.op = ObservationOp::kDelete, .id = name + std::to_string(i)}), kNone);
+  }
+  rig_.shards->Settle();
+  for (int i = 0; i < 400; ++i) {
+    ASSERT_EQ(observe(Upsert(name + "new" + std::to_string(i), "p")), kNone) << i;
+  }
+  ASSERT_TRUE(rig_.shards->shard->CheckInvariants().has_value());
+}
+
 // The clock is set back while the daemon is down: what comes next is later all the same, whichever
 // shard takes it.
 TEST_F(ShardLogTest, AClockThatWasSetBackDoesNotMakeUpdatesOld) {
