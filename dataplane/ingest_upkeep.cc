@@ -173,7 +173,7 @@ void IngestCore::SweepConnection(Connection& connection) {
   } else if (connection.paused && now_ns_ - connection.paused_since_ns > patience_ns &&
              network_->SendBacklog(connection.id) > options_.send_pause_bytes / 2) {
     RefuseAndClose(connection, RefusalReason::kSlowReader, FrameType::kObserve, 0);
-  } else if (!connection.paused &&
+  } else if (!connection.paused && !network_->tells_of_lost_peers() &&
              now_ns_ - connection.last_received_ns > options_.idle_timeout_ns) {
     RefuseAndClose(connection, RefusalReason::kIdleTimeout, FrameType::kPing, 0);
   }

@@ -118,6 +118,9 @@ class GrpcStream : public StreamClient {
 
  private:
   static constexpr size_t kResponsesAhead = 2;
+  // What a client that does not read may still ask for: each request makes two responses at most
+  // that no event stands for.
+  static constexpr size_t kResponsesMost = 64;
 
   void Work() {
     if (is_finished_) return;
@@ -127,7 +130,7 @@ class GrpcStream : public StreamClient {
     }
     do {
       Answer();
-    } while (!is_finished_ && !end_ && (Take() || end_));
+    } while (!is_finished_ && !end_ && ((responses_.size() < kResponsesMost && Take()) || end_));
   }
 
   // Writes what there is. It is known whether more follows when a write begins: gRPC then waits

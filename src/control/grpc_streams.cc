@@ -246,28 +246,18 @@ class ObserveStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grp
 
   Taken TakeFlow() {
     const v1::FlowControl& flow = request_.flow();
-    FlowRequestBody action;
-    switch (flow.action()) {
-      case v1::FlowControl::ACTION_PAUSE:
-        action.action = FlowAction::kPause;
-        break;
-      case v1::FlowControl::ACTION_RESUME:
-        action.action = FlowAction::kResume;
-        break;
-      case v1::FlowControl::ACTION_SLOW_DOWN:
-        action.action = FlowAction::kSlowDown;
-        break;
-      case v1::FlowControl::ACTION_SPEED_UP:
-        action.action = FlowAction::kSpeedUp;
-        break;
-      case v1::FlowControl::ACTION_BUFFER_STATUS:
-        action.action = FlowAction::kBufferStatus;
-        break;
-      default:
-        SayFault("bad_flow",
-                 "flow.action: " + std::to_string(flow.action()) + "; expected an Action, 1 to 5");
-        return Taken::kTaken;
+    if (!v1::FlowControl::Action_IsValid(flow.action()) ||
+        flow.action() == v1::FlowControl::ACTION_UNSPECIFIED) {
+      SayFault("bad_flow",
+               "flow.action: " + std::to_string(flow.action()) + "; expected an Action, 1 to 5");
+      return Taken::kTaken;
     }
+    // The frame's actions are Engram's.
+    static_assert(static_cast<int>(FlowAction::kPause) == v1::FlowControl::ACTION_PAUSE &&
+                  static_cast<int>(FlowAction::kBufferStatus) ==
+                      v1::FlowControl::ACTION_BUFFER_STATUS);
+    FlowRequestBody action;
+    action.action = static_cast<FlowAction>(flow.action());
     action.buffer_remaining = flow.buffer_remaining();
     action.preferred_rate = flow.preferred_rate();
     return stream().Flow(action);

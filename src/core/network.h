@@ -127,6 +127,10 @@ class Network {
   // "io_uring", "epoll", "simulated", "streams".
   virtual std::string_view backend() const = 0;
 
+  // A peer that has gone is always told of, so silence means nothing: nobody need be asked to break
+  // it, or be given up for it. A socket's peer may vanish without a word.
+  virtual bool tells_of_lost_peers() const { return false; }
+
   // Written by the owner, read by anyone.
   const NetworkCounterSet& counters() const { return counters_; }
 

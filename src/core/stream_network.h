@@ -184,6 +184,7 @@ class StreamNetwork final : public Network {
   void Wait(int64_t timeout_ns) override;
   void Wake() override { bell_.Wake(); }
   std::string_view backend() const override { return "streams"; }
+  bool tells_of_lost_peers() const override { return true; }
 
  private:
   friend class StreamPipe;

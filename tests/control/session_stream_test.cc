@@ -394,6 +394,18 @@ TEST_F(SessionStreamTest, TheServersEndIsToldLast) {
   EXPECT_EQ(told.back().event.reason, RefusalReason::kShuttingDown);
 }
 
+// Its transport says when a client has gone, so nobody has to speak to stay.
+TEST_F(SessionStreamTest, AQuietStreamStays) {
+  TestStream& client = Open();
+  for (int minute = 0; minute < 60; ++minute) {
+    clock_.AdvanceNs(60 * kNanosPerSecond);
+    Settle();
+  }
+  EXPECT_TRUE(client.told.empty());
+  EXPECT_EQ(Observe(client, 1, "a"), Taken::kTaken);
+  EXPECT_EQ(SettledWords(client), (Strings{"1+a"}));
+}
+
 // Random observations, good, wrong, repeated, ahead, beyond the quota, and deletes that make room,
 // by clients of both kinds that follow their rules: each number is answered once, in order, and the
 // space holds what was acked.
